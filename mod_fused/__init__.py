@@ -1,0 +1,50 @@
+"""mod_fused: multi-objective decoding (arXiv 2406.18853) as one fused op, and a small decoder on
+it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .divergence import (
+    AlphaDivergence,
+    Divergence,
+    ForwardKL,
+    JeffreyDivergence,
+    JensenShannonDivergence,
+    ReverseKL,
+    get_divergence,
+)
+from .ops import Sample, backends, log_probs, sample
+
+if TYPE_CHECKING:
+    from .decoder import GenerateOutput, generate
+    from .ensemble import Ensemble
+
+__version__ = "0.1.0"
+__all__ = [
+    "AlphaDivergence",
+    "Divergence",
+    "Ensemble",
+    "ForwardKL",
+    "GenerateOutput",
+    "JeffreyDivergence",
+    "JensenShannonDivergence",
+    "ReverseKL",
+    "Sample",
+    "backends",
+    "generate",
+    "get_divergence",
+    "log_probs",
+    "sample",
+]
+
+_DECODER = {"Ensemble": "ensemble", "GenerateOutput": "decoder", "generate": "decoder"}
+
+
+def __getattr__(name: str) -> Any:
+    # The decoder is loaded when it is first used: the op alone imports in a fraction of the time.
+    if name in _DECODER:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_DECODER[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

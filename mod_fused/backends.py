@@ -1,0 +1,64 @@
+"""Which implementation of the op runs: one table of backends, each available or with the reason why
+not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+#: What `backends()` says of a backend that can be used.
+AVAILABLE = "available"
+
+
+class Backend(NamedTuple):
+    """One implementation of the ops `mod_fused::sample_NAME` and `mod_fused::log_probs_NAME`."""
+
+    name: str
+    device_types: tuple[str, ...] | None  # None: any device
+    status: Callable[[], str]  # AVAILABLE, or why not
+
+
+def _not_part_of_this_version(kernels: str) -> Callable[[], str]:
+    return lambda: f"{kernels} are not part of this version"
+
+
+#: The fastest first: the first that is available and knows the device is chosen.
+BACKENDS: tuple[Backend, ...] = (
+    Backend("cuda", ("cuda",), _not_part_of_this_version("CUDA C++ kernels")),
+    Backend("triton", ("cuda",), _not_part_of_this_version("Triton kernels")),
+    Backend("cpu", ("cpu",), _not_part_of_this_version("C++ CPU kernels")),
+    Backend("torch", None, lambda: AVAILABLE),
+)
+
+
+def backends() -> dict[str, str]:
+    """The backends of the op: for each of torch, cpu, triton and cuda "available", or the reason
+    why not."""
+    status = {backend.name: backend.status() for backend in BACKENDS}
+    return {name: status[name] for name in ("torch", "cpu", "triton", "cuda")}
+
+
+def choose(name: str | None, device: torch.device) -> str:
+    """The name of the backend to run on a device: the one asked for, or the fastest available.
+
+    Raises:
+        ValueError: if the backend is unknown, not available, or does not run on the device.
+    """
+    if name is None:
+        for backend in BACKENDS:
+            known = backend.device_types is None or device.type in backend.device_types
+            if known and backend.status() == AVAILABLE:
+                return backend.name
+    for backend in BACKENDS:
+        if backend.name == name:
+            if backend.status() != AVAILABLE:
+                raise ValueError(f"backend {name!r} is not available: {backend.status()}")
+            if backend.device_types is not None and device.type not in backend.device_types:
+                raise ValueError(
+                    f"backend {name!r} runs on {' and '.join(backend.device_types)} tensors, "
+                    f"got tensors on {device}"
+                )
+            return backend.name
+    raise ValueError(f"backend must be None or one of {[b.name for b in BACKENDS]}, got {name!r}")

@@ -1,0 +1,237 @@
+"""The f-divergences of design §2, in torch: names, parsing, and the three functions a divergence is
+made of.
+
+The solver never sees f itself. With c = sup f' (0 where f' is unbounded) a divergence is its
+*deficit*
+
+    q(d) = c - f'(e^d),        d = log(pi_i / pi_ref),
+
+a decreasing function of the log-ratio, together with its inverse H (a ratio as a function of q) in
+logarithms: `log_ratio(q) = log H(q)` and `log_slope(q) = log(-H'(q))`. Reverse KL needs none of
+them: it is log-linear.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Divergence:
+    """An f-divergence whose derivative is a barrier, f'(0) = -inf, so that its mixture always has a
+    solution.
+
+    Attributes:
+        name: canonical name, accepted by `get_divergence` and by every backend.
+        supremum: c = sup f', the value the deficit is measured from; 0 where f' has no upper bound.
+        bounded: whether sup f' is finite. Then deficits are positive and Z sits next to a pole.
+        clamped: whether log-ratios are clamped below at -80 and extreme prefixes are shifted
+            (design §2).
+    """
+
+    name: str
+    supremum: float = 0.0
+    bounded: bool = False
+    clamped: bool = True
+
+    def __repr__(self) -> str:
+        return f"<divergence {self.name}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Divergence) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def deficit(self, d: Tensor) -> Tensor:
+        """q(d) = c - f'(e^d), elementwise."""
+        raise NotImplementedError(f"{self.name} is log-linear and has no deficit form")
+
+    def log_ratio(self, q: Tensor) -> Tensor:
+        """log H(q), the inverse of `deficit`, elementwise."""
+        raise NotImplementedError(f"{self.name} is log-linear and has no deficit form")
+
+    def log_slope(self, q: Tensor) -> Tensor:
+        """log(-H'(q)), elementwise."""
+        raise NotImplementedError(f"{self.name} is log-linear and has no deficit form")
+
+
+class ReverseKL(Divergence):
+    """f(x) = x log x: pi* is proportional to pi_ref^(1 - sum w) prod pi_i^w_i exp(sum v V)."""
+
+    name = "reverse_kl"
+    clamped = False
+
+
+class ForwardKL(Divergence):
+    """f(x) = -log x, f'(x) = -1/x."""
+
+    name = "forward_kl"
+    bounded = True
+
+    def deficit(self, d: Tensor) -> Tensor:
+        return torch.exp(-d)
+
+    def log_ratio(self, q: Tensor) -> Tensor:
+        return -torch.log(q)
+
+    def log_slope(self, q: Tensor) -> Tensor:
+        return -2.0 * torch.log(q)
+
+
+class JensenShannonDivergence(Divergence):
+    """f(x) = x log x - (x + 1) log((x + 1)/2), f'(x) = log 2 + log(x / (1 + x))."""
+
+    name = "jsd"
+    supremum = math.log(2.0)
+    bounded = True
+    clamped = False  # q is linear for very negative d: nothing overflows
+
+    def deficit(self, d: Tensor) -> Tensor:
+        return torch.nn.functional.softplus(-d)
+
+    def log_ratio(self, q: Tensor) -> Tensor:
+        # -log(expm1 q), written so that a large q does not overflow.
+        return -(q + torch.log(-torch.expm1(-q)))
+
+    def log_slope(self, q: Tensor) -> Tensor:
+        return -q - 2.0 * torch.log(-torch.expm1(-q))
+
+
+class AlphaDivergence(Divergence):
+    """f(x) = (x^(1-a) - (1-a) x - a) / (a (a-1)), f'(x) = (1 - x^-a) / a, for 0 < a < 1.
+
+    Raises:
+        ValueError: if `alpha` is not strictly between 0 and 1.
+    """
+
+    bounded = True
+
+    def __init__(self, alpha: float = 0.5) -> None:
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
+        if not 0.0 < alpha < 1.0:
+            raise ValueError(f"alpha must lie strictly between 0 and 1, got {alpha}")
+        self.alpha = float(alpha)
+        self.name = f"alpha:{self.alpha!r}"
+        self.supremum = 1.0 / self.alpha
+
+    def deficit(self, d: Tensor) -> Tensor:
+        return torch.exp(-self.alpha * d) / self.alpha
+
+    def log_ratio(self, q: Tensor) -> Tensor:
+        return torch.log(self.alpha * q) / -self.alpha
+
+    def log_slope(self, q: Tensor) -> Tensor:
+        return -(1.0 + 1.0 / self.alpha) * torch.log(self.alpha * q)
+
+
+class JeffreyDivergence(Divergence):
+    """f(x) = (x - 1) log x, f'(x) = log x - 1/x + 1; f' is unbounded, so c = 0 and q = -f'."""
+
+    name = "jeffrey"
+
+    def deficit(self, d: Tensor) -> Tensor:
+        return torch.expm1(-d) - d
+
+    def log_ratio(self, q: Tensor) -> Tensor:
+        # v = 1/x solves v + log v = 1 + q. Both forms are log x; -log v alone cancels where v is
+        # large, v - z alone where v is small.
+        z = 1.0 + q
+        v = wright_omega(z)
+        return torch.where(z > 0, -torch.log(v), v - z)
+
+    def log_slope(self, q: Tensor) -> Tensor:
+        log_x = self.log_ratio(q)
+        return 2.0 * log_x - torch.nn.functional.softplus(log_x)
+
+
+def wright_omega(z: Tensor) -> Tensor:
+    """The Wright omega function for real z, elementwise: the solution v of v + log v = z.
+
+    Two steps of the quartically convergent iteration of Fritsch, Shafer and Crowley. Below -80 the
+    result is e^-80 (its only use here is v - z, where that no longer shows).
+    """
+    z = z.clamp(min=-80.0)
+    exp_z = torch.exp(z.clamp(max=1.0))
+    log_z = torch.log(z.clamp(min=1.0))
+    v = torch.where(z > 1.0, z - log_z * (z / (1.0 + z)), exp_z / (1.0 + 0.6 * exp_z))
+    for _ in range(2):
+        residual = z - v - torch.log(v)
+        step = residual / (1.0 + v)
+        double = 2.0 * (1.0 + v + residual * (2.0 / 3.0))
+        v = v * (1.0 + step * (double - step) / (double - 2.0 * step))
+    return v
+
+
+_CANONICAL: dict[str, Divergence] = {
+    d.name: d for d in (ReverseKL(), ForwardKL(), JensenShannonDivergence(), JeffreyDivergence())
+}
+_ALIASES = {
+    "kl": "reverse_kl",
+    "rkl": "reverse_kl",
+    "kl_reverse": "reverse_kl",
+    "fkl": "forward_kl",
+    "kl_forward": "forward_kl",
+    "js": "jsd",
+    "jensen_shannon": "jsd",
+    "jeffreys": "jeffrey",
+    "alpha": "alpha:0.5",
+}
+_NO_BARRIER = {
+    "tv": "total variation",
+    "total_variation": "total variation",
+    "chi2": "chi-squared",
+    "chi_squared": "chi-squared",
+    "chi_square": "chi-squared",
+    "pearson": "chi-squared",
+    "pearson_chi2": "chi-squared",
+}
+_SUPPORTED = "reverse_kl, forward_kl, jsd, alpha:A with 0 < A < 1 (such as alpha:0.5) and jeffrey"
+
+
+def _parse(name: str) -> Divergence:
+    key = name.strip().lower().replace("-", "_").replace(" ", "_")
+    key = _ALIASES.get(key, key)
+    if key in _CANONICAL:
+        return _CANONICAL[key]
+    if key in _NO_BARRIER:
+        raise ValueError(
+            f"divergence {name!r} is refused: the derivative of {_NO_BARRIER[key]} is finite at 0 "
+            "(f is not a barrier function), so policies do not determine the mixture's optimum; "
+            f"the divergences that work are {_SUPPORTED}"
+        )
+    if key.startswith("alpha:"):
+        text = name.strip().split(":", 1)[1]
+        try:
+            alpha = float(text)
+        except ValueError:
+            raise ValueError(
+                f"divergence 'alpha:A' needs a number A with 0 < A < 1, got {name!r}"
+            ) from None
+        return AlphaDivergence(alpha)
+    raise ValueError(f"unknown divergence {name!r}; the divergences that work are {_SUPPORTED}")
+
+
+def get_divergence(divergence: str | Divergence) -> Divergence:
+    """The divergence of a name or alias; a `Divergence` is returned as it is.
+
+    Args:
+        divergence: `reverse_kl` (`kl`, `rkl`), `forward_kl` (`fkl`), `jsd` (`js`,
+            `jensen_shannon`), `alpha:A` with 0 < A < 1, `jeffrey` (`jeffreys`), or a `Divergence`
+            object.
+
+    Raises:
+        ValueError: for an unknown name, and for total variation and chi-squared, which are not
+            barriers.
+        TypeError: if the argument is neither a string nor a `Divergence`.
+    """
+    if isinstance(divergence, Divergence):
+        return divergence
+    if not isinstance(divergence, str):
+        raise TypeError(
+            f"divergence must be a name or a Divergence, got {type(divergence).__name__}"
+        )
+    return _parse(divergence)

@@ -1,0 +1,233 @@
+"""The public functions `sample` and `log_probs`, and the torch ops behind them.
+
+Each backend NAME registers `mod_fused::log_probs_NAME` and `mod_fused::sample_NAME` with the same
+schema (`arguments.py`); the functions here check, choose a backend and call its op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import torch_backend
+from .arguments import LOG_PROBS_SCHEMA, SAMPLE_SCHEMA, DrawArguments, MixtureArguments
+from .backends import backends, choose
+from .checks import check_draw, check_mixture
+from .divergence import Divergence
+
+__all__ = ["Sample", "backends", "log_probs", "sample"]
+
+# `define` and `impl`: a third of the dispatch cost of torch.library.custom_op.
+_library = torch.library.Library("mod_fused", "DEF")
+
+
+def _fake_log_probs(*args: object) -> Tensor:
+    mixing = MixtureArguments(*args)  # type: ignore[arg-type]
+    batch = mixing.batch_tensor()
+    return batch.new_empty((batch.shape[0], mixing.vocab_size), dtype=torch.float32)
+
+
+def _fake_sample(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    split = len(MixtureArguments._fields)
+    mixing = MixtureArguments(*args[:split])  # type: ignore[arg-type]
+    drawing = DrawArguments(*args[split:])  # type: ignore[arg-type]
+    batch = mixing.batch_tensor()
+    rows = batch.shape[0]
+    columns = mixing.model_count() if drawing.return_model_logprobs else 0
+    return (
+        batch.new_empty((rows,), dtype=torch.int64),
+        batch.new_empty((rows,), dtype=torch.float32),
+        batch.new_empty((rows,), dtype=torch.bool),
+        batch.new_empty((rows, columns), dtype=torch.float32),
+    )
+
+
+def _define(backend: str) -> None:
+    """Schema and fake implementation of a backend's two ops."""
+    tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+    for name, schema, fake in (
+        (f"log_probs_{backend}", LOG_PROBS_SCHEMA, _fake_log_probs),
+        (f"sample_{backend}", SAMPLE_SCHEMA, _fake_sample),
+    ):
+        _library.define(name + schema, tags=tags)
+        torch.library.register_fake(f"mod_fused::{name}", fake, lib=_library)
+
+
+_define("torch")
+_library.impl("log_probs_torch", torch_backend.log_probs, "CompositeExplicitAutograd")
+_library.impl("sample_torch", torch_backend.sample, "CompositeExplicitAutograd")
+
+
+class Sample(NamedTuple):
+    """What `sample` returns, one entry a row.
+
+    Attributes:
+        tokens: int64 [B], the drawn ids; 0 where the row is invalid.
+        logprobs: float32 [B], log pi*(token) before mask, temperature and filters, in nats; NaN
+            where invalid.
+        valid: bool [B], whether the row's inputs allowed a draw.
+        model_logprobs: float32 [B, M+1], each model's own log-probability of the token, reference
+            first (M columns without a reference); None unless asked for. Add it to
+            `prefix_logprobs` after each token.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    valid: Tensor
+    model_logprobs: Tensor | None
+
+
+def log_probs(
+    ref_logits: Tensor | None,
+    policy_logits: Sequence[Tensor] | Tensor,
+    weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None,
+    *,
+    divergence: str | Divergence = "reverse_kl",
+    normalizer: str = "exact",
+    values: Tensor | None = None,
+    value_ids: Tensor | None = None,
+    value_weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
+    prefix_logprobs: Tensor | None = None,
+    logit_scales: Sequence[float] | None = None,
+    vocab_size: int | None = None,
+    plausibility: float | None = None,
+    plausibility_tensor: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """log pi*, the log-probabilities of the mixture; arguments as in `sample`.
+
+    Returns:
+        float32 [B, V] in nats; -inf for excluded tokens, NaN throughout an invalid row.
+
+    Raises:
+        ValueError: wrong shapes, devices, names, or numbers out of range.
+        TypeError: wrong types or dtypes.
+    """
+    mixing = check_mixture(
+        ref_logits,
+        policy_logits,
+        weights,
+        divergence,
+        normalizer,
+        values,
+        value_ids,
+        value_weights,
+        prefix_logprobs,
+        logit_scales,
+        vocab_size,
+        plausibility,
+        plausibility_tensor,
+    )
+    name = choose(backend, mixing.batch_tensor().device)
+    return getattr(torch.ops.mod_fused, f"log_probs_{name}")(*mixing)
+
+
+def sample(
+    ref_logits: Tensor | None,
+    policy_logits: Sequence[Tensor] | Tensor,
+    weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None,
+    *,
+    divergence: str | Divergence = "reverse_kl",
+    normalizer: str = "exact",
+    values: Tensor | None = None,
+    value_ids: Tensor | None = None,
+    value_weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
+    prefix_logprobs: Tensor | None = None,
+    logit_scales: Sequence[float] | None = None,
+    vocab_size: int | None = None,
+    plausibility: float | None = None,
+    plausibility_tensor: int = 0,
+    temperature: float | Sequence[float] | Tensor = 1.0,
+    top_k: int | Sequence[int] | Tensor | None = None,
+    top_p: float | Sequence[float] | Tensor | None = None,
+    min_p: float | Sequence[float] | Tensor | None = None,
+    mask: Tensor | None = None,
+    seed: int | Sequence[int] | Tensor | None = None,
+    position: int | Sequence[int] | Tensor = 0,
+    return_model_logprobs: bool = False,
+    backend: str | None = None,
+) -> Sample:
+    """Draw the next token of each row from the multi-objective policy (MOD, arXiv 2406.18853, eq.
+    6).
+
+        u(s)   = sum_i w_i f'(pi_i(s) / pi_ref(s)) + sum_j v_j V_j(s)
+        pi*(s) = pi_ref(s) (f')^-1(u(s) - Z),      Z such that sum_s pi*(s) = 1
+
+    then, in this order, mask, temperature, top-k, top-p and min-p, each renormalising before the
+    next. No gradient flows: inputs are detached. B rows, M policies (at most 8), V = `vocab_size`,
+    J value tensors.
+
+    Args:
+        ref_logits: [B, V0] float32, float16 or bfloat16, contiguous in the last dimension. None
+            (reverse KL only) leaves the reference out: pi* is proportional to prod pi_i^w_i.
+        policy_logits: M tensors [B, V_i], or one tensor [M, B, V]; dtypes may differ. Empty with
+            `values`: pure value guidance.
+        weights: [M] or [B, M], any sign and sum: list (finite) or float32/float64 tensor. A tensor
+            of weight 0 is ignored.
+        divergence: name or `Divergence`: reverse_kl, forward_kl, jsd, alpha:A, jeffrey.
+        normalizer: "exact" solves Z; "zero" is eq. 6 as printed, Z = 0 and rescaled to sum to one.
+            Off reverse KL the two may differ even in their most likely token; a row for which Z = 0
+            has no inverse is invalid.
+        values: [J, B, V] scores V_j, or [J, B, K] with `value_ids`; -inf excludes a token. Added
+            before Z is solved.
+        value_ids: int64 [B, K], unique in a row, -1 for padding: the candidates; every other token
+            is excluded.
+        value_weights: v, [J] or [B, J]; None means ones.
+        prefix_logprobs: float32 or float64 [B, M+1], log-probability in nats of the response so far
+            under each model, reference first. Without it the formula sees one token only; reverse
+            KL does not depend on it.
+        logit_scales: M+1 positive numbers; each tensor is multiplied by its own before its softmax.
+        vocab_size: V; None means the narrowest tensor's width. Further columns are never looked at.
+        plausibility: p in (0, 1]: tokens less likely than p times the most likely token of
+            `plausibility_tensor` are excluded.
+        plausibility_tensor: 0 for the reference, i for policy i.
+        temperature: >= 0, scalar or [B]; 0 takes the most likely token, the lowest id among equals.
+        top_k: scalar or [B]; keeps the k most likely and what ties with the last of them; None or 0
+            is off.
+        top_p: in (0, 1], scalar or [B]; keeps the fewest tokens of at least that mass and what ties
+            with the last of them.
+        min_p: in [0, 1], scalar or [B]; drops tokens less likely than min_p times the most likely
+            one.
+        mask: bool [B, V], True = allowed, or packed int32 [B, ceil(V/32)], bit s % 32 of word s //
+            32.
+        seed: an int (row b uses SplitMix64(seed + b)), int64 [B] (one each, independent of the
+            batch), or None (drawn with torch.randint on the device).
+        position: tokens of the response before this one, int or int64 [B]; equal (seed, position)
+            draws equal noise.
+        return_model_logprobs: also return each model's log-probability of the token.
+        backend: None for the fastest available; see `backends`.
+
+    Returns:
+        `Sample`. A row is invalid, and disturbs no other, when NaN or +inf stands in a tensor that
+        counts, an id is out of range, no token is left after support and mask, or a parameter in a
+        tensor is bad.
+
+    Raises:
+        ValueError: wrong shapes, devices, names, or numbers out of range.
+        TypeError: wrong types or dtypes.
+    """
+    mixing = check_mixture(
+        ref_logits,
+        policy_logits,
+        weights,
+        divergence,
+        normalizer,
+        values,
+        value_ids,
+        value_weights,
+        prefix_logprobs,
+        logit_scales,
+        vocab_size,
+        plausibility,
+        plausibility_tensor,
+    )
+    drawing = check_draw(
+        mixing, temperature, top_k, top_p, min_p, mask, seed, position, return_model_logprobs
+    )
+    name = choose(backend, mixing.batch_tensor().device)
+    op = getattr(torch.ops.mod_fused, f"sample_{name}")
+    tokens, logprobs, valid, model_logprobs = op(*mixing, *drawing)
+    return Sample(tokens, logprobs, valid, model_logprobs if return_model_logprobs else None)

@@ -1,0 +1,264 @@
+"""The op in plain torch, on any device: the fallback, the second opinion, and the version to read
+first.
+
+A row is padded to whole tiles of 1024 ids, [B, T, 1024]. `mix` gives its *key*, log pi* up to a
+constant of the row, and that constant apart: filters and the race work on the key, so that order
+never depends on a normaliser's rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import normalizer
+from .arguments import DrawArguments, MixtureArguments
+from .divergence import Divergence, ReverseKL, get_divergence
+from .race import TILE, draw
+from .rows import row_vector
+
+#: Rows are worked through in chunks of about this many tokens, which bounds the temporaries to a
+# few hundred MB.
+CHUNK_TOKENS = 1 << 22
+
+# The range of float32, the same in every backend and in the oracle (design §2).
+_SMALLEST_LOG_REF = -80.0
+_SMALLEST_LOG_RATIO = -80.0
+_SMALLEST_PREFIX_DIFFERENCE = -40.0
+
+
+class Mixture(NamedTuple):
+    """A chunk of b rows after the mathematics: log pi* = key - log_norm."""
+
+    key: Tensor  # float32 [b, T, TILE], -inf off the support
+    log_norm: Tensor  # float32 [b]
+    valid: Tensor  # bool [b]
+    logits: list[Tensor]  # float32 [b, T, TILE] each: scaled, reference first if there is one
+
+
+def log_probs(*args: object) -> Tensor:
+    """Implementation of `torch.ops.mod_fused.log_probs_torch`; arguments in schema order."""
+    mixing = MixtureArguments(*args)  # type: ignore[arg-type]
+    batch = mixing.batch_tensor()
+    out = batch.new_empty((batch.shape[0], mixing.vocab_size), dtype=torch.float32)
+    for rows in _chunks(*out.shape):
+        mixture = mix(mixing, rows)
+        result = (mixture.key - mixture.log_norm[:, None, None]).flatten(1)
+        result = torch.where(mixture.valid[:, None], result, torch.nan)
+        out[rows] = result[:, : mixing.vocab_size]
+    return out
+
+
+def sample(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Implementation of `torch.ops.mod_fused.sample_torch`; arguments in schema order."""
+    split = len(MixtureArguments._fields)
+    mixing = MixtureArguments(*args[:split])  # type: ignore[arg-type]
+    drawing = DrawArguments(*args[split:])  # type: ignore[arg-type]
+    batch = mixing.batch_tensor()
+    count = batch.shape[0]
+    columns = mixing.model_count() if drawing.return_model_logprobs else 0
+    tokens = batch.new_empty((count,), dtype=torch.int64)
+    logprobs = batch.new_empty((count,), dtype=torch.float32)
+    valid = batch.new_empty((count,), dtype=torch.bool)
+    model_logprobs = batch.new_empty((count, columns), dtype=torch.float32)
+    for rows in _chunks(count, mixing.vocab_size):
+        mixture = mix(mixing, rows)
+        token, drawn = draw(drawing, rows, count, mixture.key, mixing.vocab_size)
+        ok = mixture.valid & drawn
+        token = torch.where(ok, token, 0)
+        tokens[rows] = token
+        valid[rows] = ok
+        logprobs[rows] = torch.where(ok, _pick(mixture.key, token) - mixture.log_norm, torch.nan)
+        if columns:
+            each = [_pick(x, token) - normalizer.row_logsumexp(x) for x in mixture.logits]
+            model_logprobs[rows] = torch.where(ok[:, None], torch.stack(each, 1), torch.nan)
+    return tokens, logprobs, valid, model_logprobs
+
+
+def _chunks(rows: int, vocab_size: int) -> list[slice]:
+    size = max(1, CHUNK_TOKENS // vocab_size)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _pick(x: Tensor, token: Tensor) -> Tensor:
+    """x [b, T, TILE] at one token id per row [b]."""
+    return x.flatten(1).gather(1, token[:, None]).squeeze(1)
+
+
+def _tiles(x: Tensor, vocab_size: int) -> Tensor:
+    """The first V columns of [b, >= V] as float32 [b, T, TILE], the tail filled with -inf."""
+    x = x[:, :vocab_size].float()
+    padded = torch.nn.functional.pad(x, (0, -vocab_size % TILE), value=-torch.inf)
+    return padded.unflatten(1, (-1, TILE))
+
+
+def _float32(x: float) -> float:
+    """x rounded to float32."""
+    return torch.tensor(x, dtype=torch.float32).item()
+
+
+def _fma(c: Tensor, x: Tensor, total: Tensor) -> Tensor:
+    """fma(c, x, total) with one rounding to float32, c [b] against [b, T, TILE]; `total` where c is
+    0.
+
+    The product of two float32 is exact in float64. x may be infinite off the support, where nothing
+    reads the result.
+    """
+    c = c.float()[:, None, None]
+    return torch.where(c == 0, total, (c.double() * x.double() + total.double()).float())
+
+
+def _dense_values(
+    mixing: MixtureArguments, rows: slice
+) -> tuple[list[Tensor], Tensor | None, Tensor]:
+    """Values as J tensors [b, T, TILE], the candidate set (None: every token), and bool [b]: all
+    ids in range."""
+    assert mixing.values is not None
+    values = mixing.values[:, rows].float()
+    if mixing.value_ids is None:
+        ids_ok = torch.ones(values.shape[1], dtype=torch.bool, device=values.device)
+        return [_tiles(x, mixing.vocab_size) for x in values], None, ids_ok
+    ids = mixing.value_ids[rows]
+    inside = (ids >= 0) & (ids < mixing.vocab_size)
+    ids_ok = (inside | (ids == -1)).all(1)
+    # One column more than the row has takes what the padding writes.
+    width = mixing.vocab_size + -mixing.vocab_size % TILE
+    target = torch.where(inside, ids, width)
+    zeros = values.new_zeros((ids.shape[0], width + 1))
+    dense = [zeros.scatter(1, target, x)[:, :width].unflatten(1, (-1, TILE)) for x in values]
+    candidates = zeros.scatter(1, target, 1.0)[:, :width].unflatten(1, (-1, TILE)) > 0
+    return dense, candidates, ids_ok
+
+
+def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
+    """Support, validity and log pi* of a chunk of rows (design §2)."""
+    divergence = get_divergence(mixing.divergence)
+    vocab_size = mixing.vocab_size
+    tensors = [x[rows] for x in mixing.tensors()]
+    logits = [_tiles(x, vocab_size) for x in tensors]
+    if mixing.logit_scales:
+        logits = [x * scale for x, scale in zip(logits, mixing.logit_scales, strict=True)]
+    policies = logits[mixing.ref_logits is not None :]
+    count, device = logits[0].shape[0], logits[0].device
+
+    weights = row_vector(mixing.weights, mixing.weights_tensor, len(policies), rows, device)
+    valid = weights.isfinite().all(1)
+    columns = torch.arange(logits[0][0].numel(), device=device).view(logits[0].shape[1:])
+    support = (columns < vocab_size).expand(count, -1, -1)
+
+    values: list[Tensor] = []
+    value_weights = weights.new_zeros((count, 0))
+    if mixing.values is not None:
+        values, candidates, ids_ok = _dense_values(mixing, rows)
+        value_weights = row_vector(
+            mixing.value_weights, mixing.value_weights_tensor, len(values), rows, device
+        )
+        valid = valid & ids_ok & value_weights.isfinite().all(1)
+        if candidates is not None:
+            support = support & candidates
+
+    # A tensor of weight 0 is ignored entirely; the reference never is.
+    pairs = [(x, weights[:, i]) for i, x in enumerate(policies)]
+    pairs += [(x, value_weights[:, j]) for j, x in enumerate(values)]
+    if mixing.ref_logits is not None:
+        pairs.append((logits[0], torch.ones_like(weights.new_empty(count))))
+    for x, weight in pairs:
+        counts = weight != 0
+        broken = (x.isnan() | (x == torch.inf)).flatten(1).any(1)
+        valid = valid & ~(counts & broken)
+        support = support & (x.isfinite() | ~counts[:, None, None])
+
+    if mixing.plausibility > 0.0:
+        x = logits[mixing.plausibility_tensor - (mixing.ref_logits is None)]
+        peak = x.amax((-2, -1))
+        valid = valid & peak.isfinite()  # NaN and +inf both end up in the peak
+        support = support & (x - peak[:, None, None] >= _float32(math.log(mixing.plausibility)))
+
+    if isinstance(divergence, ReverseKL):
+        key = _log_linear(mixing, logits, weights, values, value_weights)
+    else:
+        key, support, solvable = _general(
+            mixing, divergence, rows, logits, weights, values, value_weights, support
+        )
+        valid = valid & solvable
+    key = torch.where(support, key, -torch.inf)
+    log_norm = normalizer.row_logsumexp(key)
+    # Neither an empty support (-inf) nor an overflow (NaN, +inf) leaves a finite normaliser.
+    return Mixture(key, log_norm, valid & log_norm.isfinite(), logits)
+
+
+def _log_linear(
+    mixing: MixtureArguments,
+    logits: list[Tensor],
+    weights: Tensor,
+    values: list[Tensor],
+    value_weights: Tensor,
+) -> Tensor:
+    """Reverse KL: (1 - sum w) l_0 + sum w_i l_i + sum v_j V_j on the raw logits, in the order fixed
+    by design §3."""
+    coefficients = [weights[:, i] for i in range(weights.shape[1])]
+    if mixing.ref_logits is not None:
+        total = weights.new_zeros(weights.shape[0])
+        for weight in coefficients:
+            total = total + weight
+        coefficients.insert(0, 1.0 - total)
+    coefficients += [value_weights[:, j] for j in range(value_weights.shape[1])]
+    key = torch.zeros_like(logits[0])
+    for c, x in zip(coefficients, [*logits, *values], strict=True):
+        key = _fma(c, x, key)
+    return key
+
+
+def _general(
+    mixing: MixtureArguments,
+    divergence: Divergence,
+    rows: slice,
+    logits: list[Tensor],
+    weights: Tensor,
+    values: list[Tensor],
+    value_weights: Tensor,
+    support: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every other divergence, in deficit form: the key lr + log H(tau + D), the support, and
+    whether Z exists [b]."""
+    log_norms = [normalizer.row_logsumexp(x) for x in logits]
+    log_ref = logits[0] - log_norms[0][:, None, None]
+    support = support & (log_ref >= _SMALLEST_LOG_REF)
+    log_ref = torch.where(support, log_ref, -torch.inf)
+    solvable = torch.ones_like(support[:, 0, 0])
+
+    shifts = torch.stack(log_norms, 1).double()
+    shifts = shifts[:, :1] - shifts[:, 1:]
+    if mixing.prefix_logprobs is not None:
+        prefix = mixing.prefix_logprobs[rows].double()
+        used = weights != 0
+        solvable = prefix[:, 0].isfinite() & (prefix[:, 1:].isfinite() | ~used).all(1)
+        difference = prefix[:, 1:] - prefix[:, :1]
+        if divergence.clamped and difference.shape[1]:
+            least = torch.where(used, difference, torch.inf).amin(1, keepdim=True)
+            difference = difference + (_SMALLEST_PREFIX_DIFFERENCE - least).clamp(min=0.0)
+        shifts = shifts + difference
+    shifts = shifts.float()
+
+    deficit = torch.zeros_like(log_ref)  # Q
+    for i, x in enumerate(logits[1:]):
+        # Raw differences first: they are exact for logits of 16 bits.
+        d = (x - logits[0]) + shifts[:, i, None, None]
+        if divergence.clamped:
+            d = d.clamp(min=_SMALLEST_LOG_RATIO)
+        w = weights[:, i, None, None].float()
+        deficit = torch.where(w == 0, deficit, deficit + w * divergence.deficit(d))
+    for j, x in enumerate(values):
+        deficit = _fma(-value_weights[:, j], x, deficit)
+
+    excess, least, best = normalizer.excess_deficit(deficit, support)
+    if mixing.normalizer == "exact":
+        tau = normalizer.solve(divergence, log_ref, excess, best)
+    else:
+        tau = (divergence.supremum * (1.0 - weights.sum(1)) + least.double()).float()
+        if divergence.bounded:
+            solvable = solvable & (tau > 0)
+    return log_ref + divergence.log_ratio(tau[:, None, None] + excess), support, solvable
