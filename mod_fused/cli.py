@@ -1,0 +1,210 @@
+"""The command `mod-fused`: its arguments, and how an error ends it. What it does: commands.py."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from . import __version__
+from .commands import UsageError, run_demo, run_doctor, run_generate, run_sweep
+from .divergence import get_divergence
+
+NORMALIZERS = ("exact", "zero")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _divergence(text: str) -> str:
+    try:
+        return get_divergence(text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _device(text: str) -> str:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:1, ..., got {text!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return text
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text!r}")
+        return int(text)
+
+    return convert
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser of all commands; each sets `run`, a function of the parsed arguments."""
+    parser = _Parser(prog="mod-fused", description="multi-objective decoding with several models")
+    parser.add_argument("--version", action="version", version=f"mod_fused {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    mixture = _Parser(add_help=False)
+    group = mixture.add_argument_group("models (default: the embedded ones)")
+    group.add_argument("--reference", metavar="PATH", help="folder or hub name of the reference")
+    group.add_argument(
+        "--policy",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="folder or hub name of a policy; repeat it for several",
+    )
+    group.add_argument(
+        "--objectives",
+        type=_names,
+        metavar="A,B",
+        help="embedded policies to use: helpful, harmless, humorous (default: all)",
+    )
+    group.add_argument("--device", type=_device, help="cpu, cuda, cuda:1, ...")
+    group.add_argument("--dtype", choices=DTYPES, help="of the models' weights")
+    group = mixture.add_argument_group("mixture")
+    group.add_argument(
+        "--divergence",
+        type=_divergence,
+        default="reverse_kl",
+        metavar="NAME",
+        help="reverse_kl, forward_kl, jsd, alpha:0.5, jeffrey (default: reverse_kl)",
+    )
+    group.add_argument(
+        "--normalizer",
+        choices=NORMALIZERS,
+        default="exact",
+        help="zero: the paper's formula as printed, Z = 0 (default: exact)",
+    )
+    group.add_argument(
+        "--sequence-history",
+        action="store_true",
+        help="weigh the whole response so far, not the next token alone",
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=_whole(1),
+        default=64,
+        metavar="N",
+        help="the most tokens of a response (default: 64)",
+    )
+    group.add_argument("--seed", type=_whole(0), default=0, help="(default: 0)")
+
+    demo = commands.add_parser("demo", help="steer the embedded models, draw their trade-off")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("mod_fused_demo.png"),
+        metavar="FILE",
+        help="the picture (default: mod_fused_demo.png)",
+    )
+    demo.add_argument("--seed", type=_whole(0), default=0, help="(default: 0)")
+    demo.add_argument("--divergence", type=_divergence, default="reverse_kl", metavar="NAME")
+    demo.add_argument("--quick", action="store_true", help="fewer questions and weights")
+    demo.set_defaults(run=run_demo)
+
+    generate = commands.add_parser("generate", parents=[mixture], help="answer prompts")
+    generate.add_argument(
+        "--weights",
+        nargs="+",
+        metavar="W",
+        help="one number per policy, any sign (default: equal, summing to 1)",
+    )
+    generate.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="repeat it for several; default: the lines of standard input",
+    )
+    generate.add_argument("--temperature", type=float, default=1.0, metavar="T")
+    generate.add_argument("--top-k", type=int, metavar="K")
+    generate.add_argument("--top-p", type=float, metavar="P")
+    generate.add_argument("--min-p", type=float, metavar="P")
+    generate.add_argument("--greedy", action="store_true", help="the most likely token each time")
+    generate.add_argument("--json", action="store_true", help="one JSON object per prompt")
+    generate.set_defaults(run=run_generate)
+
+    sweep = commands.add_parser(
+        "sweep", parents=[mixture], help="rewards over a grid of weights, as CSV and picture"
+    )
+    sweep.add_argument(
+        "--points",
+        type=_whole(2),
+        default=5,
+        metavar="K",
+        help="weights per edge of the simplex (default: 5: 0, 1/4, ..., 1)",
+    )
+    sweep.add_argument(
+        "--prompts",
+        type=_whole(1),
+        default=100,
+        metavar="N",
+        help="held-out prompts of the embedded world (default: 100)",
+    )
+    sweep.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="own prompts, one a line (needed with own models)",
+    )
+    sweep.add_argument(
+        "--samples",
+        type=_whole(1),
+        default=1,
+        metavar="N",
+        help="responses per prompt and weight (default: 1)",
+    )
+    sweep.add_argument(
+        "--reward",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="function of (prompt, response) for own models, one per policy; without"
+        " them the table shows log pi_i/pi_ref, the policies' implicit reward",
+    )
+    sweep.add_argument("--csv", type=Path, default=Path("mod_fused_sweep.csv"), metavar="FILE")
+    sweep.add_argument("--picture", type=Path, default=Path("mod_fused_sweep.png"), metavar="FILE")
+    sweep.set_defaults(run=run_sweep)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, backends and a self-check")
+    doctor.set_defaults(run=run_doctor)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `mod-fused`; returns the exit code, 2 with one line on stderr for bad arguments.
+
+    Args:
+        argv: the arguments; None: those of the process.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+        return args.run(args)
+    except (ValueError, ImportError, OSError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"mod-fused: {lines[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

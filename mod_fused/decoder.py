@@ -1,0 +1,335 @@
+"""Text from several models at once: `generate` draws every token of a batch from pi*."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .divergence import Divergence, get_divergence
+from .ensemble import Ensemble
+from .ops import sample
+from .streaming import streaming
+
+# Why a row ended, by code; a row still running when the tokens run out ended by length.
+FINISH_REASONS = ("length", "eos", "stop", "invalid")
+_RUNNING, _EOS, _STOP, _INVALID = range(4)
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """What `generate` returns. T is the length of the longest response.
+
+    Attributes:
+        sequences: int64 [B, n + T], the prompts of the first model, left-padded, then the
+            responses.
+        tokens: int64 [B, T], the responses alone, with pad_token_id behind their ends.
+        lengths: int64 [B], tokens in each response, its end-of-sequence token included.
+        finish_reasons: B strings: "eos", "stop" (a stop string), "length", or "invalid" (see
+            valid).
+        texts: B decoded responses without special tokens, a stop string included; None without a
+            tokenizer.
+        logprobs: float32 [B, T], log pi*(token), before temperature and filters. 0 behind the end
+            of a response, so that a sum over T is the log-probability of the response.
+        model_logprobs: float32 [B, T, M+1], log-probability of the token under each model (its
+            logits times its scale), reference first; M columns without a reference. 0 behind the
+            end. None unless asked for.
+        valid: bool [B]. False: at some step the op had nothing to draw from (NaN logits, everything
+            masked); the response ends before that step, whose log-probabilities are NaN.
+    """
+
+    sequences: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    finish_reasons: list[str]
+    texts: list[str] | None
+    logprobs: Tensor
+    model_logprobs: Tensor | None
+    valid: Tensor
+
+
+# no_grad, not inference_mode: tensors made in inference mode could not enter a loss later.
+@torch.no_grad()
+def generate(
+    ensemble: Ensemble,
+    prompts: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+    *,
+    weights: Sequence[float] | Sequence[Sequence[float]] | Tensor,
+    input_ids: Tensor | Sequence[Tensor] | None = None,
+    attention_mask: Tensor | Sequence[Tensor] | None = None,
+    divergence: str | Divergence = "reverse_kl",
+    normalizer: str = "exact",
+    sequence_history: bool = False,
+    logit_scales: Sequence[float] | None = None,
+    vocab_size: int | None = None,
+    plausibility: float | None = None,
+    plausibility_tensor: int = 0,
+    value_fn: Callable[[int, Tensor], Tensor | tuple[Tensor, Tensor]] | None = None,
+    value_weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
+    mask_fn: Callable[[int, Tensor], Tensor] | None = None,
+    max_new_tokens: int = 20,
+    do_sample: bool = True,
+    temperature: float | Sequence[float] | Tensor = 1.0,
+    top_k: int | Sequence[int] | Tensor | None = None,
+    top_p: float | Sequence[float] | Tensor | None = None,
+    min_p: float | Sequence[float] | Tensor | None = None,
+    seed: int | Sequence[int] | Tensor | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    streamer: Any = None,
+    use_cache: bool = True,
+    return_model_logprobs: bool = True,
+    backend: str | None = None,
+) -> GenerateOutput:
+    """Draw responses from the policy that is optimal for a weighted sum of objectives.
+
+    At each step pi*(s) = pi_ref(s) (f')^-1(-Z + sum_i w_i f'(pi_i(s) / pi_ref(s))) (MOD, arXiv
+    2406.18853), or its relatives of `mod_fused.sample`, which documents divergence, normalizer,
+    logit_scales, vocab_size, plausibility, temperature, top_k, top_p, min_p and backend. weights,
+    temperature, top_k, top_p, min_p and seed may differ from row to row. The models' own generation
+    configs give end-of-sequence and padding ids, nothing else.
+
+    Args:
+        ensemble: the models; B rows are decoded together.
+        prompts: one string, B strings for all models, or one list of B strings per model (no list
+            for a reference that is None). Each model's tokenizer encodes its own.
+        weights: [M] or [B, M].
+        input_ids: instead of prompts: integer tensor [B, n] for all models, or a list with one per
+            model.
+        attention_mask: for input_ids, same form: 1 for tokens, 0 for padding, which stands on the
+            left.
+        sequence_history: weigh whole responses, as eq. 6 of the paper does: the log-ratio of the
+            response so far is added to each token's. Changes nothing for reverse KL, where it
+            cancels.
+        value_fn: `value_fn(step, sequences)` returns values [J, B, V], or (values [J, B, K],
+            value_ids [B, K]); sequences int64 [B, n + step] are the first model's prompts and the
+            responses so far.
+        value_weights: [J] or [B, J], for value_fn.
+        mask_fn: `mask_fn(step, sequences)` returns the tokens allowed next: bool [B, V], or packed
+            int32 [B, ceil(V/32)].
+        max_new_tokens: the most tokens to draw per row.
+        do_sample: False is temperature 0, the most likely token of pi*.
+        seed: int, or one int64 per row (list or tensor), or None for seeds from torch's generator.
+            With one per row, a row's tokens depend on its own seed and prompt, not on its place or
+            its company.
+        eos_token_id: id or ids that end a row; None: those of all models; an empty list: none.
+        pad_token_id: what follows an ended row; None: the tokenizer's, else an end-of-sequence id.
+        stop_strings: end a row when its decoded response holds one of them. Needs a tokenizer.
+        streamer: `streamer(step, tokens)`, called after each step with the tokens int64 [B] on the
+            CPU (pad_token_id for ended rows); or a transformers streamer, for one row.
+        use_cache: False recomputes the whole sequence at each step: for models without a KV cache.
+        return_model_logprobs: return log pi_ref and log pi_i of each token.
+
+    Returns:
+        GenerateOutput. One host synchronisation per step tells whether all rows have ended. (In a
+        batch with padding transformers adds its own, for its attention masks.)
+
+    Raises:
+        TypeError, ValueError: before any model runs, for arguments that do not fit; see
+            `mod_fused.sample`.
+    """
+    if not isinstance(ensemble, Ensemble):
+        raise TypeError(f"ensemble must be a mod_fused.Ensemble, got {type(ensemble).__name__}")
+    _check_count("max_new_tokens", max_new_tokens, 1)
+    stops = _stop_strings(stop_strings, ensemble.tokenizer)
+    eos_ids = _eos_ids(eos_token_id, ensemble)
+    pad = ensemble.pad_token_id if pad_token_id is None else pad_token_id
+    _check_count("pad_token_id", pad, 0, ensemble.vocab_size)
+    if value_fn is None and value_weights is not None:
+        raise ValueError("value_weights were given without value_fn")
+
+    ids, masks = ensemble.encode(
+        prompts, input_ids=input_ids, attention_mask=attention_mask, pad_token_id=pad
+    )
+    batch, width, device = *ids[0].shape, ids[0].device
+    stream = streaming(streamer, batch)
+    if seed is None:
+        # Once, not per step: position tells the steps apart.
+        seed = torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64, device=device)
+    options: dict[str, Any] = {
+        "weights": weights,
+        "value_weights": value_weights,
+        "divergence": divergence,
+        "normalizer": normalizer,
+        "logit_scales": logit_scales,
+        "plausibility": plausibility,
+        "plausibility_tensor": plausibility_tensor,
+        "temperature": temperature if do_sample else 0.0,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+        "backend": backend,
+    }
+    _rehearse(ensemble, batch, device, options, with_values=value_fn is not None)
+    options = {name: _placed(name, value, device) for name, value in options.items()}
+    options["vocab_size"] = vocab_size
+    history = None
+    if sequence_history and get_divergence(divergence).name != "reverse_kl":
+        # Starts at the response: both models were given the prompt.
+        history = torch.zeros(batch, len(ensemble.models), dtype=torch.float64, device=device)
+
+    state = ensemble.start(ids, masks, max_new_tokens=max_new_tokens, use_cache=use_cache)
+    columns = len(ids)  # models that are there
+    sequences = torch.cat([ids[0], ids[0].new_full((batch, max_new_tokens), pad)], dim=1)
+    logprobs = torch.zeros(batch, max_new_tokens, device=device)
+    model_logprobs = torch.zeros(batch, max_new_tokens, columns, device=device)
+    lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+    reason = torch.full((batch,), _RUNNING, dtype=torch.int64, device=device)
+    eos = torch.tensor(eos_ids, dtype=torch.int64, device=device)
+    responses: list[list[int]] = [[] for _ in range(batch)]
+    tokens = None
+    stream.begin(ids[0])
+
+    for step in range(max_new_tokens):
+        reference, policies = state.step(tokens)
+        so_far = sequences[:, : width + step]
+        drawn = sample(
+            reference,
+            policies,
+            **options,
+            **_values(value_fn, step, so_far),
+            mask=None if mask_fn is None else mask_fn(step, so_far),
+            prefix_logprobs=history,
+            position=step,
+            return_model_logprobs=return_model_logprobs or history is not None,
+        )
+        active = reason == _RUNNING
+        kept = active & drawn.valid
+        tokens = torch.where(kept, drawn.tokens, pad)
+        sequences[:, width + step] = tokens
+        lengths += kept
+        logprobs[:, step] = torch.where(active, drawn.logprobs, 0.0)
+        if drawn.model_logprobs is not None:
+            of_models = torch.where(active[:, None], drawn.model_logprobs, 0.0)
+            model_logprobs[:, step] = of_models
+            if history is not None:
+                history += of_models
+        reason = torch.where(active & ~drawn.valid, _INVALID, reason)
+        reason = torch.where(kept & torch.isin(tokens, eos), _EOS, reason)
+
+        if stops or stream.active:
+            # One transfer serves stop strings, streaming and the stop check.
+            host_tokens, host_kept, host_reason = torch.stack([tokens, kept.long(), reason]).cpu()
+            stream.put(step, host_tokens)
+            for row, text_ids in enumerate(responses if stops else ()):
+                if host_kept[row]:
+                    text_ids.append(int(host_tokens[row]))
+                    if host_reason[row] == _RUNNING and _ends(text_ids, stops, ensemble.tokenizer):
+                        host_reason[row] = _STOP
+            reason = host_reason.to(device)
+            done = bool((host_reason != _RUNNING).all())
+        else:
+            done = bool((reason != _RUNNING).all())
+        if done:
+            break
+
+    stream.end()
+    steps = step + 1
+    return GenerateOutput(
+        sequences=sequences[:, : width + steps],
+        tokens=sequences[:, width : width + steps],
+        lengths=lengths,
+        finish_reasons=[FINISH_REASONS[code] for code in reason.tolist()],
+        texts=_decode(ensemble.tokenizer, sequences[:, width:], lengths),
+        logprobs=logprobs[:, :steps],
+        model_logprobs=model_logprobs[:, :steps] if return_model_logprobs else None,
+        valid=reason != _INVALID,
+    )
+
+
+def _rehearse(
+    ensemble: Ensemble,
+    batch: int,
+    device: torch.device,
+    options: dict[str, Any],
+    with_values: bool,
+) -> None:
+    """Draw from two-token logits, so that the op refuses bad options before any model runs."""
+    logits = torch.zeros(batch, 2, device=device)
+    values = logits[None] if with_values else None
+    if values is not None and options["value_weights"] is not None:
+        # How many values there will be is known from their weights alone.
+        values = values.repeat(torch.as_tensor(options["value_weights"]).shape[-1], 1, 1)
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    reference = None if ensemble.models[0] is None else logits
+    sample(reference, [logits] * ensemble.num_policies, values=values, **options)
+
+
+def _values(
+    value_fn: Callable[[int, Tensor], Tensor | tuple[Tensor, Tensor]] | None,
+    step: int,
+    sequences: Tensor,
+) -> dict[str, Any]:
+    if value_fn is None:
+        return {}
+    values = value_fn(step, sequences)
+    if isinstance(values, tuple):
+        return {"values": values[0], "value_ids": values[1]}
+    return {"values": values}
+
+
+def _placed(name: str, value: Any, device: torch.device) -> Any:
+    """A parameter with one entry per row on the device: as a list it would be copied every step."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if not isinstance(value, (list, tuple)) or not value:
+        return value
+    if name == "seed":
+        signed = [x - 2**64 if x >= 2**63 else x for x in value]  # int64 of the same 64 bits
+        return torch.tensor(signed, dtype=torch.int64, device=device)
+    if name == "top_k":
+        return torch.tensor(value, dtype=torch.int64, device=device)
+    if name in ("temperature", "top_p", "min_p") or isinstance(value[0], (list, tuple)):
+        return torch.tensor(value, dtype=torch.float64, device=device)
+    return value
+
+
+def _check_count(name: str, value: Any, least: int, limit: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if limit is not None and value >= limit:
+        raise ValueError(f"{name} must be below the models' {limit} token ids, got {value}")
+
+
+def _eos_ids(eos_token_id: int | Sequence[int] | None, ensemble: Ensemble) -> list[int]:
+    if eos_token_id is None:
+        return ensemble.eos_token_ids
+    ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    for token in ids:
+        _check_count("eos_token_id", token, 0)
+    return ids
+
+
+def _stop_strings(stop_strings: str | Sequence[str] | None, tokenizer: Any) -> list[str]:
+    if stop_strings is None:
+        return []
+    stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    if not all(isinstance(stop, str) for stop in stops):
+        raise TypeError(f"stop_strings must be a string or a list of strings, got {stop_strings!r}")
+    if not all(stops):
+        raise ValueError(
+            "stop_strings must not hold an empty string: it would end every row at once"
+        )
+    if stops and tokenizer is None:
+        raise ValueError("stop_strings need a tokenizer: pass tokenizers to Ensemble")
+    return stops
+
+
+def _ends(token_ids: list[int], stops: list[str], tokenizer: Any) -> bool:
+    """Whether a stop string is in the response, decoded whole: a token's text needs the others."""
+    text = tokenizer.decode(token_ids)
+    return any(stop in text for stop in stops)
+
+
+def _decode(tokenizer: Any, tokens: Tensor, lengths: Tensor) -> list[str] | None:
+    if tokenizer is None:
+        return None
+    rows = zip(tokens.tolist(), lengths.tolist(), strict=True)
+    return [tokenizer.decode(row[:length], skip_special_tokens=True) for row, length in rows]

@@ -1,0 +1,288 @@
+"""The float64 oracle for log pi*: plain bisection, one row at a time, numpy only.
+
+It shares no code and no method with the backends. The equation is the one of MOD
+(arXiv 2406.18853, eq. 6) with a tilt by value scores,
+
+    f'(pi*(s) / pi_ref(s)) = u(s) - Z,
+    u(s) = sum_i w_i f'(pi_i(s) / pi_ref(s)) + sum_j v_j V_j(s),
+
+Z such that pi* sums to one. Bisecting Z itself fails even in float64, because Z comes within 1e-9
+to 1e-40 of the pole of the inverse of f'. The unknown here is rho = log(pi*/pi_ref) of the token
+s* with the largest u: everything else follows from it through differences of u,
+
+    f'(e^r(s)) = f'(e^rho) - (u(s*) - u(s)),
+
+no r(s) moves faster than rho does, and rho lies between -log P (all ratios equal, P the reference's
+mass on the support) and -log pi_ref(s*) (s* takes everything), whatever the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray
+
+LOG_REF_FLOOR = -80.0  # off reverse KL, tokens with log pi_ref below this leave the support
+LOG_RATIO_FLOOR = -80.0  # d is clamped below here
+PREFIX_FLOOR = -40.0  # the smallest prefix difference, after all are shifted up together
+
+
+class Slope(NamedTuple):
+    """f' of one divergence as a function of the log-ratio d, shifted by its supremum c.
+
+    Subtracting a constant from f' only moves Z, and keeps f' - c exact near the pole, where f'
+    itself rounds to c.
+    """
+
+    supremum: float  # c = sup f'; 0 where f' is unbounded (Jeffrey)
+    slope: Callable[[Array], Array]  # d -> f'(e^d) - c
+    inverse: Callable[[Array], Array]  # the d with f'(e^d) - c = y
+    unbounded: bool = False  # sup f' = +inf: every y has an inverse
+    floors: bool = True  # the two floors on d apply (not to JSD, whose f' is linear there)
+
+
+def _jeffrey_inverse(y: Array) -> Array:
+    """Solve d - e^-d + 1 = y. The left side is concave, so Newton never overshoots twice."""
+    t = y - 1.0
+    d = np.where(t < -1.0, -np.log(np.maximum(-t, 1.0)), t + 1.0)  # within one of the solution
+    for _ in range(8):
+        v = np.exp(-d)
+        d = d - (d - v - t) / (1.0 + v)
+    return d
+
+
+def slope_of(divergence: Any) -> Slope | None:
+    """The f' of a divergence given by name (or by an object with a `name`); None for reverse KL."""
+    name = str(getattr(divergence, "name", divergence))
+    if name == "reverse_kl":
+        return None
+    if name == "forward_kl":  # f = -log x, f' = -1/x
+        return Slope(0.0, lambda d: -np.exp(-d), lambda y: -np.log(-y))
+    if name == "jsd":  # f = x log x - (x+1) log((x+1)/2), f' = log 2 + log(x / (1+x))
+        return Slope(
+            float(np.log(2.0)),
+            lambda d: -np.logaddexp(0.0, -d),
+            lambda y: y - np.log(-np.expm1(y)),  # -log(expm1(-y)), without overflow
+            floors=False,
+        )
+    if name.startswith("alpha:"):  # f = (x^(1-a) - (1-a) x - a) / (a (a-1)), f' = (1 - x^-a) / a
+        a = float(name.removeprefix("alpha:"))
+        return Slope(1.0 / a, lambda d: -np.exp(-a * d) / a, lambda y: -np.log(-a * y) / a)
+    if name == "jeffrey":  # f = (x-1) log x, f' = log x - 1/x + 1
+        return Slope(0.0, lambda d: d - np.exp(-d) + 1.0, _jeffrey_inverse, unbounded=True)
+    raise ValueError(
+        "expected reverse_kl, forward_kl, jsd, alpha:<number in (0, 1)> or jeffrey, got " + name
+    )
+
+
+def to_float64(x: Any) -> Array:
+    """A float64 numpy array of a torch tensor (any dtype and device), array, list or number."""
+    if hasattr(x, "detach"):
+        x = x.detach().double().cpu().numpy()
+    return np.asarray(x, dtype=np.float64)
+
+
+def log_softmax(logits: Array) -> Array:
+    """log softmax over the last axis in float64; all NaN where no entry is finite."""
+    peak = logits.max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        shifted = logits - peak
+        return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def solve_log_ratios(lr: Array, u: Array, slope: Slope) -> Array:
+    """log(pi* / pi_ref) over the support, by bisection on rho (see the top of the file).
+
+    `lr` [N] is log pi_ref on the support and `u` [N] is u(s) up to a constant, which only moves Z.
+    The result is not renormalised: its distance from sum one is the error of the solution.
+    """
+    best = int(np.argmax(u))
+    behind = u[best] - u  # >= 0
+
+    def log_ratios(rho: float) -> Array:
+        return slope.inverse(slope.slope(np.array(rho)) - behind)
+
+    low, high = -np.log(np.exp(lr).sum()), -lr[best]
+    while low < (middle := 0.5 * (low + high)) < high:  # until no float64 lies between
+        if np.exp(lr + log_ratios(middle)).sum() < 1.0:
+            low = middle
+        else:
+            high = middle
+    return log_ratios(middle)
+
+
+def log_ratios_at_zero(u: Array, weight_sum: float, slope: Slope) -> Array | None:
+    """log(pi* / pi_ref) for Z = 0, MOD's eq. 6 as printed; None where Z = 0 has no inverse.
+
+    `u` is sum_i w_i (f' - c)(d_i) + tilt, so f' - c of the answer is u + c (sum w - 1).
+    """
+    y = u + slope.supremum * (weight_sum - 1.0)
+    if not slope.unbounded and not (y < 0.0).all():
+        return None
+    return slope.inverse(y)
+
+
+def _read_values(
+    values: Any, value_ids: Any, value_weights: Any, vocab: int
+) -> tuple[Array, Array] | None:
+    """The tilt sum_j v_j V_j [V] (-inf excludes) and the candidate set [V]; None if invalid."""
+    tilt = np.zeros(vocab)
+    if values is None:
+        return tilt, np.ones(vocab, dtype=bool)
+    scores = to_float64(values)
+    v = to_float64(value_weights if value_weights is not None else np.ones(len(scores)))
+    at = np.arange(vocab)
+    if value_ids is not None:
+        at = to_float64(value_ids).astype(np.int64)
+        if (at < -1).any() or (at >= vocab).any():
+            return None
+        scores, at = scores[:, at >= 0], at[at >= 0]
+    candidates = np.zeros(vocab, dtype=bool)
+    candidates[at] = True
+    for weight, score in zip(v, scores, strict=True):
+        if weight == 0.0:
+            continue  # ignored entirely
+        if not np.isfinite(weight) or np.isnan(score).any() or (score == np.inf).any():
+            return None
+        finite = score > -np.inf
+        tilt[at[finite]] += weight * score[finite]
+        tilt[at[~finite]] = -np.inf
+    return tilt, candidates
+
+
+def log_probs_row(
+    ref_logits: Any,
+    policy_logits: Any,
+    weights: Any,
+    *,
+    divergence: Any = "reverse_kl",
+    normalizer: str = "exact",
+    values: Any = None,
+    value_ids: Any = None,
+    value_weights: Any = None,
+    prefix_logprobs: Any = None,
+    logit_scales: Any = None,
+    vocab_size: int | None = None,
+    plausibility: float | None = None,
+    plausibility_tensor: int = 0,
+) -> Array:
+    """log pi* of one row, float64 [V]; -inf outside the support, all NaN for an invalid row.
+
+    Arguments are one row of those of `mod_fused.log_probs`: `ref_logits` [V0] or None,
+    `policy_logits` M vectors [V_i], `weights` [M], `values` [J, V] or [J, K] with `value_ids` [K],
+    `value_weights` [J], `prefix_logprobs` and `logit_scales` [M+1] (reference first).
+    """
+    slope = slope_of(divergence)
+    w = to_float64(weights).reshape(-1)
+    rows = ([] if ref_logits is None else [to_float64(ref_logits)]) + [
+        to_float64(p) for p in policy_logits
+    ]
+    vocab = vocab_size if vocab_size is not None else min(len(row) for row in rows)
+    scales = to_float64(logit_scales) if logit_scales is not None else np.ones(len(rows))
+    rows = [row[:vocab] * scale for row, scale in zip(rows, scales, strict=True)]
+    if ref_logits is None:
+        if slope is not None:
+            raise ValueError("a divergence other than reverse_kl needs a reference")
+        rows = [np.zeros(vocab), *rows]  # so that index i is policy i; it gets no weight below
+    invalid = np.full(vocab, np.nan)
+
+    # A tensor of weight zero is not looked at, unless plausibility names it.
+    used = [i for i in range(1, len(rows)) if w[i - 1] != 0.0]
+    read = {0, *used} | ({plausibility_tensor} if plausibility is not None else set())
+    tilt_and_candidates = _read_values(values, value_ids, value_weights, vocab)
+    if tilt_and_candidates is None or not np.isfinite(w).all() or not (scales > 0).all():
+        return invalid
+    if any(np.isnan(rows[k]).any() or (rows[k] == np.inf).any() for k in read):
+        return invalid
+
+    tilt, support = tilt_and_candidates
+    support = support & (tilt > -np.inf)
+    for k in [0, *used]:
+        support &= rows[k] > -np.inf
+    if plausibility is not None:
+        named = rows[plausibility_tensor]
+        support &= (named > -np.inf) & (named >= named.max() + np.log(plausibility))
+    logs = {k: log_softmax(rows[k]) for k in read}
+    if slope is not None:
+        support &= ~(logs[0] < LOG_REF_FLOOR)
+    if not support.any():
+        return invalid
+    at = np.flatnonzero(support)
+    lr = logs[0][at]
+
+    if slope is None:  # log-linear: Z is whatever makes it sum to one
+        score = tilt[at] + sum(w[k - 1] * logs[k][at] for k in used)
+        if ref_logits is not None:
+            score = score + (1.0 - w.sum()) * lr
+    else:
+        shift = np.zeros(len(rows))  # prefix_i - prefix_ref
+        if prefix_logprobs is not None:
+            prefix = to_float64(prefix_logprobs)
+            shift = prefix - prefix[0]
+            if not np.isfinite(prefix).all():
+                return invalid
+            if slope.floors and used:
+                shift = shift + max(0.0, PREFIX_FLOOR - shift[used].min())
+        u = tilt[at]
+        for k in used:
+            d = logs[k][at] - lr + shift[k]
+            u = u + w[k - 1] * slope.slope(np.maximum(d, LOG_RATIO_FLOOR) if slope.floors else d)
+        if normalizer == "exact":
+            ratios: Array | None = solve_log_ratios(lr, u, slope)
+        else:
+            ratios = log_ratios_at_zero(u, w.sum(), slope)
+        if ratios is None:
+            return invalid
+        score = lr + ratios
+    result = np.full(vocab, -np.inf)
+    result[at] = log_softmax(score)
+    return result
+
+
+def log_probs(
+    ref_logits: Any, policy_logits: Any, weights: Any, *, divergence: Any = "reverse_kl",
+    normalizer: str = "exact", values: Any = None, value_ids: Any = None,
+    value_weights: Any = None, prefix_logprobs: Any = None, logit_scales: Any = None,
+    vocab_size: int | None = None, plausibility: float | None = None,
+    plausibility_tensor: int = 0,
+) -> Array:  # fmt: skip
+    """log pi* of a batch, float64 [B, V]: `log_probs_row` on each row.
+
+    Takes the arguments of `mod_fused.log_probs` with the same shapes (`ref_logits` [B, V0],
+    `weights` [M] or [B, M], `values` [J, B, V or K], `prefix_logprobs` [B, M+1], ...).
+    """
+    policies = [to_float64(p) for p in policy_logits]
+    ref = None if ref_logits is None else to_float64(ref_logits)
+    batch = len(policies[0] if ref is None else ref)
+
+    def row(x: Any, b: int, full_ndim: int) -> Any:
+        """Row b of an argument whose per-row form has `full_ndim` dimensions."""
+        return None if x is None else x[b] if x.ndim == full_ndim else x
+
+    w, v = to_float64(weights), None if value_weights is None else to_float64(value_weights)
+    scores = None if values is None else to_float64(values)
+    ids = None if value_ids is None else to_float64(value_ids)
+    prefix = None if prefix_logprobs is None else to_float64(prefix_logprobs)
+    return np.stack(
+        [
+            log_probs_row(
+                None if ref is None else ref[b],
+                [p[b] for p in policies],
+                row(w, b, 2),
+                divergence=divergence,
+                normalizer=normalizer,
+                values=None if scores is None else scores[:, b],
+                value_ids=row(ids, b, 2),
+                value_weights=row(v, b, 2),
+                prefix_logprobs=row(prefix, b, 2),
+                logit_scales=logit_scales,
+                vocab_size=vocab_size,
+                plausibility=plausibility,
+                plausibility_tensor=plausibility_tensor,
+            )
+            for b in range(batch)
+        ]
+    )

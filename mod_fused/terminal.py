@@ -1,0 +1,83 @@
+"""Terminal output of the commands: rich on a terminal that has it, plain text everywhere else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+
+def _rich_console(stream: Any) -> Any:
+    """A rich console on `stream`, or None when it is no terminal or rich is not installed."""
+    if not stream.isatty():
+        return None
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console(file=stream, highlight=False)
+
+
+def write(text: str, *, style: str | None = None, end: str = "\n") -> None:
+    """Print at once; `style` (rich's names) shows on a terminal only."""
+    console = _rich_console(sys.stdout) if style else None
+    if console is None:
+        print(text, end=end, flush=True)
+    else:
+        console.print(text, style=style, end=end, markup=False, soft_wrap=True)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, every column aligned to the left."""
+    console = _rich_console(sys.stdout)
+    if console is None:
+        columns = zip(headers, *rows, strict=True)
+        widths = [max(map(len, column)) for column in columns]
+        for row in (headers, *rows):
+            print("  ".join(map(str.ljust, row, widths)).rstrip())
+        return
+    from rich import box
+    from rich.table import Table
+
+    rich_table = Table(box=box.SIMPLE_HEAD)
+    for header in headers:
+        rich_table.add_column(header)
+    for row in rows:
+        rich_table.add_row(*row)
+    console.print(rich_table)
+
+
+def track(items: Sequence[Item], description: str) -> Iterator[Item]:
+    """Yield the items under a progress bar on stderr (plain: one line at the end of each tenth)."""
+    console = _rich_console(sys.stderr)
+    if console is not None:
+        from rich.progress import track as rich_track
+
+        yield from rich_track(items, description, console=console)
+        return
+    reported = 0
+    for done, item in enumerate(items, start=1):
+        yield item
+        if 10 * done // len(items) > reported:
+            reported = 10 * done // len(items)
+            print(f"{description}: {done}/{len(items)}", file=sys.stderr, flush=True)
+
+
+class TextStream:
+    """For `mod_fused.generate(streamer=...)`: prints the response of the first row as it grows."""
+
+    def __init__(self, tokenizer: Any, style: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.style = style
+        self.ids: list[int] = []
+        self.shown = ""
+
+    def __call__(self, step: int, tokens: Any) -> None:
+        self.ids.append(int(tokens[0]))
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        # A trailing replacement character may be the first bytes of one that is not complete.
+        if not text.endswith("\ufffd"):
+            write(text[len(self.shown) :], style=self.style, end="")
+            self.shown = text

@@ -1,0 +1,42 @@
+"""A small world in which "aligned to an objective" is exactly measurable.
+
+A reference model and three policies (helpful, harmless, humorous), each trained from the reference
+by preference optimisation on its own reward: four real Hugging Face checkpoints of about 1 MB that
+share one tokenizer. The rewards are plain functions of two strings, the text comes from a small
+grammar, and `python -m mod_fused.world.train` makes everything again and measures it.
+
+    prompt = world.prompts(1, seed=0)[0]        # "User: How do I bake bread?\\nAssistant:"
+    world.reward("helpful", prompt, " Knead the dough for ten minutes.")      # 0.49
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .corpus import format_prompt, prompts
+from .rewards import OBJECTIVES, REWARDS, reward
+
+__all__ = ["OBJECTIVES", "REWARDS", "checkpoint", "format_prompt", "prompts", "reward"]
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+
+def checkpoint(name: str) -> Path:
+    """The folder of a trained model, for `from_pretrained` of the transformers Auto classes.
+
+    Args:
+        name: "reference" or one of `OBJECTIVES`.
+
+    Raises:
+        ValueError: there is no model of that name.
+        FileNotFoundError: the installation lacks the trained files.
+    """
+    names = ("reference", *OBJECTIVES)
+    if name not in names:
+        raise ValueError(f"checkpoint name must be one of {', '.join(names)}, got {name!r}")
+    folder = CHECKPOINTS / name
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no model; make it with: python -m mod_fused.world.train"
+        )
+    return folder

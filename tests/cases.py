@@ -1,0 +1,83 @@
+"""Inputs and measures shared by the tests. Everything comes from numpy with a stated seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from mod_fused import reference
+
+DIVERGENCES = (
+    "reverse_kl",
+    "forward_kl",
+    "jsd",
+    "alpha:0.25",
+    "alpha:0.5",
+    "alpha:0.75",
+    "jeffrey",
+)
+BARRIERS = DIVERGENCES[1:]  # those that need a normaliser
+MAX_TV = 2e-5  # of a backend to the float64 oracle on identical inputs
+MAX_SUM_ERROR = 1e-5
+
+# Standard deviation of the reference's logits, and of each policy's difference from them.
+KINDS = {"mild": (1.5, 0.3), "typical": (3.0, 1.0), "apart": (4.5, 3.0), "brutal": (6.0, 4.0)}
+
+
+def logits(
+    seed: int,
+    batch: int,
+    vocab: int,
+    policies: int,
+    *,
+    kind: str = "apart",
+    dtype: torch.dtype = torch.float32,
+    excluded: float = 0.0,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Reference [B, V] and policies [B, V]; a fraction `excluded` of each policy is -inf."""
+    rng = np.random.default_rng([seed, batch, vocab, policies])
+    spread, apart = KINDS[kind]
+    ref = rng.normal(size=(batch, vocab)) * spread
+    rows = [ref + rng.normal(size=(batch, vocab)) * apart for _ in range(policies)]
+    for row in rows:
+        row[rng.random((batch, vocab)) < excluded] = -np.inf
+        row[:, 0] = np.where(np.isinf(row[:, 0]), 0.0, row[:, 0])  # never an empty support
+    ref_tensor, *tensors = (torch.from_numpy(x).to(dtype) for x in [ref, *rows])
+    return ref_tensor, tensors
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    """Standard normal float32 tensor."""
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape)).float()
+
+
+def total_variation(log_p: Any, log_q: Any) -> np.ndarray:
+    """Total variation distance of the rows of two arrays of log-probabilities, in float64."""
+    p, q = (np.exp(reference.to_float64(x)) for x in (log_p, log_q))
+    return 0.5 * np.abs(p - q).sum(axis=-1)
+
+
+def assert_matches_oracle(result: torch.Tensor, expected: np.ndarray) -> None:
+    """`result` [B, V] float32 of a backend against the oracle [B, V]: same distribution,
+    normalised, -inf at the same tokens, NaN in the same (invalid) rows."""
+    assert result.dtype == torch.float32
+    assert tuple(result.shape) == expected.shape
+    got = reference.to_float64(result)
+    invalid = np.isnan(expected).all(axis=1)
+    assert (np.isnan(got).all(axis=1) == invalid).all(), "other rows are invalid"
+    got, expected = got[~invalid], expected[~invalid]
+    assert not np.isnan(got).any()
+    assert ((got == -np.inf) == (expected == -np.inf)).all(), "other tokens are excluded"
+    tv = total_variation(got, expected)
+    assert tv.max(initial=0.0) <= MAX_TV, f"total variation {tv.max():.3g}"
+    error = np.abs(np.exp(got).sum(axis=1) - 1.0)
+    assert error.max(initial=0.0) <= MAX_SUM_ERROR, f"sums to one within {error.max():.3g} only"
+
+
+def check(op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Run `op.log_probs` and the oracle on the same arguments, compare, return the former."""
+    result = op.log_probs(*args, **kwargs)
+    assert_matches_oracle(result, reference.log_probs(*args, **kwargs))
+    return result

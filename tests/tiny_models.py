@@ -1,0 +1,103 @@
+"""Tiny language models with random weights, and a word-level tokenizer, for the decoder's tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+WORDS = (
+    "a the red blue old fox dog cat bird saw ran sat slept over under near and then it is".split()
+)
+VOCAB = {word: i for i, word in enumerate(["<unk>", "<eos>", *WORDS])}
+V = len(VOCAB)
+EOS = VOCAB["<eos>"]
+PROMPTS = ["the old red fox saw a blue bird and", "it ran", "the dog slept near the cat"]
+
+
+def tokenizer(vocab: dict[str, int] | None = None, **kwargs: Any) -> PreTrainedTokenizerFast:
+    """One token a word; an end-of-sequence token, and no padding token unless given."""
+    model = Tokenizer(WordLevel(VOCAB if vocab is None else vocab, unk_token="<unk>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    options = {"unk_token": "<unk>", "eos_token": "<eos>", **kwargs}
+    return PreTrainedTokenizerFast(tokenizer_object=model, **options)
+
+
+def _ready(kind: Any, config: Any, seed: int, eos: int | None) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(config).eval()
+    model.generation_config.eos_token_id = eos
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def llama(seed: int, vocab_size: int = V, eos: int | None = EOS) -> LlamaForCausalLM:
+    """Rotary positions. A large initialisation, so that predictions depend on the context."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    return _ready(LlamaForCausalLM, config, seed, eos)
+
+
+def gpt2(seed: int, vocab_size: int = V, eos: int | None = EOS) -> GPT2LMHeadModel:
+    """Learned absolute positions: a wrong position changes everything."""
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    return _ready(GPT2LMHeadModel, config, seed, eos)
+
+
+def bloom(seed: int, vocab_size: int = V, eos: int | None = EOS) -> BloomForCausalLM:
+    """Positions from the attention mask (ALiBi): forward takes no position_ids."""
+    config = BloomConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    return _ready(BloomForCausalLM, config, seed, eos)
+
+
+def bigram(seed: int, vocab_size: int = V) -> Any:
+    """A step(tokens) -> logits without state: logits depend on the last token only."""
+    table = 2.0 * torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(seed))
+    return lambda tokens: table[tokens[:, -1]]
+
+
+def teacher_forced(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """Logits float32 [T, V] before each response token: one row, no padding, no cache."""
+    ids = torch.tensor([prompt + response])
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+    return logits[len(prompt) - 1 : -1].float()
