@@ -173,6 +173,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="responses per prompt and weight (default: 1)",
     )
     sweep.add_argument(
+        "--batch-size",
+        type=_whole(1),
+        default=256,
+        metavar="N",
+        help="responses decoded at the same time (default: 256)",
+    )
+    sweep.add_argument(
         "--reward",
         action="append",
         default=[],

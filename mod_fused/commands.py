@@ -13,7 +13,7 @@ from typing import Any
 from . import demo, doctor, world
 from .decoder import GenerateOutput, generate
 from .ensemble import Ensemble
-from .sweep import draw, leads, simplex_grid, sweep, table_rows, write_csv
+from .sweep import draw, evaluate, leads, signed, simplex_grid, table_rows, write_csv
 from .terminal import TextStream, table, write
 
 
@@ -191,13 +191,14 @@ def run_sweep(args: argparse.Namespace) -> int:
         prompts = _as_conversations(prompts)
     ensemble = load_models(args)
 
-    points = sweep(
+    points = evaluate(
         ensemble,
         prompts,
         simplex_grid(len(names), args.points),
         rewards,
         samples=args.samples,
         seed=args.seed,
+        batch_size=args.batch_size,
         divergence=args.divergence,
         normalizer=args.normalizer,
         sequence_history=args.sequence_history,
@@ -205,7 +206,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     )
     table(*table_rows(points, names))
     for pair, (lead, error) in leads(points, names).items():
-        write(f"{pair}: {lead:+.3f} ±{error:.3f} beyond the straight line between the ends")
+        write(f"{pair}, beyond the straight line between them: {signed(lead, error)}")
     write_csv(args.csv, points, names)
     write(f"table: {args.csv}")
     if len(names) > 1:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from . import world
 from .decoder import generate
 from .ensemble import Ensemble
-from .sweep import Point, draw, leads, simplex_grid, sweep, table_rows
+from .sweep import Point, draw, evaluate, leads, signed, simplex_grid, table_rows
 from .terminal import TextStream, table, write
 
 MAX_NEW_TOKENS = 64
+PAIRS = ((0, 2), (1, 2), (0, 1))  # the objectives mixed for each question
 
 INTRODUCTION = """\
 Four small language models answer everyday questions: a reference, and three policies that were
@@ -35,29 +39,29 @@ Next:
   mod-fused doctor                     does every backend of this machine agree with the oracle"""
 
 
-def label(weights: tuple[float, ...]) -> str:
+def label(weights: Sequence[float]) -> str:
     """Weights in words: "0.5 helpful + 0.5 humorous"."""
     parts = [f"{w:.2g} {name}" for w, name in zip(weights, world.OBJECTIVES, strict=True) if w]
     return " + ".join(parts) or "the reference alone"
 
 
-def show_answers(ensemble: Ensemble, prompt: str, seed: int, divergence: str) -> None:
-    """Stream the answers to one prompt at several weights, each with its rewards."""
+def show_answers(
+    ensemble: Ensemble, prompt: str, pair: tuple[int, int], seed: int, divergence: str
+) -> None:
+    """Stream answers of the reference, two policies and their mixture, each with its rewards."""
     write(f"\n{prompt}", style="bold")
-    for weights in [
-        (0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0),
-        (0.5, 0.0, 0.5), (0.0, 0.5, 0.5), (1 / 3, 1 / 3, 1 / 3),
-    ]:  # fmt: skip
+    for i_weight, j_weight in [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)]:
+        weights = [0.0] * len(world.OBJECTIVES)
+        weights[pair[0]], weights[pair[1]] = i_weight, j_weight
         write(f"\n[{label(weights)}]", style="bold cyan")
-        stream = TextStream(ensemble.tokenizer)
         (answer,) = generate(
             ensemble,
             prompt,
-            weights=list(weights),
+            weights=weights,
             divergence=divergence,
             max_new_tokens=MAX_NEW_TOKENS,
             seed=seed,
-            streamer=stream,
+            streamer=TextStream(ensemble.tokenizer),
         ).texts or [""]
         rewards = (f"{name} {world.reward(name, prompt, answer):.2f}" for name in world.OBJECTIVES)
         write(f"\n   rewards: {', '.join(rewards)}", style="dim")
@@ -70,7 +74,7 @@ def measure(
     policies = len(world.OBJECTIVES)
     edges = [w for w in simplex_grid(policies, points) if sum(x > 0 for x in w) <= 2]
     grid = [(0.0,) * policies, *edges, (1 / policies,) * policies]
-    return sweep(
+    return evaluate(
         ensemble,
         world.prompts(n_prompts, seed),
         grid,
@@ -89,9 +93,11 @@ def run(out: Path, *, seed: int = 0, quick: bool = False, divergence: str = "rev
         OSError: if `out` cannot be written.
     """
     ensemble = Ensemble.embedded()
+    torch.set_num_threads(1)  # the models are so small that more threads cost more than they bring
     write(INTRODUCTION)
-    for prompt in world.prompts(1 if quick else 2, seed):
-        show_answers(ensemble, prompt, seed, divergence)
+    pairs = PAIRS[:1] if quick else PAIRS
+    for prompt, pair in zip(world.prompts(len(pairs), seed), pairs, strict=True):
+        show_answers(ensemble, prompt, pair, seed, divergence)
 
     write(f"\n{CURVE}\n")
     points = measure(ensemble, 16 if quick else 100, 3 if quick else 5, seed, divergence)
@@ -99,7 +105,7 @@ def run(out: Path, *, seed: int = 0, quick: bool = False, divergence: str = "rev
 
     write(f"\n{LEAD}")
     for pair, (lead, error) in leads(points, world.OBJECTIVES).items():
-        write(f"  {pair}: {lead:+.3f} ±{error:.3f}")
+        write(f"  {pair}: {signed(lead, error)}")
     try:
         draw(out, points, world.OBJECTIVES, f"trade-off of the embedded policies ({divergence})")
         write(f"\nThe curves are in {out}", style="bold")

@@ -43,14 +43,14 @@ def row_seeds(seed: int, batch: int) -> list[int]:
     return [splitmix64(seed + b) for b in range(batch)]
 
 
-def philox4x32_words(seed: int, position: int, index: Array, stream: int) -> tuple[Array, Array]:
-    """The first two output words for many indices at once, as uint64 arrays; see `philox4x32`."""
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    c0 = np.full(len(index), position & _WORD, dtype=np.uint64)
-    c1 = np.full(len(index), (position >> 32) & _WORD, dtype=np.uint64)
-    c2 = np.asarray(index, dtype=np.uint64)
-    c3 = np.full(len(index), stream, dtype=np.uint64)
+def philox4x32_words(seed: int, position: Any, index: Any, stream: int) -> tuple[Array, Array]:
+    """The first two output words as uint64 arrays, for arrays of positions and indices at once
+    (broadcast with each other); see `philox4x32`."""
     shift, word = np.uint64(32), np.uint64(_WORD)
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    at, c2 = (np.asarray(x).astype(np.uint64) for x in (position, index))
+    at, c2 = np.broadcast_arrays(at, c2)
+    c0, c1, c3 = at & word, at >> shift, np.full(c2.shape, stream, dtype=np.uint64)
     for _ in range(10):
         a, b = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
         c0, c1 = (b >> shift) ^ c1 ^ np.uint64(k0), b & word
@@ -59,7 +59,7 @@ def philox4x32_words(seed: int, position: int, index: Array, stream: int) -> tup
     return c0, c1
 
 
-def exponentials(seed: int, position: int, index: Array, stream: int) -> Array:
+def exponentials(seed: int, position: Any, index: Any, stream: int) -> Array:
     """Standard exponential variates E(seed, position, index, stream), float64, positive."""
     x0, x1 = philox4x32_words(seed, position, index, stream)
     v = x0 * 2.0**-32 + (x1 + 0.5) * 2.0**-64
@@ -120,8 +120,8 @@ def filtered_log_probs(
     row: NaN log pi*, nothing left after the mask, or a parameter out of range.
     """
     scores = to_float64(log_probs).copy()
-    top_k = top_k or len(scores)
-    top_p, min_p = 1.0 if top_p is None else top_p, 0.0 if min_p is None else min_p
+    temperature, top_k = float(temperature), int(top_k or len(scores))
+    top_p, min_p = float(1.0 if top_p is None else top_p), float(min_p or 0.0)
     parameters_ok = temperature >= 0 and top_k > 0 and 0 < top_p <= 1 and 0 <= min_p <= 1
     if mask is not None:
         scores[~unpack_mask(mask, len(scores))] = -np.inf

@@ -1,8 +1,8 @@
 """Mean rewards and divergence from the reference of decodes at given weights, and their trade-off.
 
-`evaluate` measures one weight vector; `sweep` does so over a grid; `lead_over_line` says whether
-mixing two policies in the decoder beats choosing one of them at random for each response;
-`write_csv` and `draw` keep the result. The demo uses the same functions.
+`evaluate` measures a grid of weights; `lead_over_line` says whether mixing two policies in the
+decoder beats choosing one of them at random for each response; `write_csv` and `draw` keep the
+result. The demo uses the same functions.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .decoder import generate
 from .ensemble import Ensemble
+from .philox import split_mix
 from .terminal import track
 
 Reward = Callable[[str, str], float]
 Array = np.ndarray
-
-ROWS_PER_CALL = 128
 
 
 @dataclass(frozen=True)
@@ -58,63 +58,68 @@ def mean_and_error(values: Array) -> tuple[float, float]:
 def evaluate(
     ensemble: Ensemble,
     prompts: Sequence[str],
-    weights: Sequence[float],
+    grid: Sequence[Sequence[float]],
     rewards: Sequence[Reward] | None,
     *,
     samples: int = 1,
     seed: int = 0,
+    batch_size: int = 256,
     **options: Any,
-) -> Point:
-    """Draw `samples` responses to each prompt from pi* at `weights`, and score them.
+) -> list[Point]:
+    """Draw `samples` responses to each prompt from pi* at each weight vector, and score them.
+
+    Shows a progress bar. Rows of different weights are decoded in one batch.
 
     Args:
         ensemble: the reference and M policies, with a tokenizer.
         prompts: N prompts.
-        weights: [M].
+        grid: weight vectors [M].
         rewards: M functions of (prompt, response), reward i being what policy i is meant to raise;
             None for no rewards.
         samples: responses per prompt.
-        seed: response number r (sample by sample, prompts in order) is drawn with row seed
-            SplitMix64(seed + r): the same at every weight, and however the rows are batched.
+        seed: response r of a weight vector (sample by sample, prompts in order) is drawn with row
+            seed SplitMix64(seed + r): the same noise at every weight, however rows are batched.
+        batch_size: responses decoded at the same time.
         **options: for `mod_fused.generate`; temperature and filters would make `kl` meaningless.
 
     Raises:
         ValueError: if a decode has an invalid step.
     """
-    rows = list(prompts) * samples
-    scores = np.empty((ensemble.num_policies, len(rows)))
+    noise = split_mix(seed, len(prompts) * samples, torch.device("cpu")).tolist()
+    responses = list(zip(list(prompts) * samples, noise, strict=True))
+    rows = [(prompt, list(w), row_seed) for w in grid for prompt, row_seed in responses]
+    scores = np.empty((len(rows), ensemble.num_policies))
     log_ratios = np.empty_like(scores)
     kl = np.empty(len(rows))
-    for start in range(0, len(rows), ROWS_PER_CALL):
-        batch = rows[start : start + ROWS_PER_CALL]
-        part = slice(start, start + len(batch))
+    for start in track(range(0, len(rows), batch_size), "decoding"):
+        part = slice(start, min(start + batch_size, len(rows)))
+        batch, weights, seeds = (list(column) for column in zip(*rows[part], strict=True))
         out = generate(
-            ensemble,
-            batch,
-            weights=list(weights),
-            seed=seed + start,
-            return_model_logprobs=True,
-            **options,
+            ensemble, batch, weights=weights, seed=seeds, return_model_logprobs=True, **options
         )
         if not out.valid.all():
             raise ValueError(
-                f"no valid distribution at weights {tuple(weights)}: a model's logits hold NaN, or "
-                "normalizer='zero' has no solution there"
+                f"no valid distribution at weights {weights[int((~out.valid).nonzero()[0])]}: "
+                "a model's logits hold NaN, or normalizer='zero' has no solution there"
             )
         assert out.model_logprobs is not None  # asked for above
         totals = out.model_logprobs.double().sum(1).cpu().numpy()  # [B, M+1], whole responses
-        log_ratios[:, part] = (totals[:, 1:] - totals[:, :1]).T
+        log_ratios[part] = totals[:, 1:] - totals[:, :1]
         kl[part] = out.logprobs.double().sum(1).cpu().numpy() - totals[:, 0]
-        for i, reward in enumerate(rewards or ()):
-            scores[i, part] = [reward(p, t) for p, t in zip(batch, out.texts or (), strict=True)]
-    per_prompt = (-1, samples, len(prompts))
-    return Point(
-        weights=tuple(float(w) for w in weights),
-        rewards=None if rewards is None else scores.reshape(per_prompt).mean(1),
-        log_ratios=log_ratios.reshape(per_prompt).mean(1),
-        kl=kl.reshape(per_prompt[1:]).mean(0),
-        samples=samples,
-    )
+        if rewards is not None:
+            texts = zip(batch, out.texts or (), strict=True)
+            scores[part] = [[reward(p, t) for reward in rewards] for p, t in texts]
+
+    def per_prompt(values: Array) -> Array:
+        """[G * S * N, ...] to [G, ..., N], averaged over the samples S."""
+        shape = len(grid), samples, len(prompts), *values.shape[1:]
+        return np.moveaxis(values.reshape(shape).mean(1), 1, -1)
+
+    columns = per_prompt(scores), per_prompt(log_ratios), per_prompt(kl)
+    return [
+        Point(tuple(map(float, weights)), r if rewards else None, ratios, k, samples)
+        for weights, r, ratios, k in zip(grid, *columns, strict=True)
+    ]
 
 
 def simplex_grid(policies: int, points: int) -> list[tuple[float, ...]]:
@@ -133,20 +138,6 @@ def simplex_grid(policies: int, points: int) -> list[tuple[float, ...]]:
         return [(k, *rest) for k in range(total, -1, -1) for rest in split(total - k, parts - 1)]
 
     return [tuple(k / steps for k in parts) for parts in split(steps, policies)]
-
-
-def sweep(
-    ensemble: Ensemble,
-    prompts: Sequence[str],
-    grid: Sequence[Sequence[float]],
-    rewards: Sequence[Reward] | None,
-    **options: Any,
-) -> list[Point]:
-    """`evaluate` at each weight vector of `grid`, under a progress bar."""
-    return [
-        evaluate(ensemble, prompts, weights, rewards, **options)
-        for weights in track(grid, "decoding at each weight")
-    ]
 
 
 def edge(points: Sequence[Point], i: int, j: int) -> list[Point]:
@@ -201,6 +192,13 @@ def leads(points: Sequence[Point], names: Sequence[str]) -> dict[str, tuple[floa
         for i, j in combinations(range(len(names)), 2)
         if len(edge(points, i, j)) > 2
     }
+
+
+def signed(lead: float, error: float) -> str:
+    """A lead and its error in words."""
+    if math.isnan(lead):
+        return "not defined, a policy does not beat the other on its own reward"
+    return f"{lead:+.3f} ±{error:.3f}"
 
 
 def table_rows(points: Sequence[Point], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:

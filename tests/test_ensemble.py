@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,6 @@ from mod_fused import Ensemble
 
 BATCH = torch.tensor([[3, 4, 5, 6, 7], [0, 0, 8, 9, 10], [0, 0, 0, 0, 11]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
-
-
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter in which transformers cannot be imported."""
-    blocked = "import sys\nsys.modules['transformers'] = None\n"
-    root = Path(__file__).parents[1]
-    return subprocess.run(
-        [sys.executable, "-c", blocked + code], capture_output=True, text=True, cwd=root
-    )
 
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.bloom])
@@ -86,7 +75,7 @@ def test_from_pretrained_loads_folders_and_loads_each_once(tmp_path: Path) -> No
 
 
 def test_missing_transformers_is_an_import_error_that_says_what_to_install() -> None:
-    done = python(
+    done = tiny.without_transformers(
         "from mod_fused.ensemble import Ensemble\n"
         "try:\n    Ensemble.from_pretrained('x', ['y'])\n"
         "except ImportError as error:\n    print(error)\n"

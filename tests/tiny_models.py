@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from mod_fused import Ensemble
 
 WORDS = (
     "a the red blue old fox dog cat bird saw ran sat slept over under near and then it is".split()
@@ -101,3 +106,18 @@ def teacher_forced(model: Any, prompt: list[int], response: list[int]) -> torch.
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0]
     return logits[len(prompt) - 1 : -1].float()
+
+
+def three_models() -> Ensemble:
+    """A Llama, a GPT-2 and a Llama whose embedding is padded to more ids; none ends by itself."""
+    models = [llama(0, eos=None), gpt2(1, eos=None), llama(2, V + 9, eos=None)]
+    return Ensemble(models, tokenizer(eos_token=None))
+
+
+def without_transformers(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter in which transformers cannot be imported."""
+    blocked = "import sys\nsys.modules['transformers'] = None\n"
+    root = Path(__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, "-c", blocked + code], capture_output=True, text=True, cwd=root
+    )

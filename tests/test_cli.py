@@ -1,0 +1,370 @@
+"""The commands, run in process with tiny settings, and the measures behind them."""
+
+import csv
+import io
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from mod_fused import doctor, sweep, terminal, world
+from mod_fused.cli import main
+
+PNG = b"\x89PNG\r\n\x1a\n"
+QUESTION = "How do I bake bread?"
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- bad arguments -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "COMMAND"),
+        (["dance"], "invalid choice"),
+        (["generate", "--divergence", "total_variation"], "forward_kl, jsd"),
+        (["generate", "--divergence", "alpha:2"], "strictly between 0 and 1"),
+        (["generate", "--normalizer", "none"], "exact"),
+        (["generate", "--device", "abacus"], "abacus"),
+        (["generate", "--device", "cuda:99"], "CUDA devices"),
+        (["generate", "--max-new-tokens", "0"], ">= 1"),
+        (["generate", "--weights", "1", "2", "--prompt", "x"], "needs 3 numbers"),
+        (["generate", "--weights", "1", "2", "x", "--prompt", "x"], "must be numbers"),
+        (["generate", "--weights", "1", "nan", "0", "--prompt", "x"], "nan"),
+        (["generate", "--prompt", "x", "--top-p", "2"], "top_p"),
+        (["generate", "--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["generate", "--prompt", " "], "empty"),
+        (["generate", "--objectives", "helpful,rude", "--prompt", "x"], "rude"),
+        (["generate", "--objectives", "helpful,helpful", "--prompt", "x"], "different ones"),
+        (["generate", "--reference", "somewhere", "--prompt", "x"], "--policy"),
+        (["generate", "--policy", "./no/such/folder", "--prompt", "x"], "no/such/folder"),
+        (["generate", "--policy", "p", "--objectives", "helpful", "--prompt", "x"], "--objectives"),
+        (["sweep", "--points", "1"], ">= 2"),
+        (["sweep", "--reward", "math:sqrt"], "own models"),
+        (["sweep", "--policy", "p", "--reference", "r"], "--prompt-file"),
+        (["sweep", "--prompt-file", "no-such-file"], "no-such-file"),
+        (["sweep", "--csv", "no/such/folder/x.csv"], "folder that exists"),
+        (["demo", "--out", "no/such/folder/x.png"], "folder that exists"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_arguments_give_one_line_and_exit_code_2(argv, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert said in err
+    assert err.count("\n") == 1 and err.startswith("mod-fused: ")
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version_and_help_exit_with_0(capsys):
+    for argv in (["--version"], ["--help"], ["sweep", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 0
+
+
+# ---- generate ------------------------------------------------------------------------------------
+
+
+def generated(capsys, *argv: str) -> list[dict]:
+    assert main(["generate", "--json", "--max-new-tokens", "12", *argv]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_greedy_generate_at_a_corner_is_the_policys_own_generate(capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(world.checkpoint("humorous"))
+    policy = AutoModelForCausalLM.from_pretrained(world.checkpoint("humorous")).eval()
+    inputs = tokenizer(world.format_prompt(QUESTION), return_tensors="pt")
+    with torch.no_grad():
+        tokens = policy.generate(**inputs, do_sample=False, max_new_tokens=12)
+    own = tokens[0, inputs["input_ids"].shape[1] :].tolist()
+
+    corner = ["--greedy", "--weights", "0", "0", "1", "--prompt", QUESTION]
+    (record,) = generated(capsys, *corner)
+    assert record["tokens"] == own
+    assert record["prompt"] == world.format_prompt(QUESTION)
+    assert set(record["rewards"]) == set(world.OBJECTIVES)
+    for objective, reward in record["rewards"].items():
+        assert reward == world.reward(objective, record["prompt"], record["text"])
+    # At a corner pi* is the policy: its column of log-probabilities is log pi*.
+    third_policy = [row[3] for row in record["model_logprobs"]]
+    np.testing.assert_allclose(record["logprobs"], third_policy, atol=1e-4)
+
+    # The same text, streamed, and from the same models named as own ones.
+    assert main(["generate", "--max-new-tokens", "12", *corner]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == record["text"]
+    folders = ["--reference", str(world.checkpoint("reference"))]
+    for name in world.OBJECTIVES:
+        folders += ["--policy", str(world.checkpoint(name))]
+    own_prompt = [*corner[:-1], world.format_prompt(QUESTION)]
+    (again,) = generated(capsys, *folders, *own_prompt)
+    assert again["tokens"] == record["tokens"]
+    assert "rewards" not in again
+
+
+def test_generate_reads_prompts_from_standard_input(capsys, monkeypatch):
+    questions = [QUESTION, "How do I sleep well?"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n".join(questions) + "\n"))
+    records = generated(capsys, "--seed", "3", "--divergence", "jsd")
+    assert [r["prompt"] for r in records] == [world.format_prompt(q) for q in questions]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert main(["generate"]) == 2
+    assert "standard input" in capsys.readouterr().err
+
+
+def test_generate_passes_its_options_on(capsys):
+    plain = ["--prompt", QUESTION, "--seed", "5"]
+    (drawn,) = generated(capsys, *plain)
+    (same,) = generated(capsys, *plain)
+    assert same == drawn
+    (greedy,) = generated(capsys, *plain, "--greedy")
+    for one_token in (["--top-k", "1"], ["--min-p", "1"], ["--temperature", "0"]):
+        assert generated(capsys, *plain, *one_token)[0]["tokens"] == greedy["tokens"]
+    assert generated(capsys, *plain, "--top-p", "1e-6")[0]["tokens"] == greedy["tokens"]
+    others = [generated(capsys, "--prompt", QUESTION, "--seed", str(s))[0] for s in range(6, 10)]
+    assert any(other["tokens"] != drawn["tokens"] for other in others)
+
+
+# ---- sweep ---------------------------------------------------------------------------------------
+
+
+def read_csv(path) -> list[dict[str, float]]:
+    with open(path, newline="") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def test_sweep_writes_a_table_of_the_simplex_and_a_picture(capsys, tmp_path):
+    argv = ["sweep", "--points", "3", "--prompts", "6", "--max-new-tokens", "10"]
+    argv += ["--csv", str(tmp_path / "s.csv"), "--picture", str(tmp_path / "s.png")]
+    assert main([*argv, "--divergence", "reverse_kl"]) == 0
+    rows = read_csv(tmp_path / "s.csv")
+    assert len(rows) == 6
+    for row in rows:
+        assert math.isclose(sum(row[f"weight_{name}"] for name in world.OBJECTIVES), 1.0)
+        assert all(0.0 <= row[f"reward_{name}"] <= 1.0 for name in world.OBJECTIVES)
+        assert row["kl_se"] > 0 and row["prompts"] == 6 and row["samples"] == 1
+        for name in world.OBJECTIVES:
+            if row[f"weight_{name}"] == 1.0:  # a corner: pi* is the policy
+                assert math.isclose(row["kl"], row[f"log_ratio_{name}"], abs_tol=1e-3)
+    assert (tmp_path / "s.png").read_bytes().startswith(PNG)
+    out = capsys.readouterr().out
+    assert "KL(pi*||ref)" in out and out.count("beyond the straight line") == 3
+
+
+def test_sweep_of_own_models_with_and_without_rewards(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scores.py").write_text("def length(prompt, response):\n    return len(response)\n")
+    (tmp_path / "prompts.txt").write_text("\n".join([QUESTION, "How do I sleep?"]))
+    argv = ["sweep", "--points", "2", "--max-new-tokens", "6", "--prompt-file", "prompts.txt"]
+    argv += ["--reference", str(world.checkpoint("reference"))]
+    argv += ["--policy", str(world.checkpoint("helpful"))]
+
+    assert main(argv) == 0
+    (row,) = read_csv("mod_fused_sweep.csv")
+    assert row["weight_policy_1"] == 1.0 and "reward_policy_1" not in row
+    assert main([*argv, "--reward", "scores:length", "--samples", "2"]) == 0
+    (row,) = read_csv("mod_fused_sweep.csv")
+    assert row["reward_policy_1"] > 1.0 and row["samples"] == 2
+    capsys.readouterr()
+    for wrong in ("scores:width", "no_such_module:length", "scores"):
+        assert main([*argv, "--reward", wrong]) == 2
+        assert wrong in capsys.readouterr().err
+
+
+def test_evaluate_draws_the_same_at_equal_weights_and_for_any_batch_size(capsys):
+    from mod_fused import Ensemble
+
+    ensemble = Ensemble.embedded(["helpful", "humorous"])
+    rewards = [world.REWARDS["helpful"], world.REWARDS["humorous"]]
+    grid = [(0.5, 0.5), (1.0, 0.0), (0.5, 0.5)]
+    prompts = world.prompts(4, seed=1)
+    whole, pieces = (
+        sweep.evaluate(
+            ensemble, prompts, grid, rewards, samples=2, batch_size=size, max_new_tokens=8
+        )
+        for size in (100, 3)
+    )
+    for a, b in zip(whole, pieces, strict=True):
+        np.testing.assert_array_equal(a.rewards, b.rewards)
+        np.testing.assert_allclose(a.kl, b.kl, atol=1e-3)
+        assert a.rewards.shape == (2, 4) and a.kl.shape == (4,)
+    np.testing.assert_array_equal(whole[0].rewards, whole[2].rewards)
+    np.testing.assert_allclose(whole[0].kl, whole[2].kl, atol=1e-3)
+    assert np.abs(whole[0].kl - whole[1].kl).max() > 0.1
+
+
+def test_simplex_grid_is_the_lattice():
+    for policies, points in [(1, 2), (2, 5), (3, 5), (4, 3)]:
+        grid = sweep.simplex_grid(policies, points)
+        assert len(set(grid)) == len(grid) == math.comb(points - 1 + policies - 1, policies - 1)
+        assert all(math.isclose(sum(weights), 1.0) and min(weights) >= 0 for weights in grid)
+    with pytest.raises(ValueError, match="2 points"):
+        sweep.simplex_grid(3, 1)
+
+
+def test_mean_and_error_on_known_numbers():
+    mean, error = sweep.mean_and_error(np.array([1.0, 2.0, 3.0, 4.0]))
+    assert mean == 2.5
+    assert math.isclose(error, math.sqrt(5 / 3) / 2)
+    assert math.isnan(sweep.mean_and_error(np.array([1.0]))[1])
+
+
+def curve(bulge: float, prompts: int = 50) -> list[sweep.Point]:
+    """Rewards from (3, 1) at w = (1, 0) to (1, 2) at (0, 1), `bulge` off the line in the middle."""
+    noise = np.random.default_rng(0).normal(size=(2, prompts))
+    noise -= noise.mean(1, keepdims=True)
+    points = []
+    for w in (0.0, 0.5, 1.0):  # not in the order of the curve
+        off = bulge * 4 * w * (1 - w)
+        mean = np.array([1 + 2 * w + 2 * off / 2, 2 - w + 1 * off / 2])
+        rewards = mean[:, None] + noise
+        points.append(sweep.Point((w, 0.0, 1 - w), rewards[[0, 0, 1]], rewards, noise[0], 1))
+    return points
+
+
+def test_lead_over_line_is_zero_on_the_line_and_the_bulge_beyond_it():
+    for bulge in (0.0, 0.3, -0.2):
+        lead, error = sweep.lead_over_line(curve(bulge), 0, 2)
+        assert math.isclose(lead, bulge, abs_tol=1e-12)
+        assert error < 1e-9  # the noise is the same at all weights, so it cancels
+    assert list(sweep.leads(curve(0.3), ["a", "b", "c"])) == ["a - c"]
+
+
+def test_lead_over_line_is_undefined_without_ends_or_order():
+    points = curve(0.3)
+    assert math.isnan(sweep.lead_over_line(points[1:], 0, 2)[0])  # the end (0, 1) is missing
+    assert math.isnan(sweep.lead_over_line(points, 0, 1)[0])
+    swapped = [sweep.Point(p.weights[::-1], p.rewards, p.log_ratios, p.kl, 1) for p in points]
+    lead, error = sweep.lead_over_line(swapped, 0, 2)
+    assert "not defined" in sweep.signed(lead, error)
+
+
+# ---- demo ----------------------------------------------------------------------------------------
+
+
+def test_demo_streams_answers_tabulates_rewards_and_draws(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("mod_fused.demo.MAX_NEW_TOKENS", 8)
+    picture = tmp_path / "curve.png"
+    assert main(["demo", "--quick", "--out", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert world.prompts(1, seed=0)[0] in out
+    for weights in ("the reference alone", "1 helpful", "1 humorous", "0.5 helpful + 0.5 humorous"):
+        assert f"[{weights}]" in out
+    assert out.count("rewards: helpful") == 4
+    rows = [line.split("  ") for line in out.splitlines() if line.startswith(("0, ", "1, "))]
+    reference = next(row for row in rows if row[0] == "0, 0, 0")
+    assert reference[-1].startswith("0.000")  # KL of the reference from itself
+    assert out.count(" - ") >= 3 and str(picture) in out
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_demo_without_matplotlib_says_so(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("mod_fused.demo.MAX_NEW_TOKENS", 2)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["demo", "--quick", "--out", str(tmp_path / "curve.png")]) == 0
+    assert "No picture: a picture needs matplotlib" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- doctor --------------------------------------------------------------------------------------
+
+
+def test_doctor_passes_on_a_working_machine(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for expected in ("python", torch.__version__, "backend", *doctor.DIVERGENCES):
+        assert expected in out
+    assert "FAILED" not in out and "checks passed" in out
+
+
+def off_by_a_little(*args, **kwargs):
+    out = doctor_log_probs(*args, **kwargs)
+    return torch.log_softmax(out * (1 + 1e-4), -1)
+
+
+def next_token(*args, **kwargs):
+    out = doctor_sample(*args, **kwargs)
+    return out._replace(tokens=out.tokens + 1)
+
+
+def crash(*args, **kwargs):
+    raise RuntimeError("no kernel\nfor this device")
+
+
+doctor_log_probs, doctor_sample = doctor.log_probs, doctor.sample
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "failures"),
+    [("log_probs", off_by_a_little, 5), ("sample", next_token, 5), ("log_probs", crash, 5)],
+)
+def test_doctor_fails_when_a_backend_is_broken(name, broken, failures, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "working", lambda: [("torch", "cpu")])
+    monkeypatch.setattr(doctor, name, broken)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert f"{failures} of " in out and out.count("FAILED") == failures + 1
+    if broken is crash:
+        assert "RuntimeError: no kernel for this device" in out
+
+
+def test_doctor_fails_when_no_backend_works(capsys, monkeypatch):
+    monkeypatch.setattr(
+        doctor, "backends", lambda: {n: "broken" for n in ("torch", "cpu", "triton", "cuda")}
+    )
+    assert main(["doctor"]) == 1
+    assert "no backend works" in capsys.readouterr().out
+
+
+# ---- terminal ------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_output_is_plain_without_rich_and_rich_on_a_terminal(monkeypatch):
+    def show() -> tuple[str, str]:
+        out, err = Terminal(), Terminal()
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        terminal.write("[bold]", style="bold")
+        terminal.table(["name", "value"], [["a", "0.5"]])
+        assert list(terminal.track(range(3), "counting")) == [0, 1, 2]
+        return out.getvalue(), err.getvalue()
+
+    out, err = show()
+    assert "[bold]" in out and "0.5" in out and "counting" in err
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    out, err = show()
+    assert out == "[bold]\nname  value\na     0.5\n"
+    assert err.splitlines()[-1] == "counting: 3/3"
+
+
+def test_text_stream_holds_back_unfinished_characters(capsys):
+    class Bytes:
+        def decode(self, ids, skip_special_tokens):
+            return bytes(ids).decode(errors="replace")
+
+    stream = terminal.TextStream(Bytes())
+    shown = []
+    for step, byte in enumerate("né!".encode()):
+        stream(step, torch.tensor([byte]))
+        shown.append(capsys.readouterr().out)
+    assert shown == ["n", "", "é", "!"]

@@ -1,0 +1,349 @@
+"""Odd and bad input: invalid rows disturb nobody, shapes of every kind work, errors say why."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from cases import BARRIERS, DIVERGENCES, assert_tokens_are_the_oracle_s, check, logits, normal
+
+from mod_fused import reference
+from mod_fused.ops import log_probs, sample
+
+INF, NAN = math.inf, math.nan
+B, V = 5, 1100  # of most inputs below
+
+
+def assert_only_these_rows_are_invalid(op, bad, args, clean_args, clean_kwargs=None, **kwargs):
+    """Both functions flag the rows `bad`; the others equal those of the clean call."""
+    seed = torch.arange(B) + 10
+    drawn = op.sample(*args, seed=seed, return_model_logprobs=True, **kwargs)
+    assert drawn.valid.tolist() == [b not in bad for b in range(B)]
+    rows = list(bad)
+    assert (drawn.tokens[rows] == 0).all()
+    assert drawn.logprobs[rows].isnan().all() and drawn.model_logprobs[rows].isnan().all()
+    good = [b for b in range(B) if b not in bad]
+    clean = op.sample(*clean_args, seed=seed, **(kwargs if clean_kwargs is None else clean_kwargs))
+    assert torch.equal(drawn.tokens[good], clean.tokens[good])
+    assert (drawn.logprobs[good] - clean.logprobs[good]).abs().max() <= 1e-5
+
+
+@pytest.fixture(params=DIVERGENCES)
+def divergence(request):
+    return request.param
+
+
+def test_uninitialised_memory_is_poisoned_in_these_tests():
+    assert torch.empty(7).isnan().all()
+    assert (torch.empty(7, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
+
+
+@pytest.mark.parametrize("poison", [NAN, INF], ids=str)
+def test_nan_and_plus_infinity_invalidate_their_row_only(op, divergence, poison):
+    clean_ref, clean = logits(81, B, V, 2, kind="typical")
+    ref, policies = clean_ref.clone(), [p.clone() for p in clean]
+    values = normal(81, 1, B, V)
+    ref[0, 1099], policies[0][2, 0], values[0, 3, 500] = poison, poison, poison
+    policies[1][:, 7] = poison  # of weight 0: ignored entirely
+    args, clean_args = (ref, policies, [0.5, 0.0]), (clean_ref, clean, [0.5, 0.0])
+    clean_values = torch.where(values.isfinite(), values, 0.0)
+    assert_only_these_rows_are_invalid(
+        op, {0, 2, 3}, args, clean_args, {"divergence": divergence, "values": clean_values},
+        divergence=divergence, values=values,
+    )  # fmt: skip
+    check(op, *args, divergence=divergence, values=values)
+
+
+def test_rows_without_support_are_invalid(op, divergence):
+    clean_ref, (clean,) = logits(82, B, V, 1, kind="typical")
+    ref, policy = clean_ref.clone(), clean.clone()
+    ref[1] = -INF
+    policy[2] = -INF
+    ref[4, ::2], policy[4, 1::2] = -INF, -INF
+    args = (ref, [policy], [0.5])
+    assert_only_these_rows_are_invalid(
+        op, {1, 2, 4}, args, (clean_ref, [clean], [0.5]), divergence=divergence
+    )
+    check(op, *args, divergence=divergence)
+
+
+def test_minus_infinity_in_both_or_at_negative_or_zero_weight(op, divergence):
+    ref, policies = logits(83, B, V, 2, kind="typical")
+    ref[:, 3] = policies[0][:, 3] = -INF  # -inf minus -inf
+    policies[0][:, 4] = -INF  # negative weight: excluded, not infinitely likely
+    policies[1][:, 5] = -INF  # zero weight: still allowed
+    result = check(op, ref, policies, [-0.5, 0.0], divergence=divergence)
+    assert (result[:, 3] == -INF).all() and (result[:, 4] == -INF).all()
+    assert (result[:, 5] > -INF).all()
+    drawn = op.sample(ref, policies, [-0.5, 0.0], divergence=divergence, seed=1)
+    assert drawn.valid.all()
+
+
+def test_rows_the_mask_empties_are_invalid(op, divergence):
+    ref, policies = logits(84, B, V, 1, kind="typical", excluded=0.3)
+    mask = torch.ones(B, V, dtype=torch.bool)
+    mask[1] = False
+    mask[3] = policies[0][3] == -INF  # only what the support excludes is allowed
+    args = (ref, policies, [0.5])
+    assert_only_these_rows_are_invalid(
+        op, {1, 3}, args, args, {"divergence": divergence}, divergence=divergence, mask=mask
+    )
+    packed = torch.full((B, 35), -1, dtype=torch.int32)
+    packed[2] = 0
+    packed[2, 34] = -(2**12)  # V = 1100: only bits 0 to 11 of the last word are tokens
+    assert_only_these_rows_are_invalid(
+        op, {2}, args, args, {"divergence": divergence}, divergence=divergence, mask=packed
+    )
+
+
+def test_bad_candidate_ids_and_empty_candidate_sets(op, divergence):
+    ref, policies = logits(85, B, V, 1, kind="typical")
+    ids = torch.tensor([[1, 2, 1099]] * B)
+    values = normal(85, 1, B, 3)
+    clean = {"value_ids": ids, "values": values, "divergence": divergence}
+    bad_ids, bad_values = ids.clone(), values.clone()
+    bad_ids[0, 1], bad_ids[1, 1], bad_ids[2] = V, -2, -1
+    bad_values[0, 3] = -INF
+    args = (ref, policies, [0.5])
+    bad = {"value_ids": bad_ids, "values": bad_values, "divergence": divergence}
+    assert_only_these_rows_are_invalid(op, {0, 1, 2, 3}, args, args, clean, **bad)
+    check(op, *args, **bad)
+
+
+def test_plausibility_reads_the_tensor_it_names_even_at_weight_zero(op, divergence):
+    ref, policies = logits(86, B, V, 2, kind="typical")
+    clean = [p.clone() for p in policies]
+    policies[1][2, 9], policies[1][4, 9] = NAN, INF
+    kwargs = {"divergence": divergence, "plausibility": 0.01, "plausibility_tensor": 2}
+    args = (ref, policies, [0.5, 0.0])
+    assert_only_these_rows_are_invalid(op, {2, 4}, args, (ref, clean, [0.5, 0.0]), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("temperature", [-1.0, NAN]),
+        ("top_p", [0.0, 1.5, -0.1, NAN]),
+        ("min_p", [-0.1, 1.5, NAN]),
+    ],
+)
+def test_bad_sampling_parameters_in_tensors_invalidate_their_row(op, name, bad):
+    ref, policies = logits(87, B, V, 1, kind="typical")
+    args = (ref, policies, [0.5])
+    parameter = torch.full((B,), 0.5)
+    parameter[1 : 1 + len(bad)] = torch.tensor(bad)
+    rows = set(range(1, 1 + len(bad)))
+    assert_only_these_rows_are_invalid(op, rows, args, args, {name: 0.5}, **{name: parameter})
+
+
+def test_bad_weights_in_tensors_invalidate_their_row(op, divergence):
+    ref, policies = logits(88, B, V, 2, kind="typical")
+    values = normal(88, 1, B, V)
+    weights = torch.full((B, 2), 0.5)
+    weights[0, 1], weights[2, 0] = NAN, INF
+    value_weights = torch.ones(B, 1)
+    value_weights[4] = -INF
+    assert_only_these_rows_are_invalid(
+        op, {0, 2, 4}, (ref, policies, weights), (ref, policies, [0.5, 0.5]),
+        {"divergence": divergence, "values": values},
+        divergence=divergence, values=values, value_weights=value_weights,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("divergence", BARRIERS)
+def test_bad_prefixes_invalidate_their_row(op, divergence):
+    ref, policies = logits(89, B, V, 1, kind="typical")
+    prefix = torch.zeros(B, 2)
+    prefix[0, 0], prefix[3, 1] = NAN, NAN
+    args = (ref, policies, [0.5])
+    assert_only_these_rows_are_invalid(
+        op, {0, 3}, args, args, {"divergence": divergence},
+        divergence=divergence, prefix_logprobs=prefix,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 999, 1023, 1024, 1025, 2048, 2049, 4097])
+def test_vocabularies_around_the_tile_size(op, vocab, divergence):
+    ref, policies = logits(90, 6, vocab, 1, kind="mild")
+    seeds = torch.arange(6)
+    drawn = op.sample(ref, policies, [0.5], divergence=divergence, seed=seeds)
+    log_p = reference.log_probs(ref, policies, [0.5], divergence=divergence)
+    assert drawn.valid.all()
+    assert_tokens_are_the_oracle_s(drawn.tokens, log_p, seeds, [0] * 6)
+    ref[:], policies[0][:] = -9.0, -9.0
+    ref[:, -1] = policies[0][:, -1] = 30.0  # nearly all mass on the very last token
+    last = op.sample(ref, policies, [0.5], divergence=divergence, seed=seeds)
+    assert (last.tokens == vocab - 1).all()
+
+
+def test_an_empty_batch_gives_empty_results(op, divergence):
+    ref, policy = torch.empty(0, V), torch.empty(0, V, dtype=torch.bfloat16)
+    assert op.log_probs(ref, [policy], [0.5], divergence=divergence).shape == (0, V)
+    drawn = op.sample(
+        ref, [policy], [0.5], divergence=divergence, top_p=0.9, seed=1, return_model_logprobs=True
+    )
+    assert [tuple(x.shape) for x in drawn] == [(0,), (0,), (0,), (0, 2)]
+    assert op.sample(ref, [policy], [0.5], divergence=divergence).tokens.dtype == torch.int64
+
+
+def test_padded_vocabularies_of_one_tokenizer(op, divergence):
+    # 151936 and 152064 columns for one tokenizer: the common ones count.
+    ref, policies = logits(91, 1, 152064, 1, kind="typical", dtype=torch.bfloat16)
+    policies[0][:, 151936:] = 40.0
+    args = (ref[:, :151936], policies, [0.5])
+    drawn = op.sample(*args, divergence=divergence, seed=4)
+    cut = op.sample(args[0], [policies[0][:, :151936]], [0.5], divergence=divergence, seed=4)
+    assert drawn.tokens.item() < 151936 and drawn.valid.item()
+    assert torch.equal(drawn.tokens, cut.tokens)
+    assert torch.equal(drawn.logprobs, cut.logprobs)
+
+
+def test_inputs_are_detached_and_left_unchanged(op, divergence):
+    ref, policies = logits(92, 3, 600, 1)
+    before = ref.clone(), policies[0].clone()
+    ref.requires_grad_(True)
+    result = op.log_probs(ref, policies, [0.5], divergence=divergence)
+    drawn = op.sample(
+        ref, policies, [0.5], divergence=divergence, temperature=0.5, top_k=3, seed=1,
+        mask=torch.ones(3, 600, dtype=torch.bool),
+    )  # fmt: skip
+    assert not result.requires_grad and not drawn.logprobs.requires_grad
+    assert torch.equal(ref.detach(), before[0]) and torch.equal(policies[0], before[1])
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+X, Y = normal(1, 3, 40), normal(2, 3, 40)
+LOG_PROBS_ERRORS = [
+    (ValueError, "policy_logits", (X, [Y[:2]], [1.0]), {}),
+    (ValueError, "policy_logits", (X, [Y[0]], [1.0]), {}),
+    (ValueError, "contiguous", (X, [normal(1, 40, 3).T], [1.0]), {}),
+    (ValueError, "at most 8", (X, [Y] * 9, [0.1] * 9), {}),
+    (ValueError, "values", (X, [], []), {}),
+    (ValueError, "logits", (None, [], []), {"values": Y[None]}),
+    (TypeError, "float64", (X.double(), [Y], [1.0]), {}),
+    (TypeError, "int", (X, [Y.long()], [1.0]), {}),
+    (TypeError, "ref_logits", (X.tolist(), [Y], [1.0]), {}),
+    (TypeError, "weights", (X, [Y], "1"), {}),
+    (ValueError, "weights", (X, [Y], [1.0, 2.0]), {}),
+    (ValueError, "weights", (X, [Y], torch.ones(2, 1)), {}),
+    (ValueError, "weights", (X, [Y], [NAN]), {}),
+    (ValueError, "weights", (X, [Y], [[1.0], [2.0], [INF]]), {}),
+    (TypeError, "weights", (X, [Y], torch.ones(1).long()), {}),
+    (ValueError, "ref_logits", (None, [Y], [1.0]), {"divergence": "jsd"}),
+    (ValueError, "normalizer", (X, [Y], [1.0]), {"normalizer": "approximate"}),
+    (TypeError, "divergence", (X, [Y], [1.0]), {"divergence": 3}),
+    (ValueError, "value_ids", (X, [Y], [1.0]), {"value_ids": torch.zeros(3, 2).long()}),
+    (ValueError, "value_weights", (X, [Y], [1.0]), {"value_weights": [1.0]}),
+    (ValueError, "values", (X, [Y], [1.0]), {"values": Y}),
+    (ValueError, "values", (X, [Y], [1.0]), {"values": Y[None, :, :39]}),
+    (ValueError, "value_weights", (X, [Y], [1.0]), {"values": Y[None], "value_weights": [1, 2]}),
+    (ValueError, "value_weights", (X, [Y], [1.0]), {"values": Y[None], "value_weights": [NAN]}),
+    (
+        ValueError,
+        "value_ids",
+        (X, [Y], [1.0]),
+        {"values": Y[None, :, :2], "value_ids": torch.zeros(3, 3).long()},
+    ),
+    (
+        TypeError,
+        "value_ids",
+        (X, [Y], [1.0]),
+        {"values": Y[None, :, :2], "value_ids": torch.zeros(3, 2).int()},
+    ),
+    (ValueError, "prefix_logprobs", (X, [Y], [1.0]), {"prefix_logprobs": torch.zeros(3, 1)}),
+    (TypeError, "prefix_logprobs", (X, [Y], [1.0]), {"prefix_logprobs": torch.zeros(3, 2).half()}),
+    (ValueError, "logit_scales", (X, [Y], [1.0]), {"logit_scales": [1.0]}),
+    (ValueError, "logit_scales", (X, [Y], [1.0]), {"logit_scales": [1.0, 0.0]}),
+    (ValueError, "logit_scales", (X, [Y], [1.0]), {"logit_scales": [1.0, -2.0]}),
+    (ValueError, "vocab_size", (X, [Y], [1.0]), {"vocab_size": 41}),
+    (ValueError, "vocab_size", (X, [Y], [1.0]), {"vocab_size": 0}),
+    (ValueError, "plausibility", (X, [Y], [1.0]), {"plausibility": 0.0}),
+    (ValueError, "plausibility", (X, [Y], [1.0]), {"plausibility": 1.5}),
+    (
+        ValueError,
+        "plausibility_tensor",
+        (X, [Y], [1.0]),
+        {"plausibility": 0.1, "plausibility_tensor": 2},
+    ),
+    (ValueError, "plausibility_tensor", (None, [Y], [1.0]), {"plausibility": 0.1}),
+    (ValueError, "backend", (X, [Y], [1.0]), {"backend": "cobol"}),
+    (ValueError, "meta", (X, [Y.to("meta")], [1.0]), {}),
+]
+SAMPLE_ERRORS = [
+    (ValueError, "temperature", {"temperature": -0.5}),
+    (ValueError, "temperature", {"temperature": NAN}),
+    (ValueError, "temperature", {"temperature": [1.0, 1.0]}),
+    (ValueError, "temperature", {"temperature": torch.ones(2)}),
+    (TypeError, "temperature", {"temperature": "hot"}),
+    (ValueError, "top_k", {"top_k": -1}),
+    (TypeError, "top_k", {"top_k": 2.5}),
+    (ValueError, "top_p", {"top_p": 0.0}),
+    (ValueError, "top_p", {"top_p": 1.01}),
+    (ValueError, "top_p", {"top_p": [0.5, 0.0, 0.5]}),
+    (ValueError, "min_p", {"min_p": -0.1}),
+    (ValueError, "min_p", {"min_p": 1.1}),
+    (ValueError, "mask", {"mask": torch.ones(3, 39, dtype=torch.bool)}),
+    (ValueError, "mask", {"mask": torch.ones(3, 3, dtype=torch.int32)}),
+    (TypeError, "mask", {"mask": torch.ones(3, 40)}),
+    (ValueError, "seed", {"seed": torch.zeros(2, dtype=torch.int64)}),
+    (TypeError, "seed", {"seed": torch.zeros(3, dtype=torch.int32)}),
+    (TypeError, "seed", {"seed": 1.5}),
+    (ValueError, "seed", {"seed": [1, 2]}),
+    (TypeError, "position", {"position": 0.5}),
+    (TypeError, "position", {"position": torch.zeros(3)}),
+    (ValueError, "position", {"position": torch.zeros(4, dtype=torch.int64)}),
+]
+
+
+def describe(x):
+    return x.__name__ if isinstance(x, type) else None
+
+
+@pytest.mark.parametrize(("error", "says", "args", "kwargs"), LOG_PROBS_ERRORS, ids=describe)
+def test_wrong_mixtures_are_refused_by_both_functions(error, says, args, kwargs):
+    for function in (log_probs, sample):
+        with pytest.raises(error, match=says):
+            function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("error", "says", "kwargs"), SAMPLE_ERRORS, ids=describe)
+def test_wrong_sampling_parameters_are_refused(error, says, kwargs):
+    with pytest.raises(error, match=says):
+        sample(X, [Y], [1.0], **kwargs)
+
+
+@pytest.mark.parametrize("name", ["total_variation", "tv", "chi_squared", "chi2", "hellinger"])
+def test_divergences_that_are_not_barriers_are_refused_naming_the_five_that_work(name):
+    with pytest.raises(ValueError) as error:
+        log_probs(X, [Y], [1.0], divergence=name)
+    for works in ("reverse_kl", "forward_kl", "jsd", "alpha", "jeffrey"):
+        assert works in str(error.value)
+    if name not in ("hellinger",):
+        assert "finite" in str(error.value) or "barrier" in str(error.value)
+
+
+@pytest.mark.parametrize("alpha", ["alpha:0", "alpha:1", "alpha:-0.5", "alpha:x", "alpha:nan"])
+def test_alpha_must_be_between_0_and_1(alpha):
+    with pytest.raises(ValueError, match="alpha"):
+        log_probs(X, [Y], [1.0], divergence=alpha)
+
+
+def test_aliases_and_objects_name_the_same_divergence(op):
+    from mod_fused import divergence as d
+
+    families = [
+        ["reverse_kl", "kl", "rkl", d.ReverseKL()],
+        ["forward_kl", "fkl", d.ForwardKL()],
+        ["jsd", "js", "jensen_shannon", d.JensenShannonDivergence()],
+        ["alpha:0.5", d.AlphaDivergence(0.5), d.AlphaDivergence()],
+        ["jeffrey", "jeffreys", d.JeffreyDivergence()],
+    ]
+    results = []
+    for family in families:
+        same = [op.log_probs(X, [Y], [0.5], divergence=name) for name in family]
+        assert all(torch.equal(x, same[0]) for x in same)
+        results.append(same[0].numpy())
+    assert len(np.unique(np.stack(results).round(4), axis=0)) == 5
