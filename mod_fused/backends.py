@@ -20,6 +20,12 @@ class Backend(NamedTuple):
     status: Callable[[], str]  # AVAILABLE, or why not
 
 
+def _cpu_status() -> str:
+    from . import cpu_backend
+
+    return cpu_backend.status()
+
+
 def _not_part_of_this_version(kernels: str) -> Callable[[], str]:
     return lambda: f"{kernels} are not part of this version"
 
@@ -28,7 +34,7 @@ def _not_part_of_this_version(kernels: str) -> Callable[[], str]:
 BACKENDS: tuple[Backend, ...] = (
     Backend("cuda", ("cuda",), _not_part_of_this_version("CUDA C++ kernels")),
     Backend("triton", ("cuda",), _not_part_of_this_version("Triton kernels")),
-    Backend("cpu", ("cpu",), _not_part_of_this_version("C++ CPU kernels")),
+    Backend("cpu", ("cpu",), _cpu_status),
     Backend("torch", None, lambda: AVAILABLE),
 )
 

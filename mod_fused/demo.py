@@ -104,8 +104,8 @@ def run(out: Path, *, seed: int = 0, quick: bool = False, divergence: str = "rev
     table(*table_rows(points, world.OBJECTIVES))
 
     write(f"\n{LEAD}")
-    for pair, (lead, error) in leads(points, world.OBJECTIVES).items():
-        write(f"  {pair}: {signed(lead, error)}")
+    for names, (lead, spread) in leads(points, world.OBJECTIVES).items():
+        write(f"  {names}: {signed(lead, spread)}")
     try:
         draw(out, points, world.OBJECTIVES, f"trade-off of the embedded policies ({divergence})")
         write(f"\nThe curves are in {out}", style="bold")

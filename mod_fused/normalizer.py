@@ -12,7 +12,7 @@ from torch import Tensor
 from .divergence import Divergence
 
 MAX_EVALUATIONS = 32
-#: Where rounding leaves log G: below it another step only moves tau inside its own rounding error.
+#: Where rounding leaves log G: below it a step only moves tau inside its own rounding error.
 TOLERANCE = 1e-6
 _WIDEN = 1e-4
 
@@ -33,18 +33,17 @@ def excess_deficit(deficit: Tensor, support: Tensor) -> tuple[Tensor, Tensor, Te
     """D = Q - min Q over the support.
 
     Args:
-        deficit: float32 [B, T, tile], Q; anything off the support.
+        deficit: float32 or float64 [B, T, tile], Q; anything off the support.
         support: bool [B, T, tile].
 
     Returns:
-        D: float32 [B, T, tile], 0 off the support; min Q: float32 [B], +inf where the support is
-            empty; and its first
-        index s* in the row: int64 [B].
+        D, float32 [B, T, tile], 0 off the support; min Q, [B] in the dtype of Q, +inf where the
+        support is empty; s*, int64 [B], the first index in the row that reaches it.
     """
     least, best = torch.where(support, deficit, torch.inf).flatten(1).min(-1)
     # Beyond 1e38 the ratio is 0 in float32 anyway, and tau + D must stay finite.
     excess = torch.where(support, deficit - least[:, None, None], 0.0).clamp(max=1e38)
-    return excess, least, best
+    return excess.float(), least, best
 
 
 def solve(divergence: Divergence, log_ref: Tensor, excess: Tensor, best: Tensor) -> Tensor:

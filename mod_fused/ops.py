@@ -57,6 +57,9 @@ def _define(backend: str) -> None:
 
 
 _define("torch")
+_define("cpu")  # kernels: csrc/cpu/binding.cpp
+_library.define("divergence_cpu(str divergence, str function, Tensor x) -> Tensor")
+_library.define("instruction_set_cpu() -> str")
 _library.impl("log_probs_torch", torch_backend.log_probs, "CompositeExplicitAutograd")
 _library.impl("sample_torch", torch_backend.sample, "CompositeExplicitAutograd")
 

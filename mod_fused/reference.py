@@ -222,7 +222,7 @@ def log_probs_row(
         if prefix_logprobs is not None:
             prefix = to_float64(prefix_logprobs)
             shift = prefix - prefix[0]
-            if not np.isfinite(prefix).all():
+            if not np.isfinite(prefix[[0, *used]]).all():
                 return invalid
             if slope.floors and used:
                 shift = shift + max(0.0, PREFIX_FLOOR - shift[used].min())

@@ -251,8 +251,12 @@ def _general(
             d = d.clamp(min=_SMALLEST_LOG_RATIO)
         w = weights[:, i, None, None].float()
         deficit = torch.where(w == 0, deficit, deficit + w * divergence.deficit(d))
+    if values:
+        # A tilt moves min Q away from 0, and D would keep only its rounding: in float64 until then.
+        deficit = deficit.double()
     for j, x in enumerate(values):
-        deficit = _fma(-value_weights[:, j], x, deficit)
+        v = value_weights[:, j, None, None].float().double()
+        deficit = torch.where(v == 0, deficit, deficit - v * x.double())
 
     excess, least, best = normalizer.excess_deficit(deficit, support)
     if mixing.normalizer == "exact":

@@ -164,6 +164,24 @@ def test_bad_prefixes_invalidate_their_row(op, divergence):
     )  # fmt: skip
 
 
+def test_a_zero_weight_hides_whatever_its_tensor_and_prefix_hold(op, divergence):
+    ref, policies = logits(93, B, V, 2, kind="typical")
+    values, ids = normal(93, 2, B, 3), torch.tensor([[4, 5, 6]] * B)
+    prefix = normal(94, B, 3)
+    clean = op.log_probs(
+        ref, policies[:1], [0.5], divergence=divergence, values=values[:1], value_ids=ids,
+        prefix_logprobs=prefix[:, :2],
+    )  # fmt: skip
+    policies[1][:], values[1], prefix[:, 2] = NAN, -INF, -INF
+    values[1, 2] = INF
+    result = check(
+        op, ref, policies, [0.5, 0.0], divergence=divergence, values=values, value_ids=ids,
+        value_weights=[1.0, 0.0], prefix_logprobs=prefix,
+    )  # fmt: skip
+    assert ((result > -INF).sum(dim=1) == 3).all()
+    assert (result - clean)[:, 4:7].abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("vocab", [1, 2, 999, 1023, 1024, 1025, 2048, 2049, 4097])
 def test_vocabularies_around_the_tile_size(op, vocab, divergence):
     ref, policies = logits(90, 6, vocab, 1, kind="mild")

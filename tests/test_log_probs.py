@@ -96,7 +96,7 @@ def test_any_number_of_policies_up_to_8_listed_or_stacked(op, policies, divergen
         assert torch.equal(stacked, listed)
 
 
-@pytest.mark.parametrize("weights", [[1.0, 0.0], [0.5, 0.5], [2.0, -0.75]])
+@pytest.mark.parametrize("weights", [[1.0, 0.0], [0.5, 0.5], [2.0, -0.75], [0.0, 0.0]])
 def test_without_a_reference_it_is_the_product_of_the_policies(op, weights):
     _, policies = logits(7, 3, 1025, 2, excluded=0.05)
     check(op, None, policies, weights)
@@ -227,6 +227,13 @@ def test_zero_normalizer_rows_without_an_inverse_are_invalid(op):
     for divergence in ("jsd", "alpha:0.5"):
         result = check(op, ref, policies, weights, divergence=divergence, normalizer="zero")
         assert result[0].isnan().all() and not result[1].isnan().any()
+
+
+def test_jeffrey_at_zero_z_with_a_huge_u_is_one_token(op):
+    # A negative weight on a policy that gave up tokens: u = e^40, and log pi* differs by as much.
+    ref, policy = torch.zeros(1, 3), torch.tensor([[0.0, -40.0, -41.0]])
+    result = check(op, ref, [policy], [-0.5], divergence="jeffrey", normalizer="zero")
+    assert result[0, 2] == 0.0
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

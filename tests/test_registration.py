@@ -23,7 +23,7 @@ def per_row(x: float) -> torch.Tensor:
 MIXTURES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "lists": ((REF, POLICIES, WEIGHTS), {}),
     "stacked": ((REF, torch.stack(POLICIES), torch.tensor(WEIGHTS)), {"divergence": "forward_kl"}),
-    "weights_per_row": ((REF, POLICIES, torch.rand(B, 2)), {"divergence": "jsd"}),
+    "weights_per_row": ((REF, POLICIES, normal(5, B, 2).abs()), {"divergence": "jsd"}),
     "half": ((REF.half(), [POLICIES[0].bfloat16()], [[0.5]] * B), {"divergence": "alpha:0.5"}),
     "no_reference": ((None, POLICIES, WEIGHTS), {"vocab_size": 900, "logit_scales": [1.0, 2.0]}),
     "no_policy": ((REF, [], []), {"divergence": "jeffrey", "values": normal(1, 2, B, V)}),
@@ -32,7 +32,7 @@ MIXTURES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         {
             "divergence": "jeffrey",
             "values": normal(2, 1, B, 1000),
-            "value_weights": torch.rand(B, 1),
+            "value_weights": normal(6, B, 1).abs(),
             "prefix_logprobs": normal(3, B, 3).double(),
             "logit_scales": [0.5, 1.0, 2.0],
             "vocab_size": 1000,

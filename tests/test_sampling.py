@@ -115,6 +115,18 @@ def test_tokens_and_their_log_probabilities_are_the_oracle_s(op, divergence):
         assert np.abs(drawn.model_logprobs[:, column].numpy() - expected).max() <= 1e-4
 
 
+def test_model_logprobs_without_a_reference_and_only_when_asked(op):
+    _, policies = logits(51, 4, 700, 2)
+    drawn = op.sample(None, policies, [0.5, 0.0], seed=1, return_model_logprobs=True)
+    at = np.arange(4), drawn.tokens.numpy()
+    for column, x in enumerate(policies):  # the one of weight 0 too
+        expected = reference.log_softmax(reference.to_float64(x))[at]
+        assert np.abs(drawn.model_logprobs[:, column].numpy() - expected).max() <= 1e-4
+    assert drawn.model_logprobs.shape == (4, 2)
+    plain = op.sample(None, policies, [0.5, 0.0], seed=1)
+    assert plain.model_logprobs is None and torch.equal(plain.tokens, drawn.tokens)
+
+
 # --- seeds and positions --------------------------------------------------------------------------
 
 

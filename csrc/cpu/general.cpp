@@ -1,0 +1,253 @@
+// Every divergence but reverse KL, in deficit form (design §2): Q and p once over the vocabulary, a scalar solve for tau
+// over what they left, and the keys or masses at its solution.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "../divergence.h"
+#include "row.h"
+
+namespace mod_fused {
+
+namespace {
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr double kSmallestPrefixDifference = -40.0;
+constexpr int kMaxEvaluations = 32;
+constexpr double kTolerance = 1e-6;  // where float32 sums leave log G
+// Below this a Newton step squares the error to less than the tolerance: tau is taken without another evaluation, and the
+// tiles' masses follow it by their slopes.
+constexpr double kLastStep = 3e-5;
+constexpr double kWiden = 1e-4;
+}  // namespace
+
+bool Row::mix_general() {
+  switch (request_.kind) {
+    case Kind::forward_kl:
+      return mix(ForwardKL(), loops_.forward_kl);
+    case Kind::jsd:
+      return mix(JensenShannon(), loops_.jsd);
+    case Kind::alpha:
+      if (request_.alpha == 0.5) return mix(Alpha<true>(0.5), loops_.alpha_half);
+      return mix(Alpha<false>(request_.alpha), loops_.alpha);
+    case Kind::jeffrey:
+      return mix(Jeffrey(), loops_.jeffrey);
+    case Kind::reverse_kl:
+      break;
+  }
+  return false;
+}
+
+// -sum v V of a tile, +inf where a value excludes the token or it is no candidate.
+bool Row::tile_tilt(int64_t tile, double* tilt) const {
+  const int64_t begin = tile * kTile;
+  const int n = tile_size(tile);
+  bool good = true;
+  if (request_.value_ids) {
+    std::fill(tilt, tilt + n, kInfinity);
+    for (const Candidate* c = first_candidate(begin); c != candidates_.data() + candidates_.size() && c->token < begin + n; ++c)
+      tilt[c->token - begin] = c->tilt;
+    return true;
+  }
+  alignas(64) float x[kTile];
+  std::fill(tilt, tilt + n, 0.0);
+  for (size_t j = 0; j < request_.values.size(); ++j) {
+    if (value_weight(j) == 0.0) continue;
+    loops_.load(values(j), begin, n, x);
+    good &= !loops_.add_tilt(x, n, (float)value_weight(j), tilt);
+  }
+  return good;
+}
+
+// The candidates in the order of their ids.
+bool Row::collect_candidates() {
+  bool good = true;
+  for (int64_t k = 0; k < request_.candidates; ++k) {
+    if (candidate(k) < 0) continue;
+    Candidate c{candidate(k), 0.0};
+    for (size_t j = 0; j < request_.values.size(); ++j) {
+      if (value_weight(j) == 0.0) continue;
+      const float value = element(loops_, values(j), k);
+      good &= value < kInfinity;
+      c.tilt = value > -kInfinity ? c.tilt - (double)(float)value_weight(j) * value : kInfinity;
+    }
+    candidates_.push_back(c);
+  }
+  std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+  return good;
+}
+
+const Row::Candidate* Row::first_candidate(int64_t token) const {
+  const auto before = [](const Candidate& c, int64_t t) { return c.token < t; };
+  return std::lower_bound(candidates_.data(), candidates_.data() + candidates_.size(), token, before);
+}
+
+// p and Q over the row into scratch, and what the bracket needs of them.
+bool Row::collect_deficits(const DivergenceLoops& loops, bool clamped, DeficitSums* total) {
+  double shifts[kMaxModels], lift = 0.0;
+  for (int model = 1; model < request_.models; ++model) {
+    shifts[model] = log_norms_[0] - log_norms_[model];
+    if (request_.prefix.empty() || !counts(model)) continue;
+    const double* prefix = request_.prefix.data() + b_ * request_.models;
+    shifts[model] += prefix[model] - prefix[0];
+    lift = std::max(lift, kSmallestPrefixDifference - (prefix[model] - prefix[0]));
+  }
+  if (request_.value_ids && !collect_candidates()) return false;
+  const bool tilted = !request_.values.empty();
+
+  const float ref_norm = (float)log_norms_[0];
+  for_tiles([&](int64_t tile) {
+    alignas(64) float ref[kTile], other[kTile];
+    const int64_t begin = tile * kTile;
+    const int n = tile_size(tile);
+    float *p = scratch_.first + begin, *q = scratch_.second + begin;
+    loops_.load(logits(0), begin, n, ref);
+    std::memset(q, 0, sizeof(float) * (size_t)n);
+    for (int model = 1; model < request_.models; ++model) {
+      if (!counts(model)) continue;
+      loops_.load(logits(model), begin, n, other);
+      const double shift = shifts[model] + (clamped ? lift : 0.0);
+      loops.add_deficit(ref, other, n, (float)request_.alpha, (float)shift, (float)policy_weight(model), q);
+    }
+    if (request_.plausibility_model >= 0) {
+      loops_.load(logits(request_.plausibility_model), begin, n, other);
+      const float peak = (float)model_peaks_[request_.plausibility_model];
+      for (int i = 0; i < n; ++i) q[i] = other[i] - peak >= request_.log_plausibility ? q[i] : kInfinity;
+    }
+    alignas(64) double tilt[kTile];
+    scratch_.mixes[tile].broken = tilted && !tile_tilt(tile, tilt);
+    scratch_.deficits[tile] = loops_.close_deficit(ref, tilted ? tilt : nullptr, n, ref_norm, p, q);
+  });
+
+  *total = {kInfinity, 0, 0.0f, 0.0f};
+  double mass = 0.0, first = 0.0;
+  for (int64_t tile = 0; tile < tiles_; ++tile) {
+    const DeficitSums& part = scratch_.deficits[tile];
+    if (scratch_.mixes[tile].broken) return false;
+    if (part.least < total->least) {
+      total->least = part.least;
+      total->best = (int32_t)(tile * kTile) + part.best;
+    }
+    mass += part.mass;
+    first += part.first;
+  }
+  total->mass = (float)mass;
+  total->first = (float)first;
+  if (!(std::fabs(total->least) < kInfinity)) return false;
+
+  for_tiles([&](int64_t tile) {
+    alignas(64) double tilt[kTile];
+    if (tilted) tile_tilt(tile, tilt);
+    loops.excesses(scratch_.second + tile * kTile, tilted ? tilt : nullptr, tile_size(tile), (float)request_.alpha,
+                   total->least);
+  });
+  return true;
+}
+
+template <class D> MassSums Row::evaluate(const D& divergence, const DivergenceLoops& loops, double tau) {
+  const float t = (float)divergence.shift(tau);
+  for_tiles([&](int64_t tile) {
+    const int64_t begin = tile * kTile;
+    const MassSums part = loops.sums(scratch_.first + begin, scratch_.second + begin, tile_size(tile),
+                                     (float)request_.alpha, t);
+    scratch_.sums[tile] = part.s1;
+    scratch_.slopes[tile] = part.s2;
+  });
+  double s1 = 0.0, s2 = 0.0;
+  for (int64_t tile = 0; tile < tiles_; ++tile) {
+    s1 += scratch_.sums[tile];
+    s2 += scratch_.slopes[tile];
+  }
+  return {(float)s1, (float)s2};
+}
+
+// Bracketed Newton on q(log G(tau)), which is almost straight; from the lower end it climbs to the root. Leaves log_norm_ and
+// the tiles' masses at the tau that it returns.
+template <class D>
+double Row::solve(const D& divergence, const DivergenceLoops& loops, const DeficitSums& total) {
+  const double log_mass = std::log((double)total.mass);
+  double upper = divergence.deficit(-log_mass);
+  double lower = std::max(divergence.deficit(-std::log((double)scratch_.first[total.best])),
+                          upper - ((double)total.first / total.mass - total.least));
+  // When all policies agree the two ends coincide up to rounding, in either order.
+  if (D::bounded) {
+    lower *= 1.0 - kWiden;
+    upper *= 1.0 + kWiden;
+  } else {
+    lower -= kWiden;
+    upper += kWiden;
+  }
+  upper = std::max(upper, lower);
+
+  double tau = lower;
+  const double target = divergence.deficit(0.0);
+  for (int i = 0;; ++i) {
+    const MassSums sums = evaluate(divergence, loops, tau);
+    const double log_g = divergence.constant(tau) + std::log((double)sums.s1);
+    const double slope = divergence.slope(tau, sums.s1, sums.s2);  // -dG/dtau
+    log_norm_ = log_g;
+    (log_g > 0.0 ? lower : upper) = tau;
+    const double middle = D::bounded ? std::sqrt(lower * upper) : 0.5 * (lower + upper);
+    double step = middle;
+    if (std::isfinite(log_g) && std::isfinite(slope) && slope > 0.0) {
+      const double q = divergence.deficit(log_g);
+      const double newton = tau + (target - q) * std::exp(divergence.log_slope(q)) / slope;
+      if (std::fabs(log_g) < kLastStep) {
+        const double change = newton - tau;
+        for (int64_t tile = 0; tile < tiles_; ++tile) {
+          const double fall = divergence.slope(tau, scratch_.sums[tile], scratch_.slopes[tile]) *
+                              std::exp(-divergence.constant(tau));
+          scratch_.sums[tile] = std::max(0.0f, (float)(scratch_.sums[tile] - change * fall));
+        }
+        log_norm_ = 0.0;
+        return newton;
+      }
+      if (newton > lower && newton < upper) step = newton;
+    }
+    if (std::fabs(log_g) < kTolerance || step == tau || i == kMaxEvaluations) return tau;
+    tau = step;
+  }
+}
+
+template <class D>
+bool Row::mix(const D& divergence, const DivergenceLoops& loops) {
+  DeficitSums total;
+  if (!collect_deficits(loops, D::clamped, &total)) return false;
+  double tau;
+  if (request_.exact) {
+    tau = solve(divergence, loops, total);
+  } else {
+    double sum = 0.0;
+    for (int model = 1; model < request_.models; ++model) sum += policy_weight(model);
+    tau = (float)(divergence.supremum() * (1.0 - sum) + total.least);
+    if (D::bounded && !(tau > 0.0)) return false;
+    log_norm_ = divergence.constant(tau) + std::log((double)evaluate(divergence, loops, tau).s1);
+  }
+  if (!std::isfinite(log_norm_)) return false;
+
+  const float t = (float)divergence.shift(tau), alpha = (float)request_.alpha;
+  const double constant = divergence.constant(tau);
+  if (!sampling() || filters() || temperature_ != 1.0f) {
+    for_tiles([&](int64_t tile) {
+      alignas(64) float key[kTile];
+      const int64_t begin = tile * kTile;
+      const int n = tile_size(tile);
+      loops.keys(scratch_.first + begin, scratch_.second + begin, n, alpha, t, (float)constant, key);
+      std::memcpy(scratch_.first + begin, key, sizeof(float) * (size_t)n);
+    });
+    return !sampling() || draw_from_keys();
+  }
+  std::copy(scratch_.sums.begin(), scratch_.sums.begin() + tiles_, scratch_.masses.begin());
+  const bool drawn = race([&](int64_t tile, float* mass) {
+    const int64_t begin = tile * kTile;
+    loops.masses(scratch_.first + begin, scratch_.second + begin, tile_size(tile), alpha, t, mass);
+  });
+  if (!drawn) return false;
+  float key;
+  loops.keys(scratch_.first + token_, scratch_.second + token_, 1, alpha, t, (float)constant, &key);
+  token_key_ = key;
+  return true;
+}
+
+}  // namespace mod_fused

@@ -1,0 +1,92 @@
+// One call of the op as plain data: what the binding reads out of tensors, and what a row works with.
+#pragma once
+
+#include <stdint.h>
+
+#include <vector>
+
+#include "tiles.h"
+
+namespace mod_fused {
+
+constexpr int kMaxModels = 9;  // reference and at most 8 policies
+
+enum class Kind { reverse_kl, forward_kl, jsd, alpha, jeffrey };
+
+// A tensor [B, n] with contiguous rows.
+struct Rows {
+  const char* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t row_bytes = 0;
+
+  Source row(int64_t b, float scale) const { return {data + b * row_bytes, dtype, scale}; }
+};
+
+// A parameter with one entry for all rows or one per row.
+template <class T> struct PerRow {
+  std::vector<T> entries;
+  const T& operator[](int64_t b) const { return entries[entries.size() == 1 ? 0 : (size_t)b]; }
+};
+
+// `width` numbers for all rows, or for each of them.
+struct PerRowVector {
+  std::vector<double> entries;
+  int width = 0;
+  const double* operator[](int64_t b) const {
+    return entries.data() + ((int64_t)entries.size() == width ? 0 : b * width);
+  }
+};
+
+struct Mask {
+  const char* data = nullptr;  // null: everything is allowed
+  bool packed = false;
+  int64_t row_bytes = 0, element_bytes = 0;
+
+  bool allows(int64_t b, int64_t token) const {
+    const char* row = data + b * row_bytes;
+    if (!packed) return row[token * element_bytes] != 0;
+    const int32_t word = *reinterpret_cast<const int32_t*>(row + (token / 32) * element_bytes);
+    return ((uint32_t)word >> (token % 32)) & 1u;
+  }
+};
+
+struct Request {
+  int64_t rows = 0, vocab = 0;
+  int models = 0;          // tensors of logits, reference first if there is one
+  bool reference = true;
+  Rows logits[kMaxModels];
+  float scales[kMaxModels];
+  PerRowVector weights;    // of the policies
+  Kind kind = Kind::reverse_kl;
+  double alpha = 0.0;
+  bool exact = true;       // the normaliser
+
+  std::vector<Rows> values;
+  PerRowVector value_weights;
+  const int64_t* value_ids = nullptr;  // candidates, [B, candidates]; null: values are dense
+  int64_t candidates = 0, value_ids_row = 0, value_ids_column = 0;  // strides in elements
+
+  std::vector<double> prefix;  // [B, models], or empty
+  float log_plausibility = 0.0f;
+  int plausibility_model = -1;  // -1: off
+
+  PerRow<float> temperature, min_p;
+  PerRow<double> top_p;
+  PerRow<int64_t> top_k, position;
+  PerRow<uint64_t> seeds;  // one per row
+  Mask mask;
+  bool filters = false;  // some row has a mask, top-k, top-p or min-p, or log pi* is asked for itself
+  bool model_logprobs = false;
+
+  // Outputs; `log_probs` [B, V] alone, or the others.
+  float* log_probs = nullptr;
+  int64_t* tokens = nullptr;
+  float* logprobs = nullptr;
+  bool* valid = nullptr;
+  float* token_model_logprobs = nullptr;  // [B, models]
+};
+
+// Runs every row of a request, on torch's threads.
+void run(const Request& request);
+
+}  // namespace mod_fused

@@ -1,0 +1,122 @@
+#include "row.h"
+
+#include <cmath>
+#include <limits>
+#include <new>
+
+namespace mod_fused {
+
+namespace {
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr std::align_val_t kAlignment{64};
+}  // namespace
+
+void Scratch::reserve(int64_t tiles, int models, bool per_token) {
+  model_sums.resize((size_t)(tiles * models));
+  mixes.resize((size_t)tiles);
+  deficits.resize((size_t)tiles);
+  sums.resize((size_t)tiles);
+  slopes.resize((size_t)tiles);
+  masses.resize((size_t)tiles);
+  const int64_t needed = per_token ? tiles * kTile : 0;
+  if (needed > capacity_) {
+    ::operator delete(first, kAlignment);
+    first = nullptr;
+    capacity_ = 0;
+    first = static_cast<float*>(::operator new(sizeof(float) * 2 * (size_t)needed, kAlignment));
+    capacity_ = needed;
+  }
+  second = first == nullptr ? nullptr : first + capacity_;
+}
+
+Scratch::~Scratch() { ::operator delete(first, kAlignment); }
+
+Row::Row(const Request& request, int64_t index, Scratch& scratch, const TileRunner& run_tiles)
+    : request_(request),
+      b_(index),
+      scratch_(scratch),
+      run_tiles_(run_tiles),
+      loops_(tile_loops()),
+      tiles_((request.vocab + kTile - 1) / kTile) {}
+
+bool Row::read_parameters() {
+  bool good = true;
+  const int policies = request_.models - (request_.reference ? 1 : 0);
+  for (int i = 0; i < policies; ++i) good &= std::isfinite(request_.weights[b_][i]);
+  for (size_t j = 0; j < request_.values.size(); ++j) good &= std::isfinite(value_weight(j));
+  for (int64_t k = 0; k < request_.candidates; ++k) good &= candidate(k) >= -1 && candidate(k) < request_.vocab;
+  if (sampling()) {
+    temperature_ = request_.temperature[b_];
+    top_k_ = request_.top_k[b_];
+    top_p_ = request_.top_p[b_];
+    min_p_ = request_.min_p[b_];
+    good &= temperature_ >= 0.0f && std::isfinite(temperature_) && top_k_ >= 0;
+    good &= top_p_ > 0.0 && top_p_ <= 1.0 && min_p_ >= 0.0f && min_p_ <= 1.0f;
+  }
+  return good;
+}
+
+bool Row::sum_models() {
+  const bool log_linear = request_.kind == Kind::reverse_kl;
+  bool good = true;
+  for (int model = 0; model < request_.models; ++model) {
+    const bool counted = counts(model);
+    const bool plausible = model == request_.plausibility_model;
+    // The log-linear sum checks its tensors itself, but for candidates it looks at those alone.
+    const bool needed = request_.model_logprobs || plausible || (counted && (!log_linear || request_.value_ids));
+    if (!needed) continue;
+    PeakSum* parts = scratch_.model_sums.data() + model * tiles_;
+    const Source x = logits(model);
+    for_tiles([&](int64_t tile) { parts[tile] = loops_.peak_sum(x, tile * kTile, tile_size(tile)); });
+    double peak = -kInfinity, sum = 0.0;
+    for (int64_t tile = 0; tile < tiles_; ++tile) peak = std::fmax(peak, (double)parts[tile].peak);
+    bool broken = peak == kInfinity;
+    for (int64_t tile = 0; tile < tiles_; ++tile) {
+      broken |= std::isnan(parts[tile].sum);
+      if (parts[tile].peak > -kInfinity) sum += parts[tile].sum * std::exp(parts[tile].peak - peak);
+    }
+    model_peaks_[model] = peak;
+    log_norms_[model] = broken ? std::numeric_limits<double>::quiet_NaN() : peak + std::log(sum);
+    good &= !broken || !(counted || plausible);
+  }
+  return good;
+}
+
+void Row::run() {
+  bool good = read_parameters();
+  if (good && request_.prefix.size() && request_.kind != Kind::reverse_kl)
+    for (int model = 0; model < request_.models; ++model)
+      good &= !counts(model) || std::isfinite(request_.prefix[(size_t)(b_ * request_.models + model)]);
+  good = good && sum_models();
+  if (good && request_.kind == Kind::reverse_kl) {
+    collect_terms();
+    const bool whole_row = !sampling() || filters() || request_.value_ids || request_.plausibility_model >= 0;
+    good = whole_row ? log_linear_keys() && (!sampling() || draw_from_keys()) : draw_log_linear();
+  } else if (good) {
+    good = mix_general();
+  }
+  finish(good);
+}
+
+void Row::finish(bool valid) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  if (!sampling()) {
+    float* out = request_.log_probs + b_ * request_.vocab;
+    const float norm = (float)log_norm_;
+    for_tiles([&](int64_t tile) {
+      const int64_t begin = tile * kTile;
+      for (int64_t i = begin; i < begin + tile_size(tile); ++i) out[i] = valid ? scratch_.first[i] - norm : nan;
+    });
+    return;
+  }
+  request_.valid[b_] = valid;
+  request_.tokens[b_] = valid ? token_ : 0;
+  request_.logprobs[b_] = valid ? (float)(token_key_ - log_norm_) : nan;
+  if (!request_.model_logprobs) return;
+  for (int model = 0; model < request_.models; ++model) {
+    float* out = request_.token_model_logprobs + b_ * request_.models + model;
+    *out = valid ? (float)(element(loops_, logits(model), token_) - log_norms_[model]) : nan;
+  }
+}
+
+}  // namespace mod_fused

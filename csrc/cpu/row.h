@@ -1,0 +1,120 @@
+// One row on its way from logits to a token. The phases live in log_linear.cpp, general.cpp and draw.cpp; each leaves what
+// the next needs in the scratch and in the members below.
+#pragma once
+
+#include <functional>
+
+#include "request.h"
+
+namespace mod_fused {
+
+// Two floats per vocabulary entry and a few per tile, kept by a thread between its calls.
+struct Scratch {
+  float* first = nullptr;   // keys, or p
+  float* second = nullptr;  // Q, then x = excess(D)
+  std::vector<PeakSum> model_sums;     // [models][tiles]
+  std::vector<TileMix> mixes;          // [tiles], as are the following
+  std::vector<DeficitSums> deficits;
+  std::vector<float> sums, slopes;     // sum of e^(key - tile's peak), or s1 and s2
+  std::vector<float> masses;           // of the race
+
+  void reserve(int64_t tiles, int models, bool per_token);
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch();
+
+ private:
+  int64_t capacity_ = 0;
+};
+
+// Calls body(first tile, end) so that all of [0, tiles) is covered, on one thread or on several.
+using TileBody = std::function<void(int64_t, int64_t)>;
+using TileRunner = std::function<void(int64_t, const TileBody&)>;
+
+class Row {
+ public:
+  Row(const Request& request, int64_t index, Scratch& scratch, const TileRunner& run_tiles);
+  void run();
+
+ private:
+  struct Candidate {
+    int64_t token;
+    double tilt;  // -sum v V
+  };
+
+  // row.cpp
+  bool read_parameters();
+  bool sum_models();  // log-sum-exps where they are needed; false where a model that counts is broken
+  void finish(bool valid);
+
+  // log_linear.cpp
+  void collect_terms();
+  bool log_linear_keys();    // keys of the whole row into scratch.first
+  bool candidate_keys();
+  bool draw_log_linear();    // keys never leave their tile
+
+  // general.cpp; all return false where the row is invalid
+  bool mix_general();
+  template <class D> bool mix(const D& divergence, const DivergenceLoops& loops);
+  bool collect_deficits(const DivergenceLoops& loops, bool clamped, DeficitSums* total);
+  bool tile_tilt(int64_t tile, double* tilt) const;
+  bool collect_candidates();
+  const Candidate* first_candidate(int64_t token) const;
+  template <class D> double solve(const D& divergence, const DivergenceLoops& loops, const DeficitSums& total);
+  template <class D> MassSums evaluate(const D& divergence, const DivergenceLoops& loops, double tau);
+
+  // draw.cpp
+  bool draw_from_keys();
+  bool race(const std::function<void(int64_t, float*)>& token_masses);  // tiles' masses in scratch.masses
+  void apply_mask(float* key) const;
+  float cut(const float* key, float peak);  // least key that top-k and top-p keep
+
+  template <class F> void for_tiles(const F& body) {
+    run_tiles_(tiles_, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) body(tile);
+    });
+  }
+  int tile_size(int64_t tile) const {
+    const int64_t left = request_.vocab - tile * kTile;
+    return left < kTile ? (int)left : kTile;
+  }
+  Source logits(int model) const { return request_.logits[model].row(b_, request_.scales[model]); }
+  Source values(size_t j) const { return request_.values[j].row(b_, 1.0f); }
+  double policy_weight(int model) const { return request_.weights[b_][model - (request_.reference ? 1 : 0)]; }
+  bool counts(int model) const { return (request_.reference && model == 0) || policy_weight(model) != 0.0; }
+  double value_weight(size_t j) const { return request_.value_weights[b_][j]; }
+  int64_t candidate(int64_t k) const {
+    return request_.value_ids[b_ * request_.value_ids_row + k * request_.value_ids_column];
+  }
+  bool sampling() const { return request_.log_probs == nullptr; }
+  bool filters() const { return request_.mask.data || top_k_ > 0 || top_p_ < 1.0 || min_p_ > 0.0f; }
+
+  const Request& request_;
+  const int64_t b_;
+  Scratch& scratch_;
+  const TileRunner& run_tiles_;
+  const TileLoops& loops_;
+  const int64_t tiles_;
+
+  float temperature_ = 1.0f, min_p_ = 0.0f;
+  double top_p_ = 1.0;
+  int64_t top_k_ = 0;
+  std::vector<Term> terms_;            // of the log-linear sum: models, then values
+  size_t model_terms_ = 0;
+  double log_norms_[kMaxModels] = {};  // log-sum-exp of each model's logits, where needed
+  double model_peaks_[kMaxModels] = {};
+  std::vector<Candidate> candidates_;  // off reverse KL, sorted by token
+  double log_norm_ = 0.0;              // log pi* = key - log_norm
+  int64_t token_ = 0;
+  double token_key_ = 0.0;
+};
+
+// One element of a row as float32, scaled.
+inline float element(const TileLoops& loops, const Source& x, int64_t i) {
+  float out;
+  loops.load(x, i, 1, &out);
+  return out;
+}
+
+}  // namespace mod_fused

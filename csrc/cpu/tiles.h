@@ -1,0 +1,95 @@
+// The loops over a tile of at most 1024 tokens, one table of them per instruction set. Everything above this interface is
+// scalar bookkeeping and compiled once.
+#pragma once
+
+#include <stdint.h>
+
+namespace mod_fused {
+
+constexpr int kTile = 1024;      // tile of the race in token ids; part of the random numbers' definition
+constexpr int kMaxTerms = 32;    // models and value tensors of one row
+
+enum class DType : int32_t { float32, float16, bfloat16 };
+
+// A row of logits or values: element i counts as data[i] * scale.
+struct Source {
+  const void* data;
+  DType dtype;
+  float scale;
+};
+
+// One summand c * x of the log-linear sum.
+struct Term {
+  Source source;
+  float weight;
+};
+
+// max x and sum exp((x - max) * beta); the sum is NaN where x holds NaN or +inf.
+struct PeakSum {
+  float peak, sum;
+};
+
+struct TileMix {
+  float peak;   // of the key; -inf where no token is left
+  bool broken;  // a tensor that counts holds NaN or +inf
+};
+
+// Sums over a tile that the bracket of tau needs.
+struct DeficitSums {
+  double least;       // min Q over the support, +inf where it is empty
+  int32_t best;       // its first token in the tile
+  float mass, first;  // sum p, sum p Q
+};
+
+struct MassSums {
+  float s1, s2;  // divergence.h
+};
+
+struct RaceResult {
+  int32_t winner;
+  float arrival;
+};
+
+// What a divergence needs; `alpha` is read by alpha-divergences only.
+struct DivergenceLoops {
+  // Q += w * deficit((policy - ref) + shift); +inf where the policy excludes the token.
+  void (*add_deficit)(const float* ref, const float* policy, int n, float alpha, float shift, float w, float* q);
+  // Q becomes x = excess(Q + tilt - least); tilt may be null.
+  void (*excesses)(float* q, const double* tilt, int n, float alpha, double least);
+  // s1 and s2 at t
+  MassSums (*sums)(const float* p, const float* x, int n, float alpha, float t);
+  // p * H up to e^constant: the tokens' masses.
+  void (*masses)(const float* p, const float* x, int n, float alpha, float t, float* out);
+  // log p + log H, -inf off the support.
+  void (*keys)(const float* p, const float* x, int n, float alpha, float t, float constant, float* out);
+};
+
+struct TileLoops {
+  const char* name;
+  void (*load)(const Source& x, int64_t begin, int n, float* out);
+  PeakSum (*peak_sum)(const Source& x, int64_t begin, int n);
+  // The log-linear key of a tile, accumulated in order (design §3), -inf off the support.
+  TileMix (*log_linear)(const Term* terms, int count, int64_t begin, int n, float* key);
+  // sum exp((key - peak) * beta)
+  float (*sum_exp)(const float* key, int n, float peak, float beta);
+  void (*exps)(const float* key, int n, float peak, float beta, float* out);
+  // tilt -= v * values; +inf where a value excludes the token. Returns whether a value is NaN or +inf.
+  bool (*add_tilt)(const float* values, int n, float v, double* tilt);
+  // Ends a tile's Q: p = exp(ref - log_norm), p = 0 and Q = +inf off the support. The sums are those of Q + tilt, which is
+  // null where there are no values.
+  DeficitSums (*close_deficit)(const float* ref, const double* tilt, int n, float log_norm, float* p, float* q);
+  // argmin of E(seed, position, index + i, stream) / mass[i] and that minimum; index -1 where no mass is positive.
+  RaceResult (*race)(const float* mass, int n, uint64_t seed, uint64_t position, uint32_t index, uint32_t stream);
+  DivergenceLoops forward_kl, jsd, alpha, alpha_half, jeffrey;
+};
+
+const TileLoops* baseline_loops();
+#if defined(MOD_FUSED_X86)
+const TileLoops* avx2_loops();
+const TileLoops* avx512_loops();
+#endif
+
+// The loops for this machine, or those that the environment variable MOD_FUSED_CPU_ISA names.
+const TileLoops& tile_loops();
+
+}  // namespace mod_fused

@@ -1,0 +1,359 @@
+// The loops of tiles.h, compiled once per instruction set; the including file defines MOD_FUSED_LOOPS (a function name)
+// and MOD_FUSED_LOOPS_NAME. Nothing here may have external linkage but that function: an inline function shared between
+// files could be linked in the version of the widest instruction set and crash on an older machine.
+
+#include <math.h>
+
+#include "../divergence.h"
+#include "../philox.h"
+#include "tiles.h"
+
+namespace mod_fused {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kSmallestLogRef = -80.0f, kSmallestLogRatio = -80.0f;  // design §2, range of fp32
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+MOD_FUSED_INLINE float widen(float x) { return x; }
+MOD_FUSED_INLINE float widen(BFloat16 x) { return bits_float((uint32_t)x.bits << 16); }
+MOD_FUSED_INLINE float widen(Float16 x) {
+  // Exponent and mantissa in place, times 2^112 for the difference in bias, which also scales subnormals.
+  const uint32_t magnitude = (uint32_t)(x.bits & 0x7fffu) << 13;
+  const float scaled = bits_float(magnitude) * 0x1p112f;
+  const uint32_t special = (x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+  return bits_float(float_bits(scaled) | special | ((uint32_t)(x.bits & 0x8000u) << 16));
+}
+
+template <class T> MOD_FUSED_INLINE const T* at(const Source& x, int64_t begin) {
+  return static_cast<const T*>(x.data) + begin;
+}
+
+template <class T> void load_as(const Source& x, int64_t begin, int n, float* __restrict out) {
+  const T* __restrict from = at<T>(x, begin);
+  const float scale = x.scale;
+#pragma omp simd
+  for (int i = 0; i < n; ++i) out[i] = widen(from[i]) * scale;
+}
+
+void load(const Source& x, int64_t begin, int n, float* out) {
+  if (x.dtype == DType::bfloat16) return load_as<BFloat16>(x, begin, n, out);
+  if (x.dtype == DType::float16) return load_as<Float16>(x, begin, n, out);
+  load_as<float>(x, begin, n, out);
+}
+
+template <class T> PeakSum peak_sum_as(const Source& x, int64_t begin, int n) {
+  const T* __restrict from = at<T>(x, begin);
+  const float scale = x.scale;
+  float peak = -kInfinity;
+#pragma omp simd reduction(max : peak)
+  for (int i = 0; i < n; ++i) {
+    const float y = widen(from[i]) * scale;
+    peak = y > peak ? y : peak;
+  }
+  const float from_peak = peak == -kInfinity ? 0.0f : peak;
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) sum += exp_of(widen(from[i]) * scale - from_peak);
+  return {peak, sum};
+}
+
+PeakSum peak_sum(const Source& x, int64_t begin, int n) {
+  if (x.dtype == DType::bfloat16) return peak_sum_as<BFloat16>(x, begin, n);
+  if (x.dtype == DType::float16) return peak_sum_as<Float16>(x, begin, n);
+  return peak_sum_as<float>(x, begin, n);
+}
+
+// Peak of the finished key, and whether all of it is finite.
+struct KeyCheck {
+  float peak;
+  bool finite;
+};
+
+KeyCheck check_key(const float* __restrict key, int n) {
+  float peak = -kInfinity, zero = 0.0f;
+#pragma omp simd reduction(max : peak) reduction(+ : zero)
+  for (int i = 0; i < n; ++i) {
+    peak = key[i] > peak ? key[i] : peak;
+    zero += key[i] - key[i];  // NaN once anything is not finite
+  }
+  return {peak, zero == 0.0f};
+}
+
+// The usual case in one loop: `count` tensors of one dtype, unscaled.
+template <class T, int count>
+KeyCheck fused_key(const Term* terms, int64_t begin, int n, float* __restrict key) {
+  const T* x[count];
+  float c[count];
+  for (int k = 0; k < count; ++k) {
+    x[k] = at<T>(terms[k].source, begin);
+    c[k] = terms[k].weight;
+  }
+  float peak = -kInfinity, zero = 0.0f;
+#pragma omp simd reduction(max : peak) reduction(+ : zero)
+  for (int i = 0; i < n; ++i) {
+    float s = 0.0f;
+#pragma GCC unroll 8
+    for (int k = 0; k < count; ++k) s = fused_multiply_add(c[k], widen(x[k][i]), s);
+    key[i] = s;
+    peak = s > peak ? s : peak;
+    zero += s - s;
+  }
+  return {peak, zero == 0.0f};
+}
+
+template <class T>
+bool fuse(const Term* terms, int count, int64_t begin, int n, float* key, KeyCheck* check) {
+  for (int k = 0; k < count; ++k)
+    if (terms[k].source.scale != 1.0f || terms[k].source.dtype != terms[0].source.dtype) return false;
+  if (count == 2) *check = fused_key<T, 2>(terms, begin, n, key);
+  else if (count == 3) *check = fused_key<T, 3>(terms, begin, n, key);
+  else if (count == 4) *check = fused_key<T, 4>(terms, begin, n, key);
+  else return false;
+  return true;
+}
+
+TileMix log_linear(const Term* terms, int count, int64_t begin, int n, float* __restrict key) {
+  KeyCheck check;
+  alignas(64) float buffer[kTile];
+  const DType dtype = terms[0].source.dtype;
+  const bool fused = dtype == DType::bfloat16  ? fuse<BFloat16>(terms, count, begin, n, key, &check)
+                     : dtype == DType::float16 ? fuse<Float16>(terms, count, begin, n, key, &check)
+                                               : fuse<float>(terms, count, begin, n, key, &check);
+  if (!fused) {
+    for (int i = 0; i < n; ++i) key[i] = 0.0f;
+    for (int k = 0; k < count; ++k) {
+      load(terms[k].source, begin, n, buffer);
+      const float c = terms[k].weight;
+#pragma omp simd
+      for (int i = 0; i < n; ++i) key[i] = fused_multiply_add(c, buffer[i], key[i]);
+    }
+    check = check_key(key, n);
+  }
+  if (check.finite) return {check.peak, false};
+
+  // Something is not finite: once more, deciding each token on its tensors alone.
+  alignas(64) float excluded[kTile];
+  int broken = 0;
+  for (int i = 0; i < n; ++i) key[i] = excluded[i] = 0.0f;
+  for (int k = 0; k < count; ++k) {
+    load(terms[k].source, begin, n, buffer);
+    const float c = terms[k].weight;
+#pragma omp simd reduction(| : broken)
+    for (int i = 0; i < n; ++i) {
+      const float x = buffer[i];
+      const bool finite = fabsf(x) < kInfinity;
+      broken |= !(x < kInfinity);
+      excluded[i] = finite ? excluded[i] : 1.0f;
+      key[i] = fused_multiply_add(c, finite ? x : 0.0f, key[i]);
+    }
+  }
+  float peak = -kInfinity;
+#pragma omp simd reduction(max : peak) reduction(| : broken)
+  for (int i = 0; i < n; ++i) {
+    broken |= excluded[i] == 0.0f && !(fabsf(key[i]) < kInfinity);  // the sum itself overflowed
+    key[i] = excluded[i] == 0.0f ? key[i] : -kInfinity;
+    peak = key[i] > peak ? key[i] : peak;
+  }
+  return {peak, broken != 0};
+}
+
+float sum_exp(const float* __restrict key, int n, float peak, float beta) {
+  float sum = 0.0f;
+  if (beta == 1.0f) {
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; ++i) sum += exp_of(key[i] - peak);
+    return sum;
+  }
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) sum += exp_of((key[i] - peak) * beta);
+  return sum;
+}
+
+void exps(const float* __restrict key, int n, float peak, float beta, float* __restrict out) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) out[i] = exp_of((key[i] - peak) * beta);
+}
+
+bool add_tilt(const float* __restrict values, int n, float v, double* __restrict tilt) {
+  int broken = 0;
+#pragma omp simd reduction(| : broken)
+  for (int i = 0; i < n; ++i) {
+    broken |= !(values[i] < kInfinity);
+    const double sum = tilt[i] - (double)v * (double)values[i];
+    tilt[i] = values[i] > -kInfinity ? sum : (double)kInfinity;
+  }
+  return broken != 0;
+}
+
+DeficitSums close_deficit(const float* __restrict ref, const double* __restrict tilt, int n, float log_norm,
+                          float* __restrict p, float* __restrict q) {
+  float mass = 0.0f, first = 0.0f;
+  if (tilt == nullptr) {
+    float least = kInfinity;
+#pragma omp simd reduction(min : least) reduction(+ : mass, first)
+    for (int i = 0; i < n; ++i) {
+      const float lr = ref[i] - log_norm;
+      const bool inside = (lr >= kSmallestLogRef) & (q[i] < kInfinity);
+      p[i] = inside ? exp_of(lr) : 0.0f;
+      q[i] = inside ? q[i] : kInfinity;
+      least = q[i] < least ? q[i] : least;
+      mass += p[i];
+      first += inside ? p[i] * q[i] : 0.0f;
+    }
+    int best = 0;
+    while (best < n - 1 && q[best] != least) ++best;
+    return {least, best, mass, first};
+  }
+  double least = kInfinity;
+  int best = 0;
+  for (int i = 0; i < n; ++i) {
+    const float lr = ref[i] - log_norm;
+    const double sum = q[i] + tilt[i];
+    const bool inside = lr >= kSmallestLogRef && sum < (double)kInfinity;
+    p[i] = inside ? exp_of(lr) : 0.0f;
+    q[i] = inside ? q[i] : kInfinity;
+    if (!inside) continue;
+    if (sum < least) {
+      least = sum;
+      best = i;
+    }
+    mass += p[i];
+    first += p[i] * (float)sum;
+  }
+  return {least, best, mass, first};
+}
+
+// One divergence's loops; `alpha` makes the divergence, which holds nothing else.
+template <class D> struct Loops {
+  static void add_deficit(const float* __restrict ref, const float* __restrict policy, int n, float alpha, float shift,
+                          float w, float* __restrict q) {
+    const D divergence(alpha);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      // Raw differences first: they are exact for logits of 16 bits.
+      float d = (policy[i] - ref[i]) + shift;
+      if (D::clamped) d = d < kSmallestLogRatio ? kSmallestLogRatio : d;
+      const float sum = q[i] + w * divergence.deficit(d);
+      q[i] = policy[i] > -kInfinity ? sum : kInfinity;
+    }
+  }
+
+  // H and -H' at q = tau + D, up to e^constant: through the Stieltjes form or, for Jeffrey, through log H.
+  static MOD_FUSED_MEMBER void ratio(const D& divergence, float t, float x, float* h, float* slope) {
+    const float y = t + x;
+    if constexpr (D::stieltjes) {
+      const float r = 1.0f / y;
+      *h = divergence.power(y, r);
+      *slope = *h * r;
+    } else {
+      *h = exp_of(divergence.log_ratio(y));
+      *slope = *h * *h / (1.0f + *h);
+    }
+  }
+
+  static void excesses(float* __restrict q, const double* __restrict tilt, int n, float alpha, double least) {
+    const D divergence(alpha);
+    if (tilt != nullptr)
+      for (int i = 0; i < n; ++i) q[i] = (float)(q[i] + tilt[i] - least);
+    const float from = tilt == nullptr ? (float)least : 0.0f;
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      const float d = q[i] - from;
+      q[i] = divergence.excess(d < 1e37f ? d : 1e37f);  // finite; beyond it the ratio is 0
+    }
+  }
+
+  static MassSums sums(const float* __restrict p, const float* __restrict x, int n, float alpha, float t) {
+    const D divergence(alpha);
+    float s1 = 0.0f, s2 = 0.0f;
+#pragma omp simd reduction(+ : s1, s2)
+    for (int i = 0; i < n; ++i) {
+      float h, slope;
+      ratio(divergence, t, x[i], &h, &slope);
+      s1 += p[i] * h;
+      s2 += p[i] * slope;
+    }
+    return {s1, s2};
+  }
+
+  static void masses(const float* __restrict p, const float* __restrict x, int n, float alpha, float t,
+                     float* __restrict out) {
+    const D divergence(alpha);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      float h, slope;
+      ratio(divergence, t, x[i], &h, &slope);
+      out[i] = p[i] * h;
+    }
+  }
+
+  static void keys(const float* __restrict p, const float* __restrict x, int n, float alpha, float t, float constant,
+                   float* __restrict out) {
+    const D divergence(alpha);
+    float order = 0.0f;
+    if constexpr (D::stieltjes) order = (float)divergence.order();
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      const float y = t + x[i];
+      float log_h;
+      if constexpr (D::stieltjes) log_h = constant - order * log_of(y);
+      else log_h = divergence.log_ratio(y);
+      const float key = log_of(p[i] > 0.0f ? p[i] : 1.0f) + log_h;
+      out[i] = p[i] > 0.0f ? key : -kInfinity;
+    }
+  }
+
+  static constexpr DivergenceLoops table() { return {add_deficit, excesses, sums, masses, keys}; }
+};
+
+RaceResult race(const float* __restrict mass, int n, uint64_t seed, uint64_t position, uint32_t index,
+                uint32_t stream) {
+  alignas(64) float quotient[kTile];
+  const uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+  const uint32_t c0 = (uint32_t)position, c1 = (uint32_t)(position >> 32);
+  float least = kInfinity;
+#pragma omp simd reduction(min : least)
+  for (int i = 0; i < n; ++i) {
+    uint32_t high, low;
+    philox(c0, c1, index + (uint32_t)i, stream, k0, k1, &high, &low);
+    // A mass of 0 never wins, not even against a quotient that overflows.
+    float q = exponential(high, low) / mass[i];
+    q = q < 3.4028235e38f ? q : 3.4028235e38f;
+    quotient[i] = mass[i] > 0.0f ? q : kInfinity;
+    least = quotient[i] < least ? quotient[i] : least;
+  }
+  if (least == kInfinity) return {-1, least};
+  int winner = 0;
+  while (quotient[winner] != least) ++winner;
+  return {winner, least};
+}
+
+const TileLoops kLoops = {
+    MOD_FUSED_LOOPS_NAME,
+    load,
+    peak_sum,
+    log_linear,
+    sum_exp,
+    exps,
+    add_tilt,
+    close_deficit,
+    race,
+    Loops<ForwardKL>::table(),
+    Loops<JensenShannon>::table(),
+    Loops<Alpha<false>>::table(),
+    Loops<Alpha<true>>::table(),
+    Loops<Jeffrey>::table(),
+};
+
+}  // namespace
+
+const TileLoops* MOD_FUSED_LOOPS() { return &kLoops; }
+
+}  // namespace mod_fused

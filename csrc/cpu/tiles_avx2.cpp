@@ -1,0 +1,3 @@
+#define MOD_FUSED_LOOPS avx2_loops
+#define MOD_FUSED_LOOPS_NAME "avx2"
+#include "tiles.inl"

@@ -1,0 +1,124 @@
+// Elementary functions in float32 without branches or calls, so that a loop over an array of them vectorises, and
+// overloads for double that the scalar solver uses. Shared by host and device code.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__CUDACC__)
+#define MOD_FUSED_INLINE static __host__ __device__ __forceinline__
+#define MOD_FUSED_MEMBER __host__ __device__ __forceinline__
+#else
+// `static`: each instruction set's translation unit must keep its own copy.
+#define MOD_FUSED_INLINE static inline __attribute__((always_inline))
+#define MOD_FUSED_MEMBER inline __attribute__((always_inline))
+#endif
+
+namespace mod_fused {
+
+MOD_FUSED_INLINE uint32_t float_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+MOD_FUSED_INLINE float bits_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+// One rounding, on every machine: the order of tokens depends on it (design §3).
+MOD_FUSED_INLINE float fused_multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return (float)((double)a * (double)b + (double)c);  // the product is exact in double
+#endif
+}
+
+// a * b + c where the rounding does not matter.
+MOD_FUSED_INLINE float multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// e^x = scale * (1 + tail) with |tail| < 0.42; x in [-87, 88].
+struct SplitExp {
+  float scale, tail;
+};
+
+MOD_FUSED_INLINE SplitExp split_exp(float x) {
+  // Adding 1.5 * 2^23 rounds x / log 2 to an integer and leaves it in the low bits.
+  const float magic = 12582912.0f;
+  const float shifted = multiply_add(x, 1.44269504f, magic);
+  const float n = shifted - magic;
+  float r = multiply_add(n, -0.693145751953125f, x);
+  r = multiply_add(n, -1.42860677e-6f, r);
+  // Minimax on |r| <= log(2) / 2: relative error 3e-9.
+  float p = 0.0013814540579915047f;
+  p = multiply_add(p, r, 0.00836874544620514f);
+  p = multiply_add(p, r, 0.04166838899254799f);
+  p = multiply_add(p, r, 0.1666652113199234f);
+  p = multiply_add(p, r, 0.4999999403953552f);
+  SplitExp result;
+  result.tail = multiply_add(r * r, p, r);
+  result.scale = bits_float((float_bits(shifted) << 23) + 0x3f800000u);
+  return result;
+}
+
+// e^x for x <= 88; 0 below -87; NaN stays NaN.
+MOD_FUSED_INLINE float exp_of(float x) {
+  const SplitExp e = split_exp(x);
+  const float y = multiply_add(e.scale, e.tail, e.scale);
+  return x < -87.0f ? 0.0f : y;
+}
+
+// e^x - 1, relatively exact near 0; x >= -87, saturates above 88.
+MOD_FUSED_INLINE float expm1_of(float x) {
+  const SplitExp e = split_exp(x > 88.0f ? 88.0f : x);
+  return multiply_add(e.scale, e.tail, e.scale - 1.0f);
+}
+
+// log x for normal positive x.
+MOD_FUSED_INLINE float log_of(float x) {
+  const uint32_t bits = float_bits(x);
+  const int32_t exponent = (int32_t)(bits - 0x3f2aaaabu) >> 23;  // mantissa in [2/3, 4/3)
+  const float f = bits_float(bits - ((uint32_t)exponent << 23)) - 1.0f;
+  float p = 0.14026358723640442f;
+  p = multiply_add(p, f, -0.1538853943347931f);
+  p = multiply_add(p, f, 0.13995806872844696f);
+  p = multiply_add(p, f, -0.1641596108675003f);
+  p = multiply_add(p, f, 0.20011168718338013f);
+  p = multiply_add(p, f, -0.2500782012939453f);
+  p = multiply_add(p, f, 0.33333197236061096f);
+  p = multiply_add(p, f, -0.49999937415122986f);
+  const float n = (float)exponent;
+  const float low = multiply_add(f * f, p, n * 1.42860677e-6f);
+  return multiply_add(n, 0.693145751953125f, low + f);
+}
+
+// log(1 + x) for 0 <= x <= 1, relatively exact.
+MOD_FUSED_INLINE float log1p_unit(float x) {
+  float p = 0.005232692696154118f;
+  p = multiply_add(p, x, -0.029505232349038124f);
+  p = multiply_add(p, x, 0.07822594046592712f);
+  p = multiply_add(p, x, -0.13663244247436523f);
+  p = multiply_add(p, x, 0.19106006622314453f);
+  p = multiply_add(p, x, -0.2484298199415207f);
+  p = multiply_add(p, x, 0.3331909775733948f);
+  p = multiply_add(p, x, -0.4999949336051941f);
+  p = multiply_add(p, x, 0.9999999403953552f);
+  return x * p;
+}
+
+MOD_FUSED_INLINE double exp_of(double x) { return exp(x); }
+MOD_FUSED_INLINE double expm1_of(double x) { return expm1(x); }
+MOD_FUSED_INLINE double log_of(double x) { return log(x); }
+MOD_FUSED_INLINE double log1p_unit(double x) { return log1p(x); }
+
+}  // namespace mod_fused
