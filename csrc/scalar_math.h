@@ -47,28 +47,54 @@ MOD_FUSED_INLINE float multiply_add(float a, float b, float c) {
 #endif
 }
 
+// 2^n for the integer n nearest to x, |x| < 127: adding 1.5 * 2^23 + 127 rounds, and leaves the exponent's bits lowest.
+struct PowerOfTwo {
+  float n, value;
+};
+
+MOD_FUSED_INLINE PowerOfTwo nearest_power(float x) {
+  const float magic = 12583039.0f;
+  const float shifted = x + magic;
+  return {shifted - magic, bits_float(float_bits(shifted) << 23)};
+}
+
 // e^x = scale * (1 + tail) with |tail| < 0.42; x in [-87, 88].
 struct SplitExp {
   float scale, tail;
 };
 
 MOD_FUSED_INLINE SplitExp split_exp(float x) {
-  // Adding 1.5 * 2^23 rounds x / log 2 to an integer and leaves it in the low bits.
-  const float magic = 12582912.0f;
-  const float shifted = multiply_add(x, 1.44269504f, magic);
-  const float n = shifted - magic;
-  float r = multiply_add(n, -0.693145751953125f, x);
-  r = multiply_add(n, -1.42860677e-6f, r);
+  const PowerOfTwo power = nearest_power(x * 1.44269504f);
+  float r = multiply_add(power.n, -0.693145751953125f, x);
+  r = multiply_add(power.n, -1.42860677e-6f, r);
   // Minimax on |r| <= log(2) / 2: relative error 3e-9.
   float p = 0.0013814540579915047f;
   p = multiply_add(p, r, 0.00836874544620514f);
   p = multiply_add(p, r, 0.04166838899254799f);
   p = multiply_add(p, r, 0.1666652113199234f);
   p = multiply_add(p, r, 0.4999999403953552f);
-  SplitExp result;
-  result.tail = multiply_add(r * r, p, r);
-  result.scale = bits_float((float_bits(shifted) << 23) + 0x3f800000u);
-  return result;
+  return {power.value, multiply_add(r * r, p, r)};
+}
+
+// 2^x for x <= 127, about 2^-126 below -126, so that a sum needs no branch; NaN stays NaN. Relative error 1e-7.
+MOD_FUSED_INLINE float exp2_of(float x) {
+  x = x < -126.0f ? -126.0f : x;
+  const PowerOfTwo power = nearest_power(x);
+  const float f = x - power.n;
+  float p = 0.001326472731307149f;
+  p = multiply_add(p, f, 0.009671512991189957f);
+  p = multiply_add(p, f, 0.05550733581185341f);
+  p = multiply_add(p, f, 0.24022242426872253f);
+  p = multiply_add(p, f, 0.6931470036506653f);
+  return multiply_add(p, f, 1.0f) * power.value;
+}
+
+// 1 / x for 1e-37 < x < 1e38 without a division: a first guess from the bits, then Newton. Relative error 2e-7.
+MOD_FUSED_INLINE float reciprocal(float x) {
+  float r = bits_float(0x7ef311c7u - float_bits(x));
+  r = r * multiply_add(-x, r, 2.0f);
+  r = r * multiply_add(-x, r, 2.0f);
+  return r * multiply_add(-x, r, 2.0f);
 }
 
 // e^x for x <= 88; 0 below -87; NaN stays NaN.
@@ -78,9 +104,9 @@ MOD_FUSED_INLINE float exp_of(float x) {
   return x < -87.0f ? 0.0f : y;
 }
 
-// e^x - 1, relatively exact near 0; x >= -87, saturates above 88.
+// e^x - 1, relatively exact near 0; x >= -87, saturates above 85.
 MOD_FUSED_INLINE float expm1_of(float x) {
-  const SplitExp e = split_exp(x > 88.0f ? 88.0f : x);
+  const SplitExp e = split_exp(x > 85.0f ? 85.0f : x);
   return multiply_add(e.scale, e.tail, e.scale - 1.0f);
 }
 

@@ -1,4 +1,4 @@
-"""The C++ CPU backend: loads the extension, which registers its kernels for the ops that `ops.py` defines."""
+"""The C++ CPU backend: loads the extension, whose kernels serve the ops that `ops.py` defines."""
 
 from __future__ import annotations
 

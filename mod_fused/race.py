@@ -58,7 +58,7 @@ def draw(
         seed = drawing.seed_tensor[rows]
     else:
         seed = philox.split_mix(drawing.seed, batch, device)[rows]
-    token = _race(mass, seed, parameter("position", torch.int64))
+    token = _race(mass[..., :vocab_size], seed, parameter("position", torch.int64))
     return torch.where(temperature == 0, greedy, token), valid
 
 
@@ -115,9 +115,10 @@ def _race(mass: Tensor, seed: Tensor, position: Tensor) -> Tensor:
     [b]."""
     tiles = torch.arange(mass.shape[1], dtype=torch.int64, device=mass.device)[None]
     tile = _first(philox.exponential(seed, position, tiles, 0), mass.sum(-1))
-    within = torch.arange(TILE, dtype=torch.int64, device=mass.device)[None]
+    width = mass.shape[2]  # less than a tile only where the vocabulary is
+    within = torch.arange(width, dtype=torch.int64, device=mass.device)[None]
     ids = tile[:, None] * TILE + within
-    inside = mass.gather(1, tile[:, None, None].expand(-1, 1, TILE)).squeeze(1)
+    inside = mass.gather(1, tile[:, None, None].expand(-1, 1, width)).squeeze(1)
     return tile * TILE + _first(philox.exponential(seed, position, ids, 1), inside)
 
 

@@ -79,7 +79,7 @@ def sample(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _chunks(rows: int, vocab_size: int) -> list[slice]:
-    size = max(1, CHUNK_TOKENS // vocab_size)
+    size = max(1, CHUNK_TOKENS // (vocab_size + -vocab_size % TILE))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

@@ -222,7 +222,12 @@ def test_inputs_are_detached_and_left_unchanged(op, divergence):
     ref, policies = logits(92, 3, 600, 1)
     before = ref.clone(), policies[0].clone()
     ref.requires_grad_(True)
+    options = {"values": normal(92, 1, 3, 600), "prefix_logprobs": torch.zeros(3, 2)}
+    for x in options.values():
+        x.requires_grad_(True)
     result = op.log_probs(ref, policies, [0.5], divergence=divergence)
+    tilted = op.log_probs(ref.detach(), policies, [0.5], divergence=divergence, **options)
+    assert not tilted.requires_grad
     drawn = op.sample(
         ref, policies, [0.5], divergence=divergence, temperature=0.5, top_k=3, seed=1,
         mask=torch.ones(3, 600, dtype=torch.bool),

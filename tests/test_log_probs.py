@@ -136,7 +136,7 @@ def test_sparse_values_are_the_candidate_set(op, divergence):
             value_weights=value_weights,
         )  # fmt: skip
         assert set(np.flatnonzero(result[1] > -INF)) == set(ids[1].tolist()) - {-1}
-        assert result[2, ids[2, 0]] == 0.0
+        assert abs(result[2, ids[2, 0]]) <= 1e-6
 
 
 @pytest.mark.parametrize("divergence", BARRIERS)
@@ -146,6 +146,11 @@ def test_values_equal_on_many_tokens_do_not_drown_the_policies(op, kind, diverge
     ref, policies = logits(10, 3, 2000, 2, kind=kind)
     values = (normal(10, 1, 3, 2000) > 1.0).float() * 4.0
     check(op, ref, policies, [0.5, 0.5], divergence=divergence, values=values)
+    # One value for all changes nothing.
+    values = torch.full((1, 3, 2000), 256.0)
+    result = check(op, ref, policies, [0.5, 0.5], divergence=divergence, values=values)
+    without = reference.log_probs(ref, policies, [0.5, 0.5], divergence=divergence)
+    assert total_variation(result, without).max() <= MAX_TV
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -158,6 +163,19 @@ def test_prefix_of_the_response_so_far(op, dtype, divergence):
     )  # fmt: skip
     check(op, ref, policies, [0.5, 0.5], divergence=divergence, prefix_logprobs=prefix)
     check(op, ref, policies, [0.0, 0.75], divergence=divergence, prefix_logprobs=prefix)
+
+
+@pytest.mark.parametrize("divergence", BARRIERS)
+def test_prefix_differences_count_down_to_minus_40(op, divergence):
+    ref, policies = logits(24, 6, 1100, 2, kind="mild")
+    difference = torch.tensor([0.0, -4.0, -12.0, -25.0, -39.0, -60.0])
+    prefix = torch.stack([torch.zeros(6), difference, difference + 1.0], dim=1)
+    result = check(op, ref, policies, [0.5, 0.25], divergence=divergence, prefix_logprobs=prefix)
+    same = op.log_probs(ref, policies, [0.5, 0.25], divergence=divergence)
+    assert total_variation(result[1], same[1]) > 100 * MAX_TV
+    prefix[:, 0] = 5.0  # a tensor of weight 0 does not decide the shift
+    prefix[:, 2] = -900.0
+    check(op, ref, policies, [0.5, 0.0], divergence=divergence, prefix_logprobs=prefix)
 
 
 def test_long_prefixes_are_subtracted_in_float64(op):

@@ -45,7 +45,7 @@ bool Row::tile_tilt(int64_t tile, double* tilt) const {
   const int n = tile_size(tile);
   bool good = true;
   if (request_.value_ids) {
-    std::fill(tilt, tilt + n, kInfinity);
+    std::fill(tilt, tilt + n, (double)kExcluded);
     for (const Candidate* c = first_candidate(begin); c != candidates_.data() + candidates_.size() && c->token < begin + n; ++c)
       tilt[c->token - begin] = c->tilt;
     return true;
@@ -70,7 +70,7 @@ bool Row::collect_candidates() {
       if (value_weight(j) == 0.0) continue;
       const float value = element(loops_, values(j), k);
       good &= value < kInfinity;
-      c.tilt = value > -kInfinity ? c.tilt - (double)(float)value_weight(j) * value : kInfinity;
+      c.tilt = value > -kInfinity ? c.tilt - (double)(float)value_weight(j) * value : (double)kExcluded;
     }
     candidates_.push_back(c);
   }
@@ -96,12 +96,40 @@ bool Row::collect_deficits(const DivergenceLoops& loops, bool clamped, DeficitSu
   if (request_.value_ids && !collect_candidates()) return false;
   const bool tilted = !request_.values.empty();
 
-  const float ref_norm = (float)log_norms_[0];
+  // The usual case takes one loop a tile; scaled, mixed, many or tilted tensors go through buffers.
+  DeficitTile fused{};
+  bool fusable = !tilted && request_.plausibility_model < 0;
+  for (int model = 0; model < request_.models; ++model)
+    if (counts(model)) {
+      fusable &= request_.scales[model] == 1.0f && request_.logits[model].dtype == request_.logits[0].dtype;
+      if (model > 0 && fused.count == kMaxFused) fusable = false;
+      if (model == 0 || !fusable) continue;
+      fused.shifts[fused.count] = (float)(shifts[model] + (clamped ? lift : 0.0));
+      fused.weights[fused.count++] = (float)policy_weight(model);
+    }
+  fusable &= fused.count > 0;
+  fused.dtype = request_.logits[0].dtype;
+  fused.log_norm = (float)log_norms_[0];
+
   for_tiles([&](int64_t tile) {
-    alignas(64) float ref[kTile], other[kTile];
     const int64_t begin = tile * kTile;
     const int n = tile_size(tile);
     float *p = scratch_.first + begin, *q = scratch_.second + begin;
+    scratch_.mixes[tile].broken = false;
+    if (fusable) {
+      DeficitTile part = fused;
+      const int64_t offset = begin * (fused.dtype == DType::float32 ? 4 : 2);
+      int count = 0;
+      for (int model = 0; model < request_.models; ++model) {
+        if (!counts(model)) continue;
+        const void* data = static_cast<const char*>(logits(model).data) + offset;
+        if (model == 0) part.ref = data;
+        else part.policies[count++] = data;
+      }
+      scratch_.deficits[tile] = loops.deficits(part, n, (float)request_.alpha, p, q);
+      return;
+    }
+    alignas(64) float ref[kTile], other[kTile];
     loops_.load(logits(0), begin, n, ref);
     std::memset(q, 0, sizeof(float) * (size_t)n);
     for (int model = 1; model < request_.models; ++model) {
@@ -113,28 +141,29 @@ bool Row::collect_deficits(const DivergenceLoops& loops, bool clamped, DeficitSu
     if (request_.plausibility_model >= 0) {
       loops_.load(logits(request_.plausibility_model), begin, n, other);
       const float peak = (float)model_peaks_[request_.plausibility_model];
-      for (int i = 0; i < n; ++i) q[i] = other[i] - peak >= request_.log_plausibility ? q[i] : kInfinity;
+      for (int i = 0; i < n; ++i) q[i] = other[i] - peak >= request_.log_plausibility ? q[i] : kExcluded;
     }
     alignas(64) double tilt[kTile];
     scratch_.mixes[tile].broken = tilted && !tile_tilt(tile, tilt);
-    scratch_.deficits[tile] = loops_.close_deficit(ref, tilted ? tilt : nullptr, n, ref_norm, p, q);
+    scratch_.deficits[tile] = loops_.close_deficit(ref, tilted ? tilt : nullptr, n, fused.log_norm, p, q);
   });
 
-  *total = {kInfinity, 0, 0.0f, 0.0f};
+  *total = {kExcluded, 0.0f, 0.0f};
+  int64_t best_tile = 0;
   double mass = 0.0, first = 0.0;
   for (int64_t tile = 0; tile < tiles_; ++tile) {
     const DeficitSums& part = scratch_.deficits[tile];
     if (scratch_.mixes[tile].broken) return false;
     if (part.least < total->least) {
       total->least = part.least;
-      total->best = (int32_t)(tile * kTile) + part.best;
+      best_tile = tile;
     }
     mass += part.mass;
     first += part.first;
   }
   total->mass = (float)mass;
   total->first = (float)first;
-  if (!(std::fabs(total->least) < kInfinity)) return false;
+  if (!(std::fabs(total->least) < (double)kExcluded)) return false;
 
   for_tiles([&](int64_t tile) {
     alignas(64) double tilt[kTile];
@@ -142,6 +171,13 @@ bool Row::collect_deficits(const DivergenceLoops& loops, bool clamped, DeficitSu
     loops.excesses(scratch_.second + tile * kTile, tilted ? tilt : nullptr, tile_size(tile), (float)request_.alpha,
                    total->least);
   });
+  // s*, the only token of its tile with an excess of 0 that is in the support (or one of equals).
+  const float* p = scratch_.first + best_tile * kTile;
+  const float* x = scratch_.second + best_tile * kTile;
+  int best = 0;
+  for (int i = 0; i < tile_size(best_tile); ++i)
+    if (p[i] > 0.0f && !(p[best] > 0.0f && x[best] <= x[i])) best = i;
+  best_mass_ = p[best];
   return true;
 }
 
@@ -168,7 +204,7 @@ template <class D>
 double Row::solve(const D& divergence, const DivergenceLoops& loops, const DeficitSums& total) {
   const double log_mass = std::log((double)total.mass);
   double upper = divergence.deficit(-log_mass);
-  double lower = std::max(divergence.deficit(-std::log((double)scratch_.first[total.best])),
+  double lower = std::max(divergence.deficit(-std::log(best_mass_)),
                           upper - ((double)total.first / total.mass - total.least));
   // When all policies agree the two ends coincide up to rounding, in either order.
   if (D::bounded) {
@@ -217,25 +253,26 @@ bool Row::mix(const D& divergence, const DivergenceLoops& loops) {
   double tau;
   if (request_.exact) {
     tau = solve(divergence, loops, total);
+    if (!std::isfinite(log_norm_)) return false;
   } else {
     double sum = 0.0;
     for (int model = 1; model < request_.models; ++model) sum += policy_weight(model);
     tau = (float)(divergence.supremum() * (1.0 - sum) + total.least);
     if (D::bounded && !(tau > 0.0)) return false;
-    log_norm_ = divergence.constant(tau) + std::log((double)evaluate(divergence, loops, tau).s1);
   }
-  if (!std::isfinite(log_norm_)) return false;
 
   const float t = (float)divergence.shift(tau), alpha = (float)request_.alpha;
-  const double constant = divergence.constant(tau);
-  if (!sampling() || filters() || temperature_ != 1.0f) {
+  const float constant = (float)divergence.constant(tau);
+  // With Z = 0 the masses may be of any size: only their logarithms are safe.
+  if (!request_.exact || !sampling() || filters() || temperature_ != 1.0f) {
     for_tiles([&](int64_t tile) {
       alignas(64) float key[kTile];
       const int64_t begin = tile * kTile;
       const int n = tile_size(tile);
-      loops.keys(scratch_.first + begin, scratch_.second + begin, n, alpha, t, (float)constant, key);
+      loops.keys(scratch_.first + begin, scratch_.second + begin, n, alpha, t, constant, key);
       std::memcpy(scratch_.first + begin, key, sizeof(float) * (size_t)n);
     });
+    if (!request_.exact && !sum_keys()) return false;
     return !sampling() || draw_from_keys();
   }
   std::copy(scratch_.sums.begin(), scratch_.sums.begin() + tiles_, scratch_.masses.begin());
@@ -245,7 +282,7 @@ bool Row::mix(const D& divergence, const DivergenceLoops& loops) {
   });
   if (!drawn) return false;
   float key;
-  loops.keys(scratch_.first + token_, scratch_.second + token_, 1, alpha, t, (float)constant, &key);
+  loops.keys(scratch_.first + token_, scratch_.second + token_, 1, alpha, t, constant, &key);
   token_key_ = key;
   return true;
 }

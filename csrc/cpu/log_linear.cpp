@@ -11,6 +11,8 @@ namespace mod_fused {
 
 namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr double kLeastSum = 1e-20;  // below it, what float32 cuts off could show
+constexpr float kLeastMass = 1e-33f;
 }
 
 // c_0 l_0, then the policies, then the values: the order is part of the contract (design §3).
@@ -26,46 +28,87 @@ void Row::collect_terms() {
     if (value_weight(j) != 0.0) terms_.push_back({values(j), (float)value_weight(j)});
 }
 
-// The usual case. A tile's keys live on the stack; per tile two numbers are kept, and the winner's tile is mixed again.
-bool Row::draw_log_linear() {
-  const float beta = temperature_ > 0.0f ? 1.0f / temperature_ : 1.0f;
+// Tile sums of exp(key - level) in one loop over the logits, the level being that of the first tile. `certain` is false where
+// the level was far off; the result is false where a tensor is broken.
+bool Row::sum_log_linear(float* level, bool* certain) {
   const Term* terms = terms_.data();
   const int count = (int)terms_.size();
+  alignas(64) float first[kTile];
+  const TileMix mix = loops_.log_linear(terms, count, 0, tile_size(0), first);
+  if (mix.broken) return false;
+  *level = mix.peak > -kInfinity ? mix.peak : 0.0f;
   for_tiles([&](int64_t tile) {
-    alignas(64) float key[kTile];
     const int n = tile_size(tile);
-    const TileMix mix = loops_.log_linear(terms, count, tile * kTile, n, key);
-    scratch_.mixes[tile] = mix;
-    const bool empty = !(mix.peak > -kInfinity);
-    scratch_.sums[tile] = empty ? 0.0f : loops_.sum_exp(key, n, mix.peak, 1.0f);
-    scratch_.masses[tile] = beta == 1.0f ? scratch_.sums[tile] : empty ? 0.0f : loops_.sum_exp(key, n, mix.peak, beta);
+    KeySum part = loops_.log_linear_sum(terms, count, tile * kTile, n, *level);
+    scratch_.mixes[tile].broken = false;
+    if (!std::isfinite(part.sum) || part.least == -kInfinity) {
+      alignas(64) float key[kTile];
+      scratch_.mixes[tile] = loops_.log_linear(terms, count, tile * kTile, n, key);
+      part.sum = loops_.sum_exp(key, n, *level, 1.0f);
+    }
+    scratch_.sums[tile] = part.sum;
   });
-  float peak = -kInfinity;
-  for (const TileMix& mix : scratch_.mixes) {
-    if (mix.broken) return false;
-    peak = std::max(peak, mix.peak);
-  }
-  if (!(peak > -kInfinity)) return false;
   double sum = 0.0;
   for (int64_t tile = 0; tile < tiles_; ++tile) {
-    const double below = (double)scratch_.mixes[tile].peak - peak;
-    if (scratch_.sums[tile] > 0.0f) sum += scratch_.sums[tile] * std::exp(below);
-    scratch_.masses[tile] *= std::exp((float)below * beta);
+    if (scratch_.mixes[tile].broken) return false;
+    sum += scratch_.sums[tile];
   }
-  log_norm_ = peak + std::log(sum);
+  *certain = std::isfinite(sum) && sum > kLeastSum;
+  log_norm_ = *level + std::log(sum);
+  return true;
+}
 
+// The usual case: keys live on the stack, a tile at a time, and the winner's tile is mixed again.
+bool Row::draw_log_linear() {
+  const Term* terms = terms_.data();
+  const int count = (int)terms_.size();
   alignas(64) float key[kTile];
+  float level = 0.0f, beta = 1.0f;
+  bool certain = false;
+  if (temperature_ == 1.0f) {
+    if (!sum_log_linear(&level, &certain)) return false;
+    // What is left in a tile that holds nothing else is the floor of exp2_of.
+    for (int64_t tile = 0; tile < tiles_; ++tile)
+      scratch_.masses[tile] = scratch_.sums[tile] > kLeastMass ? scratch_.sums[tile] : 0.0f;
+  }
+  if (!certain) {
+    beta = temperature_ > 0.0f ? 1.0f / temperature_ : 1.0f;
+    for_tiles([&](int64_t tile) {
+      alignas(64) float keys[kTile];
+      const int n = tile_size(tile);
+      const TileMix mix = loops_.log_linear(terms, count, tile * kTile, n, keys);
+      scratch_.mixes[tile] = mix;
+      const bool empty = !(mix.peak > -kInfinity);
+      scratch_.sums[tile] = empty ? 0.0f : loops_.sum_exp(keys, n, mix.peak, 1.0f);
+      scratch_.masses[tile] = beta == 1.0f ? scratch_.sums[tile]
+                              : empty      ? 0.0f
+                                           : loops_.sum_exp(keys, n, mix.peak, beta);
+    });
+    level = -kInfinity;
+    for (const TileMix& mix : scratch_.mixes) {
+      if (mix.broken) return false;
+      level = std::max(level, mix.peak);
+    }
+    if (!(level > -kInfinity)) return false;
+    double sum = 0.0;
+    for (int64_t tile = 0; tile < tiles_; ++tile) {
+      const double below = (double)scratch_.mixes[tile].peak - level;
+      if (scratch_.sums[tile] > 0.0f) sum += scratch_.sums[tile] * std::exp(below);
+      scratch_.masses[tile] *= std::exp((float)below * beta);
+    }
+    log_norm_ = level + std::log(sum);
+  }
   if (temperature_ == 0.0f) {
     int64_t tile = 0;
-    while (scratch_.mixes[tile].peak != peak) ++tile;
+    while (scratch_.mixes[tile].peak != level) ++tile;
     loops_.log_linear(terms, count, tile * kTile, tile_size(tile), key);
-    token_ = tile * kTile + (std::find(key, key + tile_size(tile), peak) - key);
-    token_key_ = peak;
+    token_ = tile * kTile + (std::find(key, key + tile_size(tile), level) - key);
+    token_key_ = level;
     return true;
   }
   const bool drawn = race([&](int64_t tile, float* mass) {
     loops_.log_linear(terms, count, tile * kTile, tile_size(tile), key);
-    loops_.exps(key, tile_size(tile), peak, beta, mass);
+    loops_.exps(key, tile_size(tile), level, beta, mass);
   });
   if (drawn) token_key_ = key[token_ % kTile];
   return drawn;
@@ -84,27 +127,17 @@ bool Row::log_linear_keys() {
       if (mix.broken) return false;
   }
   const int constrained = request_.plausibility_model;
-  for_tiles([&](int64_t tile) {
-    const int n = tile_size(tile);
-    float* key = keys + tile * kTile;
-    if (constrained >= 0) {
+  if (constrained >= 0) {
+    for_tiles([&](int64_t tile) {
       alignas(64) float x[kTile];
+      float* key = keys + tile * kTile;
+      const int n = tile_size(tile);
       loops_.load(logits(constrained), tile * kTile, n, x);
       const float peak = (float)model_peaks_[constrained];
       for (int i = 0; i < n; ++i) key[i] = x[i] - peak >= request_.log_plausibility ? key[i] : -kInfinity;
-    }
-    const float peak = *std::max_element(key, key + n);
-    scratch_.mixes[tile].peak = peak;
-    scratch_.sums[tile] = peak > -kInfinity ? loops_.sum_exp(key, n, peak, 1.0f) : 0.0f;
-  });
-  float peak = -kInfinity;
-  for (const TileMix& mix : scratch_.mixes) peak = std::max(peak, mix.peak);
-  if (!(std::fabs(peak) < kInfinity)) return false;
-  double sum = 0.0;
-  for (int64_t tile = 0; tile < tiles_; ++tile)
-    if (scratch_.sums[tile] > 0.0f) sum += scratch_.sums[tile] * std::exp((double)scratch_.mixes[tile].peak - peak);
-  log_norm_ = peak + std::log(sum);
-  return true;
+    });
+  }
+  return sum_keys();
 }
 
 // Everything is excluded but the candidates, which are few: one at a time. `sum_models` has looked for broken logits.

@@ -9,6 +9,7 @@ namespace mod_fused {
 namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr std::align_val_t kAlignment{64};
+constexpr double kLeastSum = 1e-20;  // below it, what float32 cuts off could show
 }  // namespace
 
 void Scratch::reserve(int64_t tiles, int models, bool per_token) {
@@ -56,6 +57,37 @@ bool Row::read_parameters() {
   return good;
 }
 
+// log-sum-exp of a model's logits in one loop over them, from a level that its first tile sets. False where that does not
+// suffice: something is not finite, or the level was far off.
+bool Row::sum_quickly(int model) {
+  const Source x = logits(model);
+  PeakSum* parts = scratch_.model_sums.data() + model * tiles_;
+  const float first = loops_.peak_sum(x, 0, tile_size(0)).peak;
+  const float level = std::isfinite(first) ? first : 0.0f;
+  for_tiles([&](int64_t tile) { parts[tile].sum = loops_.sum_from(x, tile * kTile, tile_size(tile), level); });
+  double sum = 0.0;
+  for (int64_t tile = 0; tile < tiles_; ++tile) sum += parts[tile].sum;
+  log_norms_[model] = level + std::log(sum);
+  return std::isfinite(sum) && sum > kLeastSum;
+}
+
+// The same from the tiles' own peaks. False where NaN or +inf stands in the logits.
+bool Row::sum_carefully(int model) {
+  const Source x = logits(model);
+  PeakSum* parts = scratch_.model_sums.data() + model * tiles_;
+  for_tiles([&](int64_t tile) { parts[tile] = loops_.peak_sum(x, tile * kTile, tile_size(tile)); });
+  double peak = -kInfinity, sum = 0.0;
+  for (int64_t tile = 0; tile < tiles_; ++tile) peak = std::fmax(peak, (double)parts[tile].peak);
+  bool broken = peak == kInfinity;
+  for (int64_t tile = 0; tile < tiles_; ++tile) {
+    broken |= std::isnan(parts[tile].sum);
+    if (parts[tile].peak > -kInfinity) sum += parts[tile].sum * std::exp(parts[tile].peak - peak);
+  }
+  model_peaks_[model] = peak;
+  log_norms_[model] = broken ? std::numeric_limits<double>::quiet_NaN() : peak + std::log(sum);
+  return !broken;
+}
+
 bool Row::sum_models() {
   const bool log_linear = request_.kind == Kind::reverse_kl;
   bool good = true;
@@ -64,22 +96,28 @@ bool Row::sum_models() {
     const bool plausible = model == request_.plausibility_model;
     // The log-linear sum checks its tensors itself, but for candidates it looks at those alone.
     const bool needed = request_.model_logprobs || plausible || (counted && (!log_linear || request_.value_ids));
-    if (!needed) continue;
-    PeakSum* parts = scratch_.model_sums.data() + model * tiles_;
-    const Source x = logits(model);
-    for_tiles([&](int64_t tile) { parts[tile] = loops_.peak_sum(x, tile * kTile, tile_size(tile)); });
-    double peak = -kInfinity, sum = 0.0;
-    for (int64_t tile = 0; tile < tiles_; ++tile) peak = std::fmax(peak, (double)parts[tile].peak);
-    bool broken = peak == kInfinity;
-    for (int64_t tile = 0; tile < tiles_; ++tile) {
-      broken |= std::isnan(parts[tile].sum);
-      if (parts[tile].peak > -kInfinity) sum += parts[tile].sum * std::exp(parts[tile].peak - peak);
-    }
-    model_peaks_[model] = peak;
-    log_norms_[model] = broken ? std::numeric_limits<double>::quiet_NaN() : peak + std::log(sum);
-    good &= !broken || !(counted || plausible);
+    if (!needed || (!plausible && sum_quickly(model))) continue;
+    good &= sum_carefully(model) || !(counted || plausible);
   }
   return good;
+}
+
+// log_norm_ of the keys in scratch.first; false where no token is left or a key overflowed.
+bool Row::sum_keys() {
+  for_tiles([&](int64_t tile) {
+    const int n = tile_size(tile);
+    const float* key = scratch_.first + tile * kTile;
+    const PeakSum part = loops_.peak_sum({key, DType::float32, 1.0f}, 0, n);
+    scratch_.mixes[tile].peak = part.peak;
+    scratch_.sums[tile] = part.peak > -kInfinity ? part.sum : 0.0f;
+  });
+  double peak = -kInfinity, sum = 0.0;
+  for (const TileMix& mix : scratch_.mixes) peak = std::fmax(peak, (double)mix.peak);
+  if (!std::isfinite(peak)) return false;
+  for (int64_t tile = 0; tile < tiles_; ++tile)
+    if (scratch_.sums[tile] != 0.0f) sum += scratch_.sums[tile] * std::exp(scratch_.mixes[tile].peak - peak);
+  log_norm_ = peak + std::log(sum);
+  return std::isfinite(log_norm_);
 }
 
 void Row::run() {

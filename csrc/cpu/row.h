@@ -45,7 +45,10 @@ class Row {
 
   // row.cpp
   bool read_parameters();
+  bool sum_quickly(int model);
+  bool sum_carefully(int model);
   bool sum_models();  // log-sum-exps where they are needed; false where a model that counts is broken
+  bool sum_keys();
   void finish(bool valid);
 
   // log_linear.cpp
@@ -53,6 +56,7 @@ class Row {
   bool log_linear_keys();    // keys of the whole row into scratch.first
   bool candidate_keys();
   bool draw_log_linear();    // keys never leave their tile
+  bool sum_log_linear(float* level, bool* certain);
 
   // general.cpp; all return false where the row is invalid
   bool mix_general();
@@ -104,6 +108,7 @@ class Row {
   size_t model_terms_ = 0;
   double log_norms_[kMaxModels] = {};  // log-sum-exp of each model's logits, where needed
   double model_peaks_[kMaxModels] = {};
+  double best_mass_ = 0.0;             // pi_ref(s*)
   std::vector<Candidate> candidates_;  // off reverse KL, sorted by token
   double log_norm_ = 0.0;              // log pi* = key - log_norm
   int64_t token_ = 0;

@@ -29,16 +29,34 @@ struct PeakSum {
   float peak, sum;
 };
 
+// Sum of exp(key - from), and the least key.
+struct KeySum {
+  float sum, least;
+};
+
 struct TileMix {
   float peak;   // of the key; -inf where no token is left
   bool broken;  // a tensor that counts holds NaN or +inf
 };
 
+// Q of a token outside the support: so large that its ratio is 0 in float32, and still finite.
+constexpr float kExcluded = 1e37f;
+
 // Sums over a tile that the bracket of tau needs.
 struct DeficitSums {
-  double least;       // min Q over the support, +inf where it is empty
-  int32_t best;       // its first token in the tile
+  double least;       // min Q over the support, kExcluded where it is empty
   float mass, first;  // sum p, sum p Q
+};
+
+// The tensors of a tile whose Q is made in one loop: the reference and up to three policies, all of one dtype, unscaled.
+constexpr int kMaxFused = 3;
+struct DeficitTile {
+  const void* ref;
+  const void* policies[kMaxFused];
+  float shifts[kMaxFused], weights[kMaxFused];
+  int count;
+  DType dtype;
+  float log_norm;  // of the reference
 };
 
 struct MassSums {
@@ -52,7 +70,9 @@ struct RaceResult {
 
 // What a divergence needs; `alpha` is read by alpha-divergences only.
 struct DivergenceLoops {
-  // Q += w * deficit((policy - ref) + shift); +inf where the policy excludes the token.
+  // p and Q of a tile in one loop, as close_deficit leaves them.
+  DeficitSums (*deficits)(const DeficitTile& tile, int n, float alpha, float* p, float* q);
+  // Q += w * deficit((policy - ref) + shift); kExcluded where the policy excludes the token.
   void (*add_deficit)(const float* ref, const float* policy, int n, float alpha, float shift, float w, float* q);
   // Q becomes x = excess(Q + tilt - least); tilt may be null.
   void (*excesses)(float* q, const double* tilt, int n, float alpha, double least);
@@ -70,12 +90,16 @@ struct TileLoops {
   PeakSum (*peak_sum)(const Source& x, int64_t begin, int n);
   // The log-linear key of a tile, accumulated in order (design §3), -inf off the support.
   TileMix (*log_linear)(const Term* terms, int count, int64_t begin, int n, float* key);
+  // The same without keeping the key. Only good where the sum and the least key are finite.
+  KeySum (*log_linear_sum)(const Term* terms, int count, int64_t begin, int n, float from);
+  // sum exp(x - from); not finite where x holds NaN or +inf, or is far above `from`.
+  float (*sum_from)(const Source& x, int64_t begin, int n, float from);
   // sum exp((key - peak) * beta)
   float (*sum_exp)(const float* key, int n, float peak, float beta);
   void (*exps)(const float* key, int n, float peak, float beta, float* out);
-  // tilt -= v * values; +inf where a value excludes the token. Returns whether a value is NaN or +inf.
+  // tilt -= v * values; kExcluded where a value excludes the token. Returns whether a value is NaN or +inf.
   bool (*add_tilt)(const float* values, int n, float v, double* tilt);
-  // Ends a tile's Q: p = exp(ref - log_norm), p = 0 and Q = +inf off the support. The sums are those of Q + tilt, which is
+  // Ends a tile's Q: p = exp(ref - log_norm), p = 0 and Q = kExcluded off the support. The sums are those of Q + tilt, which is
   // null where there are no values.
   DeficitSums (*close_deficit)(const float* ref, const double* tilt, int n, float log_norm, float* p, float* q);
   // argmin of E(seed, position, index + i, stream) / mass[i] and that minimum; index -1 where no mass is positive.

@@ -12,6 +12,7 @@ namespace mod_fused {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2E = 1.44269504f;
 constexpr float kSmallestLogRef = -80.0f, kSmallestLogRatio = -80.0f;  // design §2, range of fp32
 
 struct BFloat16 {
@@ -70,6 +71,21 @@ PeakSum peak_sum(const Source& x, int64_t begin, int n) {
   return peak_sum_as<float>(x, begin, n);
 }
 
+template <class T> float sum_from_as(const Source& x, int64_t begin, int n, float from) {
+  const T* __restrict data = at<T>(x, begin);
+  const float factor = x.scale * kLog2E, offset = -from * kLog2E;
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) sum += exp2_of(multiply_add(widen(data[i]), factor, offset));
+  return sum;
+}
+
+float sum_from(const Source& x, int64_t begin, int n, float from) {
+  if (x.dtype == DType::bfloat16) return sum_from_as<BFloat16>(x, begin, n, from);
+  if (x.dtype == DType::float16) return sum_from_as<Float16>(x, begin, n, from);
+  return sum_from_as<float>(x, begin, n, from);
+}
+
 // Peak of the finished key, and whether all of it is finite.
 struct KeyCheck {
   float peak;
@@ -87,20 +103,31 @@ KeyCheck check_key(const float* __restrict key, int n) {
 }
 
 // The usual case in one loop: `count` tensors of one dtype, unscaled.
-template <class T, int count>
-KeyCheck fused_key(const Term* terms, int64_t begin, int n, float* __restrict key) {
+template <class T, int count> struct FusedKey {
   const T* x[count];
   float c[count];
-  for (int k = 0; k < count; ++k) {
-    x[k] = at<T>(terms[k].source, begin);
-    c[k] = terms[k].weight;
+
+  FusedKey(const Term* terms, int64_t begin) {
+    for (int k = 0; k < count; ++k) {
+      x[k] = at<T>(terms[k].source, begin);
+      c[k] = terms[k].weight;
+    }
   }
-  float peak = -kInfinity, zero = 0.0f;
-#pragma omp simd reduction(max : peak) reduction(+ : zero)
-  for (int i = 0; i < n; ++i) {
+  MOD_FUSED_MEMBER float operator[](int i) const {
     float s = 0.0f;
 #pragma GCC unroll 8
     for (int k = 0; k < count; ++k) s = fused_multiply_add(c[k], widen(x[k][i]), s);
+    return s;
+  }
+};
+
+template <class T, int count>
+KeyCheck fused_key(const Term* terms, int64_t begin, int n, float* __restrict key) {
+  const FusedKey<T, count> sum(terms, begin);
+  float peak = -kInfinity, zero = 0.0f;
+#pragma omp simd reduction(max : peak) reduction(+ : zero)
+  for (int i = 0; i < n; ++i) {
+    const float s = sum[i];
     key[i] = s;
     peak = s > peak ? s : peak;
     zero += s - s;
@@ -108,25 +135,47 @@ KeyCheck fused_key(const Term* terms, int64_t begin, int n, float* __restrict ke
   return {peak, zero == 0.0f};
 }
 
-template <class T>
-bool fuse(const Term* terms, int count, int64_t begin, int n, float* key, KeyCheck* check) {
+template <class T, int count> KeySum fused_key_sum(const Term* terms, int64_t begin, int n, float from) {
+  const FusedKey<T, count> key(terms, begin);
+  const float offset = -from * kLog2E;
+  float least = kInfinity, sum = 0.0f;
+#pragma omp simd reduction(min : least) reduction(+ : sum)
+  for (int i = 0; i < n; ++i) {
+    const float s = key[i];
+    least = s < least ? s : least;
+    sum += exp2_of(multiply_add(s, kLog2E, offset));
+  }
+  return {sum, least};
+}
+
+bool fusable(const Term* terms, int count) {
+  if (count < 2 || count > 4) return false;
   for (int k = 0; k < count; ++k)
     if (terms[k].source.scale != 1.0f || terms[k].source.dtype != terms[0].source.dtype) return false;
-  if (count == 2) *check = fused_key<T, 2>(terms, begin, n, key);
-  else if (count == 3) *check = fused_key<T, 3>(terms, begin, n, key);
-  else if (count == 4) *check = fused_key<T, 4>(terms, begin, n, key);
-  else return false;
   return true;
+}
+
+template <class T> KeyCheck fused_key_of(const Term* terms, int count, int64_t begin, int n, float* key) {
+  if (count == 2) return fused_key<T, 2>(terms, begin, n, key);
+  if (count == 3) return fused_key<T, 3>(terms, begin, n, key);
+  return fused_key<T, 4>(terms, begin, n, key);
+}
+
+template <class T> KeySum fused_key_sum_of(const Term* terms, int count, int64_t begin, int n, float from) {
+  if (count == 2) return fused_key_sum<T, 2>(terms, begin, n, from);
+  if (count == 3) return fused_key_sum<T, 3>(terms, begin, n, from);
+  return fused_key_sum<T, 4>(terms, begin, n, from);
 }
 
 TileMix log_linear(const Term* terms, int count, int64_t begin, int n, float* __restrict key) {
   KeyCheck check;
   alignas(64) float buffer[kTile];
-  const DType dtype = terms[0].source.dtype;
-  const bool fused = dtype == DType::bfloat16  ? fuse<BFloat16>(terms, count, begin, n, key, &check)
-                     : dtype == DType::float16 ? fuse<Float16>(terms, count, begin, n, key, &check)
-                                               : fuse<float>(terms, count, begin, n, key, &check);
-  if (!fused) {
+  if (fusable(terms, count)) {
+    const DType dtype = terms[0].source.dtype;
+    check = dtype == DType::bfloat16  ? fused_key_of<BFloat16>(terms, count, begin, n, key)
+            : dtype == DType::float16 ? fused_key_of<Float16>(terms, count, begin, n, key)
+                                      : fused_key_of<float>(terms, count, begin, n, key);
+  } else {
     for (int i = 0; i < n; ++i) key[i] = 0.0f;
     for (int k = 0; k < count; ++k) {
       load(terms[k].source, begin, n, buffer);
@@ -164,15 +213,27 @@ TileMix log_linear(const Term* terms, int count, int64_t begin, int n, float* __
   return {peak, broken != 0};
 }
 
+KeySum log_linear_sum(const Term* terms, int count, int64_t begin, int n, float from) {
+  if (fusable(terms, count)) {
+    const DType dtype = terms[0].source.dtype;
+    return dtype == DType::bfloat16  ? fused_key_sum_of<BFloat16>(terms, count, begin, n, from)
+           : dtype == DType::float16 ? fused_key_sum_of<Float16>(terms, count, begin, n, from)
+                                     : fused_key_sum_of<float>(terms, count, begin, n, from);
+  }
+  alignas(64) float key[kTile];
+  const TileMix mix = log_linear(terms, count, begin, n, key);
+  if (mix.broken) return {kInfinity, -kInfinity};
+  const Source keys = {key, DType::float32, 1.0f};
+  float least = kInfinity;
+#pragma omp simd reduction(min : least)
+  for (int i = 0; i < n; ++i) least = key[i] < least ? key[i] : least;
+  return {sum_from(keys, 0, n, from), least};
+}
+
 float sum_exp(const float* __restrict key, int n, float peak, float beta) {
   float sum = 0.0f;
-  if (beta == 1.0f) {
 #pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < n; ++i) sum += exp_of(key[i] - peak);
-    return sum;
-  }
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; ++i) sum += exp_of((key[i] - peak) * beta);
+  for (int i = 0; i < n; ++i) sum += exp2_of((key[i] - peak) * (beta * kLog2E));
   return sum;
 }
 
@@ -187,51 +248,82 @@ bool add_tilt(const float* __restrict values, int n, float v, double* __restrict
   for (int i = 0; i < n; ++i) {
     broken |= !(values[i] < kInfinity);
     const double sum = tilt[i] - (double)v * (double)values[i];
-    tilt[i] = values[i] > -kInfinity ? sum : (double)kInfinity;
+    tilt[i] = values[i] > -kInfinity ? sum : (double)kExcluded;
   }
   return broken != 0;
 }
 
 DeficitSums close_deficit(const float* __restrict ref, const double* __restrict tilt, int n, float log_norm,
                           float* __restrict p, float* __restrict q) {
+  double least = kExcluded;
   float mass = 0.0f, first = 0.0f;
-  if (tilt == nullptr) {
-    float least = kInfinity;
 #pragma omp simd reduction(min : least) reduction(+ : mass, first)
-    for (int i = 0; i < n; ++i) {
-      const float lr = ref[i] - log_norm;
-      const bool inside = (lr >= kSmallestLogRef) & (q[i] < kInfinity);
-      p[i] = inside ? exp_of(lr) : 0.0f;
-      q[i] = inside ? q[i] : kInfinity;
-      least = q[i] < least ? q[i] : least;
-      mass += p[i];
-      first += inside ? p[i] * q[i] : 0.0f;
-    }
-    int best = 0;
-    while (best < n - 1 && q[best] != least) ++best;
-    return {least, best, mass, first};
-  }
-  double least = kInfinity;
-  int best = 0;
   for (int i = 0; i < n; ++i) {
     const float lr = ref[i] - log_norm;
-    const double sum = q[i] + tilt[i];
-    const bool inside = lr >= kSmallestLogRef && sum < (double)kInfinity;
+    const double sum = tilt == nullptr ? (double)q[i] : q[i] + tilt[i];
+    const bool inside = (lr >= kSmallestLogRef) & (sum < (double)kExcluded);
     p[i] = inside ? exp_of(lr) : 0.0f;
-    q[i] = inside ? q[i] : kInfinity;
-    if (!inside) continue;
-    if (sum < least) {
-      least = sum;
-      best = i;
-    }
+    q[i] = inside ? q[i] : kExcluded;
+    const double counted = inside ? sum : (double)kExcluded;
+    least = counted < least ? counted : least;
     mass += p[i];
-    first += p[i] * (float)sum;
+    first += p[i] * (float)counted;
   }
-  return {least, best, mass, first};
+  return {least, mass, first};
 }
 
 // One divergence's loops; `alpha` makes the divergence, which holds nothing else.
 template <class D> struct Loops {
+  template <class T, int count>
+  static DeficitSums deficits_of(const DeficitTile& tile, int n, float alpha, float* __restrict p, float* __restrict q) {
+    const D divergence(alpha);
+    const T* __restrict ref = static_cast<const T*>(tile.ref);
+    const T* policies[count];
+    float shifts[count], weights[count];
+    for (int k = 0; k < count; ++k) {
+      policies[k] = static_cast<const T*>(tile.policies[k]);
+      shifts[k] = tile.shifts[k];
+      weights[k] = tile.weights[k];
+    }
+    const float log_norm = tile.log_norm;
+    float least = kExcluded, mass = 0.0f, first = 0.0f;
+#pragma omp simd reduction(min : least) reduction(+ : mass, first)
+    for (int i = 0; i < n; ++i) {
+      const float r = widen(ref[i]), lr = r - log_norm;
+      float sum = 0.0f, lowest = 0.0f;
+#pragma GCC unroll 3
+      for (int k = 0; k < count; ++k) {
+        const float x = widen(policies[k][i]);
+        lowest = x < lowest ? x : lowest;
+        // Raw differences first: they are exact for logits of 16 bits.
+        float d = (x - r) + shifts[k];
+        if (D::clamped) d = d < kSmallestLogRatio ? kSmallestLogRatio : d;
+        sum = multiply_add(weights[k], divergence.deficit(d), sum);
+      }
+      const bool inside = (lr >= kSmallestLogRef) & (lowest > -kInfinity) & (sum < kExcluded);
+      const float mass_here = inside ? exp_of(lr) : 0.0f, q_here = inside ? sum : kExcluded;
+      p[i] = mass_here;
+      q[i] = q_here;
+      least = q_here < least ? q_here : least;
+      mass += mass_here;
+      first += mass_here * q_here;
+    }
+    return {least, mass, first};
+  }
+
+  template <class T>
+  static DeficitSums deficits_as(const DeficitTile& tile, int n, float alpha, float* p, float* q) {
+    if (tile.count == 1) return deficits_of<T, 1>(tile, n, alpha, p, q);
+    if (tile.count == 2) return deficits_of<T, 2>(tile, n, alpha, p, q);
+    return deficits_of<T, 3>(tile, n, alpha, p, q);
+  }
+
+  static DeficitSums deficits(const DeficitTile& tile, int n, float alpha, float* p, float* q) {
+    if (tile.dtype == DType::bfloat16) return deficits_as<BFloat16>(tile, n, alpha, p, q);
+    if (tile.dtype == DType::float16) return deficits_as<Float16>(tile, n, alpha, p, q);
+    return deficits_as<float>(tile, n, alpha, p, q);
+  }
+
   static void add_deficit(const float* __restrict ref, const float* __restrict policy, int n, float alpha, float shift,
                           float w, float* __restrict q) {
     const D divergence(alpha);
@@ -241,7 +333,7 @@ template <class D> struct Loops {
       float d = (policy[i] - ref[i]) + shift;
       if (D::clamped) d = d < kSmallestLogRatio ? kSmallestLogRatio : d;
       const float sum = q[i] + w * divergence.deficit(d);
-      q[i] = policy[i] > -kInfinity ? sum : kInfinity;
+      q[i] = policy[i] > -kInfinity ? sum : kExcluded;
     }
   }
 
@@ -249,7 +341,7 @@ template <class D> struct Loops {
   static MOD_FUSED_MEMBER void ratio(const D& divergence, float t, float x, float* h, float* slope) {
     const float y = t + x;
     if constexpr (D::stieltjes) {
-      const float r = 1.0f / y;
+      const float r = reciprocal(y);
       *h = divergence.power(y, r);
       *slope = *h * r;
     } else {
@@ -266,7 +358,7 @@ template <class D> struct Loops {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
       const float d = q[i] - from;
-      q[i] = divergence.excess(d < 1e37f ? d : 1e37f);  // finite; beyond it the ratio is 0
+      q[i] = divergence.excess(d < kExcluded ? d : kExcluded);
     }
   }
 
@@ -310,7 +402,7 @@ template <class D> struct Loops {
     }
   }
 
-  static constexpr DivergenceLoops table() { return {add_deficit, excesses, sums, masses, keys}; }
+  static constexpr DivergenceLoops table() { return {deficits, add_deficit, excesses, sums, masses, keys}; }
 };
 
 RaceResult race(const float* __restrict mass, int n, uint64_t seed, uint64_t position, uint32_t index,
@@ -340,6 +432,8 @@ const TileLoops kLoops = {
     load,
     peak_sum,
     log_linear,
+    log_linear_sum,
+    sum_from,
     sum_exp,
     exps,
     add_tilt,

@@ -1,0 +1,66 @@
+"""Timing of several calls side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+Call = Callable[[], object]
+
+MAX_ROUNDS = 200
+_BLOCK = 0.003  # seconds of timed calls a round, for calls shorter than that
+_BLOCK_CALLS = 10
+_SLOW = 0.02  # seconds from which a call needs no untimed one before it: it flushes the caches itself
+
+
+class Timing(NamedTuple):
+    """Microseconds a call: median, 20th and 80th percentile, and the number of timed calls."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+    calls: int
+
+
+def timing(seconds: list[float]) -> Timing:
+    """Percentiles of call times."""
+    us = sorted(1e6 * s for s in seconds)
+
+    def at(share: float) -> float:
+        return us[round(share * (len(us) - 1))]
+
+    return Timing(statistics.median(us), at(0.2), at(0.8), len(us))
+
+
+def seconds_of(call: Call) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interleaved(calls: Mapping[str, Call], budget: float, min_rounds: int) -> dict[str, Timing]:
+    """Time calls in rounds, each in turn in each round, so that noise hits all alike.
+
+    In a round a fast call is made once untimed, which brings its data and code back into the caches
+    that the others used, and then timed up to ten times; a slow one is timed once.
+
+    Args:
+        calls: by name. Each has been called before: nothing is compiled here.
+        budget: seconds to spend per call, all its repetitions together.
+        min_rounds: rounds to make even when the budget is used up.
+    """
+    estimate = {name: min(seconds_of(call), seconds_of(call)) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    deadline = time.perf_counter() + budget * len(calls)
+    for done in range(MAX_ROUNDS):
+        if done >= min_rounds and time.perf_counter() > deadline:
+            break
+        for name, call in calls.items():
+            if estimate[name] < _SLOW:
+                call()
+            block = max(1, min(_BLOCK_CALLS, int(_BLOCK / estimate[name])))
+            seconds[name] += [seconds_of(call) for _ in range(block)]
+    return {name: timing(s) for name, s in seconds.items()}

@@ -1,0 +1,387 @@
+"""Fuzzing of the C++ backend: random calls against the torch backend, and against the float64 oracle
+where the two differ.
+
+    python tests/fuzz_op.py --minutes 60        # `make fuzz`; --examples 500 --seed 3 for less
+
+A case is plain data (`Case`), so that what hypothesis prints on a failure can be pasted into `CORPUS`.
+`fuzz_check.py` says what is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for a run as a script
+
+import fuzz_check  # noqa: E402
+
+INF, NAN = float("inf"), float("nan")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Parameter = tuple[str, tuple[float, ...]]  # form (number, list or a dtype's name), values by row
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the op. Tuples that are too short are repeated; numbers beyond a range wrap."""
+
+    data_seed: int = 0
+    wild: bool = False  # magnitudes without limit: nothing must break, results are not compared
+    batch: int = 1
+    vocab: int = 5
+    policies: int = 1
+    reference: bool = True
+    divergence: str = "reverse_kl"
+    normalizer: str = "exact"
+    layout: str = "plain"
+    dtypes: tuple[str, ...] = ("float32",)
+    extra_columns: tuple[int, ...] = (0,)
+    spread: float = 1.0  # of the reference's logits
+    apart: float = 1.0  # of each policy's difference from them
+    level: float = 0.0
+    quantum: float = 0.0  # logits and values are rounded to multiples: ties
+    excluded: float = 0.0  # fraction of -inf
+    specials: tuple[tuple[int, int, int, float], ...] = ()  # (tensor, row, column, logit)
+    weights: tuple[float, ...] = (0.5,)
+    weights_form: str = "numbers"
+    values: int = 0
+    candidates: int = 0  # 0: dense
+    value_scale: float = 1.0
+    value_specials: tuple[tuple[int, int, int, float], ...] = ()
+    bad_id: int = 0  # added to one candidate's id
+    value_weights: tuple[float, ...] = ()
+    prefix: str = ""  # dtype, "" for none
+    prefix_scale: float = 1.0
+    scales: tuple[float, ...] = ()
+    plausibility: float = 0.0
+    plausibility_tensor: int = 0
+    temperature: Parameter = ("number", (1.0,))
+    top_k: Parameter = ("number", (0,))
+    top_p: Parameter = ("number", (1.0,))
+    min_p: Parameter = ("number", (0.0,))
+    mask: str = "none"
+    seed: int = 0
+    per_row_seeds: bool = False
+    position: int = 0
+
+
+# Cases that failed once, or that nothing else reaches; always run first.
+CORPUS = (
+    Case(),
+    Case(vocab=1, policies=0, values=1, weights=()),
+    # No term at all: no reference, all weights zero.
+    Case(reference=False, weights=(0.0,), weights_form="tensor"),
+    # JSD is linear: tokens hundreds of nats down are told apart, and a mask may leave only them.
+    Case(divergence="jsd", vocab=50, spread=0.0, apart=300.0, weights=(1.0,), mask="bool"),
+    # An exponent 1/alpha that float32 does not hold.
+    Case(divergence="alpha:0.02", vocab=50),
+    # 1 / temperature overflows.
+    Case(temperature=("number", (1e-40,)), vocab=50),
+    # Jeffrey at Z = 0 with a u far beyond e^88.
+    Case(divergence="jeffrey", normalizer="zero", vocab=50, apart=30.0, weights=(-0.5,)),
+)
+
+
+def tensors(case: Case) -> tuple[list[torch.Tensor], np.random.Generator]:
+    """The logits, reference first, as views with NaN all around them; the generator for the rest."""
+    rng = np.random.default_rng([77, case.data_seed])
+    count = case.policies + case.reference
+    base = rng.normal(size=(case.batch, case.vocab)) * case.spread + case.level
+    out: list[torch.Tensor] = []
+    stack = None
+    for i in range(count):
+        data = base + (rng.normal(size=base.shape) * case.apart if i else 0.0)
+        if case.quantum:
+            data = np.round(data / case.quantum) * case.quantum
+        if not case.wild:
+            data = np.clip(data, -1e4, 1e4)
+        data[rng.random(data.shape) < case.excluded] = -INF
+        for tensor, row, column, x in case.specials:
+            if tensor % count == i and case.batch:
+                data[row % case.batch, column % case.vocab] = x
+        stacked = case.layout == "stacked"
+        dtype = DTYPES[case.dtypes[0 if stacked else i % len(case.dtypes)]]
+        extra = case.extra_columns[0 if stacked else i % len(case.extra_columns)]
+        values = torch.from_numpy(data).to(dtype)
+        if stacked:
+            if stack is None:
+                stack = torch.full((count, case.batch, case.vocab + extra), NAN, dtype=dtype)
+            stack[i, :, : case.vocab] = values
+            out.append(stack[i])
+            continue
+        before = {"plain": 0, "expanded": 0, "offset": 1, "far": 13}[case.layout]
+        buffer = torch.full((case.batch, before + case.vocab + extra + before), NAN, dtype=dtype)
+        buffer[:, before : before + case.vocab] = values
+        view = buffer[:, before : before + case.vocab + extra]
+        if case.layout == "expanded" and case.batch:
+            view = view[:1].expand(case.batch, -1)
+        out.append(view)
+    return out, rng
+
+
+def by_row(values: tuple[float, ...], rows: int, width: int | None = None) -> Any:
+    """The numbers of a case, repeated to [rows] or [rows, width]."""
+    count = rows * (1 if width is None else width)
+    flat = [values[i % len(values)] for i in range(count)]
+    return flat if width is None else [flat[b * width : (b + 1) * width] for b in range(rows)]
+
+
+def weights_of(values: tuple[float, ...], form: str, rows: int, width: int) -> Any:
+    values = values or (1.0,)
+    if form == "numbers":
+        return [values[i % len(values)] for i in range(width)]
+    if form == "rows" and rows and width:
+        return by_row(values, rows, width)
+    if form == "tensor":
+        return torch.tensor([values[i % len(values)] for i in range(width)], dtype=torch.float64)
+    matrix = torch.tensor(by_row(values, rows, width), dtype=torch.float32).view(rows, width)
+    return matrix.t().contiguous().t()  # column-major
+
+
+def parameter(given: Parameter, rows: int, kind: type) -> Any:
+    form, values = given
+    if form == "number":
+        return kind(values[0])
+    numbers = [kind(x) for x in by_row(values, rows)]
+    if form == "list":
+        return numbers
+    spaced = torch.zeros(rows, 3, dtype=getattr(torch, form))
+    spaced[:, 1] = torch.tensor(numbers, dtype=spaced.dtype)
+    return spaced[:, 1]
+
+
+def mask_of(case: Case, rng: np.random.Generator) -> torch.Tensor | None:
+    if case.mask == "none":
+        return None
+    allowed = rng.random((case.batch, case.vocab)) < 0.6
+    if case.mask == "empty_row" and case.batch:
+        allowed[0] = False
+    mask = torch.from_numpy(allowed)
+    if case.mask == "strided":
+        return mask.t().contiguous().t()
+    if case.mask.startswith("packed"):
+        words = -(-case.vocab // 32)
+        bits = np.ones((case.batch, words * 32), dtype=bool)  # beyond V: allowed, to tempt
+        bits[:, : case.vocab] = allowed
+        powers = bits.reshape(case.batch, words, 32) @ (1 << np.arange(32, dtype=np.int64))
+        packed = torch.from_numpy(powers.astype(np.uint32).view(np.int32))
+        return packed.t().contiguous().t() if case.mask == "packed_strided" else packed
+    return mask
+
+
+def build(case: Case) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    """Positional arguments, keywords of the mixture, keywords of the draw."""
+    logits, rng = tensors(case)
+    models = len(logits)
+    ref = logits[0] if case.reference else None
+    policies: Any = logits[case.reference :]
+    if case.layout == "stacked" and len(policies):
+        stack = policies[0].as_strided(
+            (len(policies), *policies[0].shape),
+            (case.batch * policies[0].shape[1], *policies[0].stride()),
+        )
+        policies = stack
+    weights = weights_of(case.weights, case.weights_form, case.batch, case.policies)
+    mixture: dict[str, Any] = {"divergence": case.divergence, "normalizer": case.normalizer}
+    mixture["vocab_size"] = case.vocab
+    if case.values:
+        width = min(case.candidates, case.vocab) or case.vocab
+        scores = rng.normal(size=(case.values, case.batch, width)) * case.value_scale
+        if case.quantum:
+            scores = np.round(scores / case.quantum) * case.quantum
+        for tensor, row, column, x in case.value_specials:
+            if case.batch:
+                scores[tensor % case.values, row % case.batch, column % width] = x
+        dtype = DTYPES[case.dtypes[-1]]
+        padded = torch.full((case.values, case.batch, width + 3), NAN, dtype=dtype)
+        padded[:, :, 1 : width + 1] = torch.from_numpy(scores)
+        mixture["values"] = padded[:, :, 1 : width + 1]
+        if case.candidates:
+            rows = [rng.permutation(case.vocab)[:width] for _ in range(case.batch)]
+            ids = torch.from_numpy(np.array(rows, dtype=np.int64).reshape(case.batch, width))
+            ids[:, 1::4] = -1
+            if case.bad_id and case.batch:
+                ids[-1, -1] += case.bad_id
+            mixture["value_ids"] = ids.t().contiguous().t()
+        if case.value_weights:
+            mixture["value_weights"] = weights_of(
+                case.value_weights, case.weights_form, case.batch, case.values
+            )
+    if case.prefix:
+        prefix = rng.normal(size=(models, case.batch)) * case.prefix_scale
+        mixture["prefix_logprobs"] = torch.from_numpy(prefix).to(getattr(torch, case.prefix)).t()
+    if case.scales:
+        mixture["logit_scales"] = [case.scales[i % len(case.scales)] for i in range(models)]
+    if case.plausibility:
+        mixture["plausibility"] = case.plausibility
+        first = 0 if case.reference else 1
+        mixture["plausibility_tensor"] = first + case.plausibility_tensor % models
+    draw: dict[str, Any] = {
+        "temperature": parameter(case.temperature, case.batch, float),
+        "top_k": parameter(case.top_k, case.batch, int),
+        "top_p": parameter(case.top_p, case.batch, float),
+        "min_p": parameter(case.min_p, case.batch, float),
+        "mask": mask_of(case, rng),
+        "seed": case.seed,
+        "position": case.position,
+    }
+    if case.per_row_seeds:
+        draw["seed"] = torch.arange(2 * case.batch)[::2] * 7919 + case.seed % 2**40
+        draw["position"] = torch.arange(case.batch) + case.position % 2**62
+    return (ref, policies, weights), mixture, draw
+
+
+def pick(*xs: Any) -> st.SearchStrategy:
+    return st.sampled_from(xs)
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    """Calls that the public functions accept."""
+    one = draw
+    wild = one(st.integers(0, 4)) == 4
+    policies = one(st.integers(0, 4))
+    reference = policies == 0 or one(st.integers(0, 3)) > 0
+    divergence = one(
+        pick("reverse_kl", "forward_kl", "jsd", "alpha:0.5", "alpha:0.25", "alpha:0.9",
+             "alpha:0.05", "jeffrey")
+    ) if reference else "reverse_kl"  # fmt: skip
+    values = one(st.integers(0 if policies else 1, 2))
+    magnitudes = [1e30, -1e38, 1e300] if wild else []
+    weight = st.one_of(
+        pick(0.5, 1.0, 0.0, 0.25, -0.5, -1.0, 2.0, 50.0, -50.0, 1e-3, *magnitudes),
+        st.floats(-2.0, 2.0, width=32),
+    )
+    # Numbers are checked on the host; a tensor may hold what only the device sees.
+    form = one(pick("numbers", "rows", "tensor", "tensor_rows"))
+    rarely_bad = pick(*[0.5] * 20, NAN, INF) if form.startswith("tensor") else weight
+    weights = one(st.lists(st.one_of(weight, weight, rarely_bad), min_size=1, max_size=8))
+    special = st.tuples(
+        st.integers(0, 4), st.integers(0, 4), st.integers(0, 2999),
+        pick(0.0, -0.0, 1e-45, 1e-38, -INF, 1e4, -1e4, 60.0, NAN, INF,
+             *([3e38, -3e38] if wild else [])),
+    )  # fmt: skip
+    often_few = st.one_of(st.just(()), st.lists(special, max_size=5).map(tuple))
+
+    def option(good: list[float], bad: list[float], dtypes: tuple[str, ...]) -> Parameter:
+        chosen = one(pick("off", "off", "number", "list", *dtypes))
+        if chosen == "off":
+            return ("number", (good[0],))
+        allowed = good * 4 + bad if chosen in dtypes else good
+        size = 1 if chosen == "number" else 5
+        return (chosen, tuple(one(st.lists(pick(*allowed), min_size=size, max_size=size))))
+
+    floats, ints = ("float32", "float64"), ("int32", "int64")
+    sizes = st.one_of(
+        pick(1, 2, 31, 32, 33, 1023, 1024, 1025, 2047, 2048, 2049, 3000), st.integers(1, 3000)
+    )
+    return Case(
+        data_seed=one(st.integers(0, 2**32)),
+        wild=wild,
+        batch=one(st.integers(0, 5)),
+        vocab=one(sizes),
+        policies=policies,
+        reference=reference,
+        divergence=divergence,
+        normalizer=one(pick("exact", "exact", "zero")),
+        layout=one(pick("plain", "stacked", "offset", "far", "expanded")),
+        dtypes=tuple(one(st.lists(pick(*DTYPES), min_size=1, max_size=3))),
+        extra_columns=tuple(one(st.lists(st.integers(0, 3), min_size=1, max_size=3))),
+        spread=one(pick(3.0, 1.0, 0.0, 1e-3, 10.0, 100.0, 3000.0, *magnitudes)),
+        apart=one(pick(1.0, 3.0, 0.0, 1e-3, 30.0, 300.0, *magnitudes)),
+        level=one(pick(0.0, 0.0, 0.0, 7.0, -1000.0, 9000.0)),
+        quantum=one(pick(0.0, 0.0, 0.5, 0.0625)),
+        excluded=one(pick(0.0, 0.0, 0.1, 0.9, 1.0)),
+        specials=one(often_few),
+        weights=tuple(weights),
+        weights_form=form,
+        values=values,
+        candidates=one(st.one_of(st.just(0), st.integers(1, 40))) if values else 0,
+        value_scale=one(pick(1.0, 0.0, 0.1, 10.0, 1000.0, *magnitudes)),
+        value_specials=one(often_few) if values else (),
+        bad_id=one(pick(0, 0, 0, 0, -5, 3000, 2**62, -(2**63))) if wild else 0,
+        value_weights=tuple(one(st.lists(weight, max_size=3))) if values else (),
+        prefix=one(pick("", "float32", "float64")),
+        prefix_scale=one(pick(1.0, 10.0, 300.0, *magnitudes)),
+        scales=tuple(one(st.one_of(st.just([]), st.lists(pick(1.0, 0.5, 1.7, 0.01), min_size=1)))),
+        plausibility=one(pick(0.0, 0.0, 1.0, 0.1, 1e-5, 1e-30)),
+        plausibility_tensor=one(st.integers(0, 4)),
+        temperature=option(
+            [1.0, 0.0, 0.7, 0.3, 1.5, 10.0, 0.01, 1e30, 1e-30, 1e-40], [-1.0, NAN, INF], floats
+        ),
+        top_k=option([0, 1, 2, 10, 1000, 2**31 - 1], [-1], ints),
+        top_p=option([1.0, 0.9, 0.5, 0.1, 1e-6, 0.999999], [0.0, -1.0, 1.5, NAN], floats),
+        min_p=option([0.0, 0.05, 0.5, 1.0, 1e-6, 1e-30], [-0.1, 1.1, NAN], floats),
+        mask=one(pick("none", "none", "bool", "strided", "packed", "packed_strided", "empty_row")),
+        seed=one(st.one_of(st.integers(0, 100), st.integers(-(2**63), 2**64 - 1))),
+        per_row_seeds=one(st.booleans()),
+        position=one(st.one_of(st.integers(0, 10), st.integers(0, 2**63 - 1))),
+    )
+
+
+tally: Counter[str] = Counter()
+
+
+def check(case: Case) -> None:
+    args, mixture, draw = build(case)
+    tally.update(fuzz_check.check(args, mixture, draw, compare=not case.wild))
+
+
+def run(examples: int, seed: int, record: Path | None = None) -> None:
+    """`examples` random cases; raises what the first bad one raises, after shrinking it."""
+
+    def body(case: Case) -> None:
+        if record is not None:  # what ran last, should the process die
+            record.write_text(f"{case!r}\n")
+        check(case)
+
+    test = hypothesis.given(cases())(body)
+    test = hypothesis.settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        suppress_health_check=list(hypothesis.HealthCheck),
+        print_blob=False,
+    )(test)
+    hypothesis.seed(seed)(test)()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=0.0, help="how long; 0: by --examples")
+    parser.add_argument("--examples", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    record = Path(tempfile.mkdtemp(prefix="fuzz_op_")) / "last_case.txt"
+    print(f"the case being run is in {record}", flush=True)
+    for case in CORPUS:
+        record.write_text(f"{case!r}\n")
+        check(case)
+    end, seed, failures = time.monotonic() + 60.0 * options.minutes, options.seed, 0
+    while True:
+        try:
+            run(500 if options.minutes else options.examples, seed, record)
+        except Exception:  # report, and go on with another seed
+            traceback.print_exc()
+            failures += 1
+        seed += 1
+        print(f"seed {seed}: {failures} failures, {dict(tally)}", flush=True)
+        if time.monotonic() >= end:
+            return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
