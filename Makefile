@@ -2,11 +2,24 @@
 PYTHON ?= python3
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 
+MINUTES ?= 2
+
 BIN := .venv/bin
 READY := .venv/.ready
 
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined,float-cast-overflow
+# Fresh memory is filled with NaN; the sanitizers' libraries must be loaded before everything else.
+SANITIZED_RUN = PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
+	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255 \
+	UBSAN_OPTIONS=print_stacktrace=1 $(CURDIR)/$(BIN)/python
+# Without what takes hundreds of megabytes or millions of draws.
+SANITIZED_TESTS := $(patsubst %,tests/test_%.py,combinations filters inputs log_probs sampling registration) \
+	-k "cpu-cpu and not language_models and not 18_nats and not full_vocabulary"
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint fuzz sanitize clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
@@ -32,6 +45,20 @@ lint: $(READY)  ## ruff and mypy
 # One torch thread per worker: the workers share the cores already.
 test: lint  ## linters, then the whole test suite; PYTEST_ARGS="-x -k world" narrows it
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+fuzz: $(READY)  ## random calls of the C++ backend against torch and the oracle; MINUTES=60 for longer
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_op.py --minutes $(MINUTES)
+
+# A copy of the tree is built and tested: the extension in place stays as it is. Python itself leaks.
+sanitize: $(READY)  ## tests and fuzzing of the C++ backend under address and undefined-behaviour sanitizers
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r csrc mod_fused triton_kernels tests setup.py pyproject.toml README.md $(SANITIZED)
+	rm -f $(SANITIZED)/mod_fused/_cpu*
+	cd $(SANITIZED) && CXXFLAGS="$(SANITIZERS) -fno-sanitize-recover=all -fno-omit-frame-pointer -g1" \
+		LDFLAGS="$(SANITIZERS)" $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
+	test -f $(SANITIZED)/mod_fused/_cpu.abi3.so
+	cd $(SANITIZED) && $(SANITIZED_RUN) -m pytest -q -s -p no:cacheprovider $(SANITIZED_TESTS)
+	cd $(SANITIZED) && $(SANITIZED_RUN) tests/fuzz_op.py --minutes $(MINUTES)
 
 clean:  ## remove .venv and everything that was built
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,7 +12,8 @@ Call = Callable[[], object]
 MAX_ROUNDS = 200
 _BLOCK = 0.003  # seconds of timed calls a round, for calls shorter than that
 _BLOCK_CALLS = 10
-_SLOW = 0.02  # seconds from which a call needs no untimed one before it: it flushes the caches itself
+_LONG = 0.02  # from so many seconds on a call sweeps the caches itself, and needs no untimed one
+_SLOW, _SLOW_ROUNDS = 0.3, 3  # a call of so many seconds is timed in so many rounds only
 
 
 class Timing(NamedTuple):
@@ -45,21 +46,24 @@ def interleaved(calls: Mapping[str, Call], budget: float, min_rounds: int) -> di
     """Time calls in rounds, each in turn in each round, so that noise hits all alike.
 
     In a round a fast call is made once untimed, which brings its data and code back into the caches
-    that the others used, and then timed up to ten times; a slow one is timed once.
+    that the others used, and then timed up to ten times; a long one is timed once, and one of over
+    0.3 s in three rounds only.
 
     Args:
         calls: by name. Each has been called before: nothing is compiled here.
         budget: seconds to spend per call, all its repetitions together.
         min_rounds: rounds to make even when the budget is used up.
     """
-    estimate = {name: min(seconds_of(call), seconds_of(call)) for name, call in calls.items()}
+    estimate = {name: seconds_of(call) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     deadline = time.perf_counter() + budget * len(calls)
     for done in range(MAX_ROUNDS):
         if done >= min_rounds and time.perf_counter() > deadline:
             break
         for name, call in calls.items():
-            if estimate[name] < _SLOW:
+            if done >= _SLOW_ROUNDS and estimate[name] > _SLOW:
+                continue
+            if estimate[name] < _LONG:
                 call()
             block = max(1, min(_BLOCK_CALLS, int(_BLOCK / estimate[name])))
             seconds[name] += [seconds_of(call) for _ in range(block)]

@@ -10,9 +10,7 @@
 //
 //   H(tau + D) = e^constant(tau) (t + x)^(-order),     power(y, 1/y) = y^(-order),
 //
-// so that a sum over tokens costs a division each where order is 1 or 2, and no logarithm. A Newton step needs
-//
-//   s1 = sum p power(t + x),     s2 = sum p power(t + x) / (t + x).
+// so that a sum over tokens costs a division each where order is 1 or 2, and no logarithm.
 #pragma once
 
 #include "scalar_math.h"
@@ -24,16 +22,16 @@ struct ForwardKL {
   explicit ForwardKL(double = 0.0) {}
   double supremum() const { return 0.0; }
 
-  template <class Real> MOD_FUSED_MEMBER Real deficit(Real d) const { return exp_of(-d); }
+  template <class Real> MOD_FUSED_MEMBER Real deficit(Real d) const { return exp_near(-d); }
   template <class Real> MOD_FUSED_MEMBER Real log_ratio(Real q) const { return -log_of(q); }
   template <class Real> MOD_FUSED_MEMBER Real log_slope(Real q) const { return -2 * log_of(q); }
 
   MOD_FUSED_MEMBER float excess(float d) const { return d; }
   MOD_FUSED_MEMBER float power(float, float r) const { return r; }
   double shift(double tau) const { return tau; }
+  double unshift(double t) const { return t; }
   double constant(double) const { return 0.0; }
   double order() const { return 1.0; }
-  double slope(double, double, double s2) const { return s2; }
 };
 
 struct JensenShannon {
@@ -44,7 +42,7 @@ struct JensenShannon {
   // softplus(-d); d may be -inf-free but of any size: linear where it is very negative.
   template <class Real> MOD_FUSED_MEMBER Real deficit(Real d) const {
     const Real a = d < 0 ? d : -d;  // -|d|
-    return (d < 0 ? -d : Real(0)) + log1p_unit(exp_of(a));
+    return (d < 0 ? -d : Real(0)) + log1p_unit(exp_near(a));
   }
   template <class Real> MOD_FUSED_MEMBER Real log_ratio(Real q) const {
     return -(q + log_of(one_minus_exp(q)));
@@ -57,13 +55,9 @@ struct JensenShannon {
   MOD_FUSED_MEMBER float excess(float d) const { return expm1_of(d); }
   MOD_FUSED_MEMBER float power(float, float r) const { return r; }
   double shift(double tau) const { return -expm1(-tau); }
+  double unshift(double t) const { return -log1p(-t); }
   double constant(double tau) const { return -tau; }
   double order() const { return 1.0; }
-  // -H' = r + r^2 with r = H.
-  double slope(double tau, double s1, double s2) const {
-    const double c = exp(-tau);
-    return c * s1 + c * c * s2;
-  }
 
  private:
   // 1 - e^-q; e^-q is 0 in float32 beyond 80.
@@ -79,7 +73,7 @@ template <bool half> struct Alpha {
   double supremum() const { return 1.0 / alpha; }
 
   template <class Real> MOD_FUSED_MEMBER Real deficit(Real d) const {
-    return exp_of(-Real(alpha) * d) * Real(inverse);
+    return exp_near(-Real(alpha) * d) * Real(inverse);
   }
   template <class Real> MOD_FUSED_MEMBER Real log_ratio(Real q) const {
     return -Real(inverse) * log_of(Real(alpha) * q);
@@ -93,9 +87,9 @@ template <bool half> struct Alpha {
     return half ? r * r : exp_of(-inverse * log_of(y));
   }
   double shift(double tau) const { return tau; }
+  double unshift(double t) const { return t; }
   double constant(double) const { return -order() * log((double)alpha); }
   double order() const { return half ? 2.0 : (double)inverse; }
-  double slope(double tau, double, double s2) const { return order() * exp(constant(tau)) * s2; }
 };
 
 // f' is unbounded: sup f' counts as 0, q = -f' takes any sign, and there is no pole.
@@ -120,8 +114,8 @@ struct Jeffrey {
 
   MOD_FUSED_MEMBER float excess(float d) const { return d; }
   double shift(double tau) const { return tau; }
+  double unshift(double t) const { return t; }
   double constant(double) const { return 0.0; }
-  double slope(double, double, double s2) const { return s2; }
 
  private:
   // expm1 for d in [-80, 80]; below -80 the deficit is linear to the last bit.

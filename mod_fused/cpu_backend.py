@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .backends import AVAILABLE
+from .dispatch import AVAILABLE
 
 _INSTRUCTION_SETS = ("baseline", "neon", "avx2", "avx512")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import __version__, backends, log_probs, reference, reference_sampling, sample
-from .backends import AVAILABLE, BACKENDS
+from .dispatch import AVAILABLE, BACKENDS
 from .terminal import table, write
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "alpha:0.5", "jeffrey")

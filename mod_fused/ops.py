@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import torch_backend
 from .arguments import LOG_PROBS_SCHEMA, SAMPLE_SCHEMA, DrawArguments, MixtureArguments
-from .backends import backends, choose
+from .dispatch import backends, choose
 from .checks import check_draw, check_mixture
 from .divergence import Divergence
 

@@ -1,10 +1,10 @@
-"""Fuzzing of the C++ backend: random calls against the torch backend, and against the float64 oracle
-where the two differ.
+"""Fuzzing of the C++ backend: random calls against the torch backend, and against the float64
+oracle where the two differ.
 
     python tests/fuzz_op.py --minutes 60        # `make fuzz`; --examples 500 --seed 3 for less
 
-A case is plain data (`Case`), so that what hypothesis prints on a failure can be pasted into `CORPUS`.
-`fuzz_check.py` says what is checked.
+A case is plain data (`Case`), so that what hypothesis prints on a failure can be pasted into
+`CORPUS`. `fuzz_check.py` says what is checked.
 """
 
 from __future__ import annotations
@@ -89,13 +89,26 @@ CORPUS = (
     Case(divergence="alpha:0.02", vocab=50),
     # 1 / temperature overflows.
     Case(temperature=("number", (1e-40,)), vocab=50),
+    # Logits that differ by more than e^88 between tiles.
+    Case(batch=3, vocab=2047, spread=3000.0),
+    Case(batch=3, vocab=2047, spread=3000.0, divergence="jsd"),
+    # A negative weight on a policy that gave up tokens, and candidates.
+    Case(
+        divergence="forward_kl",
+        vocab=31,
+        spread=3.0,
+        apart=30.0,
+        weights=(-0.5,),
+        values=1,
+        candidates=1,
+    ),
     # Jeffrey at Z = 0 with a u far beyond e^88.
     Case(divergence="jeffrey", normalizer="zero", vocab=50, apart=30.0, weights=(-0.5,)),
 )
 
 
 def tensors(case: Case) -> tuple[list[torch.Tensor], np.random.Generator]:
-    """The logits, reference first, as views with NaN all around them; the generator for the rest."""
+    """The logits, reference first, as views with NaN around them; the generator for the rest."""
     rng = np.random.default_rng([77, case.data_seed])
     count = case.policies + case.reference
     base = rng.normal(size=(case.batch, case.vocab)) * case.spread + case.level
@@ -367,10 +380,16 @@ def main() -> int:
     options = parser.parse_args()
     record = Path(tempfile.mkdtemp(prefix="fuzz_op_")) / "last_case.txt"
     print(f"the case being run is in {record}", flush=True)
+    failures = 0
     for case in CORPUS:
         record.write_text(f"{case!r}\n")
-        check(case)
-    end, seed, failures = time.monotonic() + 60.0 * options.minutes, options.seed, 0
+        try:
+            check(case)
+        except Exception:  # report, and go on with the next
+            print(case)
+            traceback.print_exc()
+            failures += 1
+    end, seed = time.monotonic() + 60.0 * options.minutes, options.seed
     while True:
         try:
             run(500 if options.minutes else options.examples, seed, record)
@@ -378,7 +397,7 @@ def main() -> int:
             traceback.print_exc()
             failures += 1
         seed += 1
-        print(f"seed {seed}: {failures} failures, {dict(tally)}", flush=True)
+        print(f"{failures} failures up to seed {seed - 1}, {dict(tally)}", flush=True)
         if time.monotonic() >= end:
             return 1 if failures else 0
 

@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -67,6 +69,16 @@ PerRowVector per_row_vector(std::vector<double> host, const OptionalTensor& tens
       entries.push_back(matrix ? number<double>(*tensor, b * tensor->stride(0) + i * tensor->stride(1))
                                : number<double>(*tensor, i * tensor->stride(0)));
   return {std::move(entries), width};
+}
+
+// Uninitialised contiguous CPU tensor; straight from the allocator, a tenth of the cost of calling aten::empty.
+Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
+  const int64_t strides[2] = {sizes.size() == 2 ? std::max<int64_t>(sizes[1], 1) : 1, 1};
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides, type,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 // What the ops have in common; the tensors must outlive the request.
@@ -130,7 +142,7 @@ Tensor log_probs(const OptionalTensor& ref_logits, const std::vector<Tensor>& po
   Request request = mixture(ref_logits, policy_logits, weights, weights_tensor, divergence, normalizer, values,
                             value_ids, value_weights, value_weights_tensor, prefix_logprobs, logit_scales, vocab_size,
                             plausibility, plausibility_tensor);
-  Tensor out = torch::stable::empty({request.rows, request.vocab}, ScalarType::Float);
+  Tensor out = empty({request.rows, request.vocab}, ScalarType::Float);
   request.log_probs = static_cast<float*>(out.mutable_data_ptr());
   run(request);
   return out;
@@ -170,10 +182,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample(
   request.model_logprobs = return_model_logprobs;
 
   const int64_t columns = return_model_logprobs ? request.models : 0;
-  Tensor tokens = torch::stable::empty({request.rows}, ScalarType::Long);
-  Tensor logprobs = torch::stable::empty({request.rows}, ScalarType::Float);
-  Tensor valid = torch::stable::empty({request.rows}, ScalarType::Bool);
-  Tensor model_logprobs = torch::stable::empty({request.rows, columns}, ScalarType::Float);
+  Tensor tokens = empty({request.rows}, ScalarType::Long);
+  Tensor logprobs = empty({request.rows}, ScalarType::Float);
+  Tensor valid = empty({request.rows}, ScalarType::Bool);
+  Tensor model_logprobs = empty({request.rows, columns}, ScalarType::Float);
   request.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
   request.logprobs = static_cast<float*>(logprobs.mutable_data_ptr());
   request.valid = static_cast<bool*>(valid.mutable_data_ptr());
@@ -189,7 +201,7 @@ template <class D> void apply(const D& d, const std::string& function, const flo
 }
 
 Tensor divergence_function(const std::string& divergence, const std::string& function, const Tensor& x) {
-  Tensor y = torch::stable::empty({x.size(0)}, ScalarType::Float);
+  Tensor y = empty({x.size(0)}, ScalarType::Float);
   const float* from = static_cast<const float*>(x.const_data_ptr());
   float* to = static_cast<float*>(y.mutable_data_ptr());
   const int64_t n = x.size(0);

@@ -16,9 +16,10 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kSmallestPrefixDifference = -40.0;
 constexpr int kMaxEvaluations = 32;
 constexpr double kTolerance = 1e-6;  // where float32 sums leave log G
-// Below this a Newton step squares the error to less than the tolerance: tau is taken without another evaluation, and the
-// tiles' masses follow it by their slopes.
-constexpr double kLastStep = 3e-5;
+// Below this the model's error is its square, less than the tolerance: tau moves without another evaluation, and the tiles'
+// masses follow it by their slopes.
+constexpr double kLastStep = 5e-4;
+constexpr int kModelSteps = 60;
 constexpr double kWiden = 1e-4;
 }  // namespace
 
@@ -177,12 +178,13 @@ bool Row::collect_deficits(const DivergenceLoops& loops, bool clamped, DeficitSu
   int best = 0;
   for (int i = 0; i < tile_size(best_tile); ++i)
     if (p[i] > 0.0f && !(p[best] > 0.0f && x[best] <= x[i])) best = i;
+  best_ = best_tile * kTile + best;
   best_mass_ = p[best];
   return true;
 }
 
-template <class D> MassSums Row::evaluate(const D& divergence, const DivergenceLoops& loops, double tau) {
-  const float t = (float)divergence.shift(tau);
+// s1 and s2 of the row at t, and of its tiles in scratch.
+template <class D> Row::RowSums Row::evaluate(const DivergenceLoops& loops, float t) {
   for_tiles([&](int64_t tile) {
     const int64_t begin = tile * kTile;
     const MassSums part = loops.sums(scratch_.first + begin, scratch_.second + begin, tile_size(tile),
@@ -190,59 +192,101 @@ template <class D> MassSums Row::evaluate(const D& divergence, const DivergenceL
     scratch_.sums[tile] = part.s1;
     scratch_.slopes[tile] = part.s2;
   });
-  double s1 = 0.0, s2 = 0.0;
+  RowSums sums{0.0, 0.0};
   for (int64_t tile = 0; tile < tiles_; ++tile) {
-    s1 += scratch_.sums[tile];
-    s2 += scratch_.slopes[tile];
+    sums.s1 += scratch_.sums[tile];
+    sums.s2 += scratch_.slopes[tile];
   }
-  return {(float)s1, (float)s2};
+  return sums;
 }
 
-// Bracketed Newton on q(log G(tau)), which is almost straight; from the lower end it climbs to the root. Leaves log_norm_ and
-// the tiles' masses at the tau that it returns.
-template <class D>
-double Row::solve(const D& divergence, const DivergenceLoops& loops, const DeficitSums& total) {
+// The ends between which tau lies (design §2), a little apart: rounding inverts them where all policies agree.
+template <class D> Row::Bracket Row::bracket(const D& divergence, const DeficitSums& total) const {
   const double log_mass = std::log((double)total.mass);
-  double upper = divergence.deficit(-log_mass);
-  double lower = std::max(divergence.deficit(-std::log(best_mass_)),
-                          upper - ((double)total.first / total.mass - total.least));
-  // When all policies agree the two ends coincide up to rounding, in either order.
+  Bracket ends;
+  ends.upper = divergence.deficit(-log_mass);
+  ends.lower = std::max(divergence.deficit(-std::log(best_mass_)),
+                        ends.upper - ((double)total.first / total.mass - total.least));
   if (D::bounded) {
-    lower *= 1.0 - kWiden;
-    upper *= 1.0 + kWiden;
+    double sum = 0.0;
+    bool simplex = request_.values.empty() && request_.prefix.empty();
+    for (int model = 1; model < request_.models; ++model) {
+      sum += policy_weight(model);
+      simplex &= policy_weight(model) >= 0.0;
+    }
+    if (simplex && std::fabs(sum - 1.0) < 1e-6) ends.upper = std::min(ends.upper, total.least);  // Z <= 0
+    ends.lower *= 1.0 - kWiden;
+    ends.upper *= 1.0 + kWiden;
   } else {
-    lower -= kWiden;
-    upper += kWiden;
+    ends.lower -= kWiden;
+    ends.upper += kWiden;
   }
-  upper = std::max(upper, lower);
+  ends.upper = std::max(ends.upper, ends.lower);
+  return ends;
+}
 
-  double tau = lower;
-  const double target = divergence.deficit(0.0);
+// G(tau) = 1 for a Stieltjes kernel. A step solves a model of G with two poles: s* exactly where it is, and everything else
+// as the one pole that has its sum and slope (the secular equation of eigenvalue updates, solved the same way). Two evaluations
+// do where Newton takes four. The bracket stays; a step that leaves it bisects. Leaves log_norm_, and the tiles' masses.
+template <class D> double Row::solve_secular(const D& divergence, const DivergenceLoops& loops, Bracket ends) {
+  double low = divergence.shift(ends.lower), high = divergence.shift(ends.upper);
+  const double order = divergence.order();
+  const auto power = [&](double y) { return order == 1.0 ? 1.0 / y : order == 2.0 ? 1.0 / (y * y) : std::pow(y, -order); };
+  // The sums leave s* out: next to its pole the others would drown in their rounding.
+  scratch_.first[best_] = 0.0f;
+  float t = (float)std::sqrt(low * high);
+  double solution = t;
   for (int i = 0;; ++i) {
-    const MassSums sums = evaluate(divergence, loops, tau);
-    const double log_g = divergence.constant(tau) + std::log((double)sums.s1);
-    const double slope = divergence.slope(tau, sums.s1, sums.s2);  // -dG/dtau
+    const RowSums rest = evaluate<D>(loops, t);
+    log_norm_ = divergence.constant(divergence.unshift(t)) + std::log(rest.s1 + best_mass_ * power(t));
+    solution = t;
+    const bool last = std::fabs(log_norm_) < kLastStep;
+    (log_norm_ > 0.0 ? low : high) = t;
+    double next = std::sqrt(low * high);
+    if (std::isfinite(log_norm_) && std::isfinite(rest.s2)) {
+      const bool pole = rest.s1 > 0.0 && rest.s2 > 0.0;
+      const double distance = pole ? std::max(rest.s1 / rest.s2 - t, 0.0) : 0.0;
+      const double weight = pole ? rest.s1 / power(t + distance) : 0.0;
+      double left = low, right = high;
+      for (int k = 0; k < kModelSteps && right - left > 1e-10 * right; ++k) {
+        const double middle = std::sqrt(left * right);
+        const double model = best_mass_ * power(middle) + weight * power(middle + distance);
+        (divergence.constant(divergence.unshift(middle)) + std::log(model) > 0.0 ? left : right) = middle;
+      }
+      next = std::sqrt(left * right);
+    }
+    if (last) {
+      for (int64_t tile = 0; tile < tiles_; ++tile)
+        scratch_.sums[tile] = std::max(0.0f, (float)(scratch_.sums[tile] - order * scratch_.slopes[tile] * (next - t)));
+      solution = next;
+      log_norm_ = 0.0;
+    }
+    if (last || (float)next == t || i == kMaxEvaluations) break;
+    t = (float)next;
+  }
+  scratch_.first[best_] = (float)best_mass_;
+  scratch_.sums[best_ / kTile] += (float)(best_mass_ * power(solution));
+  return divergence.unshift(solution);
+}
+
+// The same for a divergence without that form: Newton on q(log G(tau)), which is almost straight, from the lower end, from
+// where it climbs to the root.
+template <class D> double Row::solve_newton(const D& divergence, const DivergenceLoops& loops, Bracket ends) {
+  const double target = divergence.deficit(0.0);
+  float tau = (float)ends.lower;
+  for (int i = 0;; ++i) {
+    const RowSums sums = evaluate<D>(loops, tau);
+    const double log_g = std::log(sums.s1), slope = sums.s2;
     log_norm_ = log_g;
-    (log_g > 0.0 ? lower : upper) = tau;
-    const double middle = D::bounded ? std::sqrt(lower * upper) : 0.5 * (lower + upper);
-    double step = middle;
+    (log_g > 0.0 ? ends.lower : ends.upper) = tau;
+    double next = 0.5 * (ends.lower + ends.upper);
     if (std::isfinite(log_g) && std::isfinite(slope) && slope > 0.0) {
       const double q = divergence.deficit(log_g);
       const double newton = tau + (target - q) * std::exp(divergence.log_slope(q)) / slope;
-      if (std::fabs(log_g) < kLastStep) {
-        const double change = newton - tau;
-        for (int64_t tile = 0; tile < tiles_; ++tile) {
-          const double fall = divergence.slope(tau, scratch_.sums[tile], scratch_.slopes[tile]) *
-                              std::exp(-divergence.constant(tau));
-          scratch_.sums[tile] = std::max(0.0f, (float)(scratch_.sums[tile] - change * fall));
-        }
-        log_norm_ = 0.0;
-        return newton;
-      }
-      if (newton > lower && newton < upper) step = newton;
+      if (newton > ends.lower && newton < ends.upper) next = newton;
     }
-    if (std::fabs(log_g) < kTolerance || step == tau || i == kMaxEvaluations) return tau;
-    tau = step;
+    if (std::fabs(log_g) < kTolerance || (float)next == tau || i == kMaxEvaluations) return tau;
+    tau = (float)next;
   }
 }
 
@@ -252,7 +296,8 @@ bool Row::mix(const D& divergence, const DivergenceLoops& loops) {
   if (!collect_deficits(loops, D::clamped, &total)) return false;
   double tau;
   if (request_.exact) {
-    tau = solve(divergence, loops, total);
+    if constexpr (D::stieltjes) tau = solve_secular(divergence, loops, bracket(divergence, total));
+    else tau = solve_newton(divergence, loops, bracket(divergence, total));
     if (!std::isfinite(log_norm_)) return false;
   } else {
     double sum = 0.0;

@@ -65,8 +65,16 @@ class Row {
   bool tile_tilt(int64_t tile, double* tilt) const;
   bool collect_candidates();
   const Candidate* first_candidate(int64_t token) const;
-  template <class D> double solve(const D& divergence, const DivergenceLoops& loops, const DeficitSums& total);
-  template <class D> MassSums evaluate(const D& divergence, const DivergenceLoops& loops, double tau);
+  struct RowSums {
+    double s1, s2;
+  };
+  struct Bracket {
+    double lower, upper;
+  };
+  template <class D> RowSums evaluate(const DivergenceLoops& loops, float t);
+  template <class D> Bracket bracket(const D& divergence, const DeficitSums& total) const;
+  template <class D> double solve_secular(const D& divergence, const DivergenceLoops& loops, Bracket ends);
+  template <class D> double solve_newton(const D& divergence, const DivergenceLoops& loops, Bracket ends);
 
   // draw.cpp
   bool draw_from_keys();
@@ -108,7 +116,8 @@ class Row {
   size_t model_terms_ = 0;
   double log_norms_[kMaxModels] = {};  // log-sum-exp of each model's logits, where needed
   double model_peaks_[kMaxModels] = {};
-  double best_mass_ = 0.0;             // pi_ref(s*)
+  int64_t best_ = 0;                   // s*, and pi_ref of it
+  double best_mass_ = 0.0;
   std::vector<Candidate> candidates_;  // off reverse KL, sorted by token
   double log_norm_ = 0.0;              // log pi* = key - log_norm
   int64_t token_ = 0;

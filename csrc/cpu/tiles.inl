@@ -301,7 +301,7 @@ template <class D> struct Loops {
         sum = multiply_add(weights[k], divergence.deficit(d), sum);
       }
       const bool inside = (lr >= kSmallestLogRef) & (lowest > -kInfinity) & (sum < kExcluded);
-      const float mass_here = inside ? exp_of(lr) : 0.0f, q_here = inside ? sum : kExcluded;
+      const float mass_here = inside ? exp_near(lr) : 0.0f, q_here = inside ? sum : kExcluded;
       p[i] = mass_here;
       q[i] = q_here;
       least = q_here < least ? q_here : least;

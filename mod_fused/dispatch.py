@@ -46,6 +46,9 @@ def backends() -> dict[str, str]:
     return {name: status[name] for name in ("torch", "cpu", "triton", "cuda")}
 
 
+_fastest: dict[str, str] = {}  # device type -> backend
+
+
 def choose(name: str | None, device: torch.device) -> str:
     """The name of the backend to run on a device: the one asked for, or the fastest available.
 
@@ -53,10 +56,14 @@ def choose(name: str | None, device: torch.device) -> str:
         ValueError: if the backend is unknown, not available, or does not run on the device.
     """
     if name is None:
-        for backend in BACKENDS:
-            known = backend.device_types is None or device.type in backend.device_types
-            if known and backend.status() == AVAILABLE:
-                return backend.name
+        if device.type not in _fastest:
+            _fastest[device.type] = next(
+                b.name
+                for b in BACKENDS
+                if (b.device_types is None or device.type in b.device_types)
+                and b.status() == AVAILABLE
+            )
+        return _fastest[device.type]
     for backend in BACKENDS:
         if backend.name == name:
             if backend.status() != AVAILABLE:

@@ -1,0 +1,70 @@
+"""Growth of the peak resident memory during one call (Linux), each in a process of its own.
+
+`python -m bench.memory CASE CONTESTANT DIVERGENCE DTYPE BATCH VOCAB THREADS` prints it in bytes.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from .problem import POLICIES, Problem
+from .registry import cases, ours, set_threads
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def growth(case: str, contestant: str, problem: Problem) -> int:
+    """Bytes by which one call raises the peak of a fresh process (pages: about 0.1 MB of noise)."""
+    shape = [problem.divergence, problem.dtype, problem.batch, problem.vocab, problem.threads]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.memory", case, contestant, *map(str, shape)],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"the measuring process failed: {done.stderr.strip()[-500:]}")
+    return int(done.stdout)
+
+
+def _peak() -> int:
+    # Not getrusage's ru_maxrss: across exec it keeps the peak of the process that started this one.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("expected a VmHWM line in /proc/self/status, got none")
+
+
+def _reset_peak() -> None:
+    """Lower the recorded peak to what is resident now, so that importing does not hide the call."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _measure(case: str, contestant: str, problem: Problem) -> int:
+    known = cases()[case].contestants
+    build = (known[contestant] if contestant in known else ours(contestant)).build
+    set_threads(problem.threads)
+    dtype = getattr(torch, problem.dtype)
+
+    def call_on(batch: int, vocab: int):  # type: ignore[no-untyped-def]
+        # Filled in place: no temporary may raise the peak.
+        rows = [torch.empty(batch, vocab, dtype=dtype).normal_(0.0, 3.0)]
+        rows += [rows[0] + 0.25 for _ in range(POLICIES)]
+        return build(problem._replace(batch=batch, vocab=vocab), rows)
+
+    call_on(2, 2048)()  # code, thread pool
+    call = call_on(problem.batch, problem.vocab)
+    _reset_peak()
+    before = _peak()
+    call()
+    return _peak() - before
+
+
+if __name__ == "__main__":
+    case, contestant, divergence, dtype, batch, vocab, threads = sys.argv[1:]
+    problem = Problem(divergence, dtype, int(batch), int(vocab), int(threads))
+    print(_measure(case, contestant, problem))
