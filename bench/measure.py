@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 Call = Callable[[], object]
@@ -40,6 +42,29 @@ def seconds_of(call: Call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+class Others:
+    """How many cores other processes kept busy, on average, since this was made (Linux).
+
+    Threads that wait for each other at a barrier stand still while a stranger has one of their
+    cores, so that a time taken then says nothing, in whoever's favour.
+    """
+
+    def __init__(self) -> None:
+        self._busy, self._wall = self._other_seconds(), time.perf_counter()
+
+    @staticmethod
+    def _other_seconds() -> float:
+        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        user, nice, system, _idle, _iowait, irq, softirq, steal = fields
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy - time.process_time()
+
+    def cores(self) -> float:
+        """The average so far; to about 0.01 a second of measuring."""
+        wall = time.perf_counter() - self._wall
+        return max(0.0, (self._other_seconds() - self._busy) / wall)
 
 
 def interleaved(calls: Mapping[str, Call], budget: float, min_rounds: int) -> dict[str, Timing]:

@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+#: A row during which other processes kept more cores than this busy is marked: not to be trusted.
+DISTURBED = 0.1
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -95,6 +97,8 @@ def _timing_row(row: dict[str, Any], names: Sequence[str]) -> list[str]:
     cells.append(
         f"{number(mine['median_us'])} ({number(mine['p20_us'])} to {number(mine['p80_us'])})"
     )
+    if row["other_cores"] > DISTURBED:
+        cells[-1] += " \\*"
     cells += [number(timings[n]["median_us"]) if n in timings else "" for n in names[1:]]
     ratios = row["ratios"]
     cells += [number(ratios[k]) if k in ratios else "" for k in ("compile", "eager", "floor")]
@@ -105,6 +109,14 @@ def timing_markdown(result: dict[str, Any]) -> str:
     """Tables of a timing run: one per dtype and thread count, then accuracy and what is missing."""
     names = result["contestants"]
     out = _head(result)
+    if disturbed := sum((r["other_cores"] or 0.0) > DISTURBED for r in result["rows"]):
+        warning = (
+            f"**{disturbed} of {len(result['rows'])} rows, marked \\*, were disturbed:** other "
+        )
+        out += [
+            "",
+            warning + f"processes kept more than {DISTURBED} cores busy. Do not trust them.",
+        ]
     header = ["divergence", "B", "V", f"{names[0]} µs (p20 to p80)"]
     header += [f"{name} µs" for name in names[1:]]
     header += ["compile / ours", "eager / ours", "ours / floor", "GB/s"]

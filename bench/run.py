@@ -139,6 +139,7 @@ def _row(
         "timings": {},
         "ratios": {},
         "gb_per_s": None,
+        "other_cores": None,  # kept busy by other processes meanwhile, on average
         "skipped": {},
     }
     for name in backends:
@@ -170,7 +171,9 @@ def _row(
         except (OSError, subprocess.CalledProcessError) as error:  # no compiler
             calls.pop(name, None)
             row["skipped"][name] = f"cannot be built: {type(error).__name__}"
+    others = measure.Others()
     timings = measure.interleaved(calls, budget, ROUNDS)
+    row["other_cores"] = others.cores()
     row["timings"] = {name: timing._asdict() for name, timing in timings.items()}
 
     mine = timings[backends[0]].median_us
@@ -205,6 +208,8 @@ def time_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             times = {n: round(t["median_us"]) for n, t in row["timings"].items()}
             shown = row["refused"] or " ".join(f"{n} {us}" for n, us in times.items())
             where = " ".join(str(x) for x in problem[:5])
+            if (row["other_cores"] or 0.0) > report.DISTURBED:
+                shown += f"  DISTURBED: others kept {row['other_cores']:.2f} cores busy"
             _note(f"{time.monotonic() - start:4.0f} s  {i}/{len(problems)}  {where}: {shown}")
     finally:
         set_threads(threads)

@@ -8,7 +8,7 @@
 //
 // The three bounded ones are Stieltjes kernels: with x = excess(D) and t = shift(tau),
 //
-//   H(tau + D) = e^constant(tau) (t + x)^(-order),     power(y, 1/y) = y^(-order),
+//   H(tau + D) = e^constant(tau) y^(-order),     y = distance(t, x) = t + x,     power(y, 1/y) = y^(-order),
 //
 // so that a sum over tokens costs a division each where order is 1 or 2, and no logarithm.
 #pragma once
@@ -27,7 +27,9 @@ struct ForwardKL {
   template <class Real> MOD_FUSED_MEMBER Real log_slope(Real q) const { return -2 * log_of(q); }
 
   MOD_FUSED_MEMBER float excess(float d) const { return d; }
+  MOD_FUSED_MEMBER float distance(float t, float x) const { return t + x; }
   MOD_FUSED_MEMBER float power(float, float r) const { return r; }
+  MOD_FUSED_MEMBER float log_power(float t, float x) const { return -log_of(t + x); }
   double shift(double tau) const { return tau; }
   double unshift(double t) const { return t; }
   double constant(double) const { return 0.0; }
@@ -52,8 +54,17 @@ struct JensenShannon {
   }
 
   // 1 / expm1(tau + D) = e^-tau / ((1 - e^-tau) + expm1(D))
-  MOD_FUSED_MEMBER float excess(float d) const { return expm1_of(d); }
+  // Where expm1(D) would overflow H is e^-(tau + D), and 0 to a sum: there x is -D.
+  MOD_FUSED_MEMBER float excess(float d) const {
+    const float x = expm1_of(d);
+    return d > 80.0f ? -d : x;
+  }
+  MOD_FUSED_MEMBER float distance(float t, float x) const { return x < 0.0f ? 1e37f : t + x; }
   MOD_FUSED_MEMBER float power(float, float r) const { return r; }
+  MOD_FUSED_MEMBER float log_power(float t, float x) const {
+    const float near = -log_of(distance(t, x));
+    return x < 0.0f ? x : near;
+  }
   double shift(double tau) const { return -expm1(-tau); }
   double unshift(double t) const { return -log1p(-t); }
   double constant(double tau) const { return -tau; }
@@ -82,13 +93,16 @@ template <bool half> struct Alpha {
     return -(1 + Real(inverse)) * log_of(Real(alpha) * q);
   }
 
-  MOD_FUSED_MEMBER float excess(float d) const { return d; }
+  // In units of 1/a, so that a small a does not overflow: H = (a tau + a D)^(-1/a).
+  MOD_FUSED_MEMBER float excess(float d) const { return alpha * d; }
+  MOD_FUSED_MEMBER float distance(float t, float x) const { return t + x; }
   MOD_FUSED_MEMBER float power(float y, float r) const {
     return half ? r * r : exp_of(-inverse * log_of(y));
   }
-  double shift(double tau) const { return tau; }
-  double unshift(double t) const { return t; }
-  double constant(double) const { return -order() * log((double)alpha); }
+  MOD_FUSED_MEMBER float log_power(float t, float x) const { return -inverse * log_of(t + x); }
+  double shift(double tau) const { return alpha * tau; }
+  double unshift(double t) const { return t / alpha; }
+  double constant(double) const { return 0.0; }
   double order() const { return half ? 2.0 : (double)inverse; }
 };
 
@@ -113,6 +127,8 @@ struct Jeffrey {
   }
 
   MOD_FUSED_MEMBER float excess(float d) const { return d; }
+  MOD_FUSED_MEMBER float distance(float t, float x) const { return t + x; }
+  MOD_FUSED_MEMBER float log_power(float t, float x) const { return log_ratio(t + x); }
   double shift(double tau) const { return tau; }
   double unshift(double t) const { return t; }
   double constant(double) const { return 0.0; }

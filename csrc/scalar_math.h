@@ -47,7 +47,7 @@ MOD_FUSED_INLINE float multiply_add(float a, float b, float c) {
 #endif
 }
 
-// 2^n for the integer n nearest to x, |x| < 127: adding 1.5 * 2^23 + 127 rounds, and leaves the exponent's bits lowest.
+// 2^n for the integer n nearest to x, -126 <= x <= 128 (+inf for n = 128): adding 1.5 * 2^23 + 127 rounds, and leaves the exponent's bits lowest.
 struct PowerOfTwo {
   float n, value;
 };
@@ -89,7 +89,10 @@ MOD_FUSED_INLINE float exp2_of(float x) {
   return multiply_add(p, f, 1.0f) * power.value;
 }
 
-// e^x for x <= 88, for sums and deficits: about 2^-126 instead of 0 far below, relative error 1e-7 + 6e-8 |x|.
+// The same for any x: +inf from 128 on, so that a sum shows the overflow.
+MOD_FUSED_INLINE float exp2_any(float x) { return exp2_of(x > 128.0f ? 128.0f : x); }
+
+// e^x for x <= 88, for deficits: about 2^-126 instead of 0 far below, relative error 1e-7 + 6e-8 |x|.
 MOD_FUSED_INLINE float exp_near(float x) { return exp2_of(x * 1.44269504f); }
 MOD_FUSED_INLINE double exp_near(double x) { return exp(x); }
 
@@ -101,9 +104,9 @@ MOD_FUSED_INLINE float reciprocal(float x) {
   return r * multiply_add(-x, r, 2.0f);
 }
 
-// e^x for x <= 88; 0 below -87; NaN stays NaN.
+// e^x; 0 below -87, +inf above 88.7; NaN stays NaN.
 MOD_FUSED_INLINE float exp_of(float x) {
-  const SplitExp e = split_exp(x);
+  const SplitExp e = split_exp(x > 88.8f ? 88.8f : x);
   const float y = multiply_add(e.scale, e.tail, e.scale);
   return x < -87.0f ? 0.0f : y;
 }

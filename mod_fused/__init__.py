@@ -17,6 +17,7 @@ from .divergence import (
 from .ops import Sample, backends, log_probs, sample
 
 if TYPE_CHECKING:
+    from . import world
     from .decoder import GenerateOutput, generate
     from .ensemble import Ensemble
 
@@ -36,15 +37,26 @@ __all__ = [
     "get_divergence",
     "log_probs",
     "sample",
+    "world",
 ]
 
-_DECODER = {"Ensemble": "ensemble", "GenerateOutput": "decoder", "generate": "decoder"}
+_LAZY = {
+    "Ensemble": "ensemble",
+    "GenerateOutput": "decoder",
+    "generate": "decoder",
+    "world": "world",
+}
 
 
 def __getattr__(name: str) -> Any:
     # The decoder is loaded when it is first used: the op alone imports in a fraction of the time.
-    if name in _DECODER:
+    if name in _LAZY:
         from importlib import import_module
 
-        return getattr(import_module(f".{_DECODER[name]}", __name__), name)
+        module = import_module(f".{_LAZY[name]}", __name__)
+        return module if name == "world" else getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -14,9 +14,13 @@ them: it is log-linear.
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
+
+#: For smaller ones the mixture depends on digits of e^(-alpha d) that float32 does not have.
+SMALLEST_ALPHA = 1e-3
 
 
 class Divergence:
@@ -104,17 +108,22 @@ class AlphaDivergence(Divergence):
     """f(x) = (x^(1-a) - (1-a) x - a) / (a (a-1)), f'(x) = (1 - x^-a) / a, for 0 < a < 1.
 
     Raises:
-        ValueError: if `alpha` is not strictly between 0 and 1.
+        ValueError: if `alpha` is not strictly between 0 and 1, or below 0.001.
     """
 
     bounded = True
 
     def __init__(self, alpha: float = 0.5) -> None:
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
             raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
         if not 0.0 < alpha < 1.0:
             raise ValueError(f"alpha must lie strictly between 0 and 1, got {alpha}")
-        self.alpha = float(alpha)
+        if alpha < SMALLEST_ALPHA:
+            raise ValueError(
+                f"alpha must be at least {SMALLEST_ALPHA} (float32 holds no less), got {alpha}; "
+                "the limit of smaller ones is reverse_kl"
+            )
+        self.alpha: float = float(alpha)
         self.name = f"alpha:{self.alpha!r}"
         self.supremum = 1.0 / self.alpha
 
@@ -169,6 +178,7 @@ def wright_omega(z: Tensor) -> Tensor:
 _CANONICAL: dict[str, Divergence] = {
     d.name: d for d in (ReverseKL(), ForwardKL(), JensenShannonDivergence(), JeffreyDivergence())
 }
+_CLASSES = (ReverseKL, ForwardKL, JensenShannonDivergence, AlphaDivergence, JeffreyDivergence)
 _ALIASES = {
     "kl": "reverse_kl",
     "rkl": "reverse_kl",
@@ -228,10 +238,11 @@ def get_divergence(divergence: str | Divergence) -> Divergence:
             barriers.
         TypeError: if the argument is neither a string nor a `Divergence`.
     """
-    if isinstance(divergence, Divergence):
+    if isinstance(divergence, _CLASSES):
         return divergence
     if not isinstance(divergence, str):
         raise TypeError(
-            f"divergence must be a name or a Divergence, got {type(divergence).__name__}"
+            "divergence must be a name or one of mod_fused's five divergences, "
+            f"got {type(divergence).__name__}"
         )
     return _parse(divergence)

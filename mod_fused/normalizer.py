@@ -23,10 +23,14 @@ def row_sum(x: Tensor) -> Tensor:
 
 
 def row_logsumexp(x: Tensor) -> Tensor:
-    """log sum exp over a row, [B, T, tile] -> [B]; -inf where every entry is -inf."""
+    """log sum exp over a row, float32 [B, T, tile] -> float64 [B]; -inf where every entry is -inf.
+
+    The sum is taken in float32. What it is added to is not: at a peak of 1e4 float32 would lose it.
+    """
     peak = x.amax((-2, -1))
     finite = torch.where(peak.isfinite(), peak, 0.0)
-    return finite + torch.log(row_sum(torch.exp(x - finite[:, None, None])))
+    log_sum = torch.log(row_sum(torch.exp(x - finite[:, None, None])))
+    return finite.double() + log_sum.double()
 
 
 def excess_deficit(deficit: Tensor, support: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +71,7 @@ def solve(divergence: Divergence, log_ref: Tensor, excess: Tensor, best: Tensor)
     Returns:
         tau: float32 [B]; NaN or meaningless for rows without support.
     """
-    log_mass = row_logsumexp(log_ref)  # log P
+    log_mass = row_logsumexp(log_ref).float()  # log P
     mean_excess = row_sum(torch.exp(log_ref) * excess) / torch.exp(log_mass)  # E[D]
     log_ref_best = log_ref.flatten(1).gather(1, best[:, None]).squeeze(1)
 
@@ -89,8 +93,8 @@ def solve(divergence: Divergence, log_ref: Tensor, excess: Tensor, best: Tensor)
         if tau.device.type == "cpu" and bool(done.all()):
             break
         q = tau[:, None, None] + excess
-        log_g = row_logsumexp(log_ref + divergence.log_ratio(q)).clamp(-80.0, 80.0)
-        log_minus_dg = row_logsumexp(log_ref + divergence.log_slope(q))
+        log_g = row_logsumexp(log_ref + divergence.log_ratio(q)).float().clamp(-80.0, 80.0)
+        log_minus_dg = row_logsumexp(log_ref + divergence.log_slope(q)).float()
         done = done | (log_g.abs() < TOLERANCE)
         lower = torch.where(log_g > 0, torch.maximum(lower, tau), lower)
         upper = torch.where(log_g > 0, upper, torch.minimum(upper, tau))

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import torch_backend
 from .arguments import LOG_PROBS_SCHEMA, SAMPLE_SCHEMA, DrawArguments, MixtureArguments
-from .dispatch import backends, choose
 from .checks import check_draw, check_mixture
+from .dispatch import backends, choose
 from .divergence import Divergence
 
 __all__ = ["Sample", "backends", "log_probs", "sample"]
@@ -62,6 +62,7 @@ _library.define("divergence_cpu(str divergence, str function, Tensor x) -> Tenso
 _library.define("instruction_set_cpu() -> str")
 _library.impl("log_probs_torch", torch_backend.log_probs, "CompositeExplicitAutograd")
 _library.impl("sample_torch", torch_backend.sample, "CompositeExplicitAutograd")
+backends()  # loads the extensions now: torch.compile could not trace it
 
 
 class Sample(NamedTuple):

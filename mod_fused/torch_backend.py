@@ -34,7 +34,7 @@ class Mixture(NamedTuple):
     """A chunk of b rows after the mathematics: log pi* = key - log_norm."""
 
     key: Tensor  # float32 [b, T, TILE], -inf off the support
-    log_norm: Tensor  # float32 [b]
+    log_norm: Tensor  # float64 [b]
     valid: Tensor  # bool [b]
     logits: list[Tensor]  # float32 [b, T, TILE] each: scaled, reference first if there is one
 
@@ -46,7 +46,7 @@ def log_probs(*args: object) -> Tensor:
     out = batch.new_empty((batch.shape[0], mixing.vocab_size), dtype=torch.float32)
     for rows in _chunks(*out.shape):
         mixture = mix(mixing, rows)
-        result = (mixture.key - mixture.log_norm[:, None, None]).flatten(1)
+        result = (mixture.key - mixture.log_norm[:, None, None]).float().flatten(1)
         result = torch.where(mixture.valid[:, None], result, torch.nan)
         out[rows] = result[:, : mixing.vocab_size]
     return out
@@ -71,10 +71,12 @@ def sample(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         token = torch.where(ok, token, 0)
         tokens[rows] = token
         valid[rows] = ok
-        logprobs[rows] = torch.where(ok, _pick(mixture.key, token) - mixture.log_norm, torch.nan)
+        logprob = _pick(mixture.key, token) - mixture.log_norm
+        logprobs[rows] = torch.where(ok, logprob, torch.nan).float()
         if columns:
             each = [_pick(x, token) - normalizer.row_logsumexp(x) for x in mixture.logits]
-            model_logprobs[rows] = torch.where(ok[:, None], torch.stack(each, 1), torch.nan)
+            stacked = torch.stack(each, 1).float()
+            model_logprobs[rows] = torch.where(ok[:, None], stacked, torch.nan)
     return tokens, logprobs, valid, model_logprobs
 
 
@@ -225,12 +227,12 @@ def _general(
     """Every other divergence, in deficit form: the key lr + log H(tau + D), the support, and
     whether Z exists [b]."""
     log_norms = [normalizer.row_logsumexp(x) for x in logits]
-    log_ref = logits[0] - log_norms[0][:, None, None]
+    log_ref = (logits[0] - log_norms[0][:, None, None]).float()
     support = support & (log_ref >= _SMALLEST_LOG_REF)
     log_ref = torch.where(support, log_ref, -torch.inf)
     solvable = torch.ones_like(support[:, 0, 0])
 
-    shifts = torch.stack(log_norms, 1).double()
+    shifts = torch.stack(log_norms, 1)
     shifts = shifts[:, :1] - shifts[:, 1:]
     if mixing.prefix_logprobs is not None:
         prefix = mixing.prefix_logprobs[rows].double()

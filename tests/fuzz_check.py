@@ -67,11 +67,12 @@ def _unit(args: Any, mixture: Any) -> Array:
 
     rows = [largest(x[:, : mixture["vocab_size"]]) for x in ([] if ref is None else [ref])]
     rows += [largest(x[:, : mixture["vocab_size"]]) for x in policies]
-    unit = np.max(rows, axis=0) * total * max(mixture.get("logit_scales", [1.0]))
-    if "values" in mixture:
-        v = np.abs(reference.to_float64(mixture.get("value_weights", 1.0))).max(initial=0.0)
-        unit = unit + v * largest(mixture["values"]).sum(0)
-    return 4.0 * ULP * unit
+    with np.errstate(invalid="ignore", over="ignore"):  # weights that are not finite
+        unit = np.max(rows, axis=0) * total * max(mixture.get("logit_scales", [1.0]))
+        if "values" in mixture:
+            v = np.abs(reference.to_float64(mixture.get("value_weights", 1.0))).max(initial=0.0)
+            unit = unit + v * largest(mixture["values"]).sum(0)
+        return 4.0 * ULP * np.where(np.isfinite(unit), unit, 0.0)
 
 
 def _check_invariants(

@@ -283,7 +283,7 @@ def cases(draw: Any) -> Case:
     weights = one(st.lists(st.one_of(weight, weight, rarely_bad), min_size=1, max_size=8))
     special = st.tuples(
         st.integers(0, 4), st.integers(0, 4), st.integers(0, 2999),
-        pick(0.0, -0.0, 1e-45, 1e-38, -INF, 1e4, -1e4, 60.0, NAN, INF,
+        pick(*[0.0, -0.0, 1e-45, 1e-38, -INF, 1e4, -1e4, 60.0] * 4, NAN, INF,
              *([3e38, -3e38] if wild else [])),
     )  # fmt: skip
     often_few = st.one_of(st.just(()), st.lists(special, max_size=5).map(tuple))
@@ -316,7 +316,7 @@ def cases(draw: Any) -> Case:
         apart=one(pick(1.0, 3.0, 0.0, 1e-3, 30.0, 300.0, *magnitudes)),
         level=one(pick(0.0, 0.0, 0.0, 7.0, -1000.0, 9000.0)),
         quantum=one(pick(0.0, 0.0, 0.5, 0.0625)),
-        excluded=one(pick(0.0, 0.0, 0.1, 0.9, 1.0)),
+        excluded=one(pick(*[0.0] * 8, *[0.01, 0.1, 0.5] * 3, 0.9, 1.0)),
         specials=one(often_few),
         weights=tuple(weights),
         weights_form=form,

@@ -2,8 +2,10 @@
 claim."""
 
 import json
+import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +228,29 @@ def test_rounds_interleave_and_percentiles_are_those_of_the_calls():
     assert set(out) == {"a", "b"}
     timing = measure.timing([s * 1e-6 for s in (9, 1, 2, 3, 4, 5, 6, 7, 8, 0, 10)])
     assert timing == pytest.approx((5.0, 2.0, 8.0, 11))
+
+
+def test_disturbance_is_the_busy_time_less_our_own(monkeypatch):
+    # user nice system idle iowait irq softirq steal guest, in ticks
+    tick = 1.0 / os.sysconf("SC_CLK_TCK")
+    stat = iter(
+        ["cpu  100 10 50 900 70 3 4 5 0 0\ncpu0 9", "cpu  400 30 150 999 99 5 8 15 7 0\ncpu0 9"]
+    )
+    clock, own = iter([50.0, 52.0]), iter([7.0, 7.0 + 36 * tick])
+    monkeypatch.setattr(Path, "read_text", lambda self: next(stat))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "process_time", lambda: next(own))
+    busy = (300 + 20 + 100 + 2 + 4 + 10 - 36) * tick
+    assert measure.Others().cores() == pytest.approx(busy / 2.0)
+
+
+def test_disturbed_rows_are_marked(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure.Others, "cores", lambda self: 0.5)
+    words = ["--contestants", "--divergences", "jsd", "--out", str(tmp_path)]
+    _, result = run_json(tmp_path, *words)
+    assert result["rows"][0]["other_cores"] == 0.5
+    text = (tmp_path / "cpu.md").read_text()
+    assert "1 of 1 rows, marked \\*, were disturbed" in text and ") \\* |" in text
 
 
 def test_memory_growth_sees_a_batch_of_temporaries():

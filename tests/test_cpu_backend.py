@@ -321,15 +321,19 @@ def test_without_the_extension_the_package_works_and_says_why(tmp_path, environm
 
 
 def test_threads_that_call_at_once_get_their_own_results():
+    torch.set_num_threads(1)  # each caller works in its own thread
     calls = []
-    for n in range(24):
-        ref, policies = logits(140 + n, 2, 300 + 977 * (n % 5), 1 + n % 3)
-        kwargs = {"divergence": DIVERGENCES[n % len(DIVERGENCES)], "seed": n}
-        calls.append(((ref, policies, [0.5, 0.25, 0.125][: 1 + n % 3]), kwargs))
-    torch.set_num_threads(2)
+    for n in range(12):
+        ref, policies = logits(140 + n, 2, 9000 + 4096 * (n % 5), 2)
+        kwargs = {"divergence": DIVERGENCES[n % len(DIVERGENCES)], "seed": n, "top_p": 0.9}
+        calls.append(((ref, policies, [0.5, 0.25]), kwargs))
     expected = [sample(*args, **kwargs) for args, kwargs in calls]
+
+    def call(n: int) -> tuple[torch.Tensor, ...]:
+        torch.set_num_threads(1)
+        args, kwargs = calls[n % len(calls)]
+        return sample(*args, **kwargs)
+
     with ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(sample, *args, **kwargs) for _ in range(5) for args, kwargs in calls]
-        results = [future.result() for future in futures]
-    for n, result in enumerate(results):
-        assert_identical(result, expected[n % len(calls)])
+        for n, result in enumerate(pool.map(call, range(20 * len(calls)))):
+            assert_identical(result, expected[n % len(calls)])

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "../scalar_math.h"
 #include "row.h"
@@ -23,26 +24,33 @@ uint32_t ordered(float x) {
 
 float unordered(uint32_t x) { return bits_float(x & 0x80000000u ? x & 0x7fffffffu : ~x); }
 
-// The largest key such that it and all larger ones weigh at least `target`, by three rounds of counting on its bits. The
-// integer sums do not depend on their order. -inf where all of them weigh less; `weight(i)` must be 0 for tokens that are out.
-template <class Weight> float weighted_rank(const float* key, int64_t n, int64_t target, const Weight& weight) {
-  uint32_t prefix = 0;
-  int64_t above = 0;
+// The largest key such that it and all larger ones weigh at least target(total weight), by three rounds of counting on its
+// bits. The integer sums do not depend on their order. -inf where all keys weigh less; `weight(i)` must be 0 for tokens that
+// are out.
+template <class Weight, class Target>
+float weighted_rank(const float* key, int64_t n, const Weight& weight, const Target& target) {
   const int shifts[] = {21, 10, 0}, widths[] = {11, 11, 10};
-  std::vector<int64_t> buckets(2048);
+  std::vector<int64_t> buckets(2048, 0);
+  for (int64_t i = 0; i < n; ++i) buckets[ordered(key[i]) >> shifts[0]] += weight(i);
+  int64_t needed = target(std::accumulate(buckets.begin(), buckets.end(), int64_t{0}));
+  std::vector<int64_t> left;  // the tokens that share the bits found so far
+  uint32_t prefix = 0;
   for (int round = 0; round < 3; ++round) {
-    const int shift = shifts[round];
-    const uint32_t count = 1u << widths[round];
-    std::fill(buckets.begin(), buckets.end(), 0);
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t bits = ordered(key[i]);
-      if (round > 0 && (bits >> shifts[round - 1]) != prefix) continue;
-      buckets[(bits >> shift) & (count - 1)] += weight(i);
-    }
-    uint32_t bucket = count - 1;
-    while (bucket > 0 && above + buckets[bucket] < target) above += buckets[bucket--];
-    if (above + buckets[bucket] < target) return -kInfinity;
+    uint32_t bucket = (1u << widths[round]) - 1;
+    while (bucket > 0 && buckets[bucket] < needed) needed -= buckets[bucket--];
+    if (buckets[bucket] < needed) return -kInfinity;
     prefix = (prefix << widths[round]) | bucket;
+    if (round == 2) break;
+    const auto shares = [&](int64_t i) { return ordered(key[i]) >> shifts[round] == prefix; };
+    if (round == 0) {
+      for (int64_t i = 0; i < n; ++i)
+        if (shares(i)) left.push_back(i);
+    } else {
+      left.erase(std::remove_if(left.begin(), left.end(), [&](int64_t i) { return !shares(i); }), left.end());
+    }
+    std::fill(buckets.begin(), buckets.end(), 0);
+    for (int64_t i : left)
+      buckets[(ordered(key[i]) >> shifts[round + 1]) & ((1u << widths[round + 1]) - 1)] += weight(i);
   }
   return unordered(prefix);
 }
@@ -58,17 +66,16 @@ float Row::cut(const float* key, float peak) {
   const int64_t vocab = request_.vocab;
   float least = -kInfinity;
   if (top_k_ > 0 && top_k_ < vocab)
-    least = weighted_rank(key, vocab, top_k_, [&](int64_t i) { return (int64_t)(key[i] > -kInfinity); });
+    least = weighted_rank(key, vocab, [&](int64_t i) { return (int64_t)(key[i] > -kInfinity); },
+                          [&](int64_t) { return top_k_; });
   if (top_p_ < 1.0) {
     float* mass = scratch_.second;
     for_tiles([&](int64_t tile) {
-      loops_.exps(key + tile * kTile, tile_size(tile), peak, 1.0f / temperature_, mass + tile * kTile);
+      loops_.exps(key + tile * kTile, tile_size(tile), peak, inverse_temperature(), mass + tile * kTile);
     });
     const auto fixed = [&](int64_t i) { return key[i] >= least ? (int64_t)(mass[i] * kFixedPoint) : int64_t{0}; };
-    int64_t total = 0;
-    for (int64_t i = 0; i < vocab; ++i) total += fixed(i);
-    const int64_t target = (int64_t)std::ceil(top_p_ * (double)total);
-    least = std::max(least, weighted_rank(key, vocab, target, fixed));
+    const auto target = [&](int64_t total) { return (int64_t)std::ceil(top_p_ * (double)total); };
+    least = std::max(least, weighted_rank(key, vocab, fixed, target));
   }
   return least;
 }
@@ -84,7 +91,7 @@ bool Row::draw_from_keys() {
     token_key_ = peak;
     return true;
   }
-  const float beta = 1.0f / temperature_;
+  const float beta = inverse_temperature();
   const float least = cut(key, peak);
   const float log_min_p = std::log(min_p_);
   const auto token_masses = [&](int64_t tile, float* mass) {

@@ -46,7 +46,7 @@ bool Row::tile_tilt(int64_t tile, double* tilt) const {
   const int n = tile_size(tile);
   bool good = true;
   if (request_.value_ids) {
-    std::fill(tilt, tilt + n, (double)kExcluded);
+    std::fill(tilt, tilt + n, (double)kInfinity);
     for (const Candidate* c = first_candidate(begin); c != candidates_.data() + candidates_.size() && c->token < begin + n; ++c)
       tilt[c->token - begin] = c->tilt;
     return true;
@@ -71,7 +71,7 @@ bool Row::collect_candidates() {
       if (value_weight(j) == 0.0) continue;
       const float value = element(loops_, values(j), k);
       good &= value < kInfinity;
-      c.tilt = value > -kInfinity ? c.tilt - (double)(float)value_weight(j) * value : (double)kExcluded;
+      c.tilt = value > -kInfinity ? c.tilt - (double)(float)value_weight(j) * value : (double)kInfinity;
     }
     candidates_.push_back(c);
   }
@@ -172,12 +172,11 @@ bool Row::collect_deficits(const DivergenceLoops& loops, bool clamped, DeficitSu
     loops.excesses(scratch_.second + tile * kTile, tilted ? tilt : nullptr, tile_size(tile), (float)request_.alpha,
                    total->least);
   });
-  // s*, the only token of its tile with an excess of 0 that is in the support (or one of equals).
+  // s*, the first token of the support whose excess is 0.
   const float* p = scratch_.first + best_tile * kTile;
   const float* x = scratch_.second + best_tile * kTile;
   int best = 0;
-  for (int i = 0; i < tile_size(best_tile); ++i)
-    if (p[i] > 0.0f && !(p[best] > 0.0f && x[best] <= x[i])) best = i;
+  while (best < tile_size(best_tile) - 1 && !(p[best] > 0.0f && x[best] == 0.0f)) ++best;
   best_ = best_tile * kTile + best;
   best_mass_ = p[best];
   return true;
@@ -234,6 +233,7 @@ template <class D> double Row::solve_secular(const D& divergence, const Divergen
   const auto power = [&](double y) { return order == 1.0 ? 1.0 / y : order == 2.0 ? 1.0 / (y * y) : std::pow(y, -order); };
   // The sums leave s* out: next to its pole the others would drown in their rounding.
   scratch_.first[best_] = 0.0f;
+  scratch_.second[best_] = kExcluded;
   float t = (float)std::sqrt(low * high);
   double solution = t;
   for (int i = 0;; ++i) {
@@ -265,6 +265,7 @@ template <class D> double Row::solve_secular(const D& divergence, const Divergen
     t = (float)next;
   }
   scratch_.first[best_] = (float)best_mass_;
+  scratch_.second[best_] = 0.0f;
   scratch_.sums[best_ / kTile] += (float)(best_mass_ * power(solution));
   return divergence.unshift(solution);
 }

@@ -11,7 +11,8 @@ namespace mod_fused {
 
 namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr double kLeastSum = 1e-20;  // below it, what float32 cuts off could show
+// Beyond them, what float32 cuts off could show.
+constexpr double kLeastSum = 1e-20, kMostSum = 1e30;
 constexpr float kLeastMass = 1e-33f;
 }
 
@@ -53,7 +54,7 @@ bool Row::sum_log_linear(float* level, bool* certain) {
     if (scratch_.mixes[tile].broken) return false;
     sum += scratch_.sums[tile];
   }
-  *certain = std::isfinite(sum) && sum > kLeastSum;
+  *certain = sum < kMostSum && sum > kLeastSum;
   log_norm_ = *level + std::log(sum);
   return true;
 }
@@ -72,7 +73,7 @@ bool Row::draw_log_linear() {
       scratch_.masses[tile] = scratch_.sums[tile] > kLeastMass ? scratch_.sums[tile] : 0.0f;
   }
   if (!certain) {
-    beta = temperature_ > 0.0f ? 1.0f / temperature_ : 1.0f;
+    beta = inverse_temperature();
     for_tiles([&](int64_t tile) {
       alignas(64) float keys[kTile];
       const int n = tile_size(tile);

@@ -9,7 +9,8 @@ namespace mod_fused {
 namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr std::align_val_t kAlignment{64};
-constexpr double kLeastSum = 1e-20;  // below it, what float32 cuts off could show
+// Beyond them, what float32 cuts off could show.
+constexpr double kLeastSum = 1e-20, kMostSum = 1e30;
 }  // namespace
 
 void Scratch::reserve(int64_t tiles, int models, bool per_token) {
@@ -68,7 +69,7 @@ bool Row::sum_quickly(int model) {
   double sum = 0.0;
   for (int64_t tile = 0; tile < tiles_; ++tile) sum += parts[tile].sum;
   log_norms_[model] = level + std::log(sum);
-  return std::isfinite(sum) && sum > kLeastSum;
+  return sum < kMostSum && sum > kLeastSum;
 }
 
 // The same from the tiles' own peaks. False where NaN or +inf stands in the logits.
@@ -140,10 +141,9 @@ void Row::finish(bool valid) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   if (!sampling()) {
     float* out = request_.log_probs + b_ * request_.vocab;
-    const float norm = (float)log_norm_;
     for_tiles([&](int64_t tile) {
       const int64_t begin = tile * kTile;
-      for (int64_t i = begin; i < begin + tile_size(tile); ++i) out[i] = valid ? scratch_.first[i] - norm : nan;
+      for (int64_t i = begin; i < begin + tile_size(tile); ++i) out[i] = valid ? (float)(scratch_.first[i] - log_norm_) : nan;
     });
     return;
   }

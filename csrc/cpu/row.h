@@ -100,6 +100,8 @@ class Row {
     return request_.value_ids[b_ * request_.value_ids_row + k * request_.value_ids_column];
   }
   bool sampling() const { return request_.log_probs == nullptr; }
+  // Finite even for the smallest temperatures, so that 0 * it is 0.
+  float inverse_temperature() const { return temperature_ > 1e-38f ? 1.0f / temperature_ : temperature_ > 0.0f ? 1e38f : 1.0f; }
   bool filters() const { return request_.mask.data || top_k_ > 0 || top_p_ < 1.0 || min_p_ > 0.0f; }
 
   const Request& request_;

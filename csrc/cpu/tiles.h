@@ -97,7 +97,7 @@ struct TileLoops {
   // sum exp((key - peak) * beta)
   float (*sum_exp)(const float* key, int n, float peak, float beta);
   void (*exps)(const float* key, int n, float peak, float beta, float* out);
-  // tilt -= v * values; kExcluded where a value excludes the token. Returns whether a value is NaN or +inf.
+  // tilt -= v * values; +inf where a value excludes the token. Returns whether a value is NaN or +inf.
   bool (*add_tilt)(const float* values, int n, float v, double* tilt);
   // Ends a tile's Q: p = exp(ref - log_norm), p = 0 and Q = kExcluded off the support. The sums are those of Q + tilt, which is
   // null where there are no values.

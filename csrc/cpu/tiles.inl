@@ -76,7 +76,7 @@ template <class T> float sum_from_as(const Source& x, int64_t begin, int n, floa
   const float factor = x.scale * kLog2E, offset = -from * kLog2E;
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; ++i) sum += exp2_of(multiply_add(widen(data[i]), factor, offset));
+  for (int i = 0; i < n; ++i) sum += exp2_any(multiply_add(widen(data[i]), factor, offset));
   return sum;
 }
 
@@ -143,7 +143,7 @@ template <class T, int count> KeySum fused_key_sum(const Term* terms, int64_t be
   for (int i = 0; i < n; ++i) {
     const float s = key[i];
     least = s < least ? s : least;
-    sum += exp2_of(multiply_add(s, kLog2E, offset));
+    sum += exp2_any(multiply_add(s, kLog2E, offset));
   }
   return {sum, least};
 }
@@ -233,7 +233,7 @@ KeySum log_linear_sum(const Term* terms, int count, int64_t begin, int n, float 
 float sum_exp(const float* __restrict key, int n, float peak, float beta) {
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; ++i) sum += exp2_of((key[i] - peak) * (beta * kLog2E));
+  for (int i = 0; i < n; ++i) sum += exp2_any((key[i] - peak) * (beta * kLog2E));
   return sum;
 }
 
@@ -248,7 +248,7 @@ bool add_tilt(const float* __restrict values, int n, float v, double* __restrict
   for (int i = 0; i < n; ++i) {
     broken |= !(values[i] < kInfinity);
     const double sum = tilt[i] - (double)v * (double)values[i];
-    tilt[i] = values[i] > -kInfinity ? sum : (double)kExcluded;
+    tilt[i] = values[i] > -kInfinity ? sum : (double)kInfinity;
   }
   return broken != 0;
 }
@@ -261,7 +261,7 @@ DeficitSums close_deficit(const float* __restrict ref, const double* __restrict 
   for (int i = 0; i < n; ++i) {
     const float lr = ref[i] - log_norm;
     const double sum = tilt == nullptr ? (double)q[i] : q[i] + tilt[i];
-    const bool inside = (lr >= kSmallestLogRef) & (sum < (double)kExcluded);
+    const bool inside = (lr >= kSmallestLogRef) & (q[i] < kExcluded) & (sum < (double)kExcluded);
     p[i] = inside ? exp_of(lr) : 0.0f;
     q[i] = inside ? q[i] : kExcluded;
     const double counted = inside ? sum : (double)kExcluded;
@@ -333,20 +333,19 @@ template <class D> struct Loops {
       float d = (policy[i] - ref[i]) + shift;
       if (D::clamped) d = d < kSmallestLogRatio ? kSmallestLogRatio : d;
       const float sum = q[i] + w * divergence.deficit(d);
-      q[i] = policy[i] > -kInfinity ? sum : kExcluded;
+      q[i] = (policy[i] > -kInfinity) & (q[i] < kExcluded) ? sum : kExcluded;
     }
   }
 
-  // H and -H' at q = tau + D, up to e^constant: through the Stieltjes form or, for Jeffrey, through log H.
-  static MOD_FUSED_MEMBER void ratio(const D& divergence, float t, float x, float* h, float* slope) {
-    const float y = t + x;
+  // H at q = tau + D and -H'/H, up to e^constant: through the Stieltjes form or, for Jeffrey, through log H.
+  static MOD_FUSED_MEMBER void ratio(const D& divergence, float t, float x, float* h, float* fall) {
+    const float y = divergence.distance(t, x);
     if constexpr (D::stieltjes) {
-      const float r = reciprocal(y);
-      *h = divergence.power(y, r);
-      *slope = *h * r;
+      *fall = reciprocal(y);
+      *h = divergence.power(y, *fall);
     } else {
       *h = exp_of(divergence.log_ratio(y));
-      *slope = *h * *h / (1.0f + *h);
+      *fall = *h / (1.0f + *h);
     }
   }
 
@@ -367,10 +366,11 @@ template <class D> struct Loops {
     float s1 = 0.0f, s2 = 0.0f;
 #pragma omp simd reduction(+ : s1, s2)
     for (int i = 0; i < n; ++i) {
-      float h, slope;
-      ratio(divergence, t, x[i], &h, &slope);
-      s1 += p[i] * h;
-      s2 += p[i] * slope;
+      float h, fall;
+      ratio(divergence, t, x[i], &h, &fall);
+      const float g = p[i] * h;
+      s1 += g;
+      s2 += g * fall;
     }
     return {s1, s2};
   }
@@ -380,8 +380,8 @@ template <class D> struct Loops {
     const D divergence(alpha);
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
-      float h, slope;
-      ratio(divergence, t, x[i], &h, &slope);
+      float h, fall;
+      ratio(divergence, t, x[i], &h, &fall);
       out[i] = p[i] * h;
     }
   }
@@ -389,15 +389,9 @@ template <class D> struct Loops {
   static void keys(const float* __restrict p, const float* __restrict x, int n, float alpha, float t, float constant,
                    float* __restrict out) {
     const D divergence(alpha);
-    float order = 0.0f;
-    if constexpr (D::stieltjes) order = (float)divergence.order();
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
-      const float y = t + x[i];
-      float log_h;
-      if constexpr (D::stieltjes) log_h = constant - order * log_of(y);
-      else log_h = divergence.log_ratio(y);
-      const float key = log_of(p[i] > 0.0f ? p[i] : 1.0f) + log_h;
+      const float key = log_of(p[i] > 0.0f ? p[i] : 1.0f) + (constant + divergence.log_power(t, x[i]));
       out[i] = p[i] > 0.0f ? key : -kInfinity;
     }
   }

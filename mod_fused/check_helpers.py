@@ -1,0 +1,144 @@
+"""What `checks.py` is made of: checks of one tensor, one number, one per-row parameter."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float64)
+_INTS = (torch.int64, torch.int32)
+
+
+def shape_of(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _describe(shapes: Mapping[str, Sequence[int]]) -> str:
+    # Only when an error is raised: in a trace of torch.compile it would pin the sizes.
+    return " or ".join(f"{symbols} = {list(sizes)}" for symbols, sizes in shapes.items())
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def check_tensor(
+    name: str,
+    tensor: object,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    shapes: Mapping[str, Sequence[int]],
+) -> Tensor:
+    """The tensor without its gradient, after dtype, device and shape have been checked."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {_names(dtypes)}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the logits, got {tensor.device}")
+    if not any(tensor.shape == torch.Size(s) for s in shapes.values()):
+        raise ValueError(f"{name} must have shape {_describe(shapes)}, got {shape_of(tensor)}")
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def check_logits(name: str, logits: object, first: Tensor | None) -> Tensor:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
+    if logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} must be {_names(LOGIT_DTYPES)}, got {logits.dtype}")
+    if logits.dim() != 2 or logits.shape[1] < 1:
+        raise ValueError(f"{name} must have shape [B, V] with V >= 1, got {shape_of(logits)}")
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension (stride 1), got stride "
+            f"{logits.stride(1)}"
+        )
+    if first is not None:
+        if logits.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"{name} must have as many rows as the other logits ({first.shape[0]}), "
+                f"got {logits.shape[0]}"
+            )
+        if logits.device != first.device:
+            raise ValueError(
+                f"{name} must be on {first.device} like the other logits, got {logits.device}"
+            )
+    return logits.detach() if logits.requires_grad else logits
+
+
+def number(name: str, x: object, kind: type = float) -> Any:
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    if kind is int:
+        if not isinstance(x, numbers.Integral):
+            raise TypeError(f"{name} must be an integer, got {type(x).__name__} {x}")
+        return int(x)
+    return float(x)
+
+
+def row_parameter(
+    name: str,
+    given: object,
+    off: float | int,
+    batch: int,
+    device: torch.device,
+    good: Callable[[Any], bool],
+    expected: str,
+    kind: type = float,
+) -> tuple[list[Any], Tensor | None]:
+    """A number, B numbers or a tensor [B] as the schema's pair (numbers, tensor)."""
+    if given is None:
+        return [off], None
+    if isinstance(given, Tensor):
+        dtypes = FLOATS if kind is float else _INTS
+        return [off], check_tensor(name, given, dtypes, device, {"[B]": [batch]})
+    if isinstance(given, (list, tuple)):
+        if len(given) != batch:
+            raise ValueError(f"{name} must be one number or B = {batch} of them, got {len(given)}")
+        host = [number(f"{name}[{i}]", x, kind) for i, x in enumerate(given)] or [off]
+    else:
+        host = [number(name, given, kind)]
+    for x in host:
+        if not good(x):
+            raise ValueError(f"{name} must be {expected}, got {x}")
+    return host, None
+
+
+def weights_of(
+    name: str, given: object, count: int, batch: int, device: torch.device
+) -> tuple[list[float], Tensor | None]:
+    """Weights [count] or [B, count] as the schema's pair (flat numbers, tensor)."""
+    shapes: Mapping[str, Sequence[int]] = {f"[{count}]": [count], f"[B, {count}]": [batch, count]}
+    if isinstance(given, Tensor):
+        return [], check_tensor(name, given, FLOATS, device, shapes)
+    if isinstance(given, np.ndarray):
+        given = given.tolist()
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(
+            f"{name} must be a list of numbers or a tensor of shape {_describe(shapes)}, "
+            f"got {type(given).__name__}"
+        )
+    if given and all(isinstance(row, (list, tuple)) for row in given):
+        if len(given) != batch or any(len(row) != count for row in given):
+            lengths = sorted({len(row) for row in given})
+            raise ValueError(
+                f"{name} must have shape {_describe(shapes)}, "
+                f"got {len(given)} rows of {lengths} numbers"
+            )
+        flat = [x for row in given for x in row]
+    elif len(given) == count:
+        flat = list(given)
+    else:
+        raise ValueError(f"{name} must have shape {_describe(shapes)}, got {len(given)} numbers")
+    host = [number(name, x) for x in flat]
+    for x in host:
+        if not math.isfinite(x):
+            raise ValueError(f"{name} must be finite, got {x}")
+    return host, None
