@@ -92,10 +92,6 @@ MOD_FUSED_INLINE float exp2_of(float x) {
 // The same for any x: +inf from 128 on, so that a sum shows the overflow.
 MOD_FUSED_INLINE float exp2_any(float x) { return exp2_of(x > 128.0f ? 128.0f : x); }
 
-// e^x for x <= 88, for deficits: about 2^-126 instead of 0 far below, relative error 1e-7 + 6e-8 |x|.
-MOD_FUSED_INLINE float exp_near(float x) { return exp2_of(x * 1.44269504f); }
-MOD_FUSED_INLINE double exp_near(double x) { return exp(x); }
-
 // 1 / x for 1e-37 < x < 1e38 without a division: a first guess from the bits, then Newton. Relative error 2e-7.
 MOD_FUSED_INLINE float reciprocal(float x) {
   float r = bits_float(0x7ef311c7u - float_bits(x));
@@ -103,6 +99,13 @@ MOD_FUSED_INLINE float reciprocal(float x) {
   r = r * multiply_add(-x, r, 2.0f);
   return r * multiply_add(-x, r, 2.0f);
 }
+
+// e^x for x <= 88, for deficits: e^-87 instead of 0 far below.
+MOD_FUSED_INLINE float exp_near(float x) {
+  const SplitExp e = split_exp(x < -87.0f ? -87.0f : x);
+  return multiply_add(e.scale, e.tail, e.scale);
+}
+MOD_FUSED_INLINE double exp_near(double x) { return exp(x); }
 
 // e^x; 0 below -87, +inf above 88.7; NaN stays NaN.
 MOD_FUSED_INLINE float exp_of(float x) {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -11,10 +13,11 @@ from typing import NoReturn
 import torch
 
 from . import __version__
+from .checks import NORMALIZERS
 from .commands import UsageError, run_demo, run_doctor, run_generate, run_sweep
 from .divergence import get_divergence
+from .doctor import DIVERGENCES
 
-NORMALIZERS = ("exact", "zero")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -32,13 +35,29 @@ def _divergence(text: str) -> str:
 
 def _device(text: str) -> str:
     try:
-        device = torch.device(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # names that torch is about to drop
+            device = torch.device(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:1, ..., got {text!r}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(
             f"{text!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices"
         )
+    try:
+        torch.zeros(1, device=device).tolist()
+    except Exception as error:  # torch raises whatever it likes for a device that it cannot use
+        raise argparse.ArgumentTypeError(
+            f"torch cannot use {text!r} on this machine ({type(error).__name__})"
+        ) from error
+    return text
+
+
+def _model(text: str) -> str:
+    # Names on the hub are NAME or OWNER/NAME; about anything else it would speak of those rules.
+    is_path = text.startswith((".", "/", "~")) or text.count("/") > 1
+    if is_path and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"the folder {text} does not exist")
     return text
 
 
@@ -52,20 +71,30 @@ def _whole(least: int) -> Callable[[str], int]:
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"expected names with commas between them, got {text!r}")
+    return names
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser of all commands; each sets `run`, a function of the parsed arguments."""
-    parser = _Parser(prog="mod-fused", description="multi-objective decoding with several models")
+    parser = _Parser(
+        prog="mod-fused",
+        description="multi-objective decoding with several models",
+        epilog="MOD_FUSED_DEBUG=1 in the environment shows the traceback of an error.",
+    )
     parser.add_argument("--version", action="version", version=f"mod_fused {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     mixture = _Parser(add_help=False)
     group = mixture.add_argument_group("models (default: the embedded ones)")
-    group.add_argument("--reference", metavar="PATH", help="folder or hub name of the reference")
+    group.add_argument(
+        "--reference", type=_model, metavar="PATH", help="folder or hub name of the reference"
+    )
     group.add_argument(
         "--policy",
+        type=_model,
         metavar="PATH",
         action="append",
         default=[],
@@ -85,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_divergence,
         default="reverse_kl",
         metavar="NAME",
-        help="reverse_kl, forward_kl, jsd, alpha:0.5, jeffrey (default: reverse_kl)",
+        help=f"{', '.join(DIVERGENCES)} (default: reverse_kl)",
     )
     group.add_argument(
         "--normalizer",
@@ -116,7 +145,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="the picture (default: mod_fused_demo.png)",
     )
     demo.add_argument("--seed", type=_whole(0), default=0, help="(default: 0)")
-    demo.add_argument("--divergence", type=_divergence, default="reverse_kl", metavar="NAME")
+    demo.add_argument(
+        "--divergence",
+        type=_divergence,
+        default="reverse_kl",
+        metavar="NAME",
+        help=f"{', '.join(DIVERGENCES)} (default: reverse_kl)",
+    )
     demo.add_argument("--quick", action="store_true", help="fewer questions and weights")
     demo.set_defaults(run=run_demo)
 
@@ -125,7 +160,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--weights",
         nargs="+",
         metavar="W",
-        help="one number per policy, any sign (default: equal, summing to 1)",
+        help="one number per policy, any sign (default: equal, summing to 1); with commas and a"
+        " minus sign in front write --weights=-1,2,0",
     )
     generate.add_argument(
         "--prompt",
@@ -199,19 +235,19 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mod-fused`; returns the exit code, 2 with one line on stderr for bad arguments.
 
+    With MOD_FUSED_DEBUG in the environment errors are raised, with their traceback.
+
     Args:
         argv: the arguments; None: those of the process.
     """
     try:
         args = build_parser().parse_args(argv)
         return args.run(args)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        if os.environ.get("MOD_FUSED_DEBUG"):
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"mod-fused: {lines[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

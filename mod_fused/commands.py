@@ -10,10 +10,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import demo, doctor, world
 from .decoder import GenerateOutput, generate
 from .ensemble import Ensemble
-from .sweep import draw, evaluate, leads, signed, simplex_grid, table_rows, write_csv
+from .sweep import (
+    draw,
+    evaluate,
+    leads,
+    picture_endings,
+    signed,
+    simplex_grid,
+    table_rows,
+    write_csv,
+)
 from .terminal import TextStream, table, write
 
 
@@ -44,7 +55,13 @@ def load_models(args: argparse.Namespace) -> Ensemble:
     options = {"device": args.device, "dtype": args.dtype}
     if args.policy:
         return Ensemble.from_pretrained(args.reference, args.policy, **options)
+    _use_one_thread()
     return Ensemble.embedded(policy_names(args), **options)
+
+
+def _use_one_thread() -> None:
+    """The embedded models are so small that more threads cost more than they bring."""
+    torch.set_num_threads(1)
 
 
 def _quiet_transformers() -> None:
@@ -91,8 +108,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    _check_folders(args.out)
+    _check_files(args.out, picture=args.out)
     _quiet_transformers()
+    _use_one_thread()
     demo.run(args.out, seed=args.seed, quick=args.quick, divergence=args.divergence)
     return 0
 
@@ -159,16 +177,19 @@ def _load_reward(spec: str) -> Callable[[str, str], float]:
     return reward
 
 
-def _check_folders(*files: Path) -> None:
+def _check_files(*files: Path, picture: Path) -> None:
     """Refuse now what could not be written at the end."""
     for file in files:
         if not file.parent.is_dir() or file.is_dir():
             raise UsageError(f"cannot write {file}: expected a file in a folder that exists")
+    endings = picture_endings()
+    if endings and picture.suffix[1:].lower() not in endings:
+        raise UsageError(f"cannot draw {picture}: expected a name ending in .{', .'.join(endings)}")
 
 
 def run_sweep(args: argparse.Namespace) -> int:
     names = policy_names(args)
-    _check_folders(args.csv, args.picture)
+    _check_files(args.csv, args.picture, picture=args.picture)
     rewards: list[Callable[[str, str], float]] | None
     if args.policy:
         if args.reference is None or args.prompt_file is None:
@@ -215,6 +236,8 @@ def run_sweep(args: argparse.Namespace) -> int:
             write(f"picture: {args.picture}")
         except ImportError as error:
             write(f"no picture: {error}")
+    else:
+        write("no picture: a trade-off needs at least two policies")
     return 0
 
 

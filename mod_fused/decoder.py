@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,7 @@ def generate(
     top_p: float | Sequence[float] | Tensor | None = None,
     min_p: float | Sequence[float] | Tensor | None = None,
     seed: int | Sequence[int] | Tensor | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
+    eos_token_id: int | Sequence[int] | Tensor | None = None,
     pad_token_id: int | None = None,
     stop_strings: str | Sequence[str] | None = None,
     streamer: Any = None,
@@ -102,9 +103,13 @@ def generate(
             model.
         attention_mask: for input_ids, same form: 1 for tokens, 0 for padding, which stands on the
             left.
-        sequence_history: weigh whole responses, as eq. 6 of the paper does: the log-ratio of the
+        sequence_history: weigh whole responses, not the next token alone: the log-ratio of the
             response so far is added to each token's. Changes nothing for reverse KL, where it
-            cancels.
+            cancels. With normalizer="zero" this is eq. 6 of the paper, and what to use with weights
+            on the simplex: at weights [1, 0] pi* is then the first policy itself. With "exact", Z
+            is solved for the next token anew at every step, so that off reverse KL pi* at [1, 0] is
+            not that policy, and long responses may drift far from the reference. (Without history
+            "exact" gives the policy, too.)
         value_fn: `value_fn(step, sequences)` returns values [J, B, V], or (values [J, B, K],
             value_ids [B, K]); sequences int64 [B, n + step] are the first model's prompts and the
             responses so far.
@@ -130,15 +135,17 @@ def generate(
 
     Raises:
         TypeError, ValueError: before any model runs, for arguments that do not fit; see
-            `mod_fused.sample`.
+            `mod_fused.sample`. (What depends on the width of a plain callable's logits: after its
+            first call.)
     """
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be a mod_fused.Ensemble, got {type(ensemble).__name__}")
-    _check_count("max_new_tokens", max_new_tokens, 1)
+    max_new_tokens = _count("max_new_tokens", max_new_tokens, 1)
     stops = _stop_strings(stop_strings, ensemble.tokenizer)
     eos_ids = _eos_ids(eos_token_id, ensemble)
     pad = ensemble.pad_token_id if pad_token_id is None else pad_token_id
-    _check_count("pad_token_id", pad, 0, ensemble.vocab_size)
+    pad = _count("pad_token_id", pad, 0, ensemble.vocab_size)
+    _check_vocab_size(vocab_size, ensemble)
     if value_fn is None and value_weights is not None:
         raise ValueError("value_weights were given without value_fn")
 
@@ -280,31 +287,48 @@ def _placed(name: str, value: Any, device: torch.device) -> Any:
     if not isinstance(value, (list, tuple)) or not value:
         return value
     if name == "seed":
-        signed = [x - 2**64 if x >= 2**63 else x for x in value]  # int64 of the same 64 bits
+        numbers = map(int, value)  # NumPy's unsigned ones would overflow below
+        signed = [x - 2**64 if x >= 2**63 else x for x in numbers]  # int64 of the same 64 bits
         return torch.tensor(signed, dtype=torch.int64, device=device)
     if name == "top_k":
-        return torch.tensor(value, dtype=torch.int64, device=device)
+        fitting = [min(int(k), 2**63 - 1) for k in value]  # any integer, however large, is fine
+        return torch.tensor(fitting, dtype=torch.int64, device=device)
     if name in ("temperature", "top_p", "min_p") or isinstance(value[0], (list, tuple)):
         return torch.tensor(value, dtype=torch.float64, device=device)
     return value
 
 
-def _check_count(name: str, value: Any, least: int, limit: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    if limit is not None and value >= limit:
-        raise ValueError(f"{name} must be below the models' {limit} token ids, got {value}")
+def _count(name: str, value: Any, least: int, limit: int | None = None) -> int:
+    """An integer of any kind (Python, NumPy, a tensor of one) as an int, in [least, limit)."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    if limit is not None and number >= limit:
+        raise ValueError(f"{name} must be below the models' {limit} token ids, got {number}")
+    return number
 
 
-def _eos_ids(eos_token_id: int | Sequence[int] | None, ensemble: Ensemble) -> list[int]:
+def _check_vocab_size(vocab_size: int | None, ensemble: Ensemble) -> None:
+    if vocab_size is None:
+        return
+    number, limit = _count("vocab_size", vocab_size, 1), ensemble.vocab_size
+    # How many logits a plain callable gives is not known before it runs: the op checks those.
+    if limit is not None and number > limit:
+        raise ValueError(f"vocab_size must be at most the models' {limit} tokens, got {number}")
+
+
+def _eos_ids(eos_token_id: int | Sequence[int] | Tensor | None, ensemble: Ensemble) -> list[int]:
     if eos_token_id is None:
         return ensemble.eos_token_ids
-    ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    for token in ids:
-        _check_count("eos_token_id", token, 0)
-    return ids
+    # A tensor without dimensions has __iter__, but cannot be iterated over.
+    if not isinstance(eos_token_id, Iterable) or getattr(eos_token_id, "ndim", 1) == 0:
+        eos_token_id = [_count("eos_token_id", eos_token_id, 0)]
+    return [_count("eos_token_id", token, 0) for token in eos_token_id]
 
 
 def _stop_strings(stop_strings: str | Sequence[str] | None, tokenizer: Any) -> list[str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from . import world
 from .decoder import generate
 from .ensemble import Ensemble
@@ -36,6 +34,8 @@ NEXT = """\
 Next:
   mod-fused generate --weights 0.5 0.5 0 --prompt "How do I bake bread?"
   mod-fused sweep --divergence jsd     rewards over all weights, as CSV and picture
+    (the embedded policies were tuned with reverse KL: others are for looking, not for the best
+    trade-off)
   mod-fused doctor                     does every backend of this machine agree with the oracle"""
 
 
@@ -93,7 +93,6 @@ def run(out: Path, *, seed: int = 0, quick: bool = False, divergence: str = "rev
         OSError: if `out` cannot be written.
     """
     ensemble = Ensemble.embedded()
-    torch.set_num_threads(1)  # the models are so small that more threads cost more than they bring
     write(INTRODUCTION)
     pairs = PAIRS[:1] if quick else PAIRS
     for prompt, pair in zip(world.prompts(len(pairs), seed), pairs, strict=True):

@@ -126,7 +126,7 @@ class Ensemble:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
             raise ImportError(
-                "loading language models needs transformers: pip install mod-fused[hf]"
+                "loading language models needs transformers: pip install 'mod-fused[hf]'"
             ) from error
 
         model_options = dict(kwargs) if dtype is None else {"dtype": dtype, **kwargs}

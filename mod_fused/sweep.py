@@ -238,6 +238,15 @@ def write_csv(path: str | Path, points: Sequence[Point], names: Sequence[str]) -
         writer.writerows(records)
 
 
+def picture_endings() -> list[str]:
+    """The file endings that `draw` can write, without their dot; empty without matplotlib."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        return []
+    return sorted(FigureCanvasBase.get_supported_filetypes())
+
+
 def draw(path: str | Path, points: Sequence[Point], names: Sequence[str], title: str) -> None:
     """A picture with one panel per pair of policies: the curve between them, and the straight line.
 
@@ -248,7 +257,7 @@ def draw(path: str | Path, points: Sequence[Point], names: Sequence[str], title:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("a picture needs matplotlib: pip install 'mod_fused[demo]'") from error
+        raise ImportError("a picture needs matplotlib: pip install 'mod-fused[demo]'") from error
     pairs = list(combinations(range(len(names)), 2))
     drawn = [pair for pair in pairs if edge(points, *pair)] or pairs
     if not drawn:

@@ -17,7 +17,8 @@ def _rich_console(stream: Any) -> Any:
         from rich.console import Console
     except ImportError:
         return None
-    return Console(file=stream, highlight=False)
+    # Model text is shown as it is: no [markup], no :emoji: names.
+    return Console(file=stream, highlight=False, markup=False, emoji=False)
 
 
 def write(text: str, *, style: str | None = None, end: str = "\n") -> None:
@@ -26,7 +27,7 @@ def write(text: str, *, style: str | None = None, end: str = "\n") -> None:
     if console is None:
         print(text, end=end, flush=True)
     else:
-        console.print(text, style=style, end=end, markup=False, soft_wrap=True)
+        console.print(text, style=style, end=end, soft_wrap=True)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

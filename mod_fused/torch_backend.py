@@ -31,9 +31,10 @@ _SMALLEST_PREFIX_DIFFERENCE = -40.0
 
 
 class Mixture(NamedTuple):
-    """A chunk of b rows after the mathematics: log pi* = key - log_norm."""
+    """A chunk of b rows after the mathematics: log pi* = (key - level) - log_norm."""
 
     key: Tensor  # float32 [b, T, TILE], -inf off the support
+    level: Tensor  # float32 [b], the largest key
     log_norm: Tensor  # float64 [b]
     valid: Tensor  # bool [b]
     logits: list[Tensor]  # float32 [b, T, TILE] each: scaled, reference first if there is one
@@ -46,7 +47,8 @@ def log_probs(*args: object) -> Tensor:
     out = batch.new_empty((batch.shape[0], mixing.vocab_size), dtype=torch.float32)
     for rows in _chunks(*out.shape):
         mixture = mix(mixing, rows)
-        result = (mixture.key - mixture.log_norm[:, None, None]).float().flatten(1)
+        result = mixture.key - mixture.level[:, None, None]
+        result = (result - mixture.log_norm[:, None, None]).float().flatten(1)
         result = torch.where(mixture.valid[:, None], result, torch.nan)
         out[rows] = result[:, : mixing.vocab_size]
     return out
@@ -71,7 +73,7 @@ def sample(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         token = torch.where(ok, token, 0)
         tokens[rows] = token
         valid[rows] = ok
-        logprob = _pick(mixture.key, token) - mixture.log_norm
+        logprob = _pick(mixture.key, token) - mixture.level - mixture.log_norm
         logprobs[rows] = torch.where(ok, logprob, torch.nan).float()
         if columns:
             each = [_pick(x, token) - normalizer.row_logsumexp(x) for x in mixture.logits]
@@ -187,9 +189,10 @@ def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
         )
         valid = valid & solvable
     key = torch.where(support, key, -torch.inf)
-    log_norm = normalizer.row_logsumexp(key)
-    # Neither an empty support (-inf) nor an overflow (NaN, +inf) leaves a finite normaliser.
-    return Mixture(key, log_norm, valid & log_norm.isfinite(), logits)
+    level = key.amax((-2, -1))
+    # Neither an empty support (-inf) nor an overflow (NaN, +inf) leaves a finite level.
+    log_norm = normalizer.row_logsumexp(key - level[:, None, None])
+    return Mixture(key, level, log_norm, valid & level.isfinite(), logits)
 
 
 def _log_linear(

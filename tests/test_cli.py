@@ -37,24 +37,36 @@ def keep_threads():
         (["generate", "--normalizer", "none"], "exact"),
         (["generate", "--device", "abacus"], "abacus"),
         (["generate", "--device", "cuda:99"], "CUDA devices"),
+        (["generate", "--device", "meta"], "torch cannot use 'meta'"),
+        (["generate", "--device", "mps"], "torch cannot use 'mps'"),
+        (["generate", "--device", "hpu"], "torch cannot use 'hpu'"),
+        (["generate", "--device", "mkldnn"], "torch cannot use 'mkldnn'"),
         (["generate", "--max-new-tokens", "0"], ">= 1"),
         (["generate", "--weights", "1", "2", "--prompt", "x"], "needs 3 numbers"),
         (["generate", "--weights", "1", "2", "x", "--prompt", "x"], "must be numbers"),
         (["generate", "--weights", "1", "nan", "0", "--prompt", "x"], "nan"),
+        (["generate", "--weights", "-1,2,0", "--prompt", "x"], "--weights"),
         (["generate", "--prompt", "x", "--top-p", "2"], "top_p"),
         (["generate", "--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["generate", "--prompt", "x", "--temperature", "1e60"], "temperature"),
         (["generate", "--prompt", " "], "empty"),
         (["generate", "--objectives", "helpful,rude", "--prompt", "x"], "rude"),
         (["generate", "--objectives", "helpful,helpful", "--prompt", "x"], "different ones"),
+        (["generate", "--objectives", ",", "--prompt", "x"], "--objectives"),
         (["generate", "--reference", "somewhere", "--prompt", "x"], "--policy"),
         (["generate", "--policy", "./no/such/folder", "--prompt", "x"], "no/such/folder"),
+        (["generate", "--policy", "/nope", "--prompt", "x"], "folder /nope does not exist"),
+        (["sweep", "--reference", "a/b/c", "--policy", "p"], "folder a/b/c does not exist"),
         (["generate", "--policy", "p", "--objectives", "helpful", "--prompt", "x"], "--objectives"),
         (["sweep", "--points", "1"], ">= 2"),
         (["sweep", "--reward", "math:sqrt"], "own models"),
         (["sweep", "--policy", "p", "--reference", "r"], "--prompt-file"),
         (["sweep", "--prompt-file", "no-such-file"], "no-such-file"),
         (["sweep", "--csv", "no/such/folder/x.csv"], "folder that exists"),
+        (["sweep", "--picture", "x.foo"], "cannot draw x.foo: expected a name ending in"),
+        (["sweep", "--picture", "x"], ".png"),
         (["demo", "--out", "no/such/folder/x.png"], "folder that exists"),
+        (["demo", "--out", "x.foo"], "cannot draw x.foo"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -67,6 +79,17 @@ def test_bad_arguments_give_one_line_and_exit_code_2(argv, said, capsys, tmp_pat
     assert err.count("\n") == 1 and err.startswith("mod-fused: ")
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_runtime_error_is_one_line_and_the_debug_variable_shows_the_traceback(
+    capsys, monkeypatch
+):
+    monkeypatch.setattr("mod_fused.cli.run_doctor", crash)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "mod-fused: no kernel\n"
+    monkeypatch.setenv("MOD_FUSED_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="no kernel"):
+        main(["doctor"])
 
 
 def test_version_and_help_exit_with_0(capsys):
@@ -135,9 +158,17 @@ def test_generate_passes_its_options_on(capsys):
     (greedy,) = generated(capsys, *plain, "--greedy")
     for one_token in (["--top-k", "1"], ["--min-p", "1"], ["--temperature", "0"]):
         assert generated(capsys, *plain, *one_token)[0]["tokens"] == greedy["tokens"]
+    assert generated(capsys, *plain, "--top-k", str(2**64))[0]["tokens"] == drawn["tokens"]
     assert generated(capsys, *plain, "--top-p", "1e-6")[0]["tokens"] == greedy["tokens"]
     others = [generated(capsys, "--prompt", QUESTION, "--seed", str(s))[0] for s in range(6, 10)]
     assert any(other["tokens"] != drawn["tokens"] for other in others)
+
+
+def test_negative_weights_may_be_written_with_commas(capsys):
+    plain = ["--prompt", QUESTION, "--greedy"]
+    assert generated(capsys, *plain, "--weights=-1,2,0") == generated(
+        capsys, *plain, "--weights", "-1", "2", "0"
+    )
 
 
 # ---- sweep ---------------------------------------------------------------------------------------
@@ -177,6 +208,8 @@ def test_sweep_of_own_models_with_and_without_rewards(capsys, tmp_path, monkeypa
     assert main(argv) == 0
     (row,) = read_csv("mod_fused_sweep.csv")
     assert row["weight_policy_1"] == 1.0 and "reward_policy_1" not in row
+    assert "no picture: a trade-off needs at least two policies" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.png"))
     assert main([*argv, "--reward", "scores:length", "--samples", "2"]) == 0
     (row,) = read_csv("mod_fused_sweep.csv")
     assert row["reward_policy_1"] > 1.0 and row["samples"] == 2
@@ -270,6 +303,7 @@ def test_demo_streams_answers_tabulates_rewards_and_draws(capsys, tmp_path, monk
     reference = next(row for row in rows if row[0] == "0, 0, 0")
     assert reference[-1].startswith("0.000")  # KL of the reference from itself
     assert out.count(" - ") >= 3 and str(picture) in out
+    assert "tuned with reverse KL" in out
     assert picture.read_bytes().startswith(PNG)
 
 
@@ -344,16 +378,17 @@ def test_output_is_plain_without_rich_and_rich_on_a_terminal(monkeypatch):
         out, err = Terminal(), Terminal()
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", err)
-        terminal.write("[bold]", style="bold")
-        terminal.table(["name", "value"], [["a", "0.5"]])
+        terminal.write("[bold] :bread:", style="bold")
+        terminal.table(["name", "value"], [["[dim]", ":bread:"]])
         assert list(terminal.track(range(3), "counting")) == [0, 1, 2]
         return out.getvalue(), err.getvalue()
 
     out, err = show()
-    assert "[bold]" in out and "0.5" in out and "counting" in err
+    assert "[bold] :bread:" in out and "counting" in err
+    assert "[dim]" in out and out.count(":bread:") == 2
     monkeypatch.setitem(sys.modules, "rich.console", None)
     out, err = show()
-    assert out == "[bold]\nname  value\na     0.5\n"
+    assert out == "[bold] :bread:\nname   value\n[dim]  :bread:\n"
     assert err.splitlines()[-1] == "counting: 3/3"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
@@ -148,6 +149,15 @@ def test_transformers_streamers_work_for_one_row(
         ({"seed": [1, 2]}, ValueError, "seed"),
         ({"backend": "abacus"}, ValueError, "backend"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
+        (
+            {"vocab_size": tiny.V + 1},
+            ValueError,
+            f"vocab_size must be at most the models' {tiny.V}",
+        ),
+        ({"vocab_size": 0}, ValueError, "vocab_size must be at least 1"),
+        ({"vocab_size": 2.5}, TypeError, "vocab_size must be an int"),
+        ({"max_new_tokens": True}, TypeError, "max_new_tokens must be an int, got bool"),
+        ({"eos_token_id": 2.0}, TypeError, "eos_token_id must be an int, got float"),
         ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an int"),
         ({"max_new_tokens": 100}, ValueError, "the reference has 64 positions"),
         ({"eos_token_id": -1}, ValueError, "eos_token_id"),
@@ -171,6 +181,35 @@ def test_bad_arguments_are_refused_before_any_model_runs(
     for hook in hooks:
         hook.remove()
     assert not ran
+
+
+def test_integers_of_numpy_and_torch_serve_as_pythons_do(ensemble: Ensemble) -> None:
+    options: dict[str, Any] = {"weights": WEIGHTS, "top_k": [2**64, 0, np.int64(9)]}
+    seeds = [2**64 - 1, 5, 2**63]
+    first = generate(ensemble, PROMPTS, seed=seeds, eos_token_id=[], max_new_tokens=6, **options)
+    eos = int(first.tokens[0, 2])
+    expected = generate(
+        ensemble,
+        PROMPTS,
+        seed=seeds,
+        eos_token_id=eos,
+        pad_token_id=3,
+        max_new_tokens=6,
+        **options,
+    )
+    assert expected.finish_reasons[0] == "eos" and expected.lengths[0] <= 3
+    for end in (np.int64(eos), torch.tensor(eos), np.array([eos]), torch.tensor([eos])):
+        out = generate(
+            ensemble,
+            PROMPTS,
+            seed=[np.uint64(seed) for seed in seeds],
+            eos_token_id=end,
+            pad_token_id=np.int64(3),
+            max_new_tokens=np.int64(6),
+            **options,
+        )
+        assert torch.equal(out.sequences, expected.sequences)
+        assert out.finish_reasons == expected.finish_reasons
 
 
 def test_other_misuse_is_refused() -> None:

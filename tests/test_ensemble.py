@@ -80,7 +80,7 @@ def test_missing_transformers_is_an_import_error_that_says_what_to_install() -> 
         "try:\n    Ensemble.from_pretrained('x', ['y'])\n"
         "except ImportError as error:\n    print(error)\n"
     )
-    assert "pip install mod-fused[hf]" in done.stdout, done.stderr
+    assert "pip install 'mod-fused[hf]'" in done.stdout, done.stderr
 
 
 def test_a_tokenizer_mismatch_names_the_tokens_and_ids_that_differ() -> None:

@@ -18,7 +18,7 @@ constexpr int kMaxEvaluations = 32;
 constexpr double kTolerance = 1e-6;  // where float32 sums leave log G
 // Below this the model's error is its square, less than the tolerance: tau moves without another evaluation, and the tiles'
 // masses follow it by their slopes.
-constexpr double kLastStep = 5e-4;
+constexpr double kLastStep = 2e-5;
 constexpr int kModelSteps = 60;
 constexpr double kWiden = 1e-4;
 }  // namespace

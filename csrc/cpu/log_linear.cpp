@@ -55,7 +55,8 @@ bool Row::sum_log_linear(float* level, bool* certain) {
     sum += scratch_.sums[tile];
   }
   *certain = sum < kMostSum && sum > kLeastSum;
-  log_norm_ = *level + std::log(sum);
+  level_ = *level;
+  log_norm_ = std::log(sum);
   return true;
 }
 
@@ -97,7 +98,8 @@ bool Row::draw_log_linear() {
       if (scratch_.sums[tile] > 0.0f) sum += scratch_.sums[tile] * std::exp(below);
       scratch_.masses[tile] *= std::exp((float)below * beta);
     }
-    log_norm_ = level + std::log(sum);
+    level_ = level;
+    log_norm_ = std::log(sum);
   }
   if (temperature_ == 0.0f) {
     int64_t tile = 0;

@@ -117,7 +117,8 @@ bool Row::sum_keys() {
   if (!std::isfinite(peak)) return false;
   for (int64_t tile = 0; tile < tiles_; ++tile)
     if (scratch_.sums[tile] != 0.0f) sum += scratch_.sums[tile] * std::exp(scratch_.mixes[tile].peak - peak);
-  log_norm_ = peak + std::log(sum);
+  level_ = peak;
+  log_norm_ = std::log(sum);
   return std::isfinite(log_norm_);
 }
 
@@ -143,13 +144,13 @@ void Row::finish(bool valid) {
     float* out = request_.log_probs + b_ * request_.vocab;
     for_tiles([&](int64_t tile) {
       const int64_t begin = tile * kTile;
-      for (int64_t i = begin; i < begin + tile_size(tile); ++i) out[i] = valid ? (float)(scratch_.first[i] - log_norm_) : nan;
+      for (int64_t i = begin; i < begin + tile_size(tile); ++i) out[i] = valid ? (float)(scratch_.first[i] - level_ - log_norm_) : nan;
     });
     return;
   }
   request_.valid[b_] = valid;
   request_.tokens[b_] = valid ? token_ : 0;
-  request_.logprobs[b_] = valid ? (float)(token_key_ - log_norm_) : nan;
+  request_.logprobs[b_] = valid ? (float)(token_key_ - level_ - log_norm_) : nan;
   if (!request_.model_logprobs) return;
   for (int model = 0; model < request_.models; ++model) {
     float* out = request_.token_model_logprobs + b_ * request_.models + model;

@@ -121,7 +121,7 @@ class Row {
   int64_t best_ = 0;                   // s*, and pi_ref of it
   double best_mass_ = 0.0;
   std::vector<Candidate> candidates_;  // off reverse KL, sorted by token
-  double log_norm_ = 0.0;              // log pi* = key - log_norm
+  double level_ = 0.0, log_norm_ = 0.0;  // log pi* = (key - level) - log_norm
   int64_t token_ = 0;
   double token_key_ = 0.0;
 };
