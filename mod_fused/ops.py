@@ -182,7 +182,7 @@ def sample(
         value_weights: v, [J] or [B, J]; None means ones.
         prefix_logprobs: float32 or float64 [B, M+1], log-probability in nats of the response so far
             under each model, reference first. Without it the formula sees one token only; reverse
-            KL does not depend on it.
+            KL does not depend on it. On simplex weights combine it with normalizer="zero".
         logit_scales: M+1 positive numbers; each tensor is multiplied by its own before its softmax.
         vocab_size: V; None means the narrowest tensor's width. Further columns are never looked at.
         plausibility: p in (0, 1]: tokens less likely than p times the most likely token of
