@@ -1,30 +1,25 @@
-"""What the registered ops take, in schema order: the contract between `ops.py` and every backend.
+"""What the registered ops take: the contract between `ops.py` and every backend.
 
-A parameter that may be a number, a list or a tensor travels as two schema arguments, `name`
-(numbers, so that nothing is copied to the device) and `name_tensor`; the tensor counts where it is
-given. Rank-2 lists travel flat.
+A parameter that may be a number, a list or a tensor is two fields, `name` (numbers, so that nothing
+is copied to the device) and `name_tensor`; the tensor counts where it is given. Rank-2 lists travel
+flat.
+
+The dispatcher charges for every argument, about a microsecond each for lists, so `pack` sends all
+fields in four, and `unpack` reads them again (in C++: csrc/cpu/binding.cpp).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-MIXTURE_SCHEMA = (
-    "Tensor? ref_logits, Tensor[] policy_logits, float[] weights, Tensor? weights_tensor, "
-    "str divergence, str normalizer, Tensor? values, Tensor? value_ids, "
-    "float[] value_weights, Tensor? value_weights_tensor, Tensor? prefix_logprobs, "
-    "float[] logit_scales, int vocab_size, float plausibility, int plausibility_tensor"
-)
-DRAW_SCHEMA = (
-    "float[] temperature, Tensor? temperature_tensor, int[] top_k, Tensor? top_k_tensor, "
-    "float[] top_p, Tensor? top_p_tensor, float[] min_p, Tensor? min_p_tensor, Tensor? mask, "
-    "int seed, Tensor? seed_tensor, int[] position, Tensor? position_tensor, "
-    "bool return_model_logprobs"
-)
-LOG_PROBS_SCHEMA = f"({MIXTURE_SCHEMA}) -> Tensor"
-SAMPLE_SCHEMA = f"({MIXTURE_SCHEMA}, {DRAW_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
+_PACKED = "Tensor[] tensors, int[] integers, float[] numbers, str divergence"
+LOG_PROBS_SCHEMA = f"({_PACKED}) -> Tensor"
+SAMPLE_SCHEMA = f"({_PACKED}) -> (Tensor, Tensor, Tensor, Tensor)"
+
+Packed = tuple[list[Tensor], list[int], list[float], str]
 
 
 class MixtureArguments(NamedTuple):
@@ -78,3 +73,97 @@ class DrawArguments(NamedTuple):
     position: list[int]  # 1 or B numbers
     position_tensor: Tensor | None  # int64 [B]
     return_model_logprobs: bool
+
+
+def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Packed:
+    """All fields as the four arguments of an op; without `drawing` those of `log_probs`.
+
+    `tensors` holds what is not None, in the order of the fields; bit 0 of integers[0] says whether
+    the reference is there, the bits above it which of the optional tensors are. The other integers,
+    and the numbers, stand in the order written here; a list follows its length.
+    """
+    (ref, policies, weights, weights_tensor, divergence, normalizer, values, value_ids) = mixing[:8]
+    (value_weights, value_weights_tensor, prefix, scales, vocab, plausibility, plausible) = mixing[
+        8:
+    ]
+    tensors = list(policies) if ref is None else [ref, *policies]
+    optional = [weights_tensor, values, value_ids, value_weights_tensor, prefix]
+    integers = [0, len(policies), vocab, plausible, int(normalizer == "exact")]
+    integers += (len(weights), len(value_weights), len(scales))
+    numbers = [plausibility, *weights, *value_weights, *scales]
+    if drawing is not None:
+        temperature, temperature_tensor, top_k, top_k_tensor, top_p, top_p_tensor = drawing[:6]
+        min_p, min_p_tensor, mask, seed, seed_tensor, position, position_tensor = drawing[6:13]
+        optional += (temperature_tensor, top_k_tensor, top_p_tensor, min_p_tensor)
+        optional += (mask, seed_tensor, position_tensor)
+        integers += (len(temperature), len(top_p), len(min_p), len(top_k), len(position))
+        integers += (*top_k, *position, seed, int(drawing.return_model_logprobs))
+        numbers += (*temperature, *top_p, *min_p)
+    present = int(ref is not None)
+    for i, tensor in enumerate(optional):
+        if tensor is not None:
+            present |= 2 << i
+            tensors.append(tensor)
+    integers[0] = present
+    return tensors, integers, numbers, divergence
+
+
+def unpack(
+    tensors: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float], divergence: str
+) -> tuple[MixtureArguments, DrawArguments | None]:
+    """What was packed."""
+    words, reals, rest = iter(integers), iter(numbers), iter(tensors)
+
+    def some(count: int) -> list[float]:
+        return [next(reals) for _ in range(count)]
+
+    present = next(words)
+    policies, vocab, plausible, exact = (next(words) for _ in range(4))
+    counts = [next(words) for _ in range(3)]
+    ref = next(rest) if present & 1 else None
+    policy_logits = [next(rest) for _ in range(policies)]
+    optional = [next(rest) if present & (2 << i) else None for i in range(12)]
+    weights_tensor, values, value_ids, value_weights_tensor, prefix = optional[:5]
+    plausibility = next(reals)
+    weights, value_weights, scales = (some(n) for n in counts)
+    mixing = MixtureArguments(
+        ref,
+        policy_logits,
+        weights,
+        weights_tensor,
+        divergence,
+        "exact" if exact else "zero",
+        values,
+        value_ids,
+        value_weights,
+        value_weights_tensor,
+        prefix,
+        scales,
+        vocab,
+        plausibility,
+        plausible,
+    )
+    if len(integers) == 8:
+        return mixing, None
+    counts = [next(words) for _ in range(5)]
+    temperature, top_p, min_p = (some(n) for n in counts[:3])
+    top_k, position = ([next(words) for _ in range(n)] for n in counts[3:])
+    temperature_tensor, top_k_tensor, top_p_tensor, min_p_tensor = optional[5:9]
+    mask, seed_tensor, position_tensor = optional[9:]
+    drawing = DrawArguments(
+        temperature,
+        temperature_tensor,
+        top_k,
+        top_k_tensor,
+        top_p,
+        top_p_tensor,
+        min_p,
+        min_p_tensor,
+        mask,
+        next(words),
+        seed_tensor,
+        position,
+        position_tensor,
+        bool(next(words)),
+    )
+    return mixing, drawing

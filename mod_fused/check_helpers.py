@@ -48,32 +48,38 @@ def check_tensor(
     return tensor.detach() if tensor.requires_grad else tensor
 
 
-def check_logits(name: str, logits: object, first: Tensor | None) -> Tensor:
+def check_logits(
+    name: str, logits: object, rows: int | None, device: torch.device | None
+) -> tuple[Tensor, torch.Size]:
+    """The logits without their gradient, and their shape; `rows` and `device` are those of the
+    logits before them, None for the first."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
     if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"{name} must be {_names(LOGIT_DTYPES)}, got {logits.dtype}")
-    if logits.dim() != 2 or logits.shape[1] < 1:
+    shape = logits.shape
+    if len(shape) != 2 or shape[1] < 1:
         raise ValueError(f"{name} must have shape [B, V] with V >= 1, got {shape_of(logits)}")
-    if logits.shape[1] > 1 and logits.stride(1) != 1:
+    if logits.stride(1) != 1 and shape[1] > 1:
         raise ValueError(
             f"{name} must be contiguous in its last dimension (stride 1), got stride "
             f"{logits.stride(1)}"
         )
-    if first is not None:
-        if logits.shape[0] != first.shape[0]:
+    if rows is not None:
+        if shape[0] != rows:
             raise ValueError(
-                f"{name} must have as many rows as the other logits ({first.shape[0]}), "
-                f"got {logits.shape[0]}"
+                f"{name} must have as many rows as the other logits ({rows}), got {shape[0]}"
             )
-        if logits.device != first.device:
+        if logits.device != device:
             raise ValueError(
-                f"{name} must be on {first.device} like the other logits, got {logits.device}"
+                f"{name} must be on {device} like the other logits, got {logits.device}"
             )
-    return logits.detach() if logits.requires_grad else logits
+    return (logits.detach() if logits.requires_grad else logits), shape
 
 
 def number(name: str, x: object, kind: type = float) -> Any:
+    if type(x) is kind:  # the usual case, without the abstract base classes
+        return x
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     if kind is int:
@@ -96,6 +102,8 @@ def row_parameter(
     """A number, B numbers or a tensor [B] as the schema's pair (numbers, tensor)."""
     if given is None:
         return [off], None
+    if type(given) is kind and good(given):
+        return [given], None
     if isinstance(given, Tensor):
         dtypes = FLOATS if kind is float else _INTS
         return [off], check_tensor(name, given, dtypes, device, {"[B]": [batch]})
@@ -115,6 +123,12 @@ def weights_of(
     name: str, given: object, count: int, batch: int, device: torch.device
 ) -> tuple[list[float], Tensor | None]:
     """Weights [count] or [B, count] as the schema's pair (flat numbers, tensor)."""
+    if type(given) is list and len(given) == count:  # the usual case
+        for x in given:
+            if type(x) is not float or not math.isfinite(x):
+                break
+        else:
+            return given, None
     shapes: Mapping[str, Sequence[int]] = {f"[{count}]": [count], f"[B, {count}]": [batch, count]}
     if isinstance(given, Tensor):
         return [], check_tensor(name, given, FLOATS, device, shapes)

@@ -50,9 +50,11 @@ def check_mixture(
     kind = get_divergence(divergence)
     if normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer must be one of {NORMALIZERS}, got {normalizer!r}")
-    first = None
+    batch, device, widths = None, None, []
     if ref_logits is not None:
-        first = ref_logits = check_logits("ref_logits", ref_logits, None)
+        ref_logits, (batch, width) = check_logits("ref_logits", ref_logits, None, None)
+        device = ref_logits.device
+        widths.append(width)
     elif not isinstance(kind, ReverseKL):
         raise ValueError(f"ref_logits=None is possible for reverse_kl only, got {kind.name}")
 
@@ -74,16 +76,16 @@ def check_mixture(
         )
     policies: list[Tensor] = []
     for i, logits in enumerate(policy_logits):
-        policies.append(check_logits(f"policy_logits[{i}]", logits, first))
-        first = policies[0] if first is None else first
-    if first is None:
+        logits, (batch, width) = check_logits(f"policy_logits[{i}]", logits, batch, device)
+        device = logits.device if device is None else device
+        policies.append(logits)
+        widths.append(width)
+    if batch is None or device is None:
         raise ValueError("expected ref_logits or at least one policy, got neither")
     if not policies and values is None:
         raise ValueError("expected at least one policy or values, got neither")
 
-    batch, device = first.shape[0], first.device
-    models = len(policies) + (ref_logits is not None)
-    narrowest = min(x.shape[1] for x in ([] if ref_logits is None else [ref_logits]) + policies)
+    models, narrowest = len(widths), min(widths)
     if vocab_size is None:
         vocab_size = narrowest
     else:

@@ -46,7 +46,7 @@ def backends() -> dict[str, str]:
     return {name: status[name] for name in ("torch", "cpu", "triton", "cuda")}
 
 
-_fastest: dict[str, str] = {}  # device type -> backend
+_fastest: dict[torch.device, str] = {}
 
 
 def choose(name: str | None, device: torch.device) -> str:
@@ -56,14 +56,14 @@ def choose(name: str | None, device: torch.device) -> str:
         ValueError: if the backend is unknown, not available, or does not run on the device.
     """
     if name is None:
-        if device.type not in _fastest:
-            _fastest[device.type] = next(
+        if device not in _fastest:
+            _fastest[device] = next(
                 b.name
                 for b in BACKENDS
                 if (b.device_types is None or device.type in b.device_types)
                 and b.status() == AVAILABLE
             )
-        return _fastest[device.type]
+        return _fastest[device]
     for backend in BACKENDS:
         if backend.name == name:
             if backend.status() != AVAILABLE:

@@ -238,6 +238,8 @@ def get_divergence(divergence: str | Divergence) -> Divergence:
             barriers.
         TypeError: if the argument is neither a string nor a `Divergence`.
     """
+    if type(divergence) is str and divergence in _CANONICAL:
+        return _CANONICAL[divergence]
     if isinstance(divergence, _CLASSES):
         return divergence
     if not isinstance(divergence, str):

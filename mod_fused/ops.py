@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from . import torch_backend
-from .arguments import LOG_PROBS_SCHEMA, SAMPLE_SCHEMA, DrawArguments, MixtureArguments
+from .arguments import LOG_PROBS_SCHEMA, SAMPLE_SCHEMA, pack, unpack
 from .checks import check_draw, check_mixture
 from .dispatch import backends, choose
 from .divergence import Divergence
@@ -24,16 +25,19 @@ __all__ = ["Sample", "backends", "log_probs", "sample"]
 _library = torch.library.Library("mod_fused", "DEF")
 
 
-def _fake_log_probs(*args: object) -> Tensor:
-    mixing = MixtureArguments(*args)  # type: ignore[arg-type]
+def _fake_log_probs(
+    tensors: list[Tensor], integers: list[int], numbers: list[float], divergence: str
+) -> Tensor:
+    mixing, _ = unpack(tensors, integers, numbers, divergence)
     batch = mixing.batch_tensor()
     return batch.new_empty((batch.shape[0], mixing.vocab_size), dtype=torch.float32)
 
 
-def _fake_sample(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    split = len(MixtureArguments._fields)
-    mixing = MixtureArguments(*args[:split])  # type: ignore[arg-type]
-    drawing = DrawArguments(*args[split:])  # type: ignore[arg-type]
+def _fake_sample(
+    tensors: list[Tensor], integers: list[int], numbers: list[float], divergence: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mixing, drawing = unpack(tensors, integers, numbers, divergence)
+    assert drawing is not None
     batch = mixing.batch_tensor()
     rows = batch.shape[0]
     columns = mixing.model_count() if drawing.return_model_logprobs else 0
@@ -45,15 +49,22 @@ def _fake_sample(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
+# The overloads themselves: finding them anew costs more than a small call.
+_log_probs: dict[str, OpOverload] = {}
+_sample: dict[str, OpOverload] = {}
+
+
 def _define(backend: str) -> None:
     """Schema and fake implementation of a backend's two ops."""
     tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
-    for name, schema, fake in (
-        (f"log_probs_{backend}", LOG_PROBS_SCHEMA, _fake_log_probs),
-        (f"sample_{backend}", SAMPLE_SCHEMA, _fake_sample),
+    for name, schema, fake, overloads in (
+        ("log_probs", LOG_PROBS_SCHEMA, _fake_log_probs, _log_probs),
+        ("sample", SAMPLE_SCHEMA, _fake_sample, _sample),
     ):
-        _library.define(name + schema, tags=tags)
-        torch.library.register_fake(f"mod_fused::{name}", fake, lib=_library)
+        op = f"{name}_{backend}"
+        _library.define(op + schema, tags=tags)
+        torch.library.register_fake(f"mod_fused::{op}", fake, lib=_library)
+        overloads[backend] = getattr(torch.ops.mod_fused, op).default
 
 
 _define("torch")
@@ -126,7 +137,7 @@ def log_probs(
         plausibility_tensor,
     )
     name = choose(backend, mixing.batch_tensor().device)
-    return getattr(torch.ops.mod_fused, f"log_probs_{name}")(*mixing)
+    return _log_probs[name](*pack(mixing))
 
 
 def sample(
@@ -232,6 +243,5 @@ def sample(
         mixing, temperature, top_k, top_p, min_p, mask, seed, position, return_model_logprobs
     )
     name = choose(backend, mixing.batch_tensor().device)
-    op = getattr(torch.ops.mod_fused, f"sample_{name}")
-    tokens, logprobs, valid, model_logprobs = op(*mixing, *drawing)
+    tokens, logprobs, valid, model_logprobs = _sample[name](*pack(mixing, drawing))
     return Sample(tokens, logprobs, valid, model_logprobs if return_model_logprobs else None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import normalizer
-from .arguments import DrawArguments, MixtureArguments
+from .arguments import MixtureArguments, unpack
 from .divergence import Divergence, ReverseKL, get_divergence
 from .race import TILE, draw
 from .rows import row_vector
@@ -40,9 +40,11 @@ class Mixture(NamedTuple):
     logits: list[Tensor]  # float32 [b, T, TILE] each: scaled, reference first if there is one
 
 
-def log_probs(*args: object) -> Tensor:
-    """Implementation of `torch.ops.mod_fused.log_probs_torch`; arguments in schema order."""
-    mixing = MixtureArguments(*args)  # type: ignore[arg-type]
+def log_probs(
+    tensors: list[Tensor], integers: list[int], numbers: list[float], divergence: str
+) -> Tensor:
+    """Implementation of `torch.ops.mod_fused.log_probs_torch`; see `arguments.pack`."""
+    mixing, _ = unpack(tensors, integers, numbers, divergence)
     batch = mixing.batch_tensor()
     out = batch.new_empty((batch.shape[0], mixing.vocab_size), dtype=torch.float32)
     for rows in _chunks(*out.shape):
@@ -54,11 +56,12 @@ def log_probs(*args: object) -> Tensor:
     return out
 
 
-def sample(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Implementation of `torch.ops.mod_fused.sample_torch`; arguments in schema order."""
-    split = len(MixtureArguments._fields)
-    mixing = MixtureArguments(*args[:split])  # type: ignore[arg-type]
-    drawing = DrawArguments(*args[split:])  # type: ignore[arg-type]
+def sample(
+    tensors: list[Tensor], integers: list[int], numbers: list[float], divergence: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Implementation of `torch.ops.mod_fused.sample_torch`; see `arguments.pack`."""
+    mixing, drawing = unpack(tensors, integers, numbers, divergence)
+    assert drawing is not None
     batch = mixing.batch_tensor()
     count = batch.shape[0]
     columns = mixing.model_count() if drawing.return_model_logprobs else 0

@@ -271,6 +271,13 @@ def test_every_instruction_set_of_this_machine_gives_the_same_results(tmp_path):
         assert (x != y).sum() <= len(x) // 10_000
 
 
+@pytest.mark.parametrize("integers", [[], [1, 2, 4, 0, 1, 99, 0, 0], [1, 2, 4, 0, 1, -1, 0, 0]])
+def test_arguments_that_pack_did_not_write_are_refused(integers):
+    ref, policies = logits(131, 1, 4, 2)
+    with pytest.raises(RuntimeError):
+        torch.ops.mod_fused.log_probs_cpu([ref, *policies], integers, [0.0, 0.5, 0.5], "jsd")
+
+
 def test_an_unknown_instruction_set_is_reported():
     said = run_with("mmx")
     assert "'mmx'" in said and "avx2" in said

@@ -1,5 +1,5 @@
 // The CPU backend as torch ops, on the stable ABI: tensors and lists in, a Request out. The Python side has checked shapes,
-// dtypes and devices (mod_fused/checks.py); the order of arguments is that of mod_fused/arguments.py.
+// dtypes and devices (mod_fused/checks.py) and packed them (mod_fused/arguments.py).
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -9,7 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -22,7 +22,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using namespace mod_fused;
 
 DType dtype_of(const Tensor& x) {
@@ -49,7 +48,9 @@ template <class T> T number(const Tensor& x, int64_t offset) {
   }
 }
 
-template <class T, class Host> PerRow<T> per_row(const std::vector<Host>& host, const OptionalTensor& tensor) {
+using Pointer = const Tensor*;  // null: not given
+
+template <class T, class Host> PerRow<T> per_row(const std::vector<Host>& host, Pointer tensor) {
   PerRow<T> result;
   if (tensor) {
     for (int64_t b = 0; b < tensor->size(0); ++b) result.entries.push_back(number<T>(*tensor, b * tensor->stride(0)));
@@ -60,7 +61,7 @@ template <class T, class Host> PerRow<T> per_row(const std::vector<Host>& host, 
   return result;
 }
 
-PerRowVector per_row_vector(std::vector<double> host, const OptionalTensor& tensor, int width) {
+PerRowVector per_row_vector(std::vector<double> host, Pointer tensor, int width) {
   if (!tensor) return {std::move(host), width};
   std::vector<double> entries;
   const bool matrix = tensor->dim() == 2;
@@ -70,6 +71,41 @@ PerRowVector per_row_vector(std::vector<double> host, const OptionalTensor& tens
                                : number<double>(*tensor, i * tensor->stride(0)));
   return {std::move(entries), width};
 }
+
+// Reads what `pack` of mod_fused/arguments.py wrote, in its order.
+class Packed {
+ public:
+  Packed(const std::vector<Tensor>& tensors, const std::vector<int64_t>& integers, const std::vector<double>& numbers)
+      : tensors_(tensors), integers_(integers), numbers_(numbers), present_(integer()) {}
+
+  int64_t integer() { return integers_[claim(integers_, &next_integer_, 1)]; }
+  double number() { return numbers_[claim(numbers_, &next_number_, 1)]; }
+  const Tensor& tensor() { return tensors_[claim(tensors_, &next_tensor_, 1)]; }
+  // The next tensor that may be absent; the reference is the first of them.
+  Pointer optional() { return (present_ >> next_bit_++) & 1 ? &tensor() : nullptr; }
+  std::vector<int64_t> integers(int64_t count) { return take(integers_, &next_integer_, count); }
+  std::vector<double> numbers(int64_t count) { return take(numbers_, &next_number_, count); }
+
+ private:
+  // The index of the first of the next `count` entries.
+  template <class T> static size_t claim(const std::vector<T>& from, size_t* next, int64_t count) {
+    if (count < 0 || (uint64_t)count > from.size() - *next)
+      throw std::runtime_error("mod_fused: the arguments are not what mod_fused/arguments.py packs");
+    *next += (size_t)count;
+    return *next - (size_t)count;
+  }
+  template <class T> static std::vector<T> take(const std::vector<T>& from, size_t* next, int64_t count) {
+    const auto begin = from.begin() + (int64_t)claim(from, next, count);
+    return {begin, begin + count};
+  }
+
+  const std::vector<Tensor>& tensors_;
+  const std::vector<int64_t>& integers_;
+  const std::vector<double>& numbers_;
+  size_t next_tensor_ = 0, next_integer_ = 0, next_number_ = 0;
+  int next_bit_ = 0;
+  int64_t present_;
+};
 
 // Uninitialised contiguous CPU tensor; straight from the allocator, a tenth of the cost of calling aten::empty.
 Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
@@ -82,21 +118,47 @@ Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
 }
 
 // What the ops have in common; the tensors must outlive the request.
-Request mixture(const OptionalTensor& ref_logits, const std::vector<Tensor>& policy_logits, std::vector<double> weights,
-                const OptionalTensor& weights_tensor, const std::string& divergence, const std::string& normalizer,
-                const OptionalTensor& values, const OptionalTensor& value_ids, std::vector<double> value_weights,
-                const OptionalTensor& value_weights_tensor, const OptionalTensor& prefix_logprobs,
-                const std::vector<double>& logit_scales, int64_t vocab_size, double plausibility,
-                int64_t plausibility_tensor) {
+Request mixture(Packed& packed, const std::string& divergence) {
   Request request;
-  const Tensor& like = ref_logits ? *ref_logits : policy_logits[0];
-  request.rows = like.size(0);
-  request.vocab = vocab_size;
-  request.reference = ref_logits.has_value();
-  if (ref_logits) request.logits[request.models++] = rows_of(*ref_logits);
-  for (const Tensor& x : policy_logits) request.logits[request.models++] = rows_of(x);
-  for (int i = 0; i < request.models; ++i) request.scales[i] = logit_scales.empty() ? 1.0f : (float)logit_scales[i];
-  request.weights = per_row_vector(std::move(weights), weights_tensor, (int)policy_logits.size());
+  const Pointer reference = packed.optional();
+  const int policies = (int)packed.integer();
+  request.vocab = packed.integer();
+  const int64_t plausibility_tensor = packed.integer();
+  request.exact = packed.integer() != 0;
+  const int64_t weights = packed.integer(), value_weights = packed.integer(), scales = packed.integer();
+  const double plausibility = packed.number();
+
+  request.reference = reference != nullptr;
+  if (reference) {
+    request.rows = reference->size(0);
+    request.logits[request.models++] = rows_of(*reference);
+  }
+  for (int i = 0; i < policies; ++i) {
+    const Tensor& x = packed.tensor();
+    request.rows = x.size(0);
+    request.logits[request.models++] = rows_of(x);
+  }
+
+  request.weights = per_row_vector(packed.numbers(weights), packed.optional(), policies);
+  if (const Pointer values = packed.optional()) {
+    const int count = (int)values->size(0);
+    const int64_t step = values->stride(0) * (int64_t)values->element_size();
+    for (int j = 0; j < count; ++j)
+      request.values.push_back({bytes(*values) + j * step, dtype_of(*values),
+                                values->stride(1) * (int64_t)values->element_size()});
+  }
+  if (const Pointer ids = packed.optional()) {
+    request.value_ids = static_cast<const int64_t*>(ids->const_data_ptr());
+    request.candidates = ids->size(1);
+    request.value_ids_row = ids->stride(0);
+    request.value_ids_column = ids->stride(1);
+  }
+  request.value_weights = per_row_vector(packed.numbers(value_weights), packed.optional(), (int)request.values.size());
+  if (const Pointer prefix = packed.optional())
+    for (int64_t b = 0; b < request.rows; ++b)
+      for (int i = 0; i < request.models; ++i)
+        request.prefix.push_back(number<double>(*prefix, b * prefix->stride(0) + i * prefix->stride(1)));
+  for (int i = 0; i < request.models; ++i) request.scales[i] = scales == 0 ? 1.0f : (float)packed.number();
 
   request.kind = divergence == "reverse_kl"   ? Kind::reverse_kl
                  : divergence == "forward_kl" ? Kind::forward_kl
@@ -104,27 +166,6 @@ Request mixture(const OptionalTensor& ref_logits, const std::vector<Tensor>& pol
                  : divergence == "jeffrey"    ? Kind::jeffrey
                                               : Kind::alpha;
   if (request.kind == Kind::alpha) request.alpha = std::stod(divergence.substr(divergence.find(':') + 1));
-  request.exact = normalizer == "exact";
-
-  if (values) {
-    const int count = (int)values->size(0);
-    const int64_t step = values->stride(0) * (int64_t)values->element_size();
-    for (int j = 0; j < count; ++j)
-      request.values.push_back({bytes(*values) + j * step, dtype_of(*values),
-                                values->stride(1) * (int64_t)values->element_size()});
-    request.value_weights = per_row_vector(std::move(value_weights), value_weights_tensor, count);
-  }
-  if (value_ids) {
-    request.value_ids = static_cast<const int64_t*>(value_ids->const_data_ptr());
-    request.candidates = value_ids->size(1);
-    request.value_ids_row = value_ids->stride(0);
-    request.value_ids_column = value_ids->stride(1);
-  }
-  if (prefix_logprobs)
-    for (int64_t b = 0; b < request.rows; ++b)
-      for (int i = 0; i < request.models; ++i)
-        request.prefix.push_back(
-            number<double>(*prefix_logprobs, b * prefix_logprobs->stride(0) + i * prefix_logprobs->stride(1)));
   if (plausibility > 0.0) {
     request.log_plausibility = (float)std::log(plausibility);
     request.plausibility_model = (int)plausibility_tensor - (request.reference ? 0 : 1);
@@ -132,56 +173,46 @@ Request mixture(const OptionalTensor& ref_logits, const std::vector<Tensor>& pol
   return request;
 }
 
-Tensor log_probs(const OptionalTensor& ref_logits, const std::vector<Tensor>& policy_logits,
-                 const std::vector<double>& weights, const OptionalTensor& weights_tensor,
-                 const std::string& divergence, const std::string& normalizer, const OptionalTensor& values,
-                 const OptionalTensor& value_ids, const std::vector<double>& value_weights,
-                 const OptionalTensor& value_weights_tensor, const OptionalTensor& prefix_logprobs,
-                 const std::vector<double>& logit_scales, int64_t vocab_size, double plausibility,
-                 int64_t plausibility_tensor) {
-  Request request = mixture(ref_logits, policy_logits, weights, weights_tensor, divergence, normalizer, values,
-                            value_ids, value_weights, value_weights_tensor, prefix_logprobs, logit_scales, vocab_size,
-                            plausibility, plausibility_tensor);
+Tensor log_probs(const std::vector<Tensor>& tensors, const std::vector<int64_t>& integers,
+                 const std::vector<double>& numbers, const std::string& divergence) {
+  Packed packed(tensors, integers, numbers);
+  Request request = mixture(packed, divergence);
   Tensor out = empty({request.rows, request.vocab}, ScalarType::Float);
   request.log_probs = static_cast<float*>(out.mutable_data_ptr());
   run(request);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sample(
-    const OptionalTensor& ref_logits, const std::vector<Tensor>& policy_logits, const std::vector<double>& weights,
-    const OptionalTensor& weights_tensor, const std::string& divergence, const std::string& normalizer,
-    const OptionalTensor& values, const OptionalTensor& value_ids, const std::vector<double>& value_weights,
-    const OptionalTensor& value_weights_tensor, const OptionalTensor& prefix_logprobs,
-    const std::vector<double>& logit_scales, int64_t vocab_size, double plausibility, int64_t plausibility_tensor,
-    const std::vector<double>& temperature, const OptionalTensor& temperature_tensor,
-    const std::vector<int64_t>& top_k, const OptionalTensor& top_k_tensor, const std::vector<double>& top_p,
-    const OptionalTensor& top_p_tensor, const std::vector<double>& min_p, const OptionalTensor& min_p_tensor,
-    const OptionalTensor& mask, int64_t seed, const OptionalTensor& seed_tensor, const std::vector<int64_t>& position,
-    const OptionalTensor& position_tensor, bool return_model_logprobs) {
-  Request request = mixture(ref_logits, policy_logits, weights, weights_tensor, divergence, normalizer, values,
-                            value_ids, value_weights, value_weights_tensor, prefix_logprobs, logit_scales, vocab_size,
-                            plausibility, plausibility_tensor);
-  request.temperature = per_row<float>(temperature, temperature_tensor);
-  request.top_k = per_row<int64_t>(top_k, top_k_tensor);
-  request.top_p = per_row<double>(top_p, top_p_tensor);
-  request.min_p = per_row<float>(min_p, min_p_tensor);
-  request.position = per_row<int64_t>(position, position_tensor);
-  request.seeds = per_row<uint64_t>(std::vector<int64_t>(), seed_tensor);
-  for (int64_t b = 0; b < request.rows && !seed_tensor; ++b)
-    request.seeds.entries.push_back(split_mix((uint64_t)seed + (uint64_t)b));
-  if (mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const std::vector<Tensor>& tensors,
+                                                  const std::vector<int64_t>& integers,
+                                                  const std::vector<double>& numbers, const std::string& divergence) {
+  Packed packed(tensors, integers, numbers);
+  Request request = mixture(packed, divergence);
+  const int64_t temperatures = packed.integer(), top_ps = packed.integer(), min_ps = packed.integer(),
+                top_ks = packed.integer(), positions = packed.integer();
+  request.temperature = per_row<float>(packed.numbers(temperatures), packed.optional());
+  request.top_k = per_row<int64_t>(packed.integers(top_ks), packed.optional());
+  request.top_p = per_row<double>(packed.numbers(top_ps), packed.optional());
+  request.min_p = per_row<float>(packed.numbers(min_ps), packed.optional());
+  if (const Pointer mask = packed.optional()) {
     const int64_t size = (int64_t)mask->element_size();
     request.mask = {bytes(*mask), mask->scalar_type() == ScalarType::Int, mask->stride(0) * size,
                     mask->stride(1) * size};
   }
-  request.filters = mask.has_value();
+  const Pointer seeds = packed.optional();
+  request.position = per_row<int64_t>(packed.integers(positions), packed.optional());
+  const int64_t seed = packed.integer();
+  request.model_logprobs = packed.integer() != 0;
+
+  request.seeds = per_row<uint64_t>(std::vector<int64_t>(), seeds);
+  for (int64_t b = 0; b < request.rows && !seeds; ++b)
+    request.seeds.entries.push_back(split_mix((uint64_t)seed + (uint64_t)b));
+  request.filters = request.mask.data != nullptr;
   for (int64_t k : request.top_k.entries) request.filters |= k > 0;
   for (double p : request.top_p.entries) request.filters |= p < 1.0;
   for (float p : request.min_p.entries) request.filters |= p > 0.0f;
-  request.model_logprobs = return_model_logprobs;
 
-  const int64_t columns = return_model_logprobs ? request.models : 0;
+  const int64_t columns = request.model_logprobs ? request.models : 0;
   Tensor tokens = empty({request.rows}, ScalarType::Long);
   Tensor logprobs = empty({request.rows}, ScalarType::Float);
   Tensor valid = empty({request.rows}, ScalarType::Bool);
