@@ -44,44 +44,52 @@ void Row::collect(float least) {
   });
 }
 
-// The largest candidate such that it and all larger ones weigh at least `needed`, by rounds of counting on the bits in which
-// they differ. The integer sums do not depend on their order. -inf where all of them weigh less. Candidates are lost.
+// The largest candidate such that it and all larger ones weigh at least `needed`. The first round counts in equal steps of the
+// key, the others on the bits in which the keys left differ. The integer sums do not depend on their order. -inf where all
+// candidates weigh less. They are lost.
 template <class Weigh> float Row::rank(float peak, int64_t needed, const Weigh& weigh) {
-  float least = peak;
+  const FilterLoops& loops = loops_.filters;
   const auto for_candidates = [&](const auto& body) {
     for (int64_t tile = 0; tile < tiles_; ++tile)
       if (scratch_.counts[tile] > 0) body(scratch_.second + tile * kTile, &scratch_.counts[tile]);
   };
-  for_candidates([&](const float* key, const int* n) { least = std::min(least, loops_.filters.least(key, *n)); });
-  uint32_t base = ordered(least), range = ordered(peak) - base;
-  // Two of each, since neighbours are often in one bucket and would wait for each other.
-  int64_t sums[2 * kBuckets], weights[kTile];
   uint32_t buckets[kTile];
+  int64_t weights[kTile], sums[kBuckets];
+  // Leaves the candidates of the bucket that `needed` falls into; -1 where there is none.
+  const auto narrow = [&](uint32_t last, const auto& sort) {
+    std::fill(sums, sums + last + 1, 0);
+    for_candidates([&](const float* key, const int* n) {
+      weigh(key, *n, weights);
+      sort(key, *n);
+      for (int i = 0; i < *n; ++i) sums[buckets[i]] += weights[i];
+    });
+    uint32_t bucket = last;
+    for (; bucket > 0 && sums[bucket] < needed; --bucket) needed -= sums[bucket];
+    if (sums[bucket] < needed) return int64_t{-1};
+    for_candidates([&](float* key, int* n) {
+      sort(key, *n);
+      *n = loops.pick(buckets, bucket, *n, key);
+    });
+    return (int64_t)bucket;
+  };
+
+  float least = peak;
+  const auto find_least = [&](const float* key, const int* n) { least = std::min(least, loops.least(key, *n)); };
+  for_candidates(find_least);
+  const float scale = (float)(kBuckets - 2) / (peak - least);
+  if (scale > 0.0f && scale < kInfinity) {
+    if (narrow(kBuckets - 1, [&](const float* key, int n) { loops.spread(key, n, least, scale, buckets); }) < 0)
+      return -kInfinity;
+    least = peak;
+    for_candidates(find_least);
+  }
+  uint32_t base = ordered(least), range = ordered(peak) - base;
   for (;;) {
     int shift = 0;
     while (range >> shift >= kBuckets) ++shift;
-    uint32_t bucket = range >> shift;
-    std::fill(sums, sums + 2 * (bucket + 1), 0);
-    for_candidates([&](const float* key, const int* n) {
-      weigh(key, *n, weights);
-      loops_.filters.buckets(key, *n, base, shift, buckets);
-      for (int i = 0; i < *n; ++i) sums[2 * buckets[i] + i % 2] += weights[i];
-    });
-    const auto sum = [&] { return sums[2 * bucket] + sums[2 * bucket + 1]; };
-    for (; bucket > 0 && sum() < needed; --bucket) needed -= sum();
-    if (sum() < needed) return -kInfinity;
-    if (shift > 0) {
-      for_candidates([&](float* key, int* n) {
-        loops_.filters.buckets(key, *n, base, shift, buckets);
-        int left = 0;
-        for (int i = 0; i < *n; ++i) {
-          key[left] = key[i];
-          left += buckets[i] == bucket;
-        }
-        *n = left;
-      });
-    }
-    base += bucket << shift;
+    const int64_t bucket = narrow(range >> shift, [&](const float* key, int n) { loops.buckets(key, n, base, shift, buckets); });
+    if (bucket < 0) return -kInfinity;
+    base += (uint32_t)bucket << shift;
     if (shift == 0) return unordered(base);
     range = (1u << shift) - 1;
   }

@@ -96,6 +96,10 @@ struct FilterLoops {
   int (*group_peaks)(const float* key, int n, float* out);
   // Copies the keys >= least in their order and returns how many; `out` needs room for n.
   int (*above)(const float* key, int n, float least, float* out);
+  // Moves the keys whose bucket is the wanted one to the front and returns how many.
+  int (*pick)(const uint32_t* bucket, uint32_t wanted, int n, float* key);
+  // (key - least) * scale, rounded down
+  void (*spread)(const float* key, int n, float least, float scale, uint32_t* out);
   // (ordered(key) - base) >> shift
   void (*buckets)(const float* key, int n, uint32_t base, int shift, uint32_t* out);
   // Sum of floor(2^40 exp((key - peak) * beta)) over keys >= least: integers, whose sum no order can change.

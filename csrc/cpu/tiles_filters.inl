@@ -81,6 +81,28 @@ void buckets(const float* __restrict key, int n, uint32_t base, int shift, uint3
   for (int i = 0; i < n; ++i) out[i] = (ordered(key[i]) - base) >> shift;
 }
 
+int pick(const uint32_t* __restrict bucket, uint32_t wanted, int n, float* key) {
+  int count = 0, i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) {
+    const __m512 x = _mm512_loadu_ps(key + i);
+    const __mmask16 taken = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(bucket + i), _mm512_set1_epi32((int)wanted));
+    _mm512_storeu_ps(key + count, _mm512_maskz_compress_ps(taken, x));
+    count += __builtin_popcount(taken);
+  }
+#endif
+  for (; i < n; ++i) {
+    key[count] = key[i];
+    count += bucket[i] == wanted;
+  }
+  return count;
+}
+
+void spread(const float* __restrict key, int n, float least, float scale, uint32_t* __restrict out) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) out[i] = (uint32_t)(int32_t)((key[i] - least) * scale);
+}
+
 int64_t fixed_mass(const float* __restrict key, int n, float least, float peak, float beta) {
   // In halves of 20 bits, so that the sums over a tile fit 32.
   int32_t high = 0, low = 0;
@@ -119,4 +141,5 @@ void normalised(const float* __restrict key, int n, double level, double log_nor
 }
 
 constexpr FilterLoops kFilters = {peak_of, least_of, mask_bytes, mask_bits,  group_peaks,
-                                  above,   buckets,  fixed_mass, fixed_masses, kept_masses};
+                                  above,   pick,       spread,     buckets,    fixed_mass,
+                                  fixed_masses, kept_masses};
