@@ -199,9 +199,13 @@ def test_top_k_over_several_tiles_is_the_mask_of_the_k_largest(op: Any, k: int, 
     rows, seeds = row.expand(64, -1), torch.arange(64)
     mask = (row >= row.topk(k).values[-1]).expand(64, -1)
     filtered = op.sample(None, [rows], [1.0], seed=seeds, top_k=k)
-    assert torch.equal(filtered.tokens, op.sample(None, [rows], [1.0], seed=seeds, mask=mask).tokens)
+    assert torch.equal(
+        filtered.tokens, op.sample(None, [rows], [1.0], seed=seeds, mask=mask).tokens
+    )
     strided = torch.stack([mask, mask], dim=-1)[..., 0]
-    assert torch.equal(filtered.tokens, op.sample(None, [rows], [1.0], seed=seeds, mask=strided).tokens)
+    assert torch.equal(
+        filtered.tokens, op.sample(None, [rows], [1.0], seed=seeds, mask=strided).tokens
+    )
 
 
 @pytest.mark.parametrize("setting", [{"top_k": 50}, {"top_p": 0.999}, {"top_p": 1e-6}])
