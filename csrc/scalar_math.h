@@ -29,6 +29,14 @@ MOD_FUSED_INLINE float bits_float(uint32_t bits) {
   return x;
 }
 
+// An unsigned integer with the order of the floats; equal for -0 and +0.
+MOD_FUSED_INLINE uint32_t ordered(float x) {
+  const uint32_t bits = float_bits(x + 0.0f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+MOD_FUSED_INLINE float unordered(uint32_t x) { return bits_float(x & 0x80000000u ? x & 0x7fffffffu : ~x); }
+
 // One rounding, on every machine: the order of tokens depends on it (design §3).
 MOD_FUSED_INLINE float fused_multiply_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)

@@ -188,3 +188,28 @@ def test_a_masked_token_is_never_drawn_and_the_mask_acts_after_z(op):
         seed=3,
     )  # fmt: skip
     assert values.logprobs.exp().min() > 1000 * drawn.logprobs.exp().max()
+
+
+@pytest.mark.parametrize("k", [2, 40, 150, 190, 2500, 2999])
+@pytest.mark.parametrize("ties", [False, True])
+def test_top_k_over_several_tiles_is_the_mask_of_the_k_largest(op: Any, k: int, ties: bool) -> None:
+    """Few, up to a peak per group of a tile, and most of the tokens."""
+    row = torch.randn(3000, generator=torch.Generator().manual_seed(k)) * 3
+    row = row.round() if ties else row
+    rows, seeds = row.expand(64, -1), torch.arange(64)
+    mask = (row >= row.topk(k).values[-1]).expand(64, -1)
+    filtered = op.sample(None, [rows], [1.0], seed=seeds, top_k=k)
+    assert torch.equal(
+        filtered.tokens, op.sample(None, [rows], [1.0], seed=seeds, mask=mask).tokens
+    )
+    strided = torch.stack([mask, mask], dim=-1)[..., 0]
+    assert torch.equal(
+        filtered.tokens, op.sample(None, [rows], [1.0], seed=seeds, mask=strided).tokens
+    )
+
+
+@pytest.mark.parametrize("setting", [{"top_k": 50}, {"top_p": 0.999}, {"top_p": 1e-6}])
+def test_equal_keys_over_several_tiles_are_all_kept(op: Any, setting: dict[str, Any]) -> None:
+    rows, seeds = torch.zeros(64, 3000), torch.arange(64)
+    filtered = op.sample(None, [rows], [1.0], seed=seeds, **setting)
+    assert torch.equal(filtered.tokens, op.sample(None, [rows], [1.0], seed=seeds).tokens)

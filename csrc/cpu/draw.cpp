@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <functional>
 #include <limits>
-#include <numeric>
 
 #include "../scalar_math.h"
 #include "row.h"
@@ -14,101 +13,166 @@ namespace mod_fused {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr float kFixedPoint = 0x1p40f;
-
-// An unsigned integer with the order of the floats; equal for -0 and +0.
-uint32_t ordered(float x) {
-  const uint32_t bits = float_bits(x + 0.0f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-float unordered(uint32_t x) { return bits_float(x & 0x80000000u ? x & 0x7fffffffu : ~x); }
-
-// The largest key such that it and all larger ones weigh at least target(total weight), by three rounds of counting on its
-// bits. The integer sums do not depend on their order. -inf where all keys weigh less; `weight(i)` must be 0 for tokens that
-// are out.
-template <class Weight, class Target>
-float weighted_rank(const float* key, int64_t n, const Weight& weight, const Target& target) {
-  const int shifts[] = {21, 10, 0}, widths[] = {11, 11, 10};
-  std::vector<int64_t> buckets(2048, 0);
-  for (int64_t i = 0; i < n; ++i) buckets[ordered(key[i]) >> shifts[0]] += weight(i);
-  int64_t needed = target(std::accumulate(buckets.begin(), buckets.end(), int64_t{0}));
-  std::vector<int64_t> left;  // the tokens that share the bits found so far
-  uint32_t prefix = 0;
-  for (int round = 0; round < 3; ++round) {
-    uint32_t bucket = (1u << widths[round]) - 1;
-    while (bucket > 0 && buckets[bucket] < needed) needed -= buckets[bucket--];
-    if (buckets[bucket] < needed) return -kInfinity;
-    prefix = (prefix << widths[round]) | bucket;
-    if (round == 2) break;
-    const auto shares = [&](int64_t i) { return ordered(key[i]) >> shifts[round] == prefix; };
-    if (round == 0) {
-      for (int64_t i = 0; i < n; ++i)
-        if (shares(i)) left.push_back(i);
-    } else {
-      left.erase(std::remove_if(left.begin(), left.end(), [&](int64_t i) { return !shares(i); }), left.end());
-    }
-    std::fill(buckets.begin(), buckets.end(), 0);
-    for (int64_t i : left)
-      buckets[(ordered(key[i]) >> shifts[round + 1]) & ((1u << widths[round + 1]) - 1)] += weight(i);
-  }
-  return unordered(prefix);
-}
+constexpr uint32_t kBuckets = 2048;
+constexpr double kMargin = 1e-3;  // far more than what float32 loses in an exponent
 
 }  // namespace
 
-void Row::apply_mask(float* key) const {
-  for (int64_t token = 0; token < request_.vocab; ++token)
-    if (!request_.mask.allows(b_, token)) key[token] = -kInfinity;
+void Row::apply_mask(int64_t tile) const {
+  const Mask& mask = request_.mask;
+  const int64_t begin = tile * kTile;
+  const int n = tile_size(tile);
+  const char* row = mask.data + b_ * mask.row_bytes;
+  float* key = scratch_.first + begin;
+  if (mask.contiguous() && mask.packed) {
+    loops_.filters.mask_bits(reinterpret_cast<const int32_t*>(row) + begin / 32, n, key);
+  } else if (mask.contiguous()) {
+    loops_.filters.mask_bytes(reinterpret_cast<const uint8_t*>(row) + begin, n, key);
+  } else {
+    for (int i = 0; i < n; ++i) key[i] = mask.allows(b_, begin + i) ? key[i] : -kInfinity;
+  }
 }
 
-float Row::cut(const float* key, float peak) {
-  const int64_t vocab = request_.vocab;
-  float least = -kInfinity;
-  if (top_k_ > 0 && top_k_ < vocab)
-    least = weighted_rank(key, vocab, [&](int64_t i) { return (int64_t)(key[i] > -kInfinity); },
-                          [&](int64_t) { return top_k_; });
-  if (top_p_ < 1.0) {
-    float* mass = scratch_.second;
-    for_tiles([&](int64_t tile) {
-      loops_.exps(key + tile * kTile, tile_size(tile), peak, inverse_temperature(), mass + tile * kTile);
+void Row::collect(float least) {
+  for_tiles([&](int64_t tile) {
+    const int64_t begin = tile * kTile;
+    scratch_.counts[tile] = scratch_.mixes[tile].peak >= least
+                                ? loops_.filters.above(scratch_.first + begin, tile_size(tile), least, scratch_.second + begin)
+                                : 0;
+  });
+}
+
+// The largest candidate such that it and all larger ones weigh at least `needed`. The first round counts in equal steps of the
+// key, the others on the bits in which the keys left differ. The integer sums do not depend on their order. -inf where all
+// candidates weigh less. They are lost.
+template <class Weigh> float Row::rank(float peak, int64_t needed, const Weigh& weigh) {
+  const FilterLoops& loops = loops_.filters;
+  const auto for_candidates = [&](const auto& body) {
+    for (int64_t tile = 0; tile < tiles_; ++tile)
+      if (scratch_.counts[tile] > 0) body(scratch_.second + tile * kTile, &scratch_.counts[tile]);
+  };
+  uint32_t buckets[kTile];
+  int64_t weights[kTile], sums[kBuckets];
+  // Leaves the candidates of the bucket that `needed` falls into; -1 where there is none.
+  const auto narrow = [&](uint32_t last, const auto& sort) {
+    std::fill(sums, sums + last + 1, 0);
+    for_candidates([&](const float* key, const int* n) {
+      weigh(key, *n, weights);
+      sort(key, *n);
+      for (int i = 0; i < *n; ++i) sums[buckets[i]] += weights[i];
     });
-    const auto fixed = [&](int64_t i) { return key[i] >= least ? (int64_t)(mass[i] * kFixedPoint) : int64_t{0}; };
-    const auto target = [&](int64_t total) { return (int64_t)std::ceil(top_p_ * (double)total); };
-    least = std::max(least, weighted_rank(key, vocab, fixed, target));
+    uint32_t bucket = last;
+    for (; bucket > 0 && sums[bucket] < needed; --bucket) needed -= sums[bucket];
+    if (sums[bucket] < needed) return int64_t{-1};
+    for_candidates([&](float* key, int* n) {
+      sort(key, *n);
+      *n = loops.pick(buckets, bucket, *n, key);
+    });
+    return (int64_t)bucket;
+  };
+
+  float least = peak;
+  const auto find_least = [&](const float* key, const int* n) { least = std::min(least, loops.least(key, *n)); };
+  for_candidates(find_least);
+  const float scale = (float)(kBuckets - 2) / (peak - least);
+  if (scale > 0.0f && scale < kInfinity) {
+    if (narrow(kBuckets - 1, [&](const float* key, int n) { loops.spread(key, n, least, scale, buckets); }) < 0)
+      return -kInfinity;
+    least = peak;
+    for_candidates(find_least);
   }
-  return least;
+  uint32_t base = ordered(least), range = ordered(peak) - base;
+  for (;;) {
+    int shift = 0;
+    while (range >> shift >= kBuckets) ++shift;
+    const int64_t bucket = narrow(range >> shift, [&](const float* key, int n) { loops.buckets(key, n, base, shift, buckets); });
+    if (bucket < 0) return -kInfinity;
+    base += (uint32_t)bucket << shift;
+    if (shift == 0) return unordered(base);
+    range = (1u << shift) - 1;
+  }
+}
+
+// The k-th largest key. First bounds from below, since any k keys have one: of the tiles' peaks, then of those of their groups.
+// They leave few candidates.
+float Row::top_k_cut(float peak) {
+  const auto count = [](const float*, int n, int64_t* weights) { std::fill(weights, weights + n, 1); };
+  float bound = kLowest;
+  if (top_k_ <= tiles_) {
+    for (int64_t tile = 0; tile < tiles_; ++tile) scratch_.slopes[tile] = scratch_.mixes[tile].peak;
+    const auto kth = scratch_.slopes.begin() + (top_k_ - 1);
+    std::nth_element(scratch_.slopes.begin(), kth, scratch_.slopes.end(), std::greater<float>());
+    bound = std::max(bound, *kth);
+  }
+  if (top_k_ <= tiles_ * kGroups) {
+    for_tiles([&](int64_t tile) {
+      const int64_t begin = tile * kTile;
+      scratch_.counts[tile] = 0;
+      if (!(scratch_.mixes[tile].peak >= bound)) return;
+      float peaks[kGroups];
+      const int groups = loops_.filters.group_peaks(scratch_.first + begin, tile_size(tile), peaks);
+      scratch_.counts[tile] = loops_.filters.above(peaks, groups, bound, scratch_.second + begin);
+    });
+    bound = std::max(bound, rank(peak, top_k_, count));
+  }
+  if (bound == peak) return bound;
+  collect(bound);
+  return rank(peak, top_k_, count);
+}
+
+float Row::top_p_cut(float peak, float least) {
+  const float beta = inverse_temperature();
+  for_tiles([&](int64_t tile) {
+    const bool needed = scratch_.mixes[tile].peak >= least && scratch_.mixes[tile].peak > -kInfinity;
+    scratch_.weights[tile] =
+        needed ? loops_.filters.fixed_mass(scratch_.first + tile * kTile, tile_size(tile), least, peak, beta) : 0;
+  });
+  int64_t total = 0;
+  for (int64_t weight : scratch_.weights) total += weight;
+  const int64_t needed = (int64_t)std::ceil(top_p_ * (double)total);
+  // Tokens lighter than this are dropped even all together.
+  const double light = std::max((double)(total - needed) / request_.vocab, 1.0) / kFixedPoint;
+  const double bound = peak + (std::log(light) - kMargin) / beta;
+  collect((float)std::max({bound, (double)least, (double)kLowest}));
+  return rank(peak, needed, [&](const float* key, int n, int64_t* weights) {
+    loops_.filters.fixed_masses(key, n, peak, beta, weights);
+  });
 }
 
 bool Row::draw_from_keys() {
-  float* key = scratch_.first;
-  if (request_.mask.data) apply_mask(key);
-  const float* highest = std::max_element(key, key + request_.vocab);  // the first of equal keys
-  const float peak = *highest;
+  const float* keys = scratch_.first;
+  for_tiles([&](int64_t tile) {
+    if (request_.mask.data) apply_mask(tile);
+    scratch_.mixes[tile].peak = loops_.filters.peak(keys + tile * kTile, tile_size(tile));
+  });
+  float peak = -kInfinity;
+  for (const TileMix& mix : scratch_.mixes) peak = std::max(peak, mix.peak);
   if (!(std::fabs(peak) < kInfinity)) return false;
   if (temperature_ == 0.0f) {
-    token_ = highest - key;
+    int64_t tile = 0;
+    while (scratch_.mixes[tile].peak != peak) ++tile;
+    token_ = std::find(keys + tile * kTile, keys + request_.vocab, peak) - keys;  // the first of equal keys
     token_key_ = peak;
     return true;
   }
   const float beta = inverse_temperature();
-  const float least = cut(key, peak);
   const float log_min_p = std::log(min_p_);
+  float least = -kInfinity;
+  if (top_k_ > 0 && top_k_ < request_.vocab) least = top_k_cut(peak);
+  if (top_p_ < 1.0) least = std::max(least, top_p_cut(peak, least));
   const auto token_masses = [&](int64_t tile, float* mass) {
-    const float* k = key + tile * kTile;
-    const int n = tile_size(tile);
-    loops_.exps(k, n, peak, beta, mass);
-    for (int i = 0; i < n; ++i) mass[i] = k[i] >= least && (k[i] - peak) * beta >= log_min_p ? mass[i] : 0.0f;
+    return loops_.filters.kept_masses(keys + tile * kTile, tile_size(tile), peak, beta, least, log_min_p, mass);
   };
   for_tiles([&](int64_t tile) {
+    const float highest = scratch_.mixes[tile].peak;
     alignas(64) float mass[kTile];
-    token_masses(tile, mass);
-    float sum = 0.0f;
-    for (int i = 0; i < tile_size(tile); ++i) sum += mass[i];
-    scratch_.masses[tile] = sum;
+    const bool kept = highest >= least && (highest - peak) * beta >= log_min_p;
+    scratch_.masses[tile] = kept ? token_masses(tile, mass) : 0.0f;
   });
   if (!race(token_masses)) return false;
-  token_key_ = key[token_];
+  token_key_ = keys[token_];
   return true;
 }
 

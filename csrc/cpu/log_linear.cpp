@@ -118,29 +118,27 @@ bool Row::draw_log_linear() {
 }
 
 bool Row::log_linear_keys() {
-  float* keys = scratch_.first;
-  if (request_.value_ids) {
-    if (!candidate_keys()) return false;
-  } else {
-    for_tiles([&](int64_t tile) {
-      scratch_.mixes[tile] =
-          loops_.log_linear(terms_.data(), (int)terms_.size(), tile * kTile, tile_size(tile), keys + tile * kTile);
-    });
-    for (const TileMix& mix : scratch_.mixes)
-      if (mix.broken) return false;
-  }
+  if (request_.value_ids && !candidate_keys()) return false;
   const int constrained = request_.plausibility_model;
-  if (constrained >= 0) {
-    for_tiles([&](int64_t tile) {
+  const float least = request_.log_plausibility;
+  for_tiles([&](int64_t tile) {
+    const int64_t begin = tile * kTile;
+    const int n = tile_size(tile);
+    float* key = scratch_.first + begin;
+    TileMix& mix = scratch_.mixes[tile];
+    mix.broken = false;
+    if (!request_.value_ids) mix = loops_.log_linear(terms_.data(), (int)terms_.size(), begin, n, key);
+    if (constrained >= 0) {
       alignas(64) float x[kTile];
-      float* key = keys + tile * kTile;
-      const int n = tile_size(tile);
-      loops_.load(logits(constrained), tile * kTile, n, x);
+      loops_.load(logits(constrained), begin, n, x);
       const float peak = (float)model_peaks_[constrained];
-      for (int i = 0; i < n; ++i) key[i] = x[i] - peak >= request_.log_plausibility ? key[i] : -kInfinity;
-    });
-  }
-  return sum_keys();
+      for (int i = 0; i < n; ++i) key[i] = x[i] - peak >= least ? key[i] : -kInfinity;
+    }
+    sum_tile(tile);
+  });
+  for (const TileMix& mix : scratch_.mixes)
+    if (mix.broken) return false;
+  return sum_tiles();
 }
 
 // Everything is excluded but the candidates, which are few: one at a time. `sum_models` has looked for broken logits.

@@ -48,6 +48,7 @@ struct Mask {
     const int32_t word = *reinterpret_cast<const int32_t*>(row + (token / 32) * element_bytes);
     return ((uint32_t)word >> (token % 32)) & 1u;
   }
+  bool contiguous() const { return element_bytes == (packed ? 4 : 1); }
 };
 
 struct Request {

@@ -1,5 +1,6 @@
 #include "row.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <new>
@@ -20,6 +21,8 @@ void Scratch::reserve(int64_t tiles, int models, bool per_token) {
   sums.resize((size_t)tiles);
   slopes.resize((size_t)tiles);
   masses.resize((size_t)tiles);
+  counts.resize((size_t)tiles);
+  weights.resize((size_t)tiles);
   const int64_t needed = per_token ? tiles * kTile : 0;
   if (needed > capacity_) {
     ::operator delete(first, kAlignment);
@@ -103,15 +106,18 @@ bool Row::sum_models() {
   return good;
 }
 
-// log_norm_ of the keys in scratch.first; false where no token is left or a key overflowed.
+void Row::sum_tile(int64_t tile) {
+  const PeakSum part = loops_.peak_sum({scratch_.first + tile * kTile, DType::float32, 1.0f}, 0, tile_size(tile));
+  scratch_.mixes[tile].peak = part.peak;
+  scratch_.sums[tile] = part.peak > -kInfinity ? part.sum : 0.0f;
+}
+
 bool Row::sum_keys() {
-  for_tiles([&](int64_t tile) {
-    const int n = tile_size(tile);
-    const float* key = scratch_.first + tile * kTile;
-    const PeakSum part = loops_.peak_sum({key, DType::float32, 1.0f}, 0, n);
-    scratch_.mixes[tile].peak = part.peak;
-    scratch_.sums[tile] = part.peak > -kInfinity ? part.sum : 0.0f;
-  });
+  for_tiles([&](int64_t tile) { sum_tile(tile); });
+  return sum_tiles();
+}
+
+bool Row::sum_tiles() {
   double peak = -kInfinity, sum = 0.0;
   for (const TileMix& mix : scratch_.mixes) peak = std::fmax(peak, (double)mix.peak);
   if (!std::isfinite(peak)) return false;
@@ -144,7 +150,9 @@ void Row::finish(bool valid) {
     float* out = request_.log_probs + b_ * request_.vocab;
     for_tiles([&](int64_t tile) {
       const int64_t begin = tile * kTile;
-      for (int64_t i = begin; i < begin + tile_size(tile); ++i) out[i] = valid ? (float)(scratch_.first[i] - level_ - log_norm_) : nan;
+      const int n = tile_size(tile);
+      if (valid) loops_.normalised(scratch_.first + begin, n, level_, log_norm_, out + begin);
+      else std::fill(out + begin, out + begin + n, nan);
     });
     return;
   }

@@ -17,6 +17,8 @@ struct Scratch {
   std::vector<DeficitSums> deficits;
   std::vector<float> sums, slopes;     // sum of e^(key - tile's peak), or s1 and s2
   std::vector<float> masses;           // of the race
+  std::vector<int> counts;             // of candidates for the filters, kept in `second`
+  std::vector<int64_t> weights;        // of top-p
 
   void reserve(int64_t tiles, int models, bool per_token);
   Scratch() = default;
@@ -48,7 +50,9 @@ class Row {
   bool sum_quickly(int model);
   bool sum_carefully(int model);
   bool sum_models();  // log-sum-exps where they are needed; false where a model that counts is broken
-  bool sum_keys();
+  void sum_tile(int64_t tile);  // peak and sum of a tile's keys
+  bool sum_tiles();             // log_norm_ of all; false where no token is left or a key overflowed
+  bool sum_keys();              // both
   void finish(bool valid);
 
   // log_linear.cpp
@@ -79,8 +83,11 @@ class Row {
   // draw.cpp
   bool draw_from_keys();
   bool race(const std::function<void(int64_t, float*)>& token_masses);  // tiles' masses in scratch.masses
-  void apply_mask(float* key) const;
-  float cut(const float* key, float peak);  // least key that top-k and top-p keep
+  void apply_mask(int64_t tile) const;
+  float top_k_cut(float peak);               // least key that top-k keeps, -inf for all
+  float top_p_cut(float peak, float least);  // least key that top-p keeps of those from `least` on
+  void collect(float least);                 // candidates: the keys >= least
+  template <class Weigh> float rank(float peak, int64_t needed, const Weigh& weigh);
 
   template <class F> void for_tiles(const F& body) {
     run_tiles_(tiles_, [&](int64_t begin, int64_t end) {

@@ -84,6 +84,31 @@ struct DivergenceLoops {
   void (*keys)(const float* p, const float* x, int n, float alpha, float t, float constant, float* out);
 };
 
+// What masks and filters need of finished keys.
+constexpr int kGroups = 64;  // of a tile, for top-k
+struct FilterLoops {
+  float (*peak)(const float* key, int n);
+  float (*least)(const float* key, int n);
+  // Keys that the mask forbids become -inf.
+  void (*mask_bytes)(const uint8_t* allowed, int n, float* key);
+  void (*mask_bits)(const int32_t* words, int n, float* key);
+  // Peaks of groups of a tile, at most kGroups of them; returns how many.
+  int (*group_peaks)(const float* key, int n, float* out);
+  // Copies the keys >= least in their order and returns how many; `out` needs room for n.
+  int (*above)(const float* key, int n, float least, float* out);
+  // Moves the keys whose bucket is the wanted one to the front and returns how many.
+  int (*pick)(const uint32_t* bucket, uint32_t wanted, int n, float* key);
+  // (key - least) * scale, rounded down
+  void (*spread)(const float* key, int n, float least, float scale, uint32_t* out);
+  // (ordered(key) - base) >> shift
+  void (*buckets)(const float* key, int n, uint32_t base, int shift, uint32_t* out);
+  // Sum of floor(2^40 exp((key - peak) * beta)) over keys >= least: integers, whose sum no order can change.
+  int64_t (*fixed_mass)(const float* key, int n, float least, float peak, float beta);
+  void (*fixed_masses)(const float* key, int n, float peak, float beta, int64_t* out);
+  // exp((key - peak) * beta), 0 where the key is below `least` or the exponent below `log_min_p`; returns their sum.
+  float (*kept_masses)(const float* key, int n, float peak, float beta, float least, float log_min_p, float* out);
+};
+
 struct TileLoops {
   const char* name;
   void (*load)(const Source& x, int64_t begin, int n, float* out);
@@ -104,6 +129,9 @@ struct TileLoops {
   DeficitSums (*close_deficit)(const float* ref, const double* tilt, int n, float log_norm, float* p, float* q);
   // argmin of E(seed, position, index + i, stream) / mass[i] and that minimum; index -1 where no mass is positive.
   RaceResult (*race)(const float* mass, int n, uint64_t seed, uint64_t position, uint32_t index, uint32_t stream);
+  // (key - level) - log_norm
+  void (*normalised)(const float* key, int n, double level, double log_norm, float* out);
+  FilterLoops filters;
   DivergenceLoops forward_kl, jsd, alpha, alpha_half, jeffrey;
 };
 

@@ -3,6 +3,9 @@
 // files could be linked in the version of the widest instruction set and crash on an older machine.
 
 #include <math.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "../divergence.h"
 #include "../philox.h"
@@ -421,6 +424,8 @@ RaceResult race(const float* __restrict mass, int n, uint64_t seed, uint64_t pos
   return {winner, least};
 }
 
+#include "tiles_filters.inl"
+
 const TileLoops kLoops = {
     MOD_FUSED_LOOPS_NAME,
     load,
@@ -433,6 +438,8 @@ const TileLoops kLoops = {
     add_tilt,
     close_deficit,
     race,
+    normalised,
+    kFilters,
     Loops<ForwardKL>::table(),
     Loops<JensenShannon>::table(),
     Loops<Alpha<false>>::table(),
