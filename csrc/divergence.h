@@ -6,11 +6,12 @@
 //   log_ratio(q)  log H(q), H the inverse of q in ratio space
 //   log_slope(q)  log(-H'(q))
 //
-// The three bounded ones are Stieltjes kernels: with x = excess(D) and t = shift(tau),
+// The loops store u(s), from which H at Q - least + tau comes as e^constant(tau) power(y) with
 //
-//   H(tau + D) = e^constant(tau) y^(-order),     y = distance(t, x) = t + x,     power(y, 1/y) = y^(-order),
+//   y = distance(base, t, u) = (u - base) + t,     base = u at the least Q,     t = shift(tau).
 //
-// so that a sum over tokens costs a division each where order is 1 or 2, and no logarithm.
+// The three bounded ones are Stieltjes kernels: power(y) = y^(-order), so that a sum over tokens costs a reciprocal each
+// where order is 1 or 2, and no logarithm. u is made of terms of y = factor * log2(e) * d, as `close(sum of w * term(y))`.
 #pragma once
 
 #include "scalar_math.h"
@@ -26,14 +27,20 @@ struct ForwardKL {
   template <class Real> MOD_FUSED_MEMBER Real log_ratio(Real q) const { return -log_of(q); }
   template <class Real> MOD_FUSED_MEMBER Real log_slope(Real q) const { return -2 * log_of(q); }
 
+  double factor() const { return -1.0; }
+  MOD_FUSED_MEMBER float term(float y) const { return exp2_near(y); }
+  MOD_FUSED_MEMBER float close(float q) const { return q; }
   MOD_FUSED_MEMBER float excess(float d) const { return d; }
-  MOD_FUSED_MEMBER float distance(float t, float x) const { return t + x; }
   MOD_FUSED_MEMBER float power(float, float r) const { return r; }
-  MOD_FUSED_MEMBER float log_power(float t, float x) const { return -log_of(t + x); }
+  MOD_FUSED_MEMBER float log_power(float y) const { return -log_of(y); }
+  double least_deficit(double u) const { return u; }
+  double mean_deficit(double q) const { return q; }
+  void measure_from(double) {}
   double shift(double tau) const { return tau; }
   double unshift(double t) const { return t; }
   double constant(double) const { return 0.0; }
   double order() const { return 1.0; }
+  double pole(double y) const { return y; }
 };
 
 struct JensenShannon {
@@ -53,27 +60,38 @@ struct JensenShannon {
     return -q - 2 * log_of(one_minus_exp(q));
   }
 
-  // 1 / expm1(tau + D) = e^-tau / ((1 - e^-tau) + expm1(D))
-  // Where expm1(D) would overflow H is e^-(tau + D), and 0 to a sum: there x is -D.
+  // 1 / expm1(tau + D) = e^-tau c / ((1 - e^-tau) c + u - base) with u = expm1(Q), c = 1 + base. Where that would overflow
+  // u is 1e30 Q, which counts nothing in a sum and still has the logarithm.
+  double factor() const { return 1.0; }
+  MOD_FUSED_MEMBER float term(float y) const {
+    const float size = fabsf(y);  // log(2) / 2 (|y| - y) is the linear part
+    return multiply_add(size - y, 0.34657359f, log1p_unit(exp2_near(-size)));
+  }
+  MOD_FUSED_MEMBER float close(float q) const { return expm1_near(q); }
   MOD_FUSED_MEMBER float excess(float d) const {
-    const float x = expm1_of(d);
-    return d > 80.0f ? -d : x;
+    const float x = expm1_of(d < 60.0f ? d : 60.0f), far = (d < 9e6f ? d : 9e6f) * 1e30f;
+    return d > 60.0f ? far : x;
   }
-  MOD_FUSED_MEMBER float distance(float t, float x) const { return x < 0.0f ? 1e37f : t + x; }
   MOD_FUSED_MEMBER float power(float, float r) const { return r; }
-  MOD_FUSED_MEMBER float log_power(float t, float x) const {
-    const float near = -log_of(distance(t, x));
-    return x < 0.0f ? x : near;
+  MOD_FUSED_MEMBER float log_power(float y) const {
+    const float near = -log_of(y), far = y * -1e-30f;
+    return y > 1e30f ? far : near;
   }
-  double shift(double tau) const { return -expm1(-tau); }
-  double unshift(double t) const { return -log1p(-t); }
-  double constant(double tau) const { return -tau; }
+  double least_deficit(double u) const { return log1p(u); }
+  double mean_deficit(double q) const { return q; }
+  void measure_from(double base) { scale_ = 1.0 + base; }
+  double shift(double tau) const { return -expm1(-tau) * scale_; }
+  double unshift(double t) const { return -log1p(-t / scale_); }
+  double constant(double tau) const { return log(scale_) - tau; }
   double order() const { return 1.0; }
+  double pole(double y) const { return y; }
 
  private:
   // 1 - e^-q; e^-q is 0 in float32 beyond 80.
   MOD_FUSED_MEMBER static float one_minus_exp(float q) { return -expm1_of(-(q > 80.0f ? 80.0f : q)); }
   MOD_FUSED_MEMBER static double one_minus_exp(double q) { return -expm1(-q); }
+
+  double scale_ = 1.0;  // c
 };
 
 // alpha = 1/2 has a compile-time order: its kernel is a square.
@@ -93,17 +111,23 @@ template <bool half> struct Alpha {
     return -(1 + Real(inverse)) * log_of(Real(alpha) * q);
   }
 
-  // In units of 1/a, so that a small a does not overflow: H = (a tau + a D)^(-1/a).
+  // In units of 1/a, so that a small a does not overflow: u = a Q, H = (a tau + a D)^(-1/a).
+  double factor() const { return -alpha; }
+  MOD_FUSED_MEMBER float term(float y) const { return exp2_near(y); }
+  MOD_FUSED_MEMBER float close(float q) const { return q; }
   MOD_FUSED_MEMBER float excess(float d) const { return alpha * d; }
-  MOD_FUSED_MEMBER float distance(float t, float x) const { return t + x; }
   MOD_FUSED_MEMBER float power(float y, float r) const {
-    return half ? r * r : exp_of(-inverse * log_of(y));
+    return half ? r * r : exp2_near(not_above(not_below(-1.44269504f * inverse * log_of(y), -126.0f), 127.0f));
   }
-  MOD_FUSED_MEMBER float log_power(float t, float x) const { return -inverse * log_of(t + x); }
+  MOD_FUSED_MEMBER float log_power(float y) const { return -inverse * log_of(y); }
+  double least_deficit(double u) const { return u / alpha; }
+  double mean_deficit(double q) const { return q / alpha; }
+  void measure_from(double) {}
   double shift(double tau) const { return alpha * tau; }
   double unshift(double t) const { return t / alpha; }
   double constant(double) const { return 0.0; }
   double order() const { return half ? 2.0 : (double)inverse; }
+  double pole(double y) const { return y; }
 };
 
 // f' is unbounded: sup f' counts as 0, q = -f' takes any sign, and there is no pole.
@@ -126,17 +150,54 @@ struct Jeffrey {
     return 2 * log_x - ((log_x > 0 ? log_x : Real(0)) + log1p_unit(exp_of(log_x > 0 ? -log_x : log_x)));
   }
 
+  double factor() const { return -1.0; }
+  MOD_FUSED_MEMBER float term(float y) const { return multiply_add(y, 0.693147181f, exp2_near(y) - 1.0f); }
+  MOD_FUSED_MEMBER float close(float q) const { return q; }
   MOD_FUSED_MEMBER float excess(float d) const { return d; }
-  MOD_FUSED_MEMBER float distance(float t, float x) const { return t + x; }
-  MOD_FUSED_MEMBER float log_power(float t, float x) const { return log_ratio(t + x); }
+  // H = 1/v and -H'/H = 1 / (1 + v), relatively exact for ratios in [1e-15, e^80], by one step of high order.
+  MOD_FUSED_MEMBER void ratio(float y, float* h, float* fall) const {
+    const float z = not_above(not_below(y + 1.0f, -80.0f), 1e15f);
+    const float v = omega_guess(z);
+    const float r = reciprocal(v * (1.0f + v)), f = v * r, h0 = multiply_add(v, r, r);
+    // v (1 + e) is the solution for v e + log(1 + e) = z - v - log v: e is a series in a.
+    const float a = ((z - v) - log_of(v)) * f;
+    const float third = multiply_add(f, 0.5f, -1.0f / 3.0f);
+    const float fourth = multiply_add(f, multiply_add(f, 0.625f, -5.0f / 6.0f), 0.25f);
+    const float e = multiply_add(f * a * a, multiply_add(a, multiply_add(a, fourth, third), 0.5f), a);
+    const float better = multiply_add(v, e, v), h1 = h0 * multiply_add(e, e, 1.0f - e);
+    *h = multiply_add(h1, multiply_add(-better, h1, 1.0f), h1);
+    *fall = multiply_add(f * (f - 1.0f), e, f);
+  }
+  MOD_FUSED_MEMBER float log_power(float y) const { return log_ratio(y); }
+  double least_deficit(double u) const { return u; }
+  double mean_deficit(double q) const { return q; }
+  double pole(double one_plus_v) const {
+    const double v = one_plus_v > 1.0 + 1e-12 ? one_plus_v - 1.0 : 1e-12;
+    return v + log(v) - 1.0;
+  }
+  void measure_from(double) {}
   double shift(double tau) const { return tau; }
   double unshift(double t) const { return t; }
   double constant(double) const { return 0.0; }
+  double order() const { return 1.0; }
 
  private:
   // expm1 for d in [-80, 80]; below -80 the deficit is linear to the last bit.
   MOD_FUSED_MEMBER static float expm1_signed(float x) { return expm1_of(x < -80.0f ? -80.0f : x); }
   MOD_FUSED_MEMBER static double expm1_signed(double x) { return expm1(x); }
+
+  // The solution of v + log v = z within 5%, with the exponential and the logarithm that a float's bits are.
+  MOD_FUSED_MEMBER static float omega_guess(float z) {
+    const float c = not_above(not_below(z, -4.0f), 3.5f);
+    float log_v = 9.31547716e-4f;
+    log_v = multiply_add(log_v, c, -1.41513678e-4f);
+    log_v = multiply_add(log_v, c, -0.0706343364f);
+    log_v = multiply_add(log_v, c, 0.640934995f);
+    log_v = multiply_add(log_v, c, -0.569141022f) + (z - c);
+    const float near = bits_float((uint32_t)(int32_t)multiply_add(log_v < 2.0f ? log_v : 2.0f, 12102203.2f, 1064992505.0f));
+    const float far = multiply_add((float)(int32_t)float_bits(z - 1.0f), -8.26295829e-8f, z + 87.9998f);
+    return z > 3.5f ? far : near;
+  }
 
   // v + log v = z by two steps of Fritsch, Shafer and Crowley; below -80 as at -80, where v - z no longer shows it.
   template <class Real> MOD_FUSED_MEMBER static Real wright_omega(Real z) {

@@ -37,6 +37,17 @@ MOD_FUSED_INLINE uint32_t ordered(float x) {
 
 MOD_FUSED_INLINE float unordered(uint32_t x) { return bits_float(x & 0x80000000u ? x & 0x7fffffffu : ~x); }
 
+// max(x, bound) for a negative bound and min(x, bound) for a positive one, on the bits: of integers compilers make one
+// instruction. NaN may come out as the bound.
+MOD_FUSED_INLINE float not_below(float x, float negative_bound) {
+  const uint32_t bits = float_bits(x), bound = float_bits(negative_bound);
+  return bits_float(bits < bound ? bits : bound);
+}
+MOD_FUSED_INLINE float not_above(float x, float positive_bound) {
+  const int32_t bits = (int32_t)float_bits(x), bound = (int32_t)float_bits(positive_bound);
+  return bits_float((uint32_t)(bits < bound ? bits : bound));
+}
+
 // One rounding, on every machine: the order of tokens depends on it (design §3).
 MOD_FUSED_INLINE float fused_multiply_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
@@ -84,9 +95,8 @@ MOD_FUSED_INLINE SplitExp split_exp(float x) {
   return {power.value, multiply_add(r * r, p, r)};
 }
 
-// 2^x for x <= 127, about 2^-126 below -126, so that a sum needs no branch; NaN stays NaN. Relative error 1e-7.
-MOD_FUSED_INLINE float exp2_of(float x) {
-  x = x < -126.0f ? -126.0f : x;
+// 2^x for -126 <= x <= 127, something finite or NaN elsewhere. Relative error 1e-7.
+MOD_FUSED_INLINE float exp2_near(float x) {
   const PowerOfTwo power = nearest_power(x);
   const float f = x - power.n;
   float p = 0.001326472731307149f;
@@ -96,6 +106,9 @@ MOD_FUSED_INLINE float exp2_of(float x) {
   p = multiply_add(p, f, 0.6931470036506653f);
   return multiply_add(p, f, 1.0f) * power.value;
 }
+
+// 2^x for x <= 127, about 2^-126 below -126, so that a sum needs no branch; NaN stays NaN. Relative error 1e-7.
+MOD_FUSED_INLINE float exp2_of(float x) { return exp2_near(x < -126.0f ? -126.0f : x); }
 
 // The same for any x: +inf from 128 on, so that a sum shows the overflow.
 MOD_FUSED_INLINE float exp2_any(float x) { return exp2_of(x > 128.0f ? 128.0f : x); }
@@ -125,6 +138,12 @@ MOD_FUSED_INLINE float exp_of(float x) {
 // e^x - 1, relatively exact near 0; x >= -87, saturates above 85.
 MOD_FUSED_INLINE float expm1_of(float x) {
   const SplitExp e = split_exp(x > 85.0f ? 85.0f : x);
+  return multiply_add(e.scale, e.tail, e.scale - 1.0f);
+}
+
+// The same for 0 <= x <= 85.
+MOD_FUSED_INLINE float expm1_near(float x) {
+  const SplitExp e = split_exp(x);
   return multiply_add(e.scale, e.tail, e.scale - 1.0f);
 }
 

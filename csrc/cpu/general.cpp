@@ -15,11 +15,12 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kSmallestPrefixDifference = -40.0;
 constexpr int kMaxEvaluations = 32;
-constexpr double kTolerance = 1e-6;  // where float32 sums leave log G
-// Below this the model's error is its square, less than the tolerance: tau moves without another evaluation, and the tiles'
+// Below this the model's error is its square, what float32 sums leave: tau moves without another evaluation, and the tiles'
 // masses follow it by their slopes.
-constexpr double kLastStep = 2e-5;
+constexpr double kLastStep = 1e-3;
 constexpr int kModelSteps = 60;
+constexpr double kLeastExponent = -1.0, kMostExponent = 30.0;  // of min Q where Jensen-Shannon keeps e^Q
+constexpr double kLog2E = 1.4426950216293335;  // what the loops' float32 constant holds
 constexpr double kWiden = 1e-4;
 }  // namespace
 
@@ -84,8 +85,9 @@ const Row::Candidate* Row::first_candidate(int64_t token) const {
   return std::lower_bound(candidates_.data(), candidates_.data() + candidates_.size(), token, before);
 }
 
-// p and Q over the row into scratch, and what the bracket needs of them.
-bool Row::collect_deficits(const DivergenceLoops& loops, bool clamped, DeficitSums* total) {
+// p and u over the row into scratch, and what the bracket needs of them.
+template <class D> bool Row::collect_deficits(const D& divergence, const DivergenceLoops& loops, bool in_one_loop, Deficits* total) {
+  constexpr bool clamped = D::clamped;
   double shifts[kMaxModels], lift = 0.0;
   for (int model = 1; model < request_.models; ++model) {
     shifts[model] = log_norms_[0] - log_norms_[model];
@@ -99,18 +101,26 @@ bool Row::collect_deficits(const DivergenceLoops& loops, bool clamped, DeficitSu
 
   // The usual case takes one loop a tile; scaled, mixed, many or tilted tensors go through buffers.
   DeficitTile fused{};
-  bool fusable = !tilted && request_.plausibility_model < 0;
+  bool fusable = in_one_loop && !tilted && request_.plausibility_model < 0;
+  double weight_sum = 0.0;
   for (int model = 0; model < request_.models; ++model)
     if (counts(model)) {
       fusable &= request_.scales[model] == 1.0f && request_.logits[model].dtype == request_.logits[0].dtype;
       if (model > 0 && fused.count == kMaxFused) fusable = false;
       if (model == 0 || !fusable) continue;
-      fused.shifts[fused.count] = (float)(shifts[model] + (clamped ? lift : 0.0));
+      const double shift = shifts[model] + (clamped ? lift : 0.0);
+      fused.offsets[fused.count] = (float)(divergence.factor() * kLog2E * shift);
       fused.weights[fused.count++] = (float)policy_weight(model);
+      weight_sum += std::fabs(policy_weight(model));
+      // Ratios above e^80 take a prefix: pi_ref is larger than e^-80.
+      fused.careful |= std::fabs(shift - (log_norms_[0] - log_norms_[model])) > 4.0;
     }
   fusable &= fused.count > 0;
   fused.dtype = request_.logits[0].dtype;
   fused.log_norm = (float)log_norms_[0];
+  fused.log_norm_offset = (float)(-log_norms_[0] * kLog2E);
+  fused.factor = (float)(divergence.factor() * kLog2E);
+  fused.limit = clamped ? std::fabs(fused.factor) * 80.0f : std::min(115.0f, (float)(80.0 / weight_sum - 1.0));
 
   for_tiles([&](int64_t tile) {
     const int64_t begin = tile * kTile;
@@ -149,45 +159,54 @@ bool Row::collect_deficits(const DivergenceLoops& loops, bool clamped, DeficitSu
     scratch_.deficits[tile] = loops_.close_deficit(ref, tilted ? tilt : nullptr, n, fused.log_norm, p, q);
   });
 
-  *total = {kExcluded, 0.0f, 0.0f};
+  *total = {{kExcluded, 0.0, 0.0, 0.0, 0.0}, 0.0f, fusable};
+  DeficitSums& sum = total->sums;
   int64_t best_tile = 0;
-  double mass = 0.0, first = 0.0;
   for (int64_t tile = 0; tile < tiles_; ++tile) {
     const DeficitSums& part = scratch_.deficits[tile];
     if (scratch_.mixes[tile].broken) return false;
-    if (part.least < total->least) {
-      total->least = part.least;
+    if (part.least < sum.least) {
+      sum.least = part.least;
       best_tile = tile;
     }
-    mass += part.mass;
-    first += part.first;
+    sum.mass += part.mass;
+    sum.first += part.first;
+    sum.s1 += part.s1;
+    sum.s2 += part.s2;
   }
-  total->mass = (float)mass;
-  total->first = (float)first;
-  if (!(std::fabs(total->least) < (double)kExcluded)) return false;
-
-  for_tiles([&](int64_t tile) {
-    alignas(64) double tilt[kTile];
-    if (tilted) tile_tilt(tile, tilt);
-    loops.excesses(scratch_.second + tile * kTile, tilted ? tilt : nullptr, tile_size(tile), (float)request_.alpha,
-                   total->least);
-  });
+  if (!(std::fabs(sum.least) < (double)kExcluded)) return false;
+  if (fusable) {
+    total->base = (float)sum.least;
+    sum.least = divergence.least_deficit(sum.least);
+    sum.first = divergence.mean_deficit(sum.first);
+    // Jensen-Shannon: e^Q holds too few digits of Q.
+    if (!D::clamped && !(sum.least > kLeastExponent && sum.least < kMostExponent))
+      return collect_deficits(divergence, loops, false, total);
+    sum.s1 -= scratch_.deficits[best_tile].s1;
+    sum.s2 -= scratch_.deficits[best_tile].s2;
+  } else {
+    for_tiles([&](int64_t tile) {
+      alignas(64) double tilt[kTile];
+      if (tilted) tile_tilt(tile, tilt);
+      loops.excesses(scratch_.second + tile * kTile, tilted ? tilt : nullptr, tile_size(tile), (float)request_.alpha, sum.least);
+    });
+  }
   // s*, the first token of the support whose excess is 0.
   const float* p = scratch_.first + best_tile * kTile;
-  const float* x = scratch_.second + best_tile * kTile;
+  const float* u = scratch_.second + best_tile * kTile;
   int best = 0;
-  while (best < tile_size(best_tile) - 1 && !(p[best] > 0.0f && x[best] == 0.0f)) ++best;
+  while (best < tile_size(best_tile) - 1 && !(p[best] > 0.0f && u[best] == total->base)) ++best;
   best_ = best_tile * kTile + best;
   best_mass_ = p[best];
   return true;
 }
 
 // s1 and s2 of the row at t, and of its tiles in scratch.
-template <class D> Row::RowSums Row::evaluate(const DivergenceLoops& loops, float t) {
+Row::RowSums Row::evaluate(const DivergenceLoops& loops, float base, float t) {
   for_tiles([&](int64_t tile) {
     const int64_t begin = tile * kTile;
     const MassSums part = loops.sums(scratch_.first + begin, scratch_.second + begin, tile_size(tile),
-                                     (float)request_.alpha, t);
+                                     (float)request_.alpha, base, t);
     scratch_.sums[tile] = part.s1;
     scratch_.slopes[tile] = part.s2;
   });
@@ -224,90 +243,92 @@ template <class D> Row::Bracket Row::bracket(const D& divergence, const DeficitS
   return ends;
 }
 
-// G(tau) = 1 for a Stieltjes kernel. A step solves a model of G with two poles: s* exactly where it is, and everything else
-// as the one pole that has its sum and slope (the secular equation of eigenvalue updates, solved the same way). Two evaluations
-// do where Newton takes four. The bracket stays; a step that leaves it bisects. Leaves log_norm_, and the tiles' masses.
-template <class D> double Row::solve_secular(const D& divergence, const DivergenceLoops& loops, Bracket ends) {
+// G(tau) = 1. A step solves a model of G with two poles: s* exactly where it is, and everything else as the one pole that has
+// its sum and slope (the secular equation of eigenvalue updates, solved the same way). The first step is from Z = 0, whose
+// sums the deficits' loop has left; then one evaluation or two do where Newton takes four. The bracket stays; a step that
+// leaves it bisects. Leaves log_norm_, and the tiles' masses.
+template <class D>
+double Row::solve(const D& divergence, const DivergenceLoops& loops, const Deficits& total, Bracket ends) {
   double low = divergence.shift(ends.lower), high = divergence.shift(ends.upper);
+  const float base = total.base;
   const double order = divergence.order();
-  const auto power = [&](double y) { return order == 1.0 ? 1.0 / y : order == 2.0 ? 1.0 / (y * y) : std::pow(y, -order); };
+  const auto power = [&](double y) {
+    if constexpr (!D::stieltjes) return std::exp(divergence.log_ratio(y));
+    else return order == 1.0 ? 1.0 / y : order == 2.0 ? 1.0 / (y * y) : std::pow(y, -order);
+  };
+  const auto log_g = [&](double t, double sum) { return divergence.constant(divergence.unshift(t)) + std::log(sum + best_mass_ * power(t)); };
+  const auto between = [](double a, double b) { return D::bounded ? std::sqrt(a * b) : 0.5 * (a + b); };
+  double residual = 0.0;  // log G of the model where a step ends; not 0 where the bracket is inverted by rounding
+  const auto step = [&](const RowSums& rest, double t) {
+    const bool pole = rest.s1 > 0.0 && rest.s2 > 0.0;
+    const double distance = pole ? std::max(divergence.pole(rest.s1 / rest.s2) - t, 0.0) : 0.0;
+    const double weight = pole ? rest.s1 / power(t + distance) : 0.0;
+    double left = low, right = high;
+    for (int k = 0; k < kModelSteps && right - left > 1e-10 * std::fabs(right); ++k) {
+      const double middle = between(left, right);
+      (log_g(middle, weight * power(middle + distance)) > 0.0 ? left : right) = middle;
+    }
+    const double end = between(left, right);
+    residual = log_g(end, weight * power(end + distance));
+    return end;
+  };
+
   // The sums leave s* out: next to its pole the others would drown in their rounding.
   scratch_.first[best_] = 0.0f;
   scratch_.second[best_] = kExcluded;
-  float t = (float)std::sqrt(low * high);
+  float t = (float)between(low, high);
+  if (total.fused && (!D::bounded || base > 0.0f)) {
+    const int64_t tile = best_ / kTile, begin = tile * kTile;
+    const MassSums part = loops.sums(scratch_.first + begin, scratch_.second + begin, tile_size(tile), (float)request_.alpha, base, base);
+    const RowSums rest{total.sums.s1 + part.s1, total.sums.s2 + part.s2};
+    if (std::isfinite(rest.s1) && std::isfinite(rest.s2)) t = (float)step(rest, base);
+  }
   double solution = t;
+  bool low_known = false, high_known = false;
   for (int i = 0;; ++i) {
-    const RowSums rest = evaluate<D>(loops, t);
-    log_norm_ = divergence.constant(divergence.unshift(t)) + std::log(rest.s1 + best_mass_ * power(t));
+    const RowSums rest = evaluate(loops, base, t);
+    log_norm_ = log_g(t, rest.s1);
     solution = t;
-    const bool last = std::fabs(log_norm_) < kLastStep;
     (log_norm_ > 0.0 ? low : high) = t;
-    double next = std::sqrt(low * high);
-    if (std::isfinite(log_norm_) && std::isfinite(rest.s2)) {
-      const bool pole = rest.s1 > 0.0 && rest.s2 > 0.0;
-      const double distance = pole ? std::max(rest.s1 / rest.s2 - t, 0.0) : 0.0;
-      const double weight = pole ? rest.s1 / power(t + distance) : 0.0;
-      double left = low, right = high;
-      for (int k = 0; k < kModelSteps && right - left > 1e-10 * right; ++k) {
-        const double middle = std::sqrt(left * right);
-        const double model = best_mass_ * power(middle) + weight * power(middle + distance);
-        (divergence.constant(divergence.unshift(middle)) + std::log(model) > 0.0 ? left : right) = middle;
-      }
-      next = std::sqrt(left * right);
-    }
+    (log_norm_ > 0.0 ? low_known : high_known) = true;
+    const bool good = std::isfinite(log_norm_) && std::isfinite(rest.s2);
+    double next = good ? step(rest, t) : between(low, high);
+    // Back at the other end of the bracket the model would go round in circles.
+    if ((float)next != t && ((low_known && (float)next <= low) || (high_known && (float)next >= high))) next = between(low, high);
+    const bool last = std::fabs(log_norm_) < kLastStep && std::fabs(next - t) < kLastStep * (D::bounded ? t : 1.0);
     if (last) {
-      for (int64_t tile = 0; tile < tiles_; ++tile)
-        scratch_.sums[tile] = std::max(0.0f, (float)(scratch_.sums[tile] - order * scratch_.slopes[tile] * (next - t)));
+      for (int64_t tile = 0; tile < tiles_; ++tile) {
+        float& sum = scratch_.sums[tile];
+        if (sum > 0.0f) sum *= (float)std::exp(-order * scratch_.slopes[tile] / sum * (next - t));
+      }
       solution = next;
-      log_norm_ = 0.0;
+      log_norm_ = residual;
     }
     if (last || (float)next == t || i == kMaxEvaluations) break;
     t = (float)next;
   }
   scratch_.first[best_] = (float)best_mass_;
-  scratch_.second[best_] = 0.0f;
+  scratch_.second[best_] = base;
   scratch_.sums[best_ / kTile] += (float)(best_mass_ * power(solution));
   return divergence.unshift(solution);
 }
 
-// The same for a divergence without that form: Newton on q(log G(tau)), which is almost straight, from the lower end, from
-// where it climbs to the root.
-template <class D> double Row::solve_newton(const D& divergence, const DivergenceLoops& loops, Bracket ends) {
-  const double target = divergence.deficit(0.0);
-  float tau = (float)ends.lower;
-  for (int i = 0;; ++i) {
-    const RowSums sums = evaluate<D>(loops, tau);
-    const double log_g = std::log(sums.s1), slope = sums.s2;
-    log_norm_ = log_g;
-    (log_g > 0.0 ? ends.lower : ends.upper) = tau;
-    double next = 0.5 * (ends.lower + ends.upper);
-    if (std::isfinite(log_g) && std::isfinite(slope) && slope > 0.0) {
-      const double q = divergence.deficit(log_g);
-      const double newton = tau + (target - q) * std::exp(divergence.log_slope(q)) / slope;
-      if (newton > ends.lower && newton < ends.upper) next = newton;
-    }
-    if (std::fabs(log_g) < kTolerance || (float)next == tau || i == kMaxEvaluations) return tau;
-    tau = (float)next;
-  }
-}
-
-template <class D>
-bool Row::mix(const D& divergence, const DivergenceLoops& loops) {
-  DeficitSums total;
-  if (!collect_deficits(loops, D::clamped, &total)) return false;
+template <class D> bool Row::mix(D divergence, const DivergenceLoops& loops) {
+  Deficits total;
+  if (!collect_deficits(divergence, loops, true, &total)) return false;
+  divergence.measure_from(total.base);
   double tau;
   if (request_.exact) {
-    if constexpr (D::stieltjes) tau = solve_secular(divergence, loops, bracket(divergence, total));
-    else tau = solve_newton(divergence, loops, bracket(divergence, total));
+    tau = solve(divergence, loops, total, bracket(divergence, total.sums));
     if (!std::isfinite(log_norm_)) return false;
   } else {
     double sum = 0.0;
     for (int model = 1; model < request_.models; ++model) sum += policy_weight(model);
-    tau = (float)(divergence.supremum() * (1.0 - sum) + total.least);
+    tau = (float)(divergence.supremum() * (1.0 - sum) + total.sums.least);
     if (D::bounded && !(tau > 0.0)) return false;
   }
 
-  const float t = (float)divergence.shift(tau), alpha = (float)request_.alpha;
+  const float t = (float)divergence.shift(tau), alpha = (float)request_.alpha, base = total.base;
   const float constant = (float)divergence.constant(tau);
   // With Z = 0 the masses may be of any size: only their logarithms are safe.
   if (!request_.exact || !sampling() || filters() || temperature_ != 1.0f) {
@@ -315,7 +336,7 @@ bool Row::mix(const D& divergence, const DivergenceLoops& loops) {
       alignas(64) float key[kTile];
       const int64_t begin = tile * kTile;
       const int n = tile_size(tile);
-      loops.keys(scratch_.first + begin, scratch_.second + begin, n, alpha, t, constant, key);
+      loops.keys(scratch_.first + begin, scratch_.second + begin, n, alpha, base, t, constant, key);
       std::memcpy(scratch_.first + begin, key, sizeof(float) * (size_t)n);
     });
     if (!request_.exact && !sum_keys()) return false;
@@ -324,11 +345,11 @@ bool Row::mix(const D& divergence, const DivergenceLoops& loops) {
   std::copy(scratch_.sums.begin(), scratch_.sums.begin() + tiles_, scratch_.masses.begin());
   const bool drawn = race([&](int64_t tile, float* mass) {
     const int64_t begin = tile * kTile;
-    loops.masses(scratch_.first + begin, scratch_.second + begin, tile_size(tile), alpha, t, mass);
+    loops.masses(scratch_.first + begin, scratch_.second + begin, tile_size(tile), alpha, base, t, mass);
   });
   if (!drawn) return false;
   float key;
-  loops.keys(scratch_.first + token_, scratch_.second + token_, 1, alpha, t, constant, &key);
+  loops.keys(scratch_.first + token_, scratch_.second + token_, 1, alpha, base, t, constant, &key);
   token_key_ = key;
   return true;
 }

@@ -11,7 +11,7 @@ namespace mod_fused {
 // Two floats per vocabulary entry and a few per tile, kept by a thread between its calls.
 struct Scratch {
   float* first = nullptr;   // keys, or p
-  float* second = nullptr;  // Q, then x = excess(D)
+  float* second = nullptr;  // Q or u, divergence.h
   std::vector<PeakSum> model_sums;     // [models][tiles]
   std::vector<TileMix> mixes;          // [tiles], as are the following
   std::vector<DeficitSums> deficits;
@@ -64,8 +64,14 @@ class Row {
 
   // general.cpp; all return false where the row is invalid
   bool mix_general();
-  template <class D> bool mix(const D& divergence, const DivergenceLoops& loops);
-  bool collect_deficits(const DivergenceLoops& loops, bool clamped, DeficitSums* total);
+  struct Deficits {
+    DeficitSums sums;  // of Q, but for s1 and s2, which are fused only and leave the tile of s* out
+    float base;        // of u, divergence.h
+    bool fused;
+  };
+  template <class D> bool mix(D divergence, const DivergenceLoops& loops);
+  template <class D>
+  bool collect_deficits(const D& divergence, const DivergenceLoops& loops, bool in_one_loop, Deficits* total);
   bool tile_tilt(int64_t tile, double* tilt) const;
   bool collect_candidates();
   const Candidate* first_candidate(int64_t token) const;
@@ -75,10 +81,10 @@ class Row {
   struct Bracket {
     double lower, upper;
   };
-  template <class D> RowSums evaluate(const DivergenceLoops& loops, float t);
+  RowSums evaluate(const DivergenceLoops& loops, float base, float t);
   template <class D> Bracket bracket(const D& divergence, const DeficitSums& total) const;
-  template <class D> double solve_secular(const D& divergence, const DivergenceLoops& loops, Bracket ends);
-  template <class D> double solve_newton(const D& divergence, const DivergenceLoops& loops, Bracket ends);
+  template <class D>
+  double solve(const D& divergence, const DivergenceLoops& loops, const Deficits& total, Bracket ends);
 
   // draw.cpp
   bool draw_from_keys();

@@ -42,25 +42,28 @@ struct TileMix {
 // Q of a token outside the support: so large that its ratio is 0 in float32, and still finite.
 constexpr float kExcluded = 1e37f;
 
-// Sums over a tile that the bracket of tau needs.
+// Sums over a tile that the bracket of tau and its first guess need.
 struct DeficitSums {
-  double least;       // min Q over the support, kExcluded where it is empty
-  float mass, first;  // sum p, sum p Q
+  double least;         // min Q (fused: u) over the support, kExcluded where it is empty
+  double mass, first;   // sum p, sum p Q
+  double s1, s2;        // fused: the sums of MassSums where y = u, that is where Z = 0
 };
 
-// The tensors of a tile whose Q is made in one loop: the reference and up to three policies, all of one dtype, unscaled.
+// The tensors of a tile whose u is made in one loop: the reference and up to three policies, all of one dtype, unscaled.
 constexpr int kMaxFused = 3;
 struct DeficitTile {
   const void* ref;
   const void* policies[kMaxFused];
-  float shifts[kMaxFused], weights[kMaxFused];
+  float offsets[kMaxFused], weights[kMaxFused];  // y = factor * (policy - ref) + offset, divergence.h
   int count;
   DType dtype;
-  float log_norm;  // of the reference
+  float factor, limit;                // of y; its size where `term` is good and the sum too
+  float log_norm, log_norm_offset;    // of the reference; -log_norm * log2(e)
+  bool careful;                       // y may be beyond the limit on the side that is not looked at
 };
 
 struct MassSums {
-  float s1, s2;  // divergence.h
+  float s1, s2;  // sum p H, and -dH/dt / order
 };
 
 struct RaceResult {
@@ -70,18 +73,18 @@ struct RaceResult {
 
 // What a divergence needs; `alpha` is read by alpha-divergences only.
 struct DivergenceLoops {
-  // p and Q of a tile in one loop, as close_deficit leaves them.
-  DeficitSums (*deficits)(const DeficitTile& tile, int n, float alpha, float* p, float* q);
+  // p and u of a tile in one loop.
+  DeficitSums (*deficits)(const DeficitTile& tile, int n, float alpha, float* p, float* u);
   // Q += w * deficit((policy - ref) + shift); kExcluded where the policy excludes the token.
   void (*add_deficit)(const float* ref, const float* policy, int n, float alpha, float shift, float w, float* q);
-  // Q becomes x = excess(Q + tilt - least); tilt may be null.
+  // Q becomes u = excess(Q + tilt - least), whose base is 0; tilt may be null.
   void (*excesses)(float* q, const double* tilt, int n, float alpha, double least);
   // s1 and s2 at t
-  MassSums (*sums)(const float* p, const float* x, int n, float alpha, float t);
+  MassSums (*sums)(const float* p, const float* u, int n, float alpha, float base, float t);
   // p * H up to e^constant: the tokens' masses.
-  void (*masses)(const float* p, const float* x, int n, float alpha, float t, float* out);
+  void (*masses)(const float* p, const float* u, int n, float alpha, float base, float t, float* out);
   // log p + log H, -inf off the support.
-  void (*keys)(const float* p, const float* x, int n, float alpha, float t, float constant, float* out);
+  void (*keys)(const float* p, const float* u, int n, float alpha, float base, float t, float constant, float* out);
 };
 
 // What masks and filters need of finished keys.

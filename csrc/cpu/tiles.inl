@@ -16,7 +16,7 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504f;
-constexpr float kSmallestLogRef = -80.0f, kSmallestLogRatio = -80.0f;  // design §2, range of fp32
+constexpr float kSmallestLogRef = -80.0f;  // design §2, range of fp32
 
 struct BFloat16 {
   uint16_t bits;
@@ -77,7 +77,17 @@ PeakSum peak_sum(const Source& x, int64_t begin, int n) {
 template <class T> float sum_from_as(const Source& x, int64_t begin, int n, float from) {
   const T* __restrict data = at<T>(x, begin);
   const float factor = x.scale * kLog2E, offset = -from * kLog2E;
-  float sum = 0.0f;
+  float sum = 0.0f, least = kInfinity, most = -kInfinity;
+#pragma omp simd reduction(min : least) reduction(max : most) reduction(+ : sum)
+  for (int i = 0; i < n; ++i) {
+    const float y = multiply_add(widen(data[i]), factor, offset);
+    least = y < least ? y : least;
+    most = y > most ? y : most;
+    sum += exp2_near(y);
+  }
+  if (least >= -126.0f && most <= 127.0f) return sum;
+  // Once more with the range in mind, which costs as much as half the exponential.
+  sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
   for (int i = 0; i < n; ++i) sum += exp2_any(multiply_add(widen(data[i]), factor, offset));
   return sum;
@@ -272,135 +282,8 @@ DeficitSums close_deficit(const float* __restrict ref, const double* __restrict 
     mass += p[i];
     first += p[i] * (float)counted;
   }
-  return {least, mass, first};
+  return {least, mass, first, 0.0, 0.0};
 }
-
-// One divergence's loops; `alpha` makes the divergence, which holds nothing else.
-template <class D> struct Loops {
-  template <class T, int count>
-  static DeficitSums deficits_of(const DeficitTile& tile, int n, float alpha, float* __restrict p, float* __restrict q) {
-    const D divergence(alpha);
-    const T* __restrict ref = static_cast<const T*>(tile.ref);
-    const T* policies[count];
-    float shifts[count], weights[count];
-    for (int k = 0; k < count; ++k) {
-      policies[k] = static_cast<const T*>(tile.policies[k]);
-      shifts[k] = tile.shifts[k];
-      weights[k] = tile.weights[k];
-    }
-    const float log_norm = tile.log_norm;
-    float least = kExcluded, mass = 0.0f, first = 0.0f;
-#pragma omp simd reduction(min : least) reduction(+ : mass, first)
-    for (int i = 0; i < n; ++i) {
-      const float r = widen(ref[i]), lr = r - log_norm;
-      float sum = 0.0f, lowest = 0.0f;
-#pragma GCC unroll 3
-      for (int k = 0; k < count; ++k) {
-        const float x = widen(policies[k][i]);
-        lowest = x < lowest ? x : lowest;
-        // Raw differences first: they are exact for logits of 16 bits.
-        float d = (x - r) + shifts[k];
-        if (D::clamped) d = d < kSmallestLogRatio ? kSmallestLogRatio : d;
-        sum = multiply_add(weights[k], divergence.deficit(d), sum);
-      }
-      const bool inside = (lr >= kSmallestLogRef) & (lowest > -kInfinity) & (sum < kExcluded);
-      const float mass_here = inside ? exp_near(lr) : 0.0f, q_here = inside ? sum : kExcluded;
-      p[i] = mass_here;
-      q[i] = q_here;
-      least = q_here < least ? q_here : least;
-      mass += mass_here;
-      first += mass_here * q_here;
-    }
-    return {least, mass, first};
-  }
-
-  template <class T>
-  static DeficitSums deficits_as(const DeficitTile& tile, int n, float alpha, float* p, float* q) {
-    if (tile.count == 1) return deficits_of<T, 1>(tile, n, alpha, p, q);
-    if (tile.count == 2) return deficits_of<T, 2>(tile, n, alpha, p, q);
-    return deficits_of<T, 3>(tile, n, alpha, p, q);
-  }
-
-  static DeficitSums deficits(const DeficitTile& tile, int n, float alpha, float* p, float* q) {
-    if (tile.dtype == DType::bfloat16) return deficits_as<BFloat16>(tile, n, alpha, p, q);
-    if (tile.dtype == DType::float16) return deficits_as<Float16>(tile, n, alpha, p, q);
-    return deficits_as<float>(tile, n, alpha, p, q);
-  }
-
-  static void add_deficit(const float* __restrict ref, const float* __restrict policy, int n, float alpha, float shift,
-                          float w, float* __restrict q) {
-    const D divergence(alpha);
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      // Raw differences first: they are exact for logits of 16 bits.
-      float d = (policy[i] - ref[i]) + shift;
-      if (D::clamped) d = d < kSmallestLogRatio ? kSmallestLogRatio : d;
-      const float sum = q[i] + w * divergence.deficit(d);
-      q[i] = (policy[i] > -kInfinity) & (q[i] < kExcluded) ? sum : kExcluded;
-    }
-  }
-
-  // H at q = tau + D and -H'/H, up to e^constant: through the Stieltjes form or, for Jeffrey, through log H.
-  static MOD_FUSED_MEMBER void ratio(const D& divergence, float t, float x, float* h, float* fall) {
-    const float y = divergence.distance(t, x);
-    if constexpr (D::stieltjes) {
-      *fall = reciprocal(y);
-      *h = divergence.power(y, *fall);
-    } else {
-      *h = exp_of(divergence.log_ratio(y));
-      *fall = *h / (1.0f + *h);
-    }
-  }
-
-  static void excesses(float* __restrict q, const double* __restrict tilt, int n, float alpha, double least) {
-    const D divergence(alpha);
-    if (tilt != nullptr)
-      for (int i = 0; i < n; ++i) q[i] = (float)(q[i] + tilt[i] - least);
-    const float from = tilt == nullptr ? (float)least : 0.0f;
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      const float d = q[i] - from;
-      q[i] = divergence.excess(d < kExcluded ? d : kExcluded);
-    }
-  }
-
-  static MassSums sums(const float* __restrict p, const float* __restrict x, int n, float alpha, float t) {
-    const D divergence(alpha);
-    float s1 = 0.0f, s2 = 0.0f;
-#pragma omp simd reduction(+ : s1, s2)
-    for (int i = 0; i < n; ++i) {
-      float h, fall;
-      ratio(divergence, t, x[i], &h, &fall);
-      const float g = p[i] * h;
-      s1 += g;
-      s2 += g * fall;
-    }
-    return {s1, s2};
-  }
-
-  static void masses(const float* __restrict p, const float* __restrict x, int n, float alpha, float t,
-                     float* __restrict out) {
-    const D divergence(alpha);
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      float h, fall;
-      ratio(divergence, t, x[i], &h, &fall);
-      out[i] = p[i] * h;
-    }
-  }
-
-  static void keys(const float* __restrict p, const float* __restrict x, int n, float alpha, float t, float constant,
-                   float* __restrict out) {
-    const D divergence(alpha);
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      const float key = log_of(p[i] > 0.0f ? p[i] : 1.0f) + (constant + divergence.log_power(t, x[i]));
-      out[i] = p[i] > 0.0f ? key : -kInfinity;
-    }
-  }
-
-  static constexpr DivergenceLoops table() { return {deficits, add_deficit, excesses, sums, masses, keys}; }
-};
 
 RaceResult race(const float* __restrict mass, int n, uint64_t seed, uint64_t position, uint32_t index,
                 uint32_t stream) {
@@ -425,6 +308,7 @@ RaceResult race(const float* __restrict mass, int n, uint64_t seed, uint64_t pos
 }
 
 #include "tiles_filters.inl"
+#include "tiles_divergences.inl"
 
 const TileLoops kLoops = {
     MOD_FUSED_LOOPS_NAME,

@@ -1,0 +1,173 @@
+// The divergences' loops; included by tiles.inl in its namespace.
+
+constexpr float kSmallestLogRatio = -80.0f;  // design §2, range of fp32
+constexpr float kSmallestExponent = -115.0f;  // inside -80 * log2(e)
+
+// One divergence's loops; `alpha` makes the divergence, which holds nothing else.
+template <class D> struct Loops {
+  static constexpr bool symmetric = !D::clamped;  // Jensen-Shannon: the term looks at -|y|
+
+  // H up to e^constant and -H'/H / order.
+  static MOD_FUSED_MEMBER void ratio(const D& divergence, float y, float* h, float* fall) {
+    if constexpr (D::stieltjes) {
+      *fall = reciprocal(y);
+      *h = divergence.power(y, *fall);
+    } else {
+      divergence.ratio(y, h, fall);
+    }
+  }
+
+  // With `careful` any input is right. Without, only if all exponents turn out to be in range: NaN and infinities show in
+  // `in_range` or in the sums.
+  template <class T, int count, bool careful>
+  static DeficitSums deficits_of(const DeficitTile& tile, int n, float alpha, float* __restrict p, float* __restrict u,
+                                 bool* in_range) {
+    const D divergence(alpha);
+    const T* __restrict ref = static_cast<const T*>(tile.ref);
+    const T* policies[count];
+    float offsets[count], weights[count];
+    for (int k = 0; k < count; ++k) {
+      policies[k] = static_cast<const T*>(tile.policies[k]);
+      offsets[k] = tile.offsets[k];
+      weights[k] = tile.weights[k];
+    }
+    const float factor = tile.factor, limit = tile.limit, log_norm = tile.log_norm, offset = tile.log_norm_offset;
+    float least = kExcluded, mass = 0.0f, first = 0.0f, s1 = 0.0f, s2 = 0.0f;
+    float lowest = kInfinity, highest = -kInfinity;
+#pragma omp simd reduction(min : least, lowest) reduction(max : highest) reduction(+ : mass, first, s1, s2)
+    for (int i = 0; i < n; ++i) {
+      const float r = widen(ref[i]);
+      float z = multiply_add(r, kLog2E, offset);
+      lowest = z < lowest ? z : lowest;
+      float q = 0.0f, least_logit = 0.0f;
+#pragma GCC unroll 3
+      for (int k = 0; k < count; ++k) {
+        const float x = widen(policies[k][i]);
+        // Raw differences first: they are exact for logits of 16 bits.
+        float y = multiply_add(x - r, factor, offsets[k]);
+        const float size = symmetric ? fabsf(y) : y;
+        highest = size > highest ? size : highest;
+        if (careful) {
+          least_logit = x < least_logit ? x : least_logit;
+          if (symmetric) {
+            // Linear to the last bit from there on.
+            const float near = y > 120.0f ? 120.0f : y < -120.0f ? -120.0f : y;
+            q = multiply_add(weights[k], divergence.term(near) + (y < -120.0f ? (-120.0f - y) * 0.693147181f : 0.0f), q);
+            continue;
+          }
+          if (!D::bounded) q = multiply_add(weights[k], y < -126.0f ? (y + 126.0f) * 0.693147181f : 0.0f, q);  // Jeffrey's linear part
+          y = y > limit ? limit : y < -126.0f ? -126.0f : y;
+        }
+        q = multiply_add(weights[k], divergence.term(y), q);
+      }
+      float mass_here, u_here;
+      if (careful) {
+        const bool inside = (r - log_norm >= kSmallestLogRef) & (least_logit > -kInfinity) & (q < kExcluded);
+        mass_here = inside ? exp2_of(z) : 0.0f;
+        q = inside ? q : kExcluded;
+        const float closed = symmetric ? divergence.excess(q) : q;
+        u_here = inside ? closed : kExcluded;
+      } else {
+        mass_here = exp2_near(z);
+        u_here = divergence.close(q);
+      }
+      float h, fall;
+      ratio(divergence, u_here, &h, &fall);
+      p[i] = mass_here;
+      u[i] = u_here;
+      least = u_here < least ? u_here : least;
+      mass += mass_here;
+      first = multiply_add(mass_here, q, first);
+      const float g = mass_here * h;
+      s1 += g;
+      s2 = multiply_add(g, fall, s2);
+    }
+    *in_range = (lowest >= kSmallestExponent) & (highest <= limit) & (fabsf(first) < kInfinity);
+    return {least, mass, first, s1, s2};
+  }
+
+  template <class T, int count>
+  static DeficitSums deficits_checked(const DeficitTile& tile, int n, float alpha, float* p, float* u) {
+    bool in_range = false;
+    if (!tile.careful) {
+      const DeficitSums sums = deficits_of<T, count, false>(tile, n, alpha, p, u, &in_range);
+      if (in_range) return sums;
+    }
+    return deficits_of<T, count, true>(tile, n, alpha, p, u, &in_range);
+  }
+
+  template <class T>
+  static DeficitSums deficits_as(const DeficitTile& tile, int n, float alpha, float* p, float* u) {
+    if (tile.count == 1) return deficits_checked<T, 1>(tile, n, alpha, p, u);
+    if (tile.count == 2) return deficits_checked<T, 2>(tile, n, alpha, p, u);
+    return deficits_checked<T, 3>(tile, n, alpha, p, u);
+  }
+
+  static DeficitSums deficits(const DeficitTile& tile, int n, float alpha, float* p, float* u) {
+    if (tile.dtype == DType::bfloat16) return deficits_as<BFloat16>(tile, n, alpha, p, u);
+    if (tile.dtype == DType::float16) return deficits_as<Float16>(tile, n, alpha, p, u);
+    return deficits_as<float>(tile, n, alpha, p, u);
+  }
+
+  static void add_deficit(const float* __restrict ref, const float* __restrict policy, int n, float alpha, float shift,
+                          float w, float* __restrict q) {
+    const D divergence(alpha);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      // Raw differences first: they are exact for logits of 16 bits.
+      float d = (policy[i] - ref[i]) + shift;
+      if (D::clamped) d = d < kSmallestLogRatio ? kSmallestLogRatio : d;
+      const float sum = q[i] + w * divergence.deficit(d);
+      q[i] = (policy[i] > -kInfinity) & (q[i] < kExcluded) ? sum : kExcluded;
+    }
+  }
+
+  static void excesses(float* __restrict q, const double* __restrict tilt, int n, float alpha, double least) {
+    const D divergence(alpha);
+    if (tilt != nullptr)
+      for (int i = 0; i < n; ++i) q[i] = (float)(q[i] + tilt[i] - least);
+    const float from = tilt == nullptr ? (float)least : 0.0f;
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      const float d = q[i] - from;
+      q[i] = divergence.excess(d < kExcluded ? d : kExcluded);
+    }
+  }
+
+  static MassSums sums(const float* __restrict p, const float* __restrict u, int n, float alpha, float base, float t) {
+    const D divergence(alpha);
+    float s1 = 0.0f, s2 = 0.0f;
+#pragma omp simd reduction(+ : s1, s2)
+    for (int i = 0; i < n; ++i) {
+      float h, fall;
+      ratio(divergence, (u[i] - base) + t, &h, &fall);
+      const float g = p[i] * h;
+      s1 += g;
+      s2 = multiply_add(g, fall, s2);
+    }
+    return {s1, s2};
+  }
+
+  static void masses(const float* __restrict p, const float* __restrict u, int n, float alpha, float base, float t,
+                     float* __restrict out) {
+    const D divergence(alpha);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      float h, fall;
+      ratio(divergence, (u[i] - base) + t, &h, &fall);
+      out[i] = p[i] * h;
+    }
+  }
+
+  static void keys(const float* __restrict p, const float* __restrict u, int n, float alpha, float base, float t,
+                   float constant, float* __restrict out) {
+    const D divergence(alpha);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      const float key = log_of(p[i] > 0.0f ? p[i] : 1.0f) + (constant + divergence.log_power((u[i] - base) + t));
+      out[i] = p[i] > 0.0f ? key : -kInfinity;
+    }
+  }
+
+  static constexpr DivergenceLoops table() { return {deficits, add_deficit, excesses, sums, masses, keys}; }
+};
