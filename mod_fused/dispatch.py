@@ -26,6 +26,12 @@ def _cpu_status() -> str:
     return cpu_backend.status()
 
 
+def _triton_status() -> str:
+    from . import triton_backend
+
+    return triton_backend.status()
+
+
 def _not_part_of_this_version(kernels: str) -> Callable[[], str]:
     return lambda: f"{kernels} are not part of this version"
 
@@ -33,7 +39,7 @@ def _not_part_of_this_version(kernels: str) -> Callable[[], str]:
 #: The fastest first: the first that is available and knows the device is chosen.
 BACKENDS: tuple[Backend, ...] = (
     Backend("cuda", ("cuda",), _not_part_of_this_version("CUDA C++ kernels")),
-    Backend("triton", ("cuda",), _not_part_of_this_version("Triton kernels")),
+    Backend("triton", ("cuda",), _triton_status),
     Backend("cpu", ("cpu",), _cpu_status),
     Backend("torch", None, lambda: AVAILABLE),
 )
@@ -66,9 +72,13 @@ def choose(name: str | None, device: torch.device) -> str:
         return _fastest[device]
     for backend in BACKENDS:
         if backend.name == name:
+            from . import triton_backend
+
             if backend.status() != AVAILABLE:
                 raise ValueError(f"backend {name!r} is not available: {backend.status()}")
-            if backend.device_types is not None and device.type not in backend.device_types:
+            interpreted = backend.name == "triton" and triton_backend.INTERPRETED
+            known = backend.device_types
+            if known is not None and device.type not in known and not interpreted:
                 raise ValueError(
                     f"backend {name!r} runs on {' and '.join(backend.device_types)} tensors, "
                     f"got tensors on {device}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from . import torch_backend
+from . import torch_backend, triton_backend
 from .arguments import LOG_PROBS_SCHEMA, SAMPLE_SCHEMA, pack, unpack
 from .checks import check_draw, check_mixture
 from .dispatch import backends, choose
@@ -68,11 +68,17 @@ def _define(backend: str) -> None:
 
 
 _define("torch")
+_define("triton")
 _define("cpu")  # kernels: csrc/cpu/binding.cpp
 _library.define("divergence_cpu(str divergence, str function, Tensor x) -> Tensor")
 _library.define("instruction_set_cpu() -> str")
 _library.impl("log_probs_torch", torch_backend.log_probs, "CompositeExplicitAutograd")
 _library.impl("sample_torch", torch_backend.sample, "CompositeExplicitAutograd")
+_library.impl("log_probs_triton", triton_backend.log_probs, "CUDA")
+_library.impl("sample_triton", triton_backend.sample, "CUDA")
+if triton_backend.INTERPRETED:
+    _library.impl("log_probs_triton", triton_backend.log_probs, "CPU")
+    _library.impl("sample_triton", triton_backend.sample, "CPU")
 backends()  # loads the extensions now: torch.compile could not trace it
 
 

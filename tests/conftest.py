@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ def _targets() -> list[tuple[str, str]]:
 
     available = [name for name, status in backends().items() if status == "available"]
     devices = {"torch": ["cpu", "cuda"], "cpu": ["cpu"], "triton": ["cuda"], "cuda": ["cuda"]}
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        devices = {"torch": [], "cpu": [], "triton": ["cpu"], "cuda": []}
     here = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return [(b, d) for b in available for d in devices[b] if d in here]
 

@@ -22,6 +22,7 @@ constexpr int kModelSteps = 60;
 constexpr double kLeastExponent = -1.0, kMostExponent = 30.0;  // of min Q where Jensen-Shannon keeps e^Q
 constexpr double kLog2E = 1.4426950216293335;  // what the loops' float32 constant holds
 constexpr double kWiden = 1e-4;
+constexpr double kLeastAlpha = 0.02;
 }  // namespace
 
 bool Row::mix_general() {
@@ -315,7 +316,9 @@ double Row::solve(const D& divergence, const DivergenceLoops& loops, const Defic
 
 template <class D> bool Row::mix(D divergence, const DivergenceLoops& loops) {
   Deficits total;
-  if (!collect_deficits(divergence, loops, true, &total)) return false;
+  // A small alpha's exponent 1 / alpha magnifies what a Q without min Q taken off has lost.
+  const bool in_one_loop = request_.kind != Kind::alpha || request_.alpha >= kLeastAlpha;
+  if (!collect_deficits(divergence, loops, in_one_loop, &total)) return false;
   divergence.measure_from(total.base);
   double tau;
   if (request_.exact) {
