@@ -3,10 +3,15 @@ not."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+
+#: Triton's interpreter runs the kernels on CPU tensors, for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+TRITON_DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 #: What `backends()` says of a backend that can be used.
 AVAILABLE = "available"
@@ -39,7 +44,7 @@ def _not_part_of_this_version(kernels: str) -> Callable[[], str]:
 #: The fastest first: the first that is available and knows the device is chosen.
 BACKENDS: tuple[Backend, ...] = (
     Backend("cuda", ("cuda",), _not_part_of_this_version("CUDA C++ kernels")),
-    Backend("triton", ("cuda",), _triton_status),
+    Backend("triton", TRITON_DEVICES, _triton_status),
     Backend("cpu", ("cpu",), _cpu_status),
     Backend("torch", None, lambda: AVAILABLE),
 )
@@ -72,13 +77,9 @@ def choose(name: str | None, device: torch.device) -> str:
         return _fastest[device]
     for backend in BACKENDS:
         if backend.name == name:
-            from . import triton_backend
-
             if backend.status() != AVAILABLE:
                 raise ValueError(f"backend {name!r} is not available: {backend.status()}")
-            interpreted = backend.name == "triton" and triton_backend.INTERPRETED
-            known = backend.device_types
-            if known is not None and device.type not in known and not interpreted:
+            if backend.device_types is not None and device.type not in backend.device_types:
                 raise ValueError(
                     f"backend {name!r} runs on {' and '.join(backend.device_types)} tensors, "
                     f"got tensors on {device}"

@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from . import torch_backend, triton_backend
 from .arguments import LOG_PROBS_SCHEMA, SAMPLE_SCHEMA, pack, unpack
 from .checks import check_draw, check_mixture
-from .dispatch import backends, choose
+from .dispatch import INTERPRETED, backends, choose
 from .divergence import Divergence
 
 __all__ = ["Sample", "backends", "log_probs", "sample"]
@@ -76,7 +76,7 @@ _library.impl("log_probs_torch", torch_backend.log_probs, "CompositeExplicitAuto
 _library.impl("sample_torch", torch_backend.sample, "CompositeExplicitAutograd")
 _library.impl("log_probs_triton", triton_backend.log_probs, "CUDA")
 _library.impl("sample_triton", triton_backend.sample, "CUDA")
-if triton_backend.INTERPRETED:
+if INTERPRETED:
     _library.impl("log_probs_triton", triton_backend.log_probs, "CPU")
     _library.impl("sample_triton", triton_backend.sample, "CPU")
 backends()  # loads the extensions now: torch.compile could not trace it

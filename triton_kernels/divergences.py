@@ -1,0 +1,180 @@
+"""The f-divergences as Triton device functions (design §2), as in mod_fused/divergence.py and
+csrc/divergence.h, and the table of what the kernel needs of each.
+
+    deficit(d, a)    q = sup f' - f'(e^d)
+    log_ratio(q, a)  log H(q), H the inverse of q in ratio space
+    log_slope(q, a)  log(-H'(q))
+
+`a` is the divergence's number; only alpha has one. The bounded three are Stieltjes kernels: with
+x = excess(D, a) and t = shift(tau, a),
+
+    H(tau + D) = e^log_constant(t, a) y^(-1/order),     y = t + x,
+
+so that a sum over tokens costs a division each.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .elementary import expm1, log1p_unit, wright_omega
+
+
+class TritonDivergence(NamedTuple):
+    """The device functions of a divergence; see the head of this file."""
+
+    deficit: Any
+    log_ratio: Any
+    log_slope: Any
+    clamped: bool  # d is clamped below at -80
+    bounded: bool  # sup f' is finite
+    excess: Any = None  # the last three: None without a Stieltjes form
+    shift: Any = None
+    unshift: Any = None
+
+
+@triton.jit
+def identity(x, a):
+    return x
+
+
+@triton.jit
+def forward_kl_deficit(d, a):
+    return tl.exp(tl.minimum(-d, 87.0))
+
+
+@triton.jit
+def forward_kl_log_ratio(q, a):
+    return -tl.log(q)
+
+
+@triton.jit
+def forward_kl_log_slope(q, a):
+    return -2.0 * tl.log(q)
+
+
+@triton.jit
+def jsd_deficit(d, a):
+    # softplus(-d)
+    return tl.maximum(-d, 0.0) + log1p_unit(tl.exp(-tl.abs(d)))
+
+
+@triton.jit
+def one_minus_exp(q):
+    # e^-q is 0 in float32 beyond 80.
+    return -expm1(-tl.minimum(q, 80.0))
+
+
+@triton.jit
+def jsd_log_ratio(q, a):
+    return -(q + tl.log(one_minus_exp(q)))
+
+
+@triton.jit
+def jsd_log_slope(q, a):
+    return -q - 2.0 * tl.log(one_minus_exp(q))
+
+
+@triton.jit
+def jsd_excess(d, a):
+    # 1 / expm1(tau + D) = e^-tau / ((1 - e^-tau) + expm1(D)); beyond 80 the sum does not see it.
+    return expm1(tl.minimum(d, 80.0))
+
+
+@triton.jit
+def jsd_shift(tau, a):
+    return -expm1(-tau)
+
+
+@triton.jit
+def jsd_unshift(t, a):
+    # -log(1 - t) by atanh's series where t is small: tl.log(1 - t) would lose its digits.
+    z = t / (2.0 - t)
+    z2 = z * z
+    series = (
+        2.0 * z * (1.0 + z2 * (0.3333333333 + z2 * (0.2 + z2 * (0.1428571429 + z2 * 0.1111111))))
+    )
+    return tl.where(t < 0.25, series, -tl.log(1.0 - tl.minimum(t, 0.99999994)))
+
+
+@triton.jit
+def alpha_deficit(d, a):
+    return tl.exp(tl.minimum(-a * d, 87.0)) / a
+
+
+@triton.jit
+def alpha_log_ratio(q, a):
+    return -tl.log(a * q) / a
+
+
+@triton.jit
+def alpha_log_slope(q, a):
+    return -(1.0 + 1.0 / a) * tl.log(a * q)
+
+
+@triton.jit
+def alpha_scaled(x, a):
+    # In units of 1/a, so that a small a does not overflow: H = (a tau + a D)^(-1/a).
+    return a * x
+
+
+@triton.jit
+def alpha_unscaled(t, a):
+    return t / a
+
+
+@triton.jit
+def jeffrey_deficit(d, a):
+    return expm1(-d) - d
+
+
+@triton.jit
+def jeffrey_log_ratio(q, a):
+    # v = 1/x solves v + log v = 1 + q; -log v cancels where v is large, v - z where it is small.
+    z = 1.0 + q
+    v = wright_omega(z)
+    return tl.where(z > 0.0, -tl.log(v), v - z)
+
+
+@triton.jit
+def jeffrey_log_slope(q, a):
+    log_x = jeffrey_log_ratio(q, a)
+    return 2.0 * log_x - (tl.maximum(log_x, 0.0) + log1p_unit(tl.exp(-tl.abs(log_x))))
+
+
+FORWARD_KL = TritonDivergence(
+    forward_kl_deficit,
+    forward_kl_log_ratio,
+    forward_kl_log_slope,
+    True,
+    True,
+    identity,
+    identity,
+    identity,
+)
+JSD = TritonDivergence(
+    jsd_deficit, jsd_log_ratio, jsd_log_slope, False, True, jsd_excess, jsd_shift, jsd_unshift
+)
+ALPHA = TritonDivergence(
+    alpha_deficit,
+    alpha_log_ratio,
+    alpha_log_slope,
+    True,
+    True,
+    alpha_scaled,
+    alpha_scaled,
+    alpha_unscaled,
+)
+JEFFREY = TritonDivergence(jeffrey_deficit, jeffrey_log_ratio, jeffrey_log_slope, True, False)
+
+#: By the first word of a divergence's name.
+TABLE = {
+    "reverse_kl": TritonDivergence(None, None, None, False, False),
+    "forward_kl": FORWARD_KL,
+    "jsd": JSD,
+    "alpha": ALPHA,
+    "jeffrey": JEFFREY,
+}

@@ -1,0 +1,185 @@
+"""The second launch where top-k, top-p or min-p are on: one program a row finds the least key that
+they keep, by counting, and draws (design §4)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .draw import (
+    good_parameters,
+    inverse_temperature,
+    row_parameter,
+    row_seed,
+    store_draw,
+    temperature_of,
+    winner_tile,
+    winner_token,
+)
+from .solver import DRAW_PEAK, DRAW_SUM, KEY_PEAK, TILE_FIELDS, tile_field
+from .tiles import INFINITY, LEVEL, MIX_LOG_NORM, STATE_FIELDS, TILE, VALID
+
+FIXED_POINT = tl.constexpr(1099511627776.0)  # 2^40
+BITS = tl.constexpr(3)  # of the threshold, found in one sweep over the row
+
+
+@triton.jit
+def ordered(x):
+    """An unsigned integer with the order of the floats; equal for -0 and +0."""
+    bits = (x + 0.0).to(tl.uint32, bitcast=True)
+    sign = tl.full([], 0x80000000, tl.uint32)
+    return tl.where((bits & sign) != 0, ~bits, bits | sign)
+
+
+@triton.jit
+def unordered(x):
+    sign = tl.full([], 0x80000000, tl.uint32)
+    return tl.where((x & sign) != 0, x ^ sign, ~x).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def weights_of(keys, begin, vocab, peak, beta, least, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Ordered keys of a block and what each weighs: 1, or its mass in fixed point; 0 below `least`
+    and where it is masked."""
+    offsets = begin + tl.arange(0, BLOCK)
+    key = tl.load(keys + offsets, mask=offsets < vocab, other=-INFINITY, cache_modifier=".cg")
+    kept = (key > -INFINITY) & (key >= least)
+    if MASS:
+        mass = tl.exp((tl.where(kept, key, peak) - peak) * beta) * FIXED_POINT
+        weight = tl.where(kept, mass.to(tl.int64), 0)
+    else:
+        weight = kept.to(tl.int64)
+    return ordered(key), weight
+
+
+@triton.jit
+def weighted_rank(
+    keys, vocab, peak, beta, least, share, count, MASS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The largest key such that it and all larger ones weigh at least ceil(share * total), or
+    `count`; -inf where all keys weigh less. Integer sums do not depend on their order."""
+    needed = count.to(tl.int64)
+    if MASS:
+        total = tl.zeros([], tl.int64)
+        for begin in range(0, vocab, BLOCK):
+            _, weight = weights_of(keys, begin, vocab, peak, beta, least, MASS, BLOCK)
+            total += tl.sum(weight, 0)
+        needed = tl.ceil(share.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
+    found = tl.zeros([], tl.uint32)
+    shift = 32
+    lowest = tl.full([], False, tl.int1)
+    while shift > 0:
+        bits = tl.minimum(shift, BITS)
+        shift -= bits
+        steps = (1 << bits) - 1
+        # How many of the candidates found + (j << shift), j = 1.., still weigh enough.
+        w1 = tl.zeros([], tl.int64)
+        w2 = tl.zeros([], tl.int64)
+        w3 = tl.zeros([], tl.int64)
+        w4 = tl.zeros([], tl.int64)
+        w5 = tl.zeros([], tl.int64)
+        w6 = tl.zeros([], tl.int64)
+        w7 = tl.zeros([], tl.int64)
+        w0 = tl.zeros([], tl.int64)
+        for begin in range(0, vocab, BLOCK):
+            order, weight = weights_of(keys, begin, vocab, peak, beta, least, MASS, BLOCK)
+            order = order.to(tl.int64)
+            base = found.to(tl.int64)
+            unit = (tl.zeros([], tl.int64) + 1) << shift
+            w0 += tl.sum(weight, 0)
+            w1 += tl.sum(tl.where(order >= base + unit, weight, 0), 0)
+            w2 += tl.sum(tl.where(order >= base + 2 * unit, weight, 0), 0)
+            w3 += tl.sum(tl.where(order >= base + 3 * unit, weight, 0), 0)
+            w4 += tl.sum(tl.where(order >= base + 4 * unit, weight, 0), 0)
+            w5 += tl.sum(tl.where(order >= base + 5 * unit, weight, 0), 0)
+            w6 += tl.sum(tl.where(order >= base + 6 * unit, weight, 0), 0)
+            w7 += tl.sum(tl.where(order >= base + 7 * unit, weight, 0), 0)
+        lowest = w0 < needed
+        step = (w1 >= needed).to(tl.int32) + (w2 >= needed).to(tl.int32)
+        step += (w3 >= needed).to(tl.int32) + (w4 >= needed).to(tl.int32)
+        step += (w5 >= needed).to(tl.int32) + (w6 >= needed).to(tl.int32)
+        step += (w7 >= needed).to(tl.int32)
+        step = tl.minimum(step, steps)
+        found += step.to(tl.uint32) << shift.to(tl.uint32)
+    return tl.where(lowest, -INFINITY, unordered(found))
+
+
+@triton.jit
+def filter_kernel(m, r, w, seed, position, top_k, C: tl.constexpr):
+    """Filters and draws a row whose keys, masked, and their norm `mixture_kernel` has left."""
+    BLOCK: tl.constexpr = C.filter_block
+    ROWS: tl.constexpr = C.filter_block // TILE
+    MODEL_FIELDS: tl.constexpr = 2 * C.models
+    FIELDS: tl.constexpr = TILE_FIELDS + 2 * C.models
+    row = tl.program_id(0)
+    tiles = tl.cdiv(m.vocab, TILE)
+    state = w.states + row.to(tl.int64) * STATE_FIELDS
+    model_fields = w.fields + row.to(tl.int64) * FIELDS * tiles
+    fields = model_fields + MODEL_FIELDS * tiles
+    keys = w.keys + row.to(tl.int64) * m.vocab
+    temperature = temperature_of(r, row)
+    beta = inverse_temperature(temperature)
+    if C.mask or C.tempered:
+        peaks = tile_field(fields, DRAW_PEAK, tiles, C, float("-inf"))
+    else:
+        peaks = tile_field(fields, KEY_PEAK, tiles, C, float("-inf"))
+    peak = tl.max(peaks, 0)
+    valid = (
+        (tl.load(state + VALID) > 0.0) & (tl.abs(peak) < INFINITY) & good_parameters(r, m, row, C)
+    )
+    peak = tl.where(valid, peak, 0.0)
+    searching = valid & (temperature > 0.0)
+
+    least = tl.full([], float("-inf"), tl.float32)
+    one = tl.full([], 1.0, tl.float64)
+    if C.top_k:
+        k = row_parameter(top_k, r.top_k_pointer, r.top_k_stride, row, tl.int64)
+        if searching & (k > 0) & (k < m.vocab):
+            least = weighted_rank(keys, m.vocab, peak, beta, least, one, k, False, BLOCK)
+    if C.top_p:
+        p = row_parameter(r.top_p, r.top_p_pointer, r.top_p_stride, row, tl.float64)
+        if searching & (p < 1.0):
+            none = tl.zeros([], tl.int64)
+            cut = weighted_rank(keys, m.vocab, peak, beta, least, p, none, True, BLOCK)
+            least = tl.maximum(least, cut)
+    log_min_p = tl.full([], float("-inf"), tl.float32)
+    if C.min_p:
+        min_p = row_parameter(r.min_p, r.min_p_pointer, r.min_p_stride, row, tl.float32)
+        log_min_p = tl.where(min_p > 0.0, tl.log(tl.where(min_p > 0.0, min_p, 1.0)), log_min_p)
+
+    for begin in range(0, tiles, ROWS):
+        tile = begin + tl.arange(0, ROWS)
+        offsets = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        key = tl.load(keys + offsets, mask=offsets < m.vocab, other=-INFINITY, cache_modifier=".cg")
+        tl.store(
+            fields + DRAW_SUM * tiles + tile,
+            tl.sum(kept_mass(key, peak, beta, least, log_min_p), 1),
+            mask=tile < tiles,
+        )
+    tl.debug_barrier()
+    mass = tile_field(fields, DRAW_SUM, tiles, C, 0.0)
+    own_seed = row_seed(r, seed, row)
+    own_position = row_parameter(position, r.position_pointer, r.position_stride, row, tl.int64)
+    tile, found = winner_tile(mass, temperature, peaks, peak, own_seed, own_position, C)
+    tile = tl.where(valid & found, tile, 0)
+    offsets = tile * TILE + tl.arange(0, TILE)
+    key = tl.load(keys + offsets, mask=offsets < m.vocab, other=-INFINITY, cache_modifier=".cg")
+    token, token_key, inside = winner_token(
+        key,
+        kept_mass(key, peak, beta, least, log_min_p),
+        tile,
+        temperature,
+        peak,
+        own_seed,
+        own_position,
+    )
+    valid = valid & found & inside
+    logprob = token_key - tl.load(state + LEVEL) - tl.load(state + MIX_LOG_NORM)
+    store_draw(r, m, state, model_fields, row, token, logprob, valid, tiles, C)
+
+
+@triton.jit
+def kept_mass(key, peak, beta, least, log_min_p):
+    scaled = (tl.where(key > -INFINITY, key, peak) - peak) * beta
+    kept = (key > -INFINITY) & (key >= least) & (scaled >= log_min_p)
+    return tl.where(kept, tl.exp(scaled), 0.0)

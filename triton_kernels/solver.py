@@ -1,0 +1,265 @@
+"""What happens between two phases of a row, by the program that ends the first: reductions over the
+row's tiles, the bracket of tau and the steps towards it (design §2). `m` is a `Mixing`, `C` a
+`Variant` (launch.py)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    BEST_MASS,
+    BEST_TOKEN,
+    EXCLUDED,
+    INFINITY,
+    LEAST,
+    LOG_NORM,
+    LOWER,
+    PEAK,
+    POINT,
+    SHIFT,
+    SOLVED,
+    UPPER,
+    VALID,
+    weight,
+)
+
+#: Prefix differences below it are shifted up together.
+SMALLEST_PREFIX_DIFFERENCE = tl.constexpr(-40.0)
+#: Below this |log G| the two-pole model's error is its square, less than float32 sums leave: its
+#: step is the last.
+LAST_STEP = tl.constexpr(2e-5)
+TOLERANCE = tl.constexpr(1e-6)  # where float32 sums leave log G
+WIDEN = tl.constexpr(1e-4)
+
+# Fields of a tile, float32 [fields, tiles] a row; 2 * models more stand before them.
+KEY_PEAK = tl.constexpr(0)
+KEY_SUM = tl.constexpr(1)  # sum exp(key - peak); NaN where a tensor that counts is broken
+DRAW_PEAK = tl.constexpr(2)  # the same after the mask and at the temperature
+DRAW_SUM = tl.constexpr(3)
+MASS = tl.constexpr(4)  # sum p; NaN where a value is broken
+FIRST = tl.constexpr(5)  # sum p Q
+S1 = tl.constexpr(6)  # sum p H, sum p (-H')
+S2 = tl.constexpr(7)
+BEST_P = tl.constexpr(8)  # p of the tile's argmin Q
+TILE_FIELDS = tl.constexpr(9)
+
+
+@triton.jit
+def tile_field(fields, field, tiles, C: tl.constexpr, OTHER: tl.constexpr):
+    """One number per tile of a row."""
+    i = tl.arange(0, C.tiles)
+    return tl.load(fields + field * tiles + i, mask=i < tiles, other=OTHER, cache_modifier=".cg")
+
+
+@triton.jit
+def log_sum_exp(fields, field, tiles, C: tl.constexpr):
+    """max and log-sum-exp of a row out of its tiles' (max, sum exp(. - max)) at field, field + 1;
+    NaN where a sum is."""
+    peaks = tile_field(fields, field, tiles, C, float("-inf"))
+    sums = tile_field(fields, field + 1, tiles, C, 0.0)
+    peak = tl.max(peaks, 0)
+    scaled = tl.exp(peaks - tl.where(peak == -INFINITY, 0.0, peak))
+    parts = tl.where(peaks == -INFINITY, 0.0, scaled).to(tl.float64) * sums.to(tl.float64)
+    broken = tl.max((sums != sums).to(tl.int32), 0) > 0
+    total = tl.log(tl.sum(parts, 0)) + peak
+    return peak.to(tl.float64), tl.where(broken, float("nan"), total)
+
+
+@triton.jit
+def prefix_of(m, row, k: tl.constexpr):
+    """Log-probability of the response so far under model k, float64."""
+    offset = row.to(tl.int64) * m.prefix_strides[0] + k * m.prefix_strides[1]
+    return tl.load(m.prefix + offset).to(tl.float64)
+
+
+@triton.jit
+def end_sums(m, state, fields, row, tiles, C: tl.constexpr):
+    """Log-sum-exps, shifts of d, and whether a model that counts is broken."""
+    MODELS: tl.constexpr = C.models
+    FIRST_POLICY: tl.constexpr = C.first_policy
+    valid = tl.full([], 1.0, tl.float64)
+    ref_norm = tl.zeros([], tl.float64)
+    for k in tl.static_range(MODELS):
+        peak, norm = log_sum_exp(fields, 2 * k, tiles, C)
+        tl.store(state + LOG_NORM + k, norm)
+        tl.store(state + PEAK + k, peak)
+        if k < FIRST_POLICY:
+            ref_norm = norm
+            counts = tl.full([], True, tl.int1)
+        else:
+            counts = weight(m, row, k - FIRST_POLICY) != 0.0
+        if k == C.plausible:
+            counts = tl.full([], True, tl.int1)
+        valid = tl.where(counts & ((tl.abs(norm) < INFINITY) == 0), 0.0, valid)
+    if C.general:
+        lift = tl.zeros([], tl.float64)
+        if m.prefix is not None:
+            ref_prefix = prefix_of(m, row, 0)
+            for k in tl.static_range(MODELS):
+                own = prefix_of(m, row, k)
+                counts = tl.full([], True, tl.int1)
+                if k > 0:
+                    counts = weight(m, row, k - 1) != 0.0
+                valid = tl.where(counts & ((tl.abs(own) < INFINITY) == 0), 0.0, valid)
+                short = tl.where(counts, SMALLEST_PREFIX_DIFFERENCE - (own - ref_prefix), 0.0)
+                if C.clamped:
+                    lift = tl.maximum(lift, short)
+        for k in tl.static_range(1, MODELS):
+            norm = tl.load(state + LOG_NORM + k)
+            shift = ref_norm - norm
+            if m.prefix is not None:
+                shift += prefix_of(m, row, k) - prefix_of(m, row, 0) + lift
+            tl.store(state + SHIFT + k, shift)
+    tl.store(state + VALID, valid)
+
+
+@triton.jit
+def end_deficits(m, w, state, fields, row, tiles, C: tl.constexpr):
+    """s*, and the bracket of the point at which G is 1."""
+    MODELS: tl.constexpr = C.models
+    i = tl.arange(0, C.tiles)
+    leasts = w.leasts + row.to(tl.int64) * tiles
+    winners = w.winners + row.to(tl.int64) * tiles
+    least_of = tl.load(leasts + i, mask=i < tiles, other=EXCLUDED, cache_modifier=".cg")
+    least = tl.min(least_of, 0)
+    best_tile = tl.min(tl.where((least_of == least) & (i < tiles), i, C.tiles - 1), 0)
+    best_token = tl.load(winners + best_tile, cache_modifier=".cg")
+    best = tl.load(fields + BEST_P * tiles + best_tile, cache_modifier=".cg").to(tl.float64)
+    mass = tl.sum(tile_field(fields, MASS, tiles, C, 0.0).to(tl.float64), 0)
+    first = tl.sum(tile_field(fields, FIRST, tiles, C, 0.0).to(tl.float64), 0)
+    good = (least < EXCLUDED) & (mass > 0.0) & (best > 0.0)
+    mass = tl.where(good, mass, 1.0)
+    best = tl.where(good, best, 1.0)
+
+    upper = C.deficit(-tl.log(mass).to(tl.float32), m.alpha).to(tl.float64)
+    lower = C.deficit(-tl.log(best).to(tl.float32), m.alpha).to(tl.float64)
+    jensen = upper - (first / mass - least)
+    lower = tl.where(jensen > lower, jensen, lower)
+    if C.bounded:
+        if C.simplex:
+            # On the simplex, without tilt and prefix, Z <= 0.
+            total = tl.zeros([], tl.float64)
+            positive = tl.full([], True, tl.int1)
+            for k in tl.static_range(1, MODELS):
+                own = weight(m, row, k - 1)
+                total += own
+                positive &= own >= 0.0
+            # float32 weights sum to one within their rounding
+            if tl.abs(total - 1.0) < 1e-6:
+                upper = tl.where(positive & (least < upper), least, upper)
+        lower = lower * (1.0 - WIDEN)
+        upper = upper * (1.0 + WIDEN)
+    else:
+        lower -= WIDEN
+        upper += WIDEN
+    upper = tl.where(upper < lower, lower, upper)
+    if C.shift is not None:
+        low = C.shift(lower.to(tl.float32), m.alpha).to(tl.float64)
+        high = C.shift(upper.to(tl.float32), m.alpha).to(tl.float64)
+        tl.store(state + LOWER, low)
+        tl.store(state + UPPER, high)
+        tl.store(state + POINT, tl.sqrt(low * high).to(tl.float32).to(tl.float64))
+    else:
+        tl.store(state + LOWER, lower)
+        tl.store(state + UPPER, upper)
+        tl.store(state + POINT, lower.to(tl.float32).to(tl.float64))
+    tl.store(state + LEAST, least)
+    tl.store(state + BEST_TOKEN, best_token.to(tl.float64))
+    tl.store(state + BEST_MASS, best)
+    tl.store(state + SOLVED, 0.0)
+    valid = tl.load(state + VALID)
+    tl.store(state + VALID, tl.where(good, valid, 0.0))
+
+
+@triton.jit
+def two_poles(near, far, distance, order, right):
+    """y with near y^-order + far (y + distance)^-order = right, by Newton in the variable in which
+    one pole alone is a straight line. From the left, where it climbs."""
+    exponent = 1.0 / order
+    y = tl.exp(tl.log(near / right) * exponent)
+    other = tl.exp(tl.log((near + far) / right) * exponent) - distance
+    y = tl.where(other > y, other, y)
+    for _ in tl.static_range(6):
+        a = near * tl.exp(-order * tl.log(y))
+        b = far * tl.exp(-order * tl.log(y + distance))
+        g = a + b
+        ratio = tl.exp(tl.log(g / right) * exponent)
+        step = (ratio - 1.0) * g / (a / y + b / (y + distance))
+        y = tl.where((y + step > 0.0) & (step == step), y + step, y)
+    return y
+
+
+@triton.jit
+def step_stieltjes(m, state, s1, s2, C: tl.constexpr):
+    """The next point for a Stieltjes kernel: a model of G with two poles, s* exactly where it is
+    and everything else as the one that has its sum and slope (the secular equation of eigenvalue
+    updates). s1 and s2 leave s* out."""
+    t = tl.load(state + POINT)
+    lower = tl.load(state + LOWER)
+    upper = tl.load(state + UPPER)
+    best = tl.load(state + BEST_MASS)
+    order = tl.full([], 1.0, tl.float64)
+    if C.is_alpha:
+        order = 1.0 / tl.full([], m.alpha, tl.float64)
+    near = best * tl.exp(-order * tl.log(t))
+    if C.is_jsd:
+        log_g = tl.log((s1 + near) * (1.0 - t))
+    else:
+        log_g = tl.log(s1 + near)
+    lower = tl.where(log_g > 0.0, t, lower)
+    upper = tl.where(log_g > 0.0, upper, t)
+    good = (tl.abs(log_g) < INFINITY) & (tl.abs(s2) < INFINITY)
+    pole = good & (s1 > 0.0) & (s2 > 0.0)
+    distance = tl.where(pole, s1 / tl.where(pole, s2, 1.0) - t, 0.0)
+    distance = tl.where(distance > 0.0, distance, 0.0)
+    far = tl.where(pole, s1 * tl.exp(order * tl.log(t + distance)), 0.0)
+    if C.is_jsd:
+        # (1 - t) (B / t + W / (t + d)) = 1, with the factor multiplied out
+        following = two_poles(best, far * (1.0 + distance), distance, order, 1.0 + best + far)
+    else:
+        following = two_poles(best, far, distance, order, 1.0)
+    middle = tl.sqrt(lower * upper)
+    inside = good & (following >= lower) & (following <= upper)
+    following = tl.where(inside, following, middle)
+    done = (tl.abs(log_g) < LAST_STEP) | (following.to(tl.float32).to(tl.float64) == t)
+    tl.store(state + LOWER, lower)
+    tl.store(state + UPPER, upper)
+    tl.store(state + POINT, following.to(tl.float32).to(tl.float64))
+    tl.store(state + SOLVED, tl.where(done, 1.0, 0.0))
+
+
+@triton.jit
+def step_newton(m, state, s1, s2, C: tl.constexpr):
+    """The next point for any divergence: Newton on q(log G(tau)), which is almost straight, from
+    the lower end of the bracket, from where it climbs to the root."""
+    tau = tl.load(state + POINT)
+    lower = tl.load(state + LOWER)
+    upper = tl.load(state + UPPER)
+    log_g = tl.log(s1)
+    lower = tl.where(log_g > 0.0, tau, lower)
+    upper = tl.where(log_g > 0.0, upper, tau)
+    zero = tl.zeros([], tl.float32)
+    q = C.deficit(log_g.to(tl.float32), m.alpha)
+    slope = tl.exp(C.log_slope(q, m.alpha).to(tl.float64))
+    step = (C.deficit(zero, m.alpha) - q).to(tl.float64) * slope / s2
+    newton = tau + step
+    good = (tl.abs(log_g) < INFINITY) & (tl.abs(step) < INFINITY)
+    good = good & (newton > lower) & (newton < upper)
+    following = tl.where(good, newton, 0.5 * (lower + upper)).to(tl.float32).to(tl.float64)
+    done = (tl.abs(log_g) < TOLERANCE) | (following == tau)
+    tl.store(state + LOWER, lower)
+    tl.store(state + UPPER, upper)
+    tl.store(state + POINT, tl.where(tl.abs(log_g) < TOLERANCE, tau, following))
+    tl.store(state + SOLVED, tl.where(done, 1.0, 0.0))
+
+
+@triton.jit
+def end_keys(state, fields, tiles, C: tl.constexpr):
+    """Level and norm of the keys, and whether they can be trusted."""
+    level, norm = log_sum_exp(fields, KEY_PEAK, tiles, C)
+    good = (tl.abs(level) < INFINITY) & (tl.abs(norm) < INFINITY)
+    valid = tl.where(good, 1.0, 0.0)
+    if C.sums:
+        valid = tl.where(good, tl.load(state + VALID), 0.0)
+    return level, norm - level, valid

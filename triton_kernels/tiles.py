@@ -1,0 +1,205 @@
+"""What a program computes from one tile of 1024 token ids: loads, log-sum-exps, keys and deficits
+(design §2). `m` is a `Mixing`, `C` a `Variant` (launch.py)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: Tile of the race in token ids; part of the definition of the random numbers (design §3).
+TILE = tl.constexpr(1024)
+INFINITY = tl.constexpr(float("inf"))
+#: Q of a token outside the support: its ratio is 0 in float32, and it is still finite.
+EXCLUDED = tl.constexpr(1e37)
+SMALLEST_LOG_REF = tl.constexpr(-80.0)  # the range of float32, design §2
+SMALLEST_LOG_RATIO = tl.constexpr(-80.0)
+
+# Fields of a row's state, float64.
+LOG_NORM = tl.constexpr(0)  # [9], log-sum-exp of each model's logits
+PEAK = tl.constexpr(9)  # [9]
+SHIFT = tl.constexpr(18)  # [9], added to raw differences of logits to make d
+LEAST = tl.constexpr(27)  # min Q over the support
+BEST_TOKEN = tl.constexpr(28)  # s* = argmin Q, and pi_ref of it
+BEST_MASS = tl.constexpr(29)
+POINT = tl.constexpr(30)  # where G is evaluated next: t = shift(tau), or tau
+LOWER = tl.constexpr(31)  # the bracket of that
+UPPER = tl.constexpr(32)
+SOLVED = tl.constexpr(33)
+LEVEL = tl.constexpr(34)  # log pi* = (key - level) - log_norm
+MIX_LOG_NORM = tl.constexpr(35)
+VALID = tl.constexpr(36)
+STATE_FIELDS = tl.constexpr(40)
+
+
+@triton.jit
+def load_tile(row_pointer, tile, vocab, OTHER: tl.constexpr):
+    """A row's tile as float32; `OTHER` beyond the vocabulary. Whole tiles are loaded without a
+    mask, which keeps the loads wide for any vocabulary size."""
+    offsets = tile * TILE + tl.arange(0, TILE)
+    if (tile + 1) * TILE <= vocab:
+        x = tl.load(row_pointer + offsets).to(tl.float32)
+    else:
+        x = tl.load(row_pointer + offsets, mask=offsets < vocab, other=OTHER).to(tl.float32)
+    return x
+
+
+@triton.jit
+def model_tile(m, k: tl.constexpr, row, tile):
+    """Scaled logits of model k."""
+    x = load_tile(m.logits[k] + row.to(tl.int64) * m.strides[k], tile, m.vocab, float("-inf"))
+    if m.scales is not None:
+        x = x * m.scales[k]
+    return x
+
+
+@triton.jit
+def value_tile(m, j: tl.constexpr, row, tile):
+    """V_j, -inf beyond the vocabulary."""
+    pointer = m.scores + tl.full([], j, tl.int64) * m.value_strides[0]
+    pointer += row.to(tl.int64) * m.value_strides[1]
+    return load_tile(pointer, tile, m.vocab, float("-inf"))
+
+
+@triton.jit
+def weight(m, row, i: tl.constexpr):
+    """w of policy i (counted from 0), float64."""
+    if m.weights_pointer is None:
+        return tl.full([], m.weights[i], tl.float64)
+    else:
+        offset = row.to(tl.int64) * m.weights_strides[0] + i * m.weights_strides[1]
+        return tl.load(m.weights_pointer + offset).to(tl.float64)
+
+
+@triton.jit
+def value_weight(m, row, j: tl.constexpr):
+    """v of value j, float64."""
+    if m.value_weights_pointer is None:
+        return tl.full([], m.value_weights[j], tl.float64)
+    else:
+        offset = row.to(tl.int64) * m.value_weights_strides[0] + j * m.value_weights_strides[1]
+        return tl.load(m.value_weights_pointer + offset).to(tl.float64)
+
+
+@triton.jit
+def reference_weight(m, row, C: tl.constexpr):
+    """1 - sum w, float32."""
+    POLICIES: tl.constexpr = C.models - 1
+    if m.weights_pointer is None:
+        return tl.full([], m.reference_weight, tl.float32)
+    else:
+        total = tl.zeros([], tl.float64)
+        for i in tl.static_range(POLICIES):
+            total += weight(m, row, i)
+        return (1.0 - total).to(tl.float32)
+
+
+@triton.jit
+def finite(x):
+    return tl.abs(x) < INFINITY
+
+
+@triton.jit
+def any_true(x):
+    return tl.max(x.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def peak_and_sum(x):
+    """max x and sum exp(x - max) of a tile; the sum is NaN where NaN or +inf stands in it."""
+    peak = tl.max(x, 0)
+    total = tl.sum(tl.exp(x - tl.where(peak == -INFINITY, 0.0, peak)), 0)
+    return peak, tl.where(any_true((x < INFINITY) == 0), float("nan"), total)
+
+
+@triton.jit
+def store_model_sum(x, k: tl.constexpr, fields, tile, tiles):
+    peak, total = peak_and_sum(x)
+    tl.store(fields + (2 * k) * tiles + tile, peak)
+    tl.store(fields + (2 * k + 1) * tiles + tile, total)
+
+
+@triton.jit
+def log_linear_tile(
+    m,
+    state,
+    fields,
+    row,
+    tile,
+    tiles,
+    C: tl.constexpr,
+):
+    """The log-linear key, -inf off the support, and whether a tensor that counts is broken. Terms
+    are accumulated in the order of design §3: the order of tokens depends on it."""
+    MODELS: tl.constexpr = C.models
+    VALUES: tl.constexpr = C.scores
+    FIRST_POLICY: tl.constexpr = C.first_policy
+    zeros = tl.zeros([TILE], tl.float32)
+    key = zeros
+    inside = tile * TILE + tl.arange(0, TILE) < m.vocab
+    broken = tl.zeros([TILE], tl.int1)
+    for k in tl.static_range(MODELS):
+        x = model_tile(m, k, row, tile)
+        if C.model_logprobs and not C.sums:
+            store_model_sum(x, k, fields, tile, tiles)
+        if k == C.plausible:
+            inside &= x - tl.load(state + PEAK + k).to(tl.float32) >= m.log_plausibility
+        if k < FIRST_POLICY:
+            c = zeros + reference_weight(m, row, C)
+            counts = zeros == 0.0
+        else:
+            c = zeros + weight(m, row, k - FIRST_POLICY).to(tl.float32)
+            counts = c != 0.0
+        broken |= counts & ((x < INFINITY) == 0)
+        inside &= finite(x) | (counts == 0)
+        key = tl.fma(c, tl.where(finite(x) & counts, x, 0.0), key)
+    for j in tl.static_range(VALUES):
+        v = zeros + value_weight(m, row, j).to(tl.float32)
+        x = value_tile(m, j, row, tile)
+        counts = v != 0.0
+        broken |= counts & ((x < INFINITY) == 0)
+        inside &= finite(x) | (counts == 0)
+        key = tl.fma(v, tl.where(finite(x) & counts, x, 0.0), key)
+    broken |= inside & (finite(key) == 0)  # the sum itself overflowed
+    return tl.where(inside, key, -INFINITY), any_true(broken)
+
+
+@triton.jit
+def deficit_tile(m, state, row, tile, C: tl.constexpr):
+    """log pi_ref, Q (EXCLUDED off the support; float64 where there are values, because a tilt moves
+    min Q away from 0), and whether a value is broken."""
+    MODELS: tl.constexpr = C.models
+    VALUES: tl.constexpr = C.scores
+    ref = model_tile(m, 0, row, tile)
+    log_ref = ref - tl.load(state + LOG_NORM).to(tl.float32)
+    inside = log_ref >= SMALLEST_LOG_REF
+    if C.plausible == 0:
+        inside &= ref - tl.load(state + PEAK).to(tl.float32) >= m.log_plausibility
+    zeros = tl.zeros([TILE], tl.float32)
+    q = zeros
+    for k in tl.static_range(1, MODELS):
+        x = model_tile(m, k, row, tile)
+        if k == C.plausible:
+            inside &= x - tl.load(state + PEAK + k).to(tl.float32) >= m.log_plausibility
+        w = zeros + weight(m, row, k - 1).to(tl.float32)
+        counts = w != 0.0
+        inside &= finite(x) | (counts == 0)
+        # Raw differences first: they are exact for logits of 16 bits.
+        d = tl.where(inside & counts, x - ref, 0.0) + tl.load(state + SHIFT + k).to(tl.float32)
+        if C.clamped:
+            d = tl.maximum(d, SMALLEST_LOG_RATIO)
+        q = tl.where(counts, q + w * C.deficit(d, m.alpha), q)
+    inside &= q < EXCLUDED
+    broken = tl.zeros([TILE], tl.int1)
+    if VALUES > 0:
+        tilted = q.to(tl.float64)
+        for j in tl.static_range(VALUES):
+            v = value_weight(m, row, j).to(tl.float32).to(tl.float64) + tl.zeros([TILE], tl.float64)
+            x = value_tile(m, j, row, tile)
+            counts = v != 0.0
+            broken |= counts & ((x < INFINITY) == 0)
+            inside &= finite(x) | (counts == 0)
+            tilted -= tl.where(finite(x) & counts, v * x.to(tl.float64), 0.0)
+        inside &= tilted < EXCLUDED
+        return log_ref, tl.where(inside, tilted, EXCLUDED), any_true(broken)
+    else:
+        return log_ref, tl.where(inside, q, EXCLUDED), any_true(broken)
