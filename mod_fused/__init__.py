@@ -13,6 +13,7 @@ from .divergence import (
     JensenShannonDivergence,
     ReverseKL,
     get_divergence,
+    register_divergence,
 )
 from .ops import Sample, backends, log_probs, sample
 
@@ -36,6 +37,7 @@ __all__ = [
     "generate",
     "get_divergence",
     "log_probs",
+    "register_divergence",
     "sample",
     "world",
 ]

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from .divergence import get_divergence, is_built_in
+
 #: Triton's interpreter runs the kernels on CPU tensors, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 TRITON_DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
@@ -57,24 +59,34 @@ def backends() -> dict[str, str]:
     return {name: status[name] for name in ("torch", "cpu", "triton", "cuda")}
 
 
-_fastest: dict[torch.device, str] = {}
+_fastest: dict[tuple[torch.device, str], str] = {}
 
 
-def choose(name: str | None, device: torch.device) -> str:
-    """The name of the backend to run on a device: the one asked for, or the fastest available.
+def _knows(backend: str, divergence: str) -> bool:
+    """Whether a backend has a divergence, which for a registered one is its owner's business."""
+    if backend == "torch" or is_built_in(divergence):
+        return True
+    return backend == "triton" and get_divergence(divergence).triton is not None
+
+
+def choose(name: str | None, device: torch.device, divergence: str) -> str:
+    """The name of the backend to run on a device: the one asked for, or the fastest available that
+    knows the divergence.
 
     Raises:
-        ValueError: if the backend is unknown, not available, or does not run on the device.
+        ValueError: if the backend is unknown, not available, does not run on the device, or does
+            not know the divergence.
     """
     if name is None:
-        if device not in _fastest:
-            _fastest[device] = next(
+        if (device, divergence) not in _fastest:
+            _fastest[device, divergence] = next(
                 b.name
                 for b in BACKENDS
                 if (b.device_types is None or device.type in b.device_types)
                 and b.status() == AVAILABLE
+                and _knows(b.name, divergence)
             )
-        return _fastest[device]
+        return _fastest[device, divergence]
     for backend in BACKENDS:
         if backend.name == name:
             if backend.status() != AVAILABLE:
@@ -83,6 +95,11 @@ def choose(name: str | None, device: torch.device) -> str:
                 raise ValueError(
                     f"backend {name!r} runs on {' and '.join(backend.device_types)} tensors, "
                     f"got tensors on {device}"
+                )
+            if not _knows(name, divergence):
+                raise ValueError(
+                    f"backend {name!r} does not know the registered divergence {divergence!r}; "
+                    "torch runs any, triton those with device functions"
                 )
             return backend.name
     raise ValueError(f"backend must be None or one of {[b.name for b in BACKENDS]}, got {name!r}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +34,15 @@ class Divergence:
         bounded: whether sup f' is finite. Then deficits are positive and Z sits next to a pole.
         clamped: whether log-ratios are clamped below at -80 and extreme prefixes are shifted
             (design §2).
+        triton: the same three functions as Triton device functions of (x, a), where a is to be
+            ignored; None: the `triton` backend cannot run it.
     """
 
     name: str
     supremum: float = 0.0
     bounded: bool = False
     clamped: bool = True
+    triton: tuple[Any, Any, Any] | None = None
 
     def __repr__(self) -> str:
         return f"<divergence {self.name}>"
@@ -178,6 +182,7 @@ def wright_omega(z: Tensor) -> Tensor:
 _CANONICAL: dict[str, Divergence] = {
     d.name: d for d in (ReverseKL(), ForwardKL(), JensenShannonDivergence(), JeffreyDivergence())
 }
+_BUILT_IN = frozenset({"alpha", *_CANONICAL})
 _CLASSES = (ReverseKL, ForwardKL, JensenShannonDivergence, AlphaDivergence, JeffreyDivergence)
 _ALIASES = {
     "kl": "reverse_kl",
@@ -242,9 +247,78 @@ def get_divergence(divergence: str | Divergence) -> Divergence:
         return _CANONICAL[divergence]
     if isinstance(divergence, _CLASSES):
         return divergence
+    if isinstance(divergence, Divergence) and _CANONICAL.get(divergence.name) is divergence:
+        return divergence
     if not isinstance(divergence, str):
         raise TypeError(
-            "divergence must be a name or one of mod_fused's five divergences, "
-            f"got {type(divergence).__name__}"
+            "divergence must be a name, one of mod_fused's five divergences or a registered one "
+            f"(register_divergence), got {type(divergence).__name__}"
         )
     return _parse(divergence)
+
+
+def is_built_in(name: str) -> bool:
+    """Whether a canonical name is one of the five that every backend knows."""
+    return name.split(":")[0] in _BUILT_IN
+
+
+def register_divergence(divergence: Divergence) -> Divergence:
+    """Makes a divergence of your own known under its name, to `sample`, `log_probs`, `generate` and
+    the command line.
+
+    The three functions must belong to one f whose derivative is a barrier, f'(0) = -inf:
+
+        deficit(d) = c - f'(e^d), decreasing in d,    c = sup f', or 0 where f' has no upper bound
+        log_ratio(q) = log H(q),   log_slope(q) = log(-H'(q)),   H(deficit(d)) = e^d
+
+    They are called with float32 tensors of any shape and must be accurate to float32 rounding over
+    -80 <= d <= 80. The `torch` backend runs them on any device; with `triton` set, the `triton`
+    backend runs those. The `cpu` backend knows the five built-in divergences only.
+
+    Args:
+        divergence: an object of a subclass of `Divergence`. Its name is lower case and new.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: if it is no `Divergence`, or lacks a function.
+        ValueError: if the name is taken or cannot be typed, or the functions contradict each other.
+    """
+    if not isinstance(divergence, Divergence):
+        raise TypeError(
+            f"expected an object of a subclass of Divergence, got {type(divergence).__name__}"
+        )
+    name = getattr(divergence, "name", None)
+    if not isinstance(name, str) or not name.isidentifier() or name != name.lower():
+        raise ValueError(f"the name of a divergence must be a lower-case identifier, got {name!r}")
+    if name in _CANONICAL or name in _ALIASES or name in _NO_BARRIER or name in _BUILT_IN:
+        raise ValueError(f"the name {name!r} is taken")
+    for function in ("deficit", "log_ratio", "log_slope"):
+        if getattr(type(divergence), function) is getattr(Divergence, function):
+            raise TypeError(f"divergence {name!r} does not define {function}")
+    if divergence.triton is not None and len(divergence.triton) != 3:
+        raise ValueError(
+            "triton must hold deficit, log_ratio and log_slope as device functions, "
+            f"got {len(divergence.triton)} of them"
+        )
+    _check_functions(divergence)
+    _CANONICAL[name] = divergence
+    return divergence
+
+
+def _check_functions(divergence: Divergence) -> None:
+    """Refuses functions that are not each other's inverse and slope."""
+    d = torch.linspace(-8.0, 8.0, 33, dtype=torch.float64)
+    q = divergence.deficit(d)
+    if not bool((q[1:] < q[:-1]).all()):
+        raise ValueError(f"the deficit of {divergence.name!r} must decrease with d")
+    if divergence.bounded and not bool((q > 0).all()):
+        raise ValueError(f"the deficit of {divergence.name!r} must be positive: it is bounded")
+    if not torch.allclose(divergence.log_ratio(q), d, rtol=0.0, atol=1e-3):
+        raise ValueError(f"log_ratio of {divergence.name!r} is not the inverse of its deficit")
+    step = 1e-5 * q.abs().clamp(min=1e-3)
+    high, low = divergence.log_ratio(q + step), divergence.log_ratio(q - step)
+    slope = torch.log((torch.exp(low) - torch.exp(high)) / (2.0 * step))
+    if not torch.allclose(divergence.log_slope(q), slope, rtol=0.0, atol=1e-2):
+        raise ValueError(f"log_slope of {divergence.name!r} is not log(-H') of its log_ratio")

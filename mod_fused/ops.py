@@ -142,7 +142,7 @@ def log_probs(
         plausibility,
         plausibility_tensor,
     )
-    name = choose(backend, mixing.batch_tensor().device)
+    name = choose(backend, mixing.batch_tensor().device, mixing.divergence)
     return _log_probs[name](*pack(mixing))
 
 
@@ -248,6 +248,6 @@ def sample(
     drawing = check_draw(
         mixing, temperature, top_k, top_p, min_p, mask, seed, position, return_model_logprobs
     )
-    name = choose(backend, mixing.batch_tensor().device)
+    name = choose(backend, mixing.batch_tensor().device, mixing.divergence)
     tokens, logprobs, valid, model_logprobs = _sample[name](*pack(mixing, drawing))
     return Sample(tokens, logprobs, valid, model_logprobs if return_model_logprobs else None)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..divergence import Divergence
 from .elementary import expm1, log1p_unit, wright_omega
 
 
@@ -170,11 +171,17 @@ ALPHA = TritonDivergence(
 )
 JEFFREY = TritonDivergence(jeffrey_deficit, jeffrey_log_ratio, jeffrey_log_slope, True, False)
 
-#: By the first word of a divergence's name.
-TABLE = {
+_TABLE = {
     "reverse_kl": TritonDivergence(None, None, None, False, False),
     "forward_kl": FORWARD_KL,
     "jsd": JSD,
     "alpha": ALPHA,
     "jeffrey": JEFFREY,
 }
+
+
+def device_functions(divergence: Divergence) -> TritonDivergence:
+    """The device functions of a built-in or registered divergence."""
+    if divergence.triton is not None:
+        return TritonDivergence(*divergence.triton, divergence.clamped, divergence.bounded)
+    return _TABLE[divergence.name.split(":")[0]]

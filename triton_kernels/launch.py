@@ -154,7 +154,7 @@ def variant_of(
     """The variant for these arguments."""
     divergence = get_divergence(mixing.divergence)
     general = not isinstance(divergence, ReverseKL)
-    device_functions = divergences.TABLE[divergence.name.split(":")[0]]
+    functions = divergences.device_functions(divergence)
     exact = general and mixing.normalizer == "exact"
     plausible = -1
     if mixing.plausibility > 0.0:
@@ -162,7 +162,7 @@ def variant_of(
     sums = general or plausible >= 0
     evaluations = 0
     if exact:
-        stieltjes = device_functions.excess is not None
+        stieltjes = functions.excess is not None
         evaluations = SECULAR_EVALUATIONS if stieltjes else NEWTON_EVALUATIONS
     mask = tempered = top_k = top_p = min_p = False
     packed = False
@@ -186,14 +186,14 @@ def variant_of(
         general=general,
         exact=exact,
         simplex=mixing.values is None and mixing.prefix_logprobs is None,
-        deficit=device_functions.deficit,
-        log_ratio=device_functions.log_ratio,
-        log_slope=device_functions.log_slope,
-        excess=device_functions.excess,
-        shift=device_functions.shift,
-        unshift=device_functions.unshift,
-        clamped=device_functions.clamped,
-        bounded=device_functions.bounded,
+        deficit=functions.deficit,
+        log_ratio=functions.log_ratio,
+        log_slope=functions.log_slope,
+        excess=functions.excess,
+        shift=functions.shift,
+        unshift=functions.unshift,
+        clamped=functions.clamped,
+        bounded=functions.bounded,
         is_alpha=isinstance(divergence, AlphaDivergence),
         is_jsd=divergence.name == "jsd",
         sums=sums,
