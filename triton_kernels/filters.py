@@ -104,8 +104,8 @@ def weighted_rank(
     return tl.where(lowest, -INFINITY, unordered(found))
 
 
-@triton.jit
-def filter_kernel(m, r, w, seed, position, top_k, C: tl.constexpr):
+@triton.jit(do_not_specialize=["seed", "position", "top_k"])
+def filter_kernel(m, r, w, seed: tl.int64, position: tl.int64, top_k: tl.int64, C: tl.constexpr):
     """Filters and draws a row whose keys, masked, and their norm `mixture_kernel` has left."""
     BLOCK: tl.constexpr = C.filter_block
     ROWS: tl.constexpr = C.filter_block // TILE

@@ -119,7 +119,6 @@ class Variant(NamedTuple):
     phases: int
     tiles: int  # a power of two, at least the row's
     chunk: int  # tiles of a task
-    group: int  # rows whose phases are interleaved with the next group's
     filter_block: int
 
     @property
@@ -211,7 +210,6 @@ def variant_of(
         phases=int(sums) + (evaluations + 1 if exact else 0) + 1 + int(finish),
         tiles=triton.next_power_of_2(tiles),
         chunk=configured.chunk,
-        group=configured.group,
         filter_block=configured.filter_block,
     )
 
@@ -285,7 +283,9 @@ def log_probs(mixing: MixtureArguments) -> Tensor:
     m, bad = _mixing(mixing)
     w = _workspace(m, variant, rows, out)
     grid = (_grid(variant, rows, m.vocab, configured),)
-    mixture_kernel[grid](m, _NO_DRAWING, w, rows, 0, 0, C=variant, num_warps=configured.warps)
+    mixture_kernel[grid](
+        m, _NO_DRAWING, w, rows, configured.group, 0, 0, C=variant, num_warps=configured.warps
+    )
     return out if bad is None else out.masked_fill_(bad[:, None], torch.nan)
 
 
@@ -356,7 +356,15 @@ def sample(
     w = _workspace(m, variant, rows, keys)
     grid = (_grid(variant, rows, m.vocab, configured),)
     mixture_kernel[grid](
-        m, r, w, rows, drawing.seed, position, C=variant, num_warps=configured.warps
+        m,
+        r,
+        w,
+        rows,
+        configured.group,
+        drawing.seed,
+        position,
+        C=variant,
+        num_warps=configured.warps,
     )
     if not variant.draw:
         filter_kernel[(rows,)](

@@ -263,19 +263,22 @@ def wait_for(flag, value):
     tl.debug_barrier()
 
 
-@triton.jit
-def mixture_kernel(m, r, w, rows, seed, position, C: tl.constexpr):
+# What changes from call to call is not specialised on: it would compile the kernel again.
+@triton.jit(do_not_specialize=["rows", "group", "seed", "position"])
+def mixture_kernel(
+    m, r, w, rows: tl.int32, group: tl.int32, seed: tl.int64, position: tl.int64, C: tl.constexpr
+):
     """See the head of this file.
 
     Args:
         m, r, w: `Mixing`, `Drawing` and `Workspace` of launch.py.
         rows: B.
+        group: rows whose phases are interleaved with those of the next.
         seed, position: of the launch, where they are no tensors.
         C: the `Variant`.
     """
     PHASES: tl.constexpr = C.phases
     CHUNK: tl.constexpr = C.chunk
-    GROUP: tl.constexpr = C.group
     tiles = tl.cdiv(m.vocab, TILE)
     chunks = tl.cdiv(tiles, CHUNK)
     if PHASES == 1:
@@ -293,8 +296,8 @@ def mixture_kernel(m, r, w, rows, seed, position, C: tl.constexpr):
             C,
         )
     else:
-        groups = tl.cdiv(rows, GROUP)
-        slot_tasks = GROUP * chunks
+        groups = tl.cdiv(rows, group)
+        slot_tasks = group * chunks
         total = groups * PHASES * slot_tasks
         ticket = tl.atomic_add(w.tickets, 1, sem="relaxed")
         while ticket < total:
@@ -308,7 +311,7 @@ def mixture_kernel(m, r, w, rows, seed, position, C: tl.constexpr):
                 s += 1
                 active = tl.minimum(s, PHASES - 1) - tl.maximum(s - groups + 1, 0) + 1
             phase = tl.minimum(s, PHASES - 1) - slot
-            row = (s - phase) * GROUP + inside // chunks
+            row = (s - phase) * group + inside // chunks
             if row < rows:
                 if phase > 0:
                     wait_for(w.flags + row, phase)
