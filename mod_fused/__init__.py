@@ -16,6 +16,7 @@ from .divergence import (
     register_divergence,
 )
 from .ops import Sample, backends, log_probs, sample
+from .warmup import warmup
 
 if TYPE_CHECKING:
     from . import world
@@ -39,6 +40,7 @@ __all__ = [
     "log_probs",
     "register_divergence",
     "sample",
+    "warmup",
     "world",
 ]
 
