@@ -1,47 +1,114 @@
-"""Launch configurations: one table, read for every call; nothing is tuned at run time."""
+"""Launch configurations: one table, read for every call; nothing is tuned at run time.
+
+`mod-fused tune` measures a device and writes a table of its own as JSON; the environment variable
+MOD_FUSED_TRITON_TABLE names it. A configuration changes speed, never a result.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
 
 import torch
 
 from ..arguments import MixtureArguments
+from ..divergence import ReverseKL, get_divergence
+
+TABLE_VARIABLE = "MOD_FUSED_TRITON_TABLE"
+#: From this number of rows on, tasks are coarse: the rows fill the device.
+MANY_ROWS = 8
+#: Bytes of logits whose phases are interleaved: half of an H100's L2 cache.
+GROUP_BYTES = 25_000_000
 
 
 @dataclass(frozen=True)
 class Configuration:
     """How a call is cut into programs."""
 
-    warps: int
-    chunk: int  # tiles of a task
-    group: int  # rows that share the L2 cache between two phases
-    programs: int  # of the persistent kernel
-    filter_warps: int
-    filter_block: int  # tokens that the filters look at together
+    warps: int = 4
+    chunk: int = 1  # tiles of a task
+    programs_per_processor: int = 4  # of the persistent kernel
+    filter_warps: int = 16
+    filter_block: int = 8192  # tokens that the filters look at together
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
+        for name in ("warps", "filter_warps", "filter_block"):
+            if getattr(self, name) & (getattr(self, name) - 1):
+                raise ValueError(f"{name} must be a power of two, got {getattr(self, name)}")
+        if self.filter_block < 1024:
+            raise ValueError(f"filter_block must be at least 1024, got {self.filter_block}")
 
 
-#: Bytes of logits whose phases are interleaved: half of an H100's L2 cache.
-GROUP_BYTES = 25_000_000
-#: Programs a multiprocessor holds.
-PROGRAMS_PER_PROCESSOR = 4
+Table = Mapping[str, Configuration]
+
+#: By `regime`. Reasoned, not measured: few rows fill the device with tasks of one tile.
+TABLE: Table = {
+    "log_linear, few rows": Configuration(),
+    "log_linear, many rows": Configuration(chunk=4),
+    "general, few rows": Configuration(),
+    "general, many rows": Configuration(chunk=4),
+}
 
 
-def _processors(device: torch.device) -> int:
+def regime(mixing: MixtureArguments, rows: int) -> str:
+    """Which entry of the table a call uses."""
+    log_linear = isinstance(get_divergence(mixing.divergence), ReverseKL)
+    kind = "log_linear" if log_linear else "general"
+    return f"{kind}, {'many' if rows >= MANY_ROWS else 'few'} rows"
+
+
+def read_table(path: str | Path) -> Table:
+    """A table that `mod-fused tune` wrote; entries that it lacks are those of `TABLE`.
+
+    Raises:
+        ValueError: if the file is not such a table.
+        OSError: if it cannot be read.
+    """
+    try:
+        entries = json.loads(Path(path).read_text())["configurations"]
+        table = {name: Configuration(**entry) for name, entry in entries.items()}
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a table of `mod-fused tune`: {error!r}") from error
+    if unknown := sorted(set(table) - set(TABLE)):
+        raise ValueError(f"{path} names {unknown[0]!r}, which is none of {', '.join(TABLE)}")
+    return {**TABLE, **table}
+
+
+def write_table(path: str | Path, table: Table, device: str) -> None:
+    """Writes a table for `read_table`."""
+    entries = {name: asdict(entry) for name, entry in table.items()}
+    text = json.dumps({"device": device, "configurations": entries}, indent=2)
+    Path(path).write_text(text + "\n")
+
+
+@cache
+def _table() -> Table:
+    path = os.environ.get(TABLE_VARIABLE)
+    return read_table(path) if path else TABLE
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 for the interpreter, whose programs run one after the other."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 2  # the interpreter's, one after the other
+    return 2
 
 
 def configuration(mixing: MixtureArguments, rows: int) -> Configuration:
-    """The configuration of a call: tasks of one tile for few rows, so that they fill the device, of
-    four for many."""
+    """The configuration of a call."""
+    return _table()[regime(mixing, rows)]
+
+
+def rows_together(mixing: MixtureArguments, rows: int) -> int:
+    """Rows whose phases are interleaved with those of the next: what the L2 cache holds."""
     row_bytes = sum(x.element_size() for x in mixing.tensors()) * mixing.vocab_size
-    return Configuration(
-        warps=4,
-        chunk=1 if rows < 8 else 4,
-        group=max(1, min(rows, GROUP_BYTES // row_bytes)),
-        programs=PROGRAMS_PER_PROCESSOR * _processors(mixing.batch_tensor().device),
-        filter_warps=16,
-        filter_block=8192,
-    )
+    return max(1, min(rows, GROUP_BYTES // row_bytes))

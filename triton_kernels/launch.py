@@ -12,7 +12,7 @@ from torch import Tensor
 from ..arguments import DrawArguments, MixtureArguments
 from ..divergence import AlphaDivergence, ReverseKL, get_divergence
 from . import divergences
-from .configurations import Configuration, configuration
+from .configurations import Configuration, configuration, processors, rows_together
 from .filters import filter_kernel
 from .mixture import mixture_kernel
 from .solver import TILE_FIELDS
@@ -260,9 +260,10 @@ def _workspace(mixing: Mixing, variant: Variant, rows: int, keys: Tensor | None)
     )
 
 
-def _grid(variant: Variant, rows: int, vocab: int, configured: Configuration) -> int:
-    tasks = rows * triton.cdiv(triton.cdiv(vocab, TILE.value), variant.chunk)
-    return tasks if variant.phases == 1 else min(tasks, configured.programs)
+def _grid(mixing: Mixing, variant: Variant, rows: int, configured: Configuration) -> int:
+    tasks = rows * triton.cdiv(triton.cdiv(mixing.vocab, TILE.value), variant.chunk)
+    programs = configured.programs_per_processor * processors(mixing.logits[0].device)
+    return tasks if variant.phases == 1 else min(tasks, programs)
 
 
 _NO_DRAWING = Drawing(
@@ -282,9 +283,17 @@ def log_probs(mixing: MixtureArguments) -> Tensor:
     variant = variant_of(mixing, None, configured)
     m, bad = _mixing(mixing)
     w = _workspace(m, variant, rows, out)
-    grid = (_grid(variant, rows, m.vocab, configured),)
+    grid = (_grid(m, variant, rows, configured),)
     mixture_kernel[grid](
-        m, _NO_DRAWING, w, rows, configured.group, 0, 0, C=variant, num_warps=configured.warps
+        m,
+        _NO_DRAWING,
+        w,
+        rows,
+        rows_together(mixing, rows),
+        0,
+        0,
+        C=variant,
+        num_warps=configured.warps,
     )
     return out if bad is None else out.masked_fill_(bad[:, None], torch.nan)
 
@@ -354,13 +363,13 @@ def sample(
     if variant.store_keys:
         keys = logits.new_empty((rows, m.vocab), dtype=torch.float32)
     w = _workspace(m, variant, rows, keys)
-    grid = (_grid(variant, rows, m.vocab, configured),)
+    grid = (_grid(m, variant, rows, configured),)
     mixture_kernel[grid](
         m,
         r,
         w,
         rows,
-        configured.group,
+        rows_together(mixing, rows),
         drawing.seed,
         position,
         C=variant,
