@@ -131,7 +131,8 @@ def filtered_log_probs(
         greedy = np.full(len(scores), -np.inf)
         greedy[np.argmax(scores)] = 0.0
         return greedy
-    scores = log_softmax(scores / temperature)
+    # Relative to the largest, which stays: in a hot row differences vanish beside a normaliser.
+    scores = (scores - scores.max()) / temperature
     kth_largest = np.sort(scores)[-min(top_k, len(scores))]
     scores[scores < kth_largest] = -np.inf
     if top_p < 1.0:
@@ -143,7 +144,7 @@ def filtered_log_probs(
         larger[order] = cumulative[first_of_ties]  # the mass of all strictly larger ones
         scores[larger >= top_p] = -np.inf
     if min_p > 0.0:
-        scores[scores < scores.max() + np.log(min_p)] = -np.inf
+        scores[scores < np.log(min_p)] = -np.inf
     return log_softmax(scores)
 
 

@@ -104,6 +104,50 @@ CORPUS = (
     ),
     # Jeffrey at Z = 0 with a u far beyond e^88.
     Case(divergence="jeffrey", normalizer="zero", vocab=50, apart=30.0, weights=(-0.5,)),
+    # Q of 1e27: what is left of E[D] after the cancellation is rounding.
+    Case(
+        divergence="jeffrey",
+        batch=2,
+        vocab=161,
+        policies=1,
+        spread=100.0,
+        excluded=0.9,
+        scales=(0.5, 1.0),
+    ),
+    # e^Q of Q below -87.
+    Case(divergence="jsd", policies=1, weights=(-50.0,)),
+    # Z = 0 where all of Q is below what float32 holds.
+    Case(
+        data_seed=1024,
+        batch=3,
+        vocab=33,
+        divergence="forward_kl",
+        normalizer="zero",
+        layout="far",
+        dtypes=("float16",),
+        spread=3000.0,
+        apart=0.0,
+        level=9000.0,
+        quantum=0.5,
+        excluded=0.1,
+        weights=(-50.0, 1.949059009552002, -0.38449913263320923, 2.0, 1.8642196655273438, -2.0),
+        weights_form="rows",
+        prefix="float64",
+        prefix_scale=300.0,
+        scales=(0.5, 1.0, 0.5),
+    ),
+    # A temperature at which differences vanish beside a normaliser, but not beside the peak.
+    Case(
+        data_seed=3,
+        batch=4,
+        vocab=1025,
+        policies=4,
+        divergence="forward_kl",
+        apart=30.0,
+        weights=(0.5, 0.5, 0.5, -1.8125),
+        temperature=("number", (1e30,)),
+        min_p=("list", (0.0, 0.0, 0.0, 1.0)),
+    ),
 )
 
 

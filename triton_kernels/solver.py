@@ -31,6 +31,7 @@ SMALLEST_PREFIX_DIFFERENCE = tl.constexpr(-40.0)
 LAST_STEP = tl.constexpr(2e-5)
 TOLERANCE = tl.constexpr(1e-6)  # where float32 sums leave log G
 WIDEN = tl.constexpr(1e-4)
+ROUNDING = tl.constexpr(1e-5)  # of float32 sums over a row
 
 # Fields of a tile, float32 [fields, tiles] a row; 2 * models more stand before them.
 KEY_PEAK = tl.constexpr(0)
@@ -134,7 +135,9 @@ def end_deficits(m, w, state, fields, row, tiles, C: tl.constexpr):
 
     upper = C.deficit(-tl.log(mass).to(tl.float32), m.alpha).to(tl.float64)
     lower = C.deficit(-tl.log(best).to(tl.float32), m.alpha).to(tl.float64)
-    jensen = upper - (first / mass - least)
+    mean = first / mass
+    # E[D], and what the sums' rounding may have taken from it.
+    jensen = upper - (mean - least + ROUNDING * (tl.abs(mean) + tl.abs(least)))
     lower = tl.where(jensen > lower, jensen, lower)
     if C.bounded:
         if C.simplex:

@@ -22,7 +22,9 @@ constexpr int kModelSteps = 60;
 constexpr double kLeastExponent = -1.0, kMostExponent = 30.0;  // of min Q where Jensen-Shannon keeps e^Q
 constexpr double kLog2E = 1.4426950216293335;  // what the loops' float32 constant holds
 constexpr double kWiden = 1e-4;
+constexpr double kRounding = 1e-5;  // of float32 sums over a row
 constexpr double kLeastAlpha = 0.02;
+constexpr double kLeastTau = 1e-36;  // below it stand the floors of exponentials, not sums of them
 }  // namespace
 
 bool Row::mix_general() {
@@ -224,8 +226,10 @@ template <class D> Row::Bracket Row::bracket(const D& divergence, const DeficitS
   const double log_mass = std::log((double)total.mass);
   Bracket ends;
   ends.upper = divergence.deficit(-log_mass);
-  ends.lower = std::max(divergence.deficit(-std::log(best_mass_)),
-                        ends.upper - ((double)total.first / total.mass - total.least));
+  // E[D], and what the sums' rounding may have taken from it.
+  const double mean = total.first / total.mass;
+  const double mean_excess = mean - total.least + kRounding * (std::fabs(mean) + std::fabs(total.least));
+  ends.lower = std::max(divergence.deficit(-std::log(best_mass_)), ends.upper - mean_excess);
   if (D::bounded) {
     double sum = 0.0;
     bool simplex = request_.values.empty() && request_.prefix.empty();
@@ -328,7 +332,7 @@ template <class D> bool Row::mix(D divergence, const DivergenceLoops& loops) {
     double sum = 0.0;
     for (int model = 1; model < request_.models; ++model) sum += policy_weight(model);
     tau = (float)(divergence.supremum() * (1.0 - sum) + total.sums.least);
-    if (D::bounded && !(tau > 0.0)) return false;
+    if (D::bounded && !(tau > kLeastTau)) return false;
   }
 
   const float t = (float)divergence.shift(tau), alpha = (float)request_.alpha, base = total.base;

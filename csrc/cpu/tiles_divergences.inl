@@ -65,7 +65,7 @@ template <class D> struct Loops {
         const bool inside = (r - log_norm >= kSmallestLogRef) & (least_logit > -kInfinity) & (q < kExcluded);
         mass_here = inside ? exp2_of(z) : 0.0f;
         q = inside ? q : kExcluded;
-        const float closed = symmetric ? divergence.excess(q) : q;
+        const float closed = symmetric ? divergence.excess(q < -80.0f ? -80.0f : q) : q;
         u_here = inside ? closed : kExcluded;
       } else {
         mass_here = exp2_near(z);
