@@ -156,7 +156,7 @@ def _contestants(device: Gpu, row: Row, tensors: list[Tensor]) -> dict[str, Call
     }
     if not row.filters:
         out["eager"] = lambda: CPU.contestants["eager"].build(problem, tensors)
-        if _has_compiled_peer(row) or device.dry:
+        if _has_compiled_peer(row) or (device.dry and row.batch == 1):
             out["compile"] = lambda: CPU.contestants["compile"].build(problem, tensors)
     if importlib.util.find_spec("flashinfer") is not None:
         out["flashinfer"] = lambda: _flashinfer(row, tensors)
