@@ -17,7 +17,7 @@ _PROGRAMS = 4096
 
 @triton.jit
 def _read_kernel(words, out, count, blocks, BLOCK: tl.constexpr):
-    """The sum of int32 words: full blocks unmasked, so that loads are wide."""
+    """The sum of int32 words, modulo 2^32: full blocks unmasked, so that loads are wide."""
     total = tl.zeros([BLOCK], tl.int32)
     block = tl.program_id(0)
     while block < blocks:
@@ -28,16 +28,16 @@ def _read_kernel(words, out, count, blocks, BLOCK: tl.constexpr):
         else:
             total += tl.load(words + offsets, mask=offsets < count, other=0)
         block += tl.num_programs(0)
-    tl.store(out + tl.program_id(0), tl.sum(total, 0))
+    tl.store(out + tl.program_id(0), tl.sum(total.to(tl.int64), 0))
 
 
 def read(logits: list[Tensor]) -> Callable[[], Tensor]:
-    """A call that reads all the logits once, and adds up their words: int32 [len(logits),
-    programs]."""
+    """A call that reads all the logits once, and adds up their words: int64 [len(logits),
+    programs], each modulo 2^32."""
     words = [x.view(torch.int32).reshape(-1) for x in logits]
     blocks = [triton.cdiv(len(w), _BLOCK) for w in words]
     programs = min(_PROGRAMS, max(blocks))
-    out = torch.zeros(len(logits), programs, dtype=torch.int32, device=logits[0].device)
+    out = torch.zeros(len(logits), programs, dtype=torch.int64, device=logits[0].device)
 
     def call() -> Tensor:
         for i, w in enumerate(words):
@@ -51,8 +51,8 @@ def reads_every_word(device: Gpu) -> bool:
     """Whether the kernel's sum is the words' sum."""
     size = device.pick(1_000_002, 9002)
     x = torch.arange(size, device=device.device).to(torch.int16).view(torch.bfloat16)
-    got = read([x])().sum(dtype=torch.int32)
-    return int(got) == int(x.view(torch.int32).sum(dtype=torch.int32))
+    got, words = read([x])(), x.view(torch.int32)
+    return (int(got.sum()) - int(words.sum(dtype=torch.int64))) % (1 << 32) == 0
 
 
 def copy_bandwidth(device: Gpu) -> float:
