@@ -49,7 +49,7 @@ STAGES = (
     Stage("poison", "execution", "poison", 40.0),
     Stage("large", "execution", "large", 60.0),
     Stage("tokens", "correctness", "tokens", 90.0, after=("build",)),
-    Stage("benchmark", "benchmark", "benchmark", 150.0, after=("compile",)),
+    Stage("benchmark", "benchmark", "benchmark", 180.0, after=("compile",)),
     Stage("sanitizer", "sanitizer", "sanitizer", 90.0),
     Stage("tests", "suite", "tests", 120.0, after=("build",)),  # as many as time allows
 )
