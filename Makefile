@@ -3,6 +3,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 
 MINUTES ?= 2
+OUT ?= bench/results/gpu
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -19,10 +20,10 @@ SANITIZED_TESTS := $(patsubst %,tests/test_%.py,combinations filters inputs log_
 	-k "cpu-cpu and not language_models and not 18_nats and not full_vocabulary"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fuzz sanitize clean
+.PHONY: help setup demo test lint fuzz sanitize gpu-check clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
 
 $(READY): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -59,6 +60,10 @@ sanitize: $(READY)  ## tests and fuzzing of the C++ backend under address and un
 	test -f $(SANITIZED)/mod_fused/_cpu.abi3.so
 	cd $(SANITIZED) && $(SANITIZED_RUN) -m pytest -q -s -p no:cacheprovider $(SANITIZED_TESTS)
 	cd $(SANITIZED) && $(SANITIZED_RUN) tests/fuzz_op.py --minutes $(MINUTES)
+
+# .venv's Python if there is one, else PYTHON: needs torch, triton and numpy, installs nothing.
+gpu-check:  ## everything a machine with a GPU can show, in under 8 minutes; OUT=DIR
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu_check --out $(OUT)
 
 clean:  ## remove .venv and everything that was built
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

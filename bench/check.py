@@ -28,7 +28,7 @@ class Check(NamedTuple):
 
 def total_variation(log_p: Tensor, oracle: np.ndarray) -> float:
     """Half the L1 distance between exp(log_p), normalised, and exp(oracle); both [V]."""
-    p = torch.softmax(log_p.double(), -1).numpy()
+    p = torch.softmax(log_p.double(), -1).cpu().numpy()
     return float(np.abs(p - np.exp(oracle)).sum() / 2)
 
 
@@ -52,7 +52,7 @@ def check(problem: Problem, rows: list[Tensor], expected: np.ndarray, backend: s
     log_probs = mod_fused.log_probs(*arguments, divergence=problem.divergence, backend=backend)
     first = log_probs[0]
     # Not normalised here: that the probabilities sum to one is part of what is checked.
-    tv = float(np.abs(first.double().exp().numpy() - np.exp(expected)).sum() / 2)
+    tv = float(np.abs(first.double().exp().cpu().numpy() - np.exp(expected)).sum() / 2)
     if not tv <= TOLERANCE:  # NaN fails too
         shown = tv if np.isfinite(tv) else None
         return Check(False, shown, f"total variation {tv:.1e} from the oracle, not <= {TOLERANCE}")

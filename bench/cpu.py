@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,8 @@ from .measure import Call
 from .problem import WEIGHTS, Problem
 from .registry import Case, Contestant, Grid
 
+#: torch.compile's; a dry run of the GPU check traces only ("eager").
+COMPILER = os.environ.get("MOD_FUSED_BENCH_COMPILER", "inductor")
 _graph_of: tuple[object, ...] | None = None
 
 
@@ -38,7 +41,7 @@ def _compile(race_name: str, problem: Problem, logits: list[Tensor]) -> Call:
 def _compiled(race_name: str, divergence: str) -> Callable[..., object]:
     race = {"tiled": compiled.tiled, "flat": compiled.flat}[race_name]
     function: Callable[..., object] = compiled.sampler(divergence, race)
-    return torch.compile(function, fullgraph=True)
+    return torch.compile(function, fullgraph=True, backend=COMPILER)
 
 
 def _eager(problem: Problem, logits: list[Tensor]) -> Call:

@@ -33,8 +33,8 @@ class Problem(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)  # the vocabularies of a grid: 330 MB at most
-def _rows(vocab: int, batch: int) -> Tensor:
-    """float32 [POLICIES + 1, batch, vocab], see `logits`."""
+def _rows(vocab: int, batch: int, policies: int) -> Tensor:
+    """float32 [policies + 1, batch, vocab], see `logits`."""
     generator = torch.Generator().manual_seed(vocab)
 
     def normal(*shape: int) -> Tensor:
@@ -44,7 +44,7 @@ def _rows(vocab: int, batch: int) -> Tensor:
         sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
         return sign * torch.empty(shape).exponential_(generator=generator)
 
-    out = torch.empty(POLICIES + 1, batch, vocab)
+    out = torch.empty(policies + 1, batch, vocab)
     head = min(5000, vocab // 2)
     rank = torch.arange(1, head + 1).float()
     for b in range(batch):
@@ -52,7 +52,7 @@ def _rows(vocab: int, batch: int) -> Tensor:
         at = torch.randperm(vocab, generator=generator)[:head]
         z[at] = torch.logaddexp(z[at], 17.0 - 1.6 * rank.log() + 0.7 * normal(head))
         out[0, b] = z
-        for i in range(POLICIES):
+        for i in range(policies):
             out[1 + i, b] = 1.05 * z + 0.45 * laplace(vocab)
     return out
 
@@ -65,5 +65,5 @@ def logits(problem: Problem, largest_batch: int) -> list[Tensor]:
     the reference by 5% and moves each logit by a Laplace deviate of scale 0.45, which is how far
     preference tuning moves them. The first B rows of the same `largest_batch` rows for every B.
     """
-    rows = _rows(problem.vocab, largest_batch)[:, : problem.batch]
+    rows = _rows(problem.vocab, largest_batch, len(problem.weights))[:, : problem.batch]
     return [x.to(_DTYPES[problem.dtype]).clone() for x in rows]

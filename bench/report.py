@@ -52,7 +52,8 @@ def _commit() -> str:
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     if not commit:
         return "unknown"
-    changed = _output("git", "status", "--porcelain", "--", "csrc", "mod_fused", "bench/*.py")
+    code = ("csrc", "mod_fused", "triton_kernels", "bench/*.py")
+    changed = _output("git", "status", "--porcelain", "--", *code)
     return commit + (" with uncommitted changes" if changed else "")
 
 

@@ -1,0 +1,129 @@
+"""The GPU check without a GPU: the dry run goes through every stage, wrong results fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # bench is not installed
+
+pytest.importorskip("triton")
+
+
+def run(out: Path, code: str, *words: str) -> tuple[int, dict]:
+    """Exit status and results of a run that does `code` first."""
+    script = f"import sys\nfrom bench import gpu_check\n{code}\nsys.exit(gpu_check.main())"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, "--dry-run", "--out", str(out), *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (out / "gpu.json").exists(), done.stderr
+    return done.returncode, json.loads((out / "gpu.json").read_text())["stages"]
+
+
+def test_dry_run_goes_through_every_stage_and_passes(tmp_path):
+    from bench.gpu_check import STAGES
+
+    status, stages = run(tmp_path, "")
+    failed = [(n, i) for n, s in stages.items() for i in s["items"] if i["status"] == "FAILED"]
+    assert failed == [] and status == 0
+    assert set(stages) == {stage.name for stage in STAGES}
+    assert {n for n, s in stages.items() if s["status"] != "passed"} == {"compile"}
+    assert all(s["finished"] and s["items"] for s in stages.values())
+    assert {"python", "torch", "triton", "commit", "GPU"} <= set(
+        stages["machine"]["data"]["header"]
+    )
+    rows = stages["benchmark"]["data"]["rows"]
+    assert [r["refused"] for r in rows] == [""] * len(rows) and rows
+    assert {"kernel", "graph", "read", "eager", "compile"} <= set(rows[0]["times"])
+    text = (tmp_path / "gpu.md").read_text()
+    assert all(f"| {stage.name} |" in text for stage in STAGES) and "## Benchmark" in text
+
+
+# The kernels' results after them: a token that moves on from call to call, or one log-probability
+# that is off by a thousandth part.
+WRONG_TOKENS = """
+import itertools
+from mod_fused.triton_kernels import launch
+right, calls = launch.sample, itertools.count(1)
+def wrong(mixing, drawing):
+    tokens, *others = right(mixing, drawing)
+    return (tokens + next(calls)) % mixing.vocab_size, *others
+launch.sample = wrong
+"""
+WRONG_LOG_PROBS = """
+from mod_fused.triton_kernels import launch
+right = launch.log_probs
+launch.log_probs = lambda mixing: right(mixing) * 1.001
+"""
+
+
+def test_wrong_tokens_fail_every_stage_that_draws(tmp_path):
+    names = ["matrix", "graphs", "streams", "poison", "tokens", "benchmark"]
+    status, stages = run(tmp_path, WRONG_TOKENS, "--stages", *names)
+    assert status == 1
+    assert {n: s["status"] for n, s in stages.items()} == dict.fromkeys(names, "FAILED")
+    rows = stages["benchmark"]["data"]["rows"]
+    assert rows[0]["refused"] and rows[0]["times"] == {}
+    assert "log-probability of a drawn token" in (tmp_path / "gpu.md").read_text()
+
+
+def test_wrong_log_probs_fail_the_matrix(tmp_path):
+    status, stages = run(tmp_path, WRONG_LOG_PROBS, "--stages", "matrix")
+    assert status == 1 and stages["matrix"]["status"] == "FAILED"
+    assert any("total variation" in i["detail"] for i in stages["matrix"]["items"])
+
+
+FAKE_STAGES = """
+import os, signal, sys, time, types
+fakes = types.ModuleType("bench.gpu.fakes")
+def raises(device, record): record.expect("before", True); 1 / 0
+def dies(device, record): record.expect("before", True); os.kill(os.getpid(), signal.SIGSEGV)
+def hangs(device, record): record.expect("before", True); signal.pause()
+def nothing(device, record): pass
+def works(device, record): record.expect("fine", True)
+vars(fakes).update(raises=raises, dies=dies, hangs=hangs, nothing=nothing, works=works)
+sys.modules["bench.gpu.fakes"] = fakes
+names = ("raises", "dies", "hangs", "nothing", "works")
+limits = {"hangs": 1.0}
+gpu_check.STAGES = tuple(gpu_check.Stage(n, "fakes", n, limits.get(n, 9.0)) for n in names)
+"""
+
+
+def test_a_stage_that_raises_dies_or_hangs_is_noted_and_the_next_one_runs(tmp_path):
+    status, stages = run(tmp_path, FAKE_STAGES)
+    assert status == 1
+    assert {n: s["status"] for n, s in stages.items()} == {
+        "raises": "FAILED", "dies": "FAILED", "hangs": "OUT OF TIME", "nothing": "FAILED",
+        "works": "passed",
+    }  # fmt: skip
+    assert "ZeroDivisionError" in stages["raises"]["items"][1]["detail"]
+    assert all(stages[n]["items"][0]["name"] == "before" for n in ("raises", "dies", "hangs"))
+    assert "-11" in stages["dies"]["items"][1]["detail"]
+
+
+def test_chi_squared_accepts_the_distribution_and_sees_a_bias():
+    from bench.gpu.correctness import FALSE_ALARMS, chi_squared
+
+    rng = np.random.default_rng(1)
+    p = rng.gamma(0.2, size=2500)
+    p /= p.sum()
+    biased = p * np.where(np.arange(2500) < 1024, 1.03, 1.0)
+    counts = rng.multinomial(1 << 22, p)
+    assert chi_squared(counts, p)[2] > FALSE_ALARMS
+    assert chi_squared(rng.multinomial(1 << 22, biased / biased.sum()), p)[2] < FALSE_ALARMS
+    p = np.array([0.5, 0.45, 0.03, 0.02])  # the last two are merged
+    statistic, freedom, value = chi_squared(np.array([60, 36, 1, 3]), p)
+    assert freedom == 2 and statistic == pytest.approx(100 / 50 + 81 / 45 + 1 / 5)
+    assert value == pytest.approx(np.exp(-statistic / 2))  # at two degrees of freedom
