@@ -43,5 +43,5 @@ def configuration(mixing: MixtureArguments, rows: int) -> Configuration:
         group=max(1, min(rows, GROUP_BYTES // row_bytes)),
         programs=PROGRAMS_PER_PROCESSOR * _processors(mixing.batch_tensor().device),
         filter_warps=16,
-        filter_block=8192,
+        filter_block=4096,
     )

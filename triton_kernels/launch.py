@@ -128,6 +128,19 @@ class Variant(NamedTuple):
         return repr(tuple(x.cache_key if hasattr(x, "cache_key") else x for x in tuple(self)))
 
 
+class Launch(NamedTuple):
+    """One launch of a kernel; `ahead_of_time.py` compiles from it what `run` launches."""
+
+    kernel: Any
+    grid: tuple[int]
+    arguments: tuple[Any, ...]
+    variant: Variant
+    warps: int
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.arguments, C=self.variant, num_warps=self.warps)
+
+
 def _strides(tensor: Tensor | None, rank: int) -> tuple[int, int]:
     """Row and column strides of [n] (rank 1 stored for every row) or [B, n]."""
     if tensor is None:
@@ -273,6 +286,18 @@ _NO_DRAWING = Drawing(
 )  # fmt: skip
 
 
+def log_probs_launches(mixing: MixtureArguments, out: Tensor) -> tuple[list[Launch], Tensor | None]:
+    """The launches that write log pi* to `out`, and the rows [B] with a bad id."""
+    rows = mixing.batch_tensor().shape[0]
+    configured = configuration(mixing, rows)
+    variant = variant_of(mixing, None, configured)
+    m, bad = _mixing(mixing)
+    w = _workspace(m, variant, rows, out)
+    grid = (_grid(variant, rows, m.vocab, configured),)
+    arguments = (m, _NO_DRAWING, w, rows, 0, 0)
+    return [Launch(mixture_kernel, grid, arguments, variant, configured.warps)], bad
+
+
 def log_probs(mixing: MixtureArguments) -> Tensor:
     """log pi* [B, V]."""
     logits = mixing.batch_tensor()
@@ -280,12 +305,9 @@ def log_probs(mixing: MixtureArguments) -> Tensor:
     out = logits.new_empty((rows, mixing.vocab_size), dtype=torch.float32)
     if rows == 0:
         return out
-    configured = configuration(mixing, rows)
-    variant = variant_of(mixing, None, configured)
-    m, bad = _mixing(mixing)
-    w = _workspace(m, variant, rows, out)
-    grid = (_grid(variant, rows, m.vocab, configured),)
-    mixture_kernel[grid](m, _NO_DRAWING, w, rows, 0, 0, C=variant, num_warps=configured.warps)
+    launches, bad = log_probs_launches(mixing, out)
+    for launch in launches:
+        launch.run()
     return out if bad is None else out.masked_fill_(bad[:, None], torch.nan)
 
 
@@ -296,19 +318,13 @@ def _spread(host: list[Any], tensor: Tensor | None, like: Tensor, dtype: torch.d
     return host[0], tensor, 0 if tensor is None else tensor.stride(0)
 
 
-def sample(
-    mixing: MixtureArguments, drawing: DrawArguments
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """tokens, logprobs, valid, model_logprobs; see `mod_fused.sample`."""
+def sample_launches(
+    mixing: MixtureArguments, drawing: DrawArguments, outputs: tuple[Tensor, ...]
+) -> tuple[list[Launch], Tensor | None]:
+    """The launches that write to `outputs`, those of `sample`, and the rows [B] with a bad id."""
+    tokens, logprobs, valid, model_logprobs = outputs
     logits = mixing.batch_tensor()
     rows = logits.shape[0]
-    columns = mixing.model_count() if drawing.return_model_logprobs else 0
-    tokens = logits.new_empty((rows,), dtype=torch.int64)
-    logprobs = logits.new_empty((rows,), dtype=torch.float32)
-    valid = logits.new_empty((rows,), dtype=torch.bool)
-    model_logprobs = logits.new_empty((rows, columns), dtype=torch.float32)
-    if rows == 0:
-        return tokens, logprobs, valid, model_logprobs
     configured = configuration(mixing, rows)
     variant = variant_of(mixing, drawing, configured)
     m, bad = _mixing(mixing)
@@ -355,13 +371,30 @@ def sample(
         keys = logits.new_empty((rows, m.vocab), dtype=torch.float32)
     w = _workspace(m, variant, rows, keys)
     grid = (_grid(variant, rows, m.vocab, configured),)
-    mixture_kernel[grid](
-        m, r, w, rows, drawing.seed, position, C=variant, num_warps=configured.warps
-    )
+    arguments = (m, r, w, rows, drawing.seed, position)
+    launches = [Launch(mixture_kernel, grid, arguments, variant, configured.warps)]
     if not variant.draw:
-        filter_kernel[(rows,)](
-            m, r, w, drawing.seed, position, top_k, C=variant, num_warps=configured.filter_warps
-        )
+        arguments = (m, r, w, drawing.seed, position, top_k)
+        launches.append(Launch(filter_kernel, (rows,), arguments, variant, configured.filter_warps))
+    return launches, bad
+
+
+def sample(
+    mixing: MixtureArguments, drawing: DrawArguments
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """tokens, logprobs, valid, model_logprobs; see `mod_fused.sample`."""
+    logits = mixing.batch_tensor()
+    rows = logits.shape[0]
+    columns = mixing.model_count() if drawing.return_model_logprobs else 0
+    tokens = logits.new_empty((rows,), dtype=torch.int64)
+    logprobs = logits.new_empty((rows,), dtype=torch.float32)
+    valid = logits.new_empty((rows,), dtype=torch.bool)
+    model_logprobs = logits.new_empty((rows, columns), dtype=torch.float32)
+    if rows == 0:
+        return tokens, logprobs, valid, model_logprobs
+    launches, bad = sample_launches(mixing, drawing, (tokens, logprobs, valid, model_logprobs))
+    for launch in launches:
+        launch.run()
     if bad is not None:
         valid &= ~bad
         tokens.masked_fill_(bad, 0)

@@ -101,14 +101,6 @@ def evaluate_tile(m, state, row, tile, C: tl.constexpr):
 
 
 @triton.jit
-def step(m, state, s1, s2, C: tl.constexpr):
-    if C.excess is not None:
-        step_stieltjes(m, state, s1, s2, C)
-    else:
-        step_newton(m, state, s1, s2, C)
-
-
-@triton.jit
 def key_tile(m, state, model_fields, row, tile, tiles, C: tl.constexpr):
     """log pi* up to a row's constant, -inf off the support, and whether something is broken."""
     if C.general:
@@ -232,26 +224,15 @@ def draw(m, r, state, model_fields, fields, row, tiles, seed, position, C: tl.co
 
 
 @triton.jit
-def end_evaluation(m, state, fields, row, tiles, last, C: tl.constexpr):
-    """The step after an evaluation; after the last one the search to its end, alone."""
+def end_evaluation(m, state, fields, tiles, C: tl.constexpr):
+    """The step after an evaluation."""
     if tl.load(state + SOLVED) == 0.0:
         s1 = tl.sum(tile_field(fields, S1, tiles, C, 0.0).to(tl.float64), 0)
         s2 = tl.sum(tile_field(fields, S2, tiles, C, 0.0).to(tl.float64), 0)
-        step(m, state, s1, s2, C)
-    if last:
-        tl.debug_barrier()
-        evaluations = 0
-        while (tl.load(state + SOLVED) == 0.0) & (evaluations < MAX_EVALUATIONS):
-            a = tl.zeros([], tl.float64)
-            b = tl.zeros([], tl.float64)
-            for tile in range(tiles):
-                part, slope = evaluate_tile(m, state, row, tile, C)
-                a += part.to(tl.float64)
-                b += slope.to(tl.float64)
-            tl.debug_barrier()  # all have read the point that the step replaces
-            step(m, state, a, b, C)
-            tl.debug_barrier()
-            evaluations += 1
+        if C.excess is not None:
+            step_stieltjes(m, state, s1, s2, C)
+        else:
+            step_newton(m, state, s1, s2, C)
 
 
 @triton.jit
@@ -286,6 +267,7 @@ def mixture_kernel(m, r, w, rows, seed, position, C: tl.constexpr):
             tl.program_id(0) // chunks,
             tl.program_id(0) % chunks,
             0,
+            0,
             tiles,
             chunks,
             seed,
@@ -297,6 +279,7 @@ def mixture_kernel(m, r, w, rows, seed, position, C: tl.constexpr):
         slot_tasks = GROUP * chunks
         total = groups * PHASES * slot_tasks
         ticket = tl.atomic_add(w.tickets, 1, sem="relaxed")
+        alone = 0
         while ticket < total:
             slot = ticket // slot_tasks
             inside = ticket % slot_tasks
@@ -312,8 +295,12 @@ def mixture_kernel(m, r, w, rows, seed, position, C: tl.constexpr):
             if row < rows:
                 if phase > 0:
                     wait_for(w.flags + row, phase)
-                run_task(m, r, w, row, inside % chunks, phase, tiles, chunks, seed, position, C)
-            ticket = tl.atomic_add(w.tickets, 1, sem="relaxed")
+                chunk = inside % chunks
+                alone = run_task(
+                    m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C
+                )
+            if alone == 0:
+                ticket = tl.atomic_add(w.tickets, 1, sem="relaxed")
         # The last program out leaves the counters as it found them.
         leaving = tl.atomic_add(w.tickets + 1, 1, sem="acq_rel")
         if leaving == tl.num_programs(0) - 1:
@@ -322,8 +309,10 @@ def mixture_kernel(m, r, w, rows, seed, position, C: tl.constexpr):
 
 
 @triton.jit
-def run_task(m, r, w, row, chunk, phase, tiles, chunks, seed, position, C: tl.constexpr):
-    """One phase of one chunk of a row, and what ends the phase if it is the row's last chunk."""
+def run_task(m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C: tl.constexpr):
+    """One phase of one chunk of a row, and what ends the phase if it is the row's last chunk. A row
+    that the last evaluation leaves unsolved is returned to: the result is not 0 then, and is `alone`
+    of the next call, which evaluates the whole row."""
     PHASES: tl.constexpr = C.phases
     KEYS: tl.constexpr = C.phases - 1 - C.finish
     MODEL_FIELDS: tl.constexpr = 2 * C.models
@@ -333,6 +322,10 @@ def run_task(m, r, w, row, chunk, phase, tiles, chunks, seed, position, C: tl.co
     fields = model_fields + MODEL_FIELDS * tiles
     begin = chunk * C.chunk
     end = tl.minimum(begin + C.chunk, tiles)
+    if C.evaluations > 0:
+        if alone > 0:
+            begin = 0
+            end = tiles
     for tile in range(begin, end):
         if phase == KEYS:
             keys_of_tile(m, r, w, state, model_fields, fields, row, tile, tiles, C)
@@ -348,7 +341,10 @@ def run_task(m, r, w, row, chunk, phase, tiles, chunks, seed, position, C: tl.co
             if phase > KEYS:
                 finish_tile(m, w, state, row, tile)
     tl.debug_barrier()
-    arrived = tl.atomic_add(w.arrivals + row, 1, sem="acq_rel")
+    arrived = chunks - 1
+    if alone == 0:
+        arrived = tl.atomic_add(w.arrivals + row, 1, sem="acq_rel")
+    again = 0
     if arrived == chunks - 1:
         tl.debug_barrier()
         if phase == KEYS:
@@ -367,8 +363,13 @@ def run_task(m, r, w, row, chunk, phase, tiles, chunks, seed, position, C: tl.co
             if phase == 1:
                 end_deficits(m, w, state, fields, row, tiles, C)
             elif (phase > 1) & (phase < KEYS):
-                end_evaluation(m, state, fields, row, tiles, phase == KEYS - 1, C)
+                end_evaluation(m, state, fields, tiles, C)
+                tl.debug_barrier()
+                if (phase == KEYS - 1) & (alone < MAX_EVALUATIONS):
+                    again = tl.where(tl.load(state + SOLVED) == 0.0, alone + 1, 0)
         tl.debug_barrier()
-        # Counters are left as they were found.
-        tl.atomic_xchg(w.arrivals + row, 0, sem="relaxed")
-        tl.atomic_xchg(w.flags + row, (phase + 1) % PHASES, sem="release")
+        if again == 0:
+            # Counters are left as they were found.
+            tl.atomic_xchg(w.arrivals + row, 0, sem="relaxed")
+            tl.atomic_xchg(w.flags + row, (phase + 1) % PHASES, sem="release")
+    return again

@@ -180,7 +180,7 @@ def two_poles(near, far, distance, order, right):
     y = tl.exp(tl.log(near / right) * exponent)
     other = tl.exp(tl.log((near + far) / right) * exponent) - distance
     y = tl.where(other > y, other, y)
-    for _ in tl.static_range(6):
+    for _ in range(6):
         a = near * tl.exp(-order * tl.log(y))
         b = far * tl.exp(-order * tl.log(y + distance))
         g = a + b
