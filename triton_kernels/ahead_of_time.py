@@ -91,7 +91,7 @@ def machine_code(compiled: Any) -> MachineCode:
         )
     assembly = compiled.asm["amdgcn"]
     widths = {"ubyte": 1, "sbyte": 1, "ushort": 2, "short": 2, "dword": 4}
-    for name, count in re.findall(r"\b(?:global|buffer)_load_([a-z]+)(x\d)?", assembly):
+    for name, count in re.findall(r"\b(?:global|buffer)_load_([a-wyz]+)(x\d)?", assembly):
         loads[widths[name] * int(count[1:] or 1)] += 1
     return MachineCode(
         registers=_number(r"\.vgpr_count:\s+(\d+)", assembly),

@@ -64,12 +64,12 @@ from .tiles import (
     STATE_FIELDS,
     TILE,
     VALID,
-    any_true,
     deficit_tile,
     log_linear_tile,
     model_tile,
     reference_weight,
     store_model_sum,
+    sum_exp,
 )
 
 MAX_EVALUATIONS = tl.constexpr(32)
@@ -102,7 +102,7 @@ def evaluate_tile(m, state, row, tile, C: tl.constexpr):
 
 @triton.jit
 def key_tile(m, state, model_fields, row, tile, tiles, C: tl.constexpr):
-    """log pi* up to a row's constant, -inf off the support, and whether something is broken."""
+    """log pi* up to a row's constant, -inf off the support, and where something is broken."""
     if C.general:
         log_ref, q, broken = deficit_tile(m, state, row, tile, C)
         inside = q < EXCLUDED
@@ -115,7 +115,7 @@ def key_tile(m, state, model_fields, row, tile, tiles, C: tl.constexpr):
             # Eq. 6 as printed: Z = 0, that is tau = c (1 - sum w) + min Q.
             y = (q + m.supremum * reference_weight(m, row, C)).to(tl.float32)
             if C.bounded:
-                broken |= any_true(inside & ((y > 0.0) == 0))
+                broken |= inside & ((y > 0.0) == 0)
         key = log_ref + C.log_ratio(tl.where(inside, y, 1.0), m.alpha)
         return tl.where(inside, key, -INFINITY), broken
     else:
@@ -144,11 +144,10 @@ def deficits_of_tile(m, w, state, fields, row, tile, tiles, C: tl.constexpr):
     p = tl.where(inside, tl.exp(log_ref), 0.0)
     least = tl.min(q, 0)
     best = tl.min(tl.where(inside & (q == least), i, TILE - 1), 0)
-    mass = tl.sum(p, 0)
     tl.store(w.leasts + row.to(tl.int64) * tiles + tile, least.to(tl.float64))
     tl.store(w.winners + row.to(tl.int64) * tiles + tile, best + tile * TILE)
     tl.store(fields + BEST_P * tiles + tile, tl.sum(tl.where(i == best, p, 0.0), 0))
-    tl.store(fields + MASS * tiles + tile, tl.where(broken, float("nan"), mass))
+    tl.store(fields + MASS * tiles + tile, tl.sum(tl.where(broken, float("nan"), p), 0))
     first = tl.sum(tl.where(inside, p * q.to(tl.float32), 0.0), 0)
     tl.store(fields + FIRST * tiles + tile, first)
 
@@ -165,9 +164,8 @@ def evaluation_of_tile(m, state, fields, row, tile, tiles, C: tl.constexpr):
 def keys_of_tile(m, r, w, state, model_fields, fields, row, tile, tiles, C: tl.constexpr):
     key, broken = key_tile(m, state, model_fields, row, tile, tiles, C)
     peak = tl.max(key, 0)
-    total = tl.sum(tl.exp(key - tl.where(peak == -INFINITY, 0.0, peak)), 0)
     tl.store(fields + KEY_PEAK * tiles + tile, peak)
-    tl.store(fields + KEY_SUM * tiles + tile, tl.where(broken, float("nan"), total))
+    tl.store(fields + KEY_SUM * tiles + tile, sum_exp(key, peak, broken))
     if C.mask or C.tempered:
         beta = inverse_temperature(temperature_of(r, row))
         key = masked_key(r, m, key, row, tile, C)
@@ -310,9 +308,9 @@ def mixture_kernel(m, r, w, rows, seed, position, C: tl.constexpr):
 
 @triton.jit
 def run_task(m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C: tl.constexpr):
-    """One phase of one chunk of a row, and what ends the phase if it is the row's last chunk. A row
-    that the last evaluation leaves unsolved is returned to: the result is not 0 then, and is `alone`
-    of the next call, which evaluates the whole row."""
+    """One phase of one chunk of a row, and what ends the phase if it is the row's last chunk. A
+    row that the last evaluation leaves unsolved is returned to: the result is not 0 then, and is
+    `alone` of the next call, which evaluates the whole row."""
     PHASES: tl.constexpr = C.phases
     KEYS: tl.constexpr = C.phases - 1 - C.finish
     MODEL_FIELDS: tl.constexpr = 2 * C.models

@@ -61,9 +61,7 @@ def log_sum_exp(fields, field, tiles, C: tl.constexpr):
     peak = tl.max(peaks, 0)
     scaled = tl.exp(peaks - tl.where(peak == -INFINITY, 0.0, peak))
     parts = tl.where(peaks == -INFINITY, 0.0, scaled).to(tl.float64) * sums.to(tl.float64)
-    broken = tl.max((sums != sums).to(tl.int32), 0) > 0
-    total = tl.log(tl.sum(parts, 0)) + peak
-    return peak.to(tl.float64), tl.where(broken, float("nan"), total)
+    return peak.to(tl.float64), tl.log(tl.sum(parts, 0)) + peak
 
 
 @triton.jit
