@@ -154,10 +154,9 @@ def deficits_of_tile(m, w, state, fields, row, tile, tiles, C: tl.constexpr):
 
 @triton.jit
 def evaluation_of_tile(m, state, fields, row, tile, tiles, C: tl.constexpr):
-    if tl.load(state + SOLVED, cache_modifier=".cg") == 0.0:
-        s1, s2 = evaluate_tile(m, state, row, tile, C)
-        tl.store(fields + S1 * tiles + tile, s1)
-        tl.store(fields + S2 * tiles + tile, s2)
+    s1, s2 = evaluate_tile(m, state, row, tile, C)
+    tl.store(fields + S1 * tiles + tile, s1)
+    tl.store(fields + S2 * tiles + tile, s2)
 
 
 @triton.jit
@@ -324,19 +323,25 @@ def run_task(m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C
         if alone > 0:
             begin = 0
             end = tiles
-    for tile in range(begin, end):
-        if phase == KEYS:
+    # A loop per phase: what one loop keeps in registers for all tiles is not kept in another.
+    if phase == KEYS:
+        for tile in range(begin, end):
             keys_of_tile(m, r, w, state, model_fields, fields, row, tile, tiles, C)
-        if C.sums:
-            if phase == 0:
+    if C.sums:
+        if phase == 0:
+            for tile in range(begin, end):
                 sums_of_tile(m, model_fields, row, tile, tiles, C)
-        if C.evaluations > 0:
-            if phase == 1:
+    if C.evaluations > 0:
+        if phase == 1:
+            for tile in range(begin, end):
                 deficits_of_tile(m, w, state, fields, row, tile, tiles, C)
-            elif (phase > 1) & (phase < KEYS):
-                evaluation_of_tile(m, state, fields, row, tile, tiles, C)
-        if C.finish:
-            if phase > KEYS:
+        elif (phase > 1) & (phase < KEYS):
+            if tl.load(state + SOLVED, cache_modifier=".cg") == 0.0:
+                for tile in range(begin, end):
+                    evaluation_of_tile(m, state, fields, row, tile, tiles, C)
+    if C.finish:
+        if phase > KEYS:
+            for tile in range(begin, end):
                 finish_tile(m, w, state, row, tile)
     tl.debug_barrier()
     arrived = chunks - 1
