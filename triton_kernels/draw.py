@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .elementary import exponential, split_mix
-from .solver import log_sum_exp
+from .solver import store_model_norms
 from .tiles import INFINITY, LOG_NORM, TILE, value_weight, weight
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -150,11 +150,10 @@ def store_draw(
     tl.store(r.logprobs + row, tl.where(valid, logprob, float("nan")).to(tl.float32))
     tl.store(r.valid + row, valid.to(tl.int8))
     if C.model_logprobs:
+        if not C.sums:
+            store_model_norms(state, model_fields, tiles, C)
         for k in tl.static_range(MODELS):
-            if C.sums:
-                norm = tl.load(state + LOG_NORM + k)
-            else:
-                _, norm = log_sum_exp(model_fields, 2 * k, tiles, C)
+            norm = tl.load(state + LOG_NORM + k)
             x = tl.load(m.logits[k] + row.to(tl.int64) * m.strides[k] + token).to(tl.float32)
             if m.scales is not None:
                 x = x * m.scales[k]

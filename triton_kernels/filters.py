@@ -114,8 +114,8 @@ def filter_kernel(m, r, w, seed, position, top_k, C: tl.constexpr):
     row = tl.program_id(0)
     tiles = tl.cdiv(m.vocab, TILE)
     state = w.states + row.to(tl.int64) * STATE_FIELDS
-    model_fields = w.fields + row.to(tl.int64) * FIELDS * tiles
-    fields = model_fields + MODEL_FIELDS * tiles
+    model_fields = w.fields + row.to(tl.int64) * FIELDS * C.tiles
+    fields = model_fields + MODEL_FIELDS * C.tiles
     keys = w.keys + row.to(tl.int64) * m.vocab
     temperature = temperature_of(r, row)
     beta = inverse_temperature(temperature)
@@ -152,7 +152,7 @@ def filter_kernel(m, r, w, seed, position, top_k, C: tl.constexpr):
         offsets = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
         key = tl.load(keys + offsets, mask=offsets < m.vocab, other=-INFINITY, cache_modifier=".cg")
         tl.store(
-            fields + DRAW_SUM * tiles + tile,
+            fields + DRAW_SUM * C.tiles + tile,
             tl.sum(kept_mass(key, peak, beta, least, log_min_p), 1),
             mask=tile < tiles,
         )

@@ -75,7 +75,7 @@ class Workspace(NamedTuple):
     """Memory between the phases; the counters are zero before and after a launch."""
 
     states: Tensor  # float64 [B, STATE_FIELDS]
-    fields: Tensor  # float32 [B, 2 models + TILE_FIELDS, tiles]
+    fields: Tensor  # float32 [B, 2 models + TILE_FIELDS, Variant.tiles]
     leasts: Tensor  # float64 [B, tiles]
     winners: Tensor  # int32 [B, tiles]
     keys: Tensor | None  # float32 [B, V]
@@ -88,6 +88,7 @@ class Variant(NamedTuple):
     """What is decided when a kernel is compiled."""
 
     models: int
+    model_block: int  # a power of two, at least models
     first_policy: int  # 1 with a reference
     scores: int  # J
     plausible: int  # model of the plausibility constraint, -1: none
@@ -193,6 +194,7 @@ def variant_of(
     tiles = triton.cdiv(mixing.vocab_size, TILE.value)
     return Variant(
         models=mixing.model_count(),
+        model_block=triton.next_power_of_2(mixing.model_count()),
         first_policy=int(mixing.ref_logits is not None),
         scores=0 if mixing.values is None else mixing.values.shape[0],
         plausible=plausible,
@@ -265,7 +267,7 @@ def _workspace(mixing: Mixing, variant: Variant, rows: int, keys: Tensor | None)
     counters = like.new_zeros((2 + 2 * rows,), dtype=torch.int32)
     return Workspace(
         states=like.new_empty((rows, STATE_FIELDS.value), dtype=torch.float64),
-        fields=like.new_empty((rows, fields, tiles), dtype=torch.float32),
+        fields=like.new_empty((rows, fields, variant.tiles), dtype=torch.float32),
         leasts=like.new_empty((rows, tiles), dtype=torch.float64),
         winners=like.new_empty((rows, tiles), dtype=torch.int32),
         keys=keys,

@@ -130,10 +130,10 @@ def masked_key(r, m, key, row, tile, C: tl.constexpr):
 
 
 @triton.jit
-def sums_of_tile(m, model_fields, row, tile, tiles, C: tl.constexpr):
+def sums_of_tile(m, model_fields, row, tile, C: tl.constexpr):
     MODELS: tl.constexpr = C.models
     for k in tl.static_range(MODELS):
-        store_model_sum(model_tile(m, k, row, tile), k, model_fields, tile, tiles)
+        store_model_sum(model_tile(m, k, row, tile), k, model_fields, tile, C)
 
 
 @triton.jit
@@ -146,32 +146,32 @@ def deficits_of_tile(m, w, state, fields, row, tile, tiles, C: tl.constexpr):
     best = tl.min(tl.where(inside & (q == least), i, TILE - 1), 0)
     tl.store(w.leasts + row.to(tl.int64) * tiles + tile, least.to(tl.float64))
     tl.store(w.winners + row.to(tl.int64) * tiles + tile, best + tile * TILE)
-    tl.store(fields + BEST_P * tiles + tile, tl.sum(tl.where(i == best, p, 0.0), 0))
-    tl.store(fields + MASS * tiles + tile, tl.sum(tl.where(broken, float("nan"), p), 0))
+    tl.store(fields + BEST_P * C.tiles + tile, tl.sum(tl.where(i == best, p, 0.0), 0))
+    tl.store(fields + MASS * C.tiles + tile, tl.sum(tl.where(broken, float("nan"), p), 0))
     first = tl.sum(tl.where(inside, p * q.to(tl.float32), 0.0), 0)
-    tl.store(fields + FIRST * tiles + tile, first)
+    tl.store(fields + FIRST * C.tiles + tile, first)
 
 
 @triton.jit
 def evaluation_of_tile(m, state, fields, row, tile, tiles, C: tl.constexpr):
     s1, s2 = evaluate_tile(m, state, row, tile, C)
-    tl.store(fields + S1 * tiles + tile, s1)
-    tl.store(fields + S2 * tiles + tile, s2)
+    tl.store(fields + S1 * C.tiles + tile, s1)
+    tl.store(fields + S2 * C.tiles + tile, s2)
 
 
 @triton.jit
 def keys_of_tile(m, r, w, state, model_fields, fields, row, tile, tiles, C: tl.constexpr):
     key, broken = key_tile(m, state, model_fields, row, tile, tiles, C)
     peak = tl.max(key, 0)
-    tl.store(fields + KEY_PEAK * tiles + tile, peak)
-    tl.store(fields + KEY_SUM * tiles + tile, sum_exp(key, peak, broken))
+    tl.store(fields + KEY_PEAK * C.tiles + tile, peak)
+    tl.store(fields + KEY_SUM * C.tiles + tile, sum_exp(key, peak, broken))
     if C.mask or C.tempered:
         beta = inverse_temperature(temperature_of(r, row))
         key = masked_key(r, m, key, row, tile, C)
         peak = tl.max(key, 0)
         below = key - tl.where(peak == -INFINITY, 0.0, peak)
-        tl.store(fields + DRAW_PEAK * tiles + tile, peak)
-        tl.store(fields + DRAW_SUM * tiles + tile, tl.sum(tl.exp(below * beta), 0))
+        tl.store(fields + DRAW_PEAK * C.tiles + tile, peak)
+        tl.store(fields + DRAW_SUM * C.tiles + tile, tl.sum(tl.exp(below * beta), 0))
     if C.store_keys:
         offsets = tile * TILE + tl.arange(0, TILE)
         keys = w.keys + row.to(tl.int64) * m.vocab
@@ -315,8 +315,8 @@ def run_task(m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C
     MODEL_FIELDS: tl.constexpr = 2 * C.models
     FIELDS: tl.constexpr = TILE_FIELDS + 2 * C.models
     state = w.states + row.to(tl.int64) * STATE_FIELDS
-    model_fields = w.fields + row.to(tl.int64) * FIELDS * tiles
-    fields = model_fields + MODEL_FIELDS * tiles
+    model_fields = w.fields + row.to(tl.int64) * FIELDS * C.tiles
+    fields = model_fields + MODEL_FIELDS * C.tiles
     begin = chunk * C.chunk
     end = tl.minimum(begin + C.chunk, tiles)
     if C.evaluations > 0:
@@ -330,7 +330,7 @@ def run_task(m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C
     if C.sums:
         if phase == 0:
             for tile in range(begin, end):
-                sums_of_tile(m, model_fields, row, tile, tiles, C)
+                sums_of_tile(m, model_fields, row, tile, C)
     if C.evaluations > 0:
         if phase == 1:
             for tile in range(begin, end):

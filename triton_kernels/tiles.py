@@ -114,10 +114,10 @@ def peak_and_sum(x):
 
 
 @triton.jit
-def store_model_sum(x, k: tl.constexpr, fields, tile, tiles):
+def store_model_sum(x, k: tl.constexpr, fields, tile, C: tl.constexpr):
     peak, total = peak_and_sum(x)
-    tl.store(fields + (2 * k) * tiles + tile, peak)
-    tl.store(fields + (2 * k + 1) * tiles + tile, total)
+    tl.store(fields + 2 * k * C.tiles + tile, peak)
+    tl.store(fields + (2 * k + 1) * C.tiles + tile, total)
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def log_linear_tile(
     for k in tl.static_range(MODELS):
         x = model_tile(m, k, row, tile)
         if C.model_logprobs and not C.sums:
-            store_model_sum(x, k, fields, tile, tiles)
+            store_model_sum(x, k, fields, tile, C)
         if k == C.plausible:
             inside &= x - tl.load(state + PEAK + k).to(tl.float32) >= m.log_plausibility
         if k < FIRST_POLICY:
