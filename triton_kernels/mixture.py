@@ -34,6 +34,7 @@ from .draw import (
     winner_tile,
     winner_token,
 )
+from .elementary import log_of
 from .solver import (
     BEST_P,
     DRAW_PEAK,
@@ -90,7 +91,7 @@ def evaluate_tile(m, state, row, tile, C: tl.constexpr):
         fall = 1.0 / y
         h = fall
         if C.is_alpha:
-            h = tl.exp(-tl.log(y) / m.alpha)
+            h = tl.exp(-log_of(y) / m.alpha)
         slope = h * fall
     else:
         y = point + tl.where(inside, distance, 0.0)
