@@ -13,11 +13,11 @@ from ..arguments import MixtureArguments
 class Configuration:
     """How a call is cut into programs."""
 
-    warps: int
+    threads: int  # 8 tokens of a tile each: 16 bytes of 16-bit logits
     chunk: int  # tiles of a task
     group: int  # rows that share the L2 cache between two phases
     programs: int  # of the persistent kernel
-    filter_warps: int
+    filter_threads: int
     filter_block: int  # tokens that the filters look at together
 
 
@@ -38,10 +38,10 @@ def configuration(mixing: MixtureArguments, rows: int) -> Configuration:
     four for many."""
     row_bytes = sum(x.element_size() for x in mixing.tensors()) * mixing.vocab_size
     return Configuration(
-        warps=4,
+        threads=128,
         chunk=1 if rows < 8 else 4,
         group=max(1, min(rows, GROUP_BYTES // row_bytes)),
         programs=PROGRAMS_PER_PROCESSOR * _processors(mixing.batch_tensor().device),
-        filter_warps=16,
+        filter_threads=512,
         filter_block=4096,
     )

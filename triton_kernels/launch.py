@@ -136,10 +136,19 @@ class Launch(NamedTuple):
     grid: tuple[int]
     arguments: tuple[Any, ...]
     variant: Variant
-    warps: int
+    threads: int
+
+    def options(self, amd: bool, warp_size: int) -> dict[str, Any]:
+        """The compiler's options."""
+        options = {"C": self.variant, "num_warps": self.threads // warp_size}
+        if self.variant.general and not amd:
+            # Left to itself ptxas spills to make room for more programs on a multiprocessor.
+            options["maxnreg"] = 255
+        return options
 
     def run(self) -> None:
-        self.kernel[self.grid](*self.arguments, C=self.variant, num_warps=self.warps)
+        amd = torch.version.hip is not None
+        self.kernel[self.grid](*self.arguments, **self.options(amd, 64 if amd else 32))
 
 
 def _strides(tensor: Tensor | None, rank: int) -> tuple[int, int]:
@@ -297,7 +306,7 @@ def log_probs_launches(mixing: MixtureArguments, out: Tensor) -> tuple[list[Laun
     w = _workspace(m, variant, rows, out)
     grid = (_grid(variant, rows, m.vocab, configured),)
     arguments = (m, _NO_DRAWING, w, rows, 0, 0)
-    return [Launch(mixture_kernel, grid, arguments, variant, configured.warps)], bad
+    return [Launch(mixture_kernel, grid, arguments, variant, configured.threads)], bad
 
 
 def log_probs(mixing: MixtureArguments) -> Tensor:
@@ -374,10 +383,12 @@ def sample_launches(
     w = _workspace(m, variant, rows, keys)
     grid = (_grid(variant, rows, m.vocab, configured),)
     arguments = (m, r, w, rows, drawing.seed, position)
-    launches = [Launch(mixture_kernel, grid, arguments, variant, configured.warps)]
+    launches = [Launch(mixture_kernel, grid, arguments, variant, configured.threads)]
     if not variant.draw:
         arguments = (m, r, w, drawing.seed, position, top_k)
-        launches.append(Launch(filter_kernel, (rows,), arguments, variant, configured.filter_warps))
+        launches.append(
+            Launch(filter_kernel, (rows,), arguments, variant, configured.filter_threads)
+        )
     return launches, bad
 
 
