@@ -37,7 +37,7 @@ class MachineCode:
     spills: int  # instructions on NVIDIA, registers on AMD
     stack: int  # bytes
     shared: int  # bytes of a program
-    loads: Counter[int]  # load instructions from global memory, by bytes
+    loads: Counter[int]  # load instructions from global memory by bytes; on AMD those of blocks
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
@@ -90,8 +90,9 @@ def machine_code(compiled: Any) -> MachineCode:
             loads=loads,
         )
     assembly = compiled.asm["amdgcn"]
+    # Blocks are read by buffer loads; the others are scalars, several joined into a wide one.
     widths = {"ubyte": 1, "sbyte": 1, "ushort": 2, "short": 2, "dword": 4}
-    for name, count in re.findall(r"\b(?:global|buffer)_load_([a-wyz]+)(x\d)?", assembly):
+    for name, count in re.findall(r"\bbuffer_load_([a-wyz]+)(x\d)?", assembly):
         loads[widths[name] * int(count[1:] or 1)] += 1
     return MachineCode(
         registers=_number(r"\.vgpr_count:\s+(\d+)", assembly),
