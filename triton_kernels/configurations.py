@@ -29,18 +29,18 @@ GROUP_BYTES = 25_000_000
 class Configuration:
     """How a call is cut into programs."""
 
-    warps: int = 4
+    threads: int = 128  # 8 tokens of a tile each: 16 bytes of 16-bit logits
     chunk: int = 1  # tiles of a task
     programs_per_processor: int = 4  # of the persistent kernel
-    filter_warps: int = 16
-    filter_block: int = 8192  # tokens that the filters look at together
+    filter_threads: int = 512
+    filter_block: int = 4096  # tokens that the filters look at together
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
-        for name in ("warps", "filter_warps", "filter_block"):
+        for name in ("threads", "filter_threads", "filter_block"):
             if getattr(self, name) & (getattr(self, name) - 1):
                 raise ValueError(f"{name} must be a power of two, got {getattr(self, name)}")
         if self.filter_block < 1024:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ..divergence import Divergence
-from .elementary import expm1, log1p_unit, wright_omega
+from .elementary import expm1, log1p_unit, log_of, wright_omega
 
 
 class TritonDivergence(NamedTuple):
@@ -49,12 +49,12 @@ def forward_kl_deficit(d, a):
 
 @triton.jit
 def forward_kl_log_ratio(q, a):
-    return -tl.log(q)
+    return -log_of(q)
 
 
 @triton.jit
 def forward_kl_log_slope(q, a):
-    return -2.0 * tl.log(q)
+    return -2.0 * log_of(q)
 
 
 @triton.jit
@@ -71,12 +71,12 @@ def one_minus_exp(q):
 
 @triton.jit
 def jsd_log_ratio(q, a):
-    return -(q + tl.log(one_minus_exp(q)))
+    return -(q + log_of(one_minus_exp(q)))
 
 
 @triton.jit
 def jsd_log_slope(q, a):
-    return -q - 2.0 * tl.log(one_minus_exp(q))
+    return -q - 2.0 * log_of(one_minus_exp(q))
 
 
 @triton.jit
@@ -92,13 +92,13 @@ def jsd_shift(tau, a):
 
 @triton.jit
 def jsd_unshift(t, a):
-    # -log(1 - t) by atanh's series where t is small: tl.log(1 - t) would lose its digits.
+    # -log(1 - t) by atanh's series where t is small: log(1 - t) would lose its digits.
     z = t / (2.0 - t)
     z2 = z * z
     series = (
         2.0 * z * (1.0 + z2 * (0.3333333333 + z2 * (0.2 + z2 * (0.1428571429 + z2 * 0.1111111))))
     )
-    return tl.where(t < 0.25, series, -tl.log(1.0 - tl.minimum(t, 0.99999994)))
+    return tl.where(t < 0.25, series, -log_of(1.0 - tl.minimum(t, 0.99999994)))
 
 
 @triton.jit
@@ -108,12 +108,12 @@ def alpha_deficit(d, a):
 
 @triton.jit
 def alpha_log_ratio(q, a):
-    return -tl.log(a * q) / a
+    return -log_of(a * q) / a
 
 
 @triton.jit
 def alpha_log_slope(q, a):
-    return -(1.0 + 1.0 / a) * tl.log(a * q)
+    return -(1.0 + 1.0 / a) * log_of(a * q)
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def jeffrey_log_ratio(q, a):
     # v = 1/x solves v + log v = 1 + q; -log v cancels where v is large, v - z where it is small.
     z = 1.0 + q
     v = wright_omega(z)
-    return tl.where(z > 0.0, -tl.log(v), v - z)
+    return tl.where(z > 0.0, -log_of(v), v - z)
 
 
 @triton.jit

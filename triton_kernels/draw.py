@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .elementary import exponential, split_mix
-from .solver import log_sum_exp
+from .solver import store_model_norms
 from .tiles import INFINITY, LOG_NORM, TILE, value_weight, weight
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -91,11 +91,15 @@ def first_least(x, index, END: tl.constexpr):
 
 
 @triton.jit
-def race(mass, index, local, seed, position, STREAM: tl.constexpr, END: tl.constexpr):
-    """argmin of E / mass, as an entry of `local`. A mass of 0 never wins, not even against a
-    quotient that overflows."""
+def race(
+    mass, highest, cold, index, local, seed, position, STREAM: tl.constexpr, END: tl.constexpr
+):
+    """argmin of E / mass, as an entry of `local`; at temperature 0 (`cold`) the first of the
+    highest. A mass of 0 never wins, not even against a quotient that overflows."""
     arrival = tl.minimum(exponential(seed, position, index, STREAM) / mass, LARGEST)
-    return first_least(tl.where(mass > 0.0, arrival, INFINITY), local, END)
+    arrival = tl.where(mass > 0.0, arrival, INFINITY)
+    arrival = tl.where(cold, tl.where(highest, 0.0, INFINITY), arrival)
+    return first_least(arrival, local, END)
 
 
 @triton.jit
@@ -112,22 +116,18 @@ def winner_tile(mass, temperature, peaks, peak, seed, position, C: tl.constexpr)
     """The tile that holds the token, and whether there is one; at temperature 0 the first that
     holds the largest key."""
     i = tl.arange(0, C.tiles)
-    raced, found = race(mass, i, i, seed, position, 0, C.tiles)
-    greedy, _ = first_least(tl.where(peaks == peak, 0.0, INFINITY), i, C.tiles)
     cold = temperature == 0.0
-    return tl.where(cold, greedy, raced), found | cold
+    return race(mass, peaks == peak, cold, i, i, seed, position, 0, C.tiles)
 
 
 @triton.jit
 def winner_token(key, mass, tile, temperature, peak, seed, position):
     """The token in its tile, and its key."""
     i = tl.arange(0, TILE)
-    raced, found = race(mass, tile * TILE + i, i, seed, position, 1, TILE)
-    greedy, _ = first_least(tl.where(key == peak, 0.0, INFINITY), i, TILE)
     cold = temperature == 0.0
-    local = tl.where(cold, greedy, raced)
+    local, found = race(mass, key == peak, cold, tile * TILE + i, i, seed, position, 1, TILE)
     token_key = tl.sum(tl.where(i == local, key, 0.0), 0)
-    return local + tile * TILE, token_key, found | cold
+    return local + tile * TILE, token_key, found
 
 
 @triton.jit
@@ -150,11 +150,10 @@ def store_draw(
     tl.store(r.logprobs + row, tl.where(valid, logprob, float("nan")).to(tl.float32))
     tl.store(r.valid + row, valid.to(tl.int8))
     if C.model_logprobs:
+        if not C.sums:
+            store_model_norms(state, model_fields, tiles, C)
         for k in tl.static_range(MODELS):
-            if C.sums:
-                norm = tl.load(state + LOG_NORM + k)
-            else:
-                _, norm = log_sum_exp(model_fields, 2 * k, tiles, C)
+            norm = tl.load(state + LOG_NORM + k)
             x = tl.load(m.logits[k] + row.to(tl.int64) * m.strides[k] + token).to(tl.float32)
             if m.scales is not None:
                 x = x * m.scales[k]

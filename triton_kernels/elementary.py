@@ -24,6 +24,24 @@ def expm1(x):
 
 
 @triton.jit
+def log_of(x):
+    """log x for normal positive x, without the branches of tl.log."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) >> 23  # mantissa in [2/3, 4/3)
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    p = f * 0.14026358723640442 - 0.1538853943347931
+    p = p * f + 0.13995806872844696
+    p = p * f - 0.1641596108675003
+    p = p * f + 0.20011168718338013
+    p = p * f - 0.2500782012939453
+    p = p * f + 0.33333197236061096
+    p = p * f - 0.49999937415122986
+    n = exponent.to(tl.float32)
+    low = tl.fma(f * f, p, n * 1.42860677e-6)
+    return tl.fma(n, 0.693145751953125, low + f)
+
+
+@triton.jit
 def log1p_unit(x):
     """log(1 + x) for 0 <= x <= 1, relatively exact."""
     p = x * 0.005232692696154118 - 0.029505232349038124
@@ -43,10 +61,10 @@ def wright_omega(z):
     v - z no longer shows it."""
     z = tl.maximum(z, -80.0)
     exp_z = tl.exp(tl.minimum(z, 1.0))
-    log_z = tl.log(tl.maximum(z, 1.0))
+    log_z = log_of(tl.maximum(z, 1.0))
     v = tl.where(z > 1.0, z - log_z * (z / (1.0 + z)), exp_z / (1.0 + 0.6 * exp_z))
     for _ in tl.static_range(2):
-        step = (z - v - tl.log(v)) / (1.0 + v)
+        step = (z - v - log_of(v)) / (1.0 + v)
         twice = 2.0 * (1.0 + v + step * (1.0 + v) * (2.0 / 3.0))
         v = v * (1.0 + step * (twice - step) / (twice - 2.0 * step))
     return v
@@ -96,4 +114,4 @@ def exponential(seed, position, index, stream: tl.constexpr):
     # log(u) with u = 1 - v rounded, and what the rounding lost.
     u = 1.0 - v
     lost = (1.0 - u) - v
-    return tl.where(v < 0.000244140625, series, -(tl.log(u) + lost / u))
+    return tl.where(v < 0.000244140625, series, -(log_of(u) + lost / u))

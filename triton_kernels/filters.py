@@ -28,13 +28,16 @@ def ordered(x):
     """An unsigned integer with the order of the floats; equal for -0 and +0."""
     bits = (x + 0.0).to(tl.uint32, bitcast=True)
     sign = tl.full([], 0x80000000, tl.uint32)
-    return tl.where((bits & sign) != 0, ~bits, bits | sign)
+    # ^ ones: the interpreter of triton 3.6 has no ~ of unsigned integers.
+    ones = tl.full([], 0xFFFFFFFF, tl.uint32)
+    return tl.where((bits & sign) != 0, bits ^ ones, bits | sign)
 
 
 @triton.jit
 def unordered(x):
     sign = tl.full([], 0x80000000, tl.uint32)
-    return tl.where((x & sign) != 0, x ^ sign, ~x).to(tl.float32, bitcast=True)
+    ones = tl.full([], 0xFFFFFFFF, tl.uint32)
+    return tl.where((x & sign) != 0, x ^ sign, x ^ ones).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -114,8 +117,8 @@ def filter_kernel(m, r, w, seed: tl.int64, position: tl.int64, top_k: tl.int64, 
     row = tl.program_id(0)
     tiles = tl.cdiv(m.vocab, TILE)
     state = w.states + row.to(tl.int64) * STATE_FIELDS
-    model_fields = w.fields + row.to(tl.int64) * FIELDS * tiles
-    fields = model_fields + MODEL_FIELDS * tiles
+    model_fields = w.fields + row.to(tl.int64) * FIELDS * C.tiles
+    fields = model_fields + MODEL_FIELDS * C.tiles
     keys = w.keys + row.to(tl.int64) * m.vocab
     temperature = temperature_of(r, row)
     beta = inverse_temperature(temperature)
@@ -152,7 +155,7 @@ def filter_kernel(m, r, w, seed: tl.int64, position: tl.int64, top_k: tl.int64, 
         offsets = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
         key = tl.load(keys + offsets, mask=offsets < m.vocab, other=-INFINITY, cache_modifier=".cg")
         tl.store(
-            fields + DRAW_SUM * tiles + tile,
+            fields + DRAW_SUM * C.tiles + tile,
             tl.sum(kept_mass(key, peak, beta, least, log_min_p), 1),
             mask=tile < tiles,
         )

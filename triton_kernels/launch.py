@@ -75,7 +75,7 @@ class Workspace(NamedTuple):
     """Memory between the phases; the counters are zero before and after a launch."""
 
     states: Tensor  # float64 [B, STATE_FIELDS]
-    fields: Tensor  # float32 [B, 2 models + TILE_FIELDS, tiles]
+    fields: Tensor  # float32 [B, 2 models + TILE_FIELDS, Variant.tiles]
     leasts: Tensor  # float64 [B, tiles]
     winners: Tensor  # int32 [B, tiles]
     keys: Tensor | None  # float32 [B, V]
@@ -88,6 +88,7 @@ class Variant(NamedTuple):
     """What is decided when a kernel is compiled."""
 
     models: int
+    model_block: int  # a power of two, at least models
     first_policy: int  # 1 with a reference
     scores: int  # J
     plausible: int  # model of the plausibility constraint, -1: none
@@ -125,6 +126,28 @@ class Variant(NamedTuple):
     def cache_key(self) -> str:
         """Names the variant and the sources of its device functions."""
         return repr(tuple(x.cache_key if hasattr(x, "cache_key") else x for x in tuple(self)))
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel; `ahead_of_time.py` compiles from it what `run` launches."""
+
+    kernel: Any
+    grid: tuple[int]
+    arguments: tuple[Any, ...]
+    variant: Variant
+    threads: int
+
+    def options(self, amd: bool, warp_size: int) -> dict[str, Any]:
+        """The compiler's options."""
+        options = {"C": self.variant, "num_warps": self.threads // warp_size}
+        if self.variant.general and not amd:
+            # Left to itself ptxas spills to make room for more programs on a multiprocessor.
+            options["maxnreg"] = 255
+        return options
+
+    def run(self) -> None:
+        amd = torch.version.hip is not None
+        self.kernel[self.grid](*self.arguments, **self.options(amd, 64 if amd else 32))
 
 
 def _strides(tensor: Tensor | None, rank: int) -> tuple[int, int]:
@@ -179,6 +202,7 @@ def variant_of(
     tiles = triton.cdiv(mixing.vocab_size, TILE.value)
     return Variant(
         models=mixing.model_count(),
+        model_block=triton.next_power_of_2(mixing.model_count()),
         first_policy=int(mixing.ref_logits is not None),
         scores=0 if mixing.values is None else mixing.values.shape[0],
         plausible=plausible,
@@ -250,7 +274,7 @@ def _workspace(mixing: Mixing, variant: Variant, rows: int, keys: Tensor | None)
     counters = like.new_zeros((2 + 2 * rows,), dtype=torch.int32)
     return Workspace(
         states=like.new_empty((rows, STATE_FIELDS.value), dtype=torch.float64),
-        fields=like.new_empty((rows, fields, tiles), dtype=torch.float32),
+        fields=like.new_empty((rows, fields, variant.tiles), dtype=torch.float32),
         leasts=like.new_empty((rows, tiles), dtype=torch.float64),
         winners=like.new_empty((rows, tiles), dtype=torch.int32),
         keys=keys,
@@ -272,6 +296,18 @@ _NO_DRAWING = Drawing(
 )  # fmt: skip
 
 
+def log_probs_launches(mixing: MixtureArguments, out: Tensor) -> tuple[list[Launch], Tensor | None]:
+    """The launches that write log pi* to `out`, and the rows [B] with a bad id."""
+    rows = mixing.batch_tensor().shape[0]
+    configured = configuration(mixing, rows)
+    variant = variant_of(mixing, None, configured)
+    m, bad = _mixing(mixing)
+    w = _workspace(m, variant, rows, out)
+    grid = (_grid(m, variant, rows, configured),)
+    arguments = (m, _NO_DRAWING, w, rows, rows_together(mixing, rows), 0, 0)
+    return [Launch(mixture_kernel, grid, arguments, variant, configured.threads)], bad
+
+
 def log_probs(mixing: MixtureArguments) -> Tensor:
     """log pi* [B, V]."""
     logits = mixing.batch_tensor()
@@ -279,22 +315,9 @@ def log_probs(mixing: MixtureArguments) -> Tensor:
     out = logits.new_empty((rows, mixing.vocab_size), dtype=torch.float32)
     if rows == 0:
         return out
-    configured = configuration(mixing, rows)
-    variant = variant_of(mixing, None, configured)
-    m, bad = _mixing(mixing)
-    w = _workspace(m, variant, rows, out)
-    grid = (_grid(m, variant, rows, configured),)
-    mixture_kernel[grid](
-        m,
-        _NO_DRAWING,
-        w,
-        rows,
-        rows_together(mixing, rows),
-        0,
-        0,
-        C=variant,
-        num_warps=configured.warps,
-    )
+    launches, bad = log_probs_launches(mixing, out)
+    for launch in launches:
+        launch.run()
     return out if bad is None else out.masked_fill_(bad[:, None], torch.nan)
 
 
@@ -305,19 +328,13 @@ def _spread(host: list[Any], tensor: Tensor | None, like: Tensor, dtype: torch.d
     return host[0], tensor, 0 if tensor is None else tensor.stride(0)
 
 
-def sample(
-    mixing: MixtureArguments, drawing: DrawArguments
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """tokens, logprobs, valid, model_logprobs; see `mod_fused.sample`."""
+def sample_launches(
+    mixing: MixtureArguments, drawing: DrawArguments, outputs: tuple[Tensor, ...]
+) -> tuple[list[Launch], Tensor | None]:
+    """The launches that write to `outputs`, those of `sample`, and the rows [B] with a bad id."""
+    tokens, logprobs, valid, model_logprobs = outputs
     logits = mixing.batch_tensor()
     rows = logits.shape[0]
-    columns = mixing.model_count() if drawing.return_model_logprobs else 0
-    tokens = logits.new_empty((rows,), dtype=torch.int64)
-    logprobs = logits.new_empty((rows,), dtype=torch.float32)
-    valid = logits.new_empty((rows,), dtype=torch.bool)
-    model_logprobs = logits.new_empty((rows, columns), dtype=torch.float32)
-    if rows == 0:
-        return tokens, logprobs, valid, model_logprobs
     configured = configuration(mixing, rows)
     variant = variant_of(mixing, drawing, configured)
     m, bad = _mixing(mixing)
@@ -364,21 +381,32 @@ def sample(
         keys = logits.new_empty((rows, m.vocab), dtype=torch.float32)
     w = _workspace(m, variant, rows, keys)
     grid = (_grid(m, variant, rows, configured),)
-    mixture_kernel[grid](
-        m,
-        r,
-        w,
-        rows,
-        rows_together(mixing, rows),
-        drawing.seed,
-        position,
-        C=variant,
-        num_warps=configured.warps,
-    )
+    arguments = (m, r, w, rows, rows_together(mixing, rows), drawing.seed, position)
+    launches = [Launch(mixture_kernel, grid, arguments, variant, configured.threads)]
     if not variant.draw:
-        filter_kernel[(rows,)](
-            m, r, w, drawing.seed, position, top_k, C=variant, num_warps=configured.filter_warps
+        arguments = (m, r, w, drawing.seed, position, top_k)
+        launches.append(
+            Launch(filter_kernel, (rows,), arguments, variant, configured.filter_threads)
         )
+    return launches, bad
+
+
+def sample(
+    mixing: MixtureArguments, drawing: DrawArguments
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """tokens, logprobs, valid, model_logprobs; see `mod_fused.sample`."""
+    logits = mixing.batch_tensor()
+    rows = logits.shape[0]
+    columns = mixing.model_count() if drawing.return_model_logprobs else 0
+    tokens = logits.new_empty((rows,), dtype=torch.int64)
+    logprobs = logits.new_empty((rows,), dtype=torch.float32)
+    valid = logits.new_empty((rows,), dtype=torch.bool)
+    model_logprobs = logits.new_empty((rows, columns), dtype=torch.float32)
+    if rows == 0:
+        return tokens, logprobs, valid, model_logprobs
+    launches, bad = sample_launches(mixing, drawing, (tokens, logprobs, valid, model_logprobs))
+    for launch in launches:
+        launch.run()
     if bad is not None:
         valid &= ~bad
         tokens.masked_fill_(bad, 0)

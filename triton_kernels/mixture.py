@@ -34,6 +34,7 @@ from .draw import (
     winner_tile,
     winner_token,
 )
+from .elementary import log_of
 from .solver import (
     BEST_P,
     DRAW_PEAK,
@@ -64,12 +65,12 @@ from .tiles import (
     STATE_FIELDS,
     TILE,
     VALID,
-    any_true,
     deficit_tile,
     log_linear_tile,
     model_tile,
     reference_weight,
     store_model_sum,
+    sum_exp,
 )
 
 MAX_EVALUATIONS = tl.constexpr(32)
@@ -90,7 +91,7 @@ def evaluate_tile(m, state, row, tile, C: tl.constexpr):
         fall = 1.0 / y
         h = fall
         if C.is_alpha:
-            h = tl.exp(-tl.log(y) / m.alpha)
+            h = tl.exp(-log_of(y) / m.alpha)
         slope = h * fall
     else:
         y = point + tl.where(inside, distance, 0.0)
@@ -101,16 +102,8 @@ def evaluate_tile(m, state, row, tile, C: tl.constexpr):
 
 
 @triton.jit
-def step(m, state, s1, s2, C: tl.constexpr):
-    if C.excess is not None:
-        step_stieltjes(m, state, s1, s2, C)
-    else:
-        step_newton(m, state, s1, s2, C)
-
-
-@triton.jit
 def key_tile(m, state, model_fields, row, tile, tiles, C: tl.constexpr):
-    """log pi* up to a row's constant, -inf off the support, and whether something is broken."""
+    """log pi* up to a row's constant, -inf off the support, and where something is broken."""
     if C.general:
         log_ref, q, broken = deficit_tile(m, state, row, tile, C)
         inside = q < EXCLUDED
@@ -123,7 +116,7 @@ def key_tile(m, state, model_fields, row, tile, tiles, C: tl.constexpr):
             # Eq. 6 as printed: Z = 0, that is tau = c (1 - sum w) + min Q.
             y = (q + m.supremum * reference_weight(m, row, C)).to(tl.float32)
             if C.bounded:
-                broken |= any_true(inside & ((y > 0.0) == 0))
+                broken |= inside & ((y > 0.0) == 0)
         key = log_ref + C.log_ratio(tl.where(inside, y, 1.0), m.alpha)
         return tl.where(inside, key, -INFINITY), broken
     else:
@@ -138,10 +131,10 @@ def masked_key(r, m, key, row, tile, C: tl.constexpr):
 
 
 @triton.jit
-def sums_of_tile(m, model_fields, row, tile, tiles, C: tl.constexpr):
+def sums_of_tile(m, model_fields, row, tile, C: tl.constexpr):
     MODELS: tl.constexpr = C.models
     for k in tl.static_range(MODELS):
-        store_model_sum(model_tile(m, k, row, tile), k, model_fields, tile, tiles)
+        store_model_sum(model_tile(m, k, row, tile), k, model_fields, tile, C)
 
 
 @triton.jit
@@ -152,37 +145,34 @@ def deficits_of_tile(m, w, state, fields, row, tile, tiles, C: tl.constexpr):
     p = tl.where(inside, tl.exp(log_ref), 0.0)
     least = tl.min(q, 0)
     best = tl.min(tl.where(inside & (q == least), i, TILE - 1), 0)
-    mass = tl.sum(p, 0)
     tl.store(w.leasts + row.to(tl.int64) * tiles + tile, least.to(tl.float64))
     tl.store(w.winners + row.to(tl.int64) * tiles + tile, best + tile * TILE)
-    tl.store(fields + BEST_P * tiles + tile, tl.sum(tl.where(i == best, p, 0.0), 0))
-    tl.store(fields + MASS * tiles + tile, tl.where(broken, float("nan"), mass))
+    tl.store(fields + BEST_P * C.tiles + tile, tl.sum(tl.where(i == best, p, 0.0), 0))
+    tl.store(fields + MASS * C.tiles + tile, tl.sum(tl.where(broken, float("nan"), p), 0))
     first = tl.sum(tl.where(inside, p * q.to(tl.float32), 0.0), 0)
-    tl.store(fields + FIRST * tiles + tile, first)
+    tl.store(fields + FIRST * C.tiles + tile, first)
 
 
 @triton.jit
 def evaluation_of_tile(m, state, fields, row, tile, tiles, C: tl.constexpr):
-    if tl.load(state + SOLVED, cache_modifier=".cg") == 0.0:
-        s1, s2 = evaluate_tile(m, state, row, tile, C)
-        tl.store(fields + S1 * tiles + tile, s1)
-        tl.store(fields + S2 * tiles + tile, s2)
+    s1, s2 = evaluate_tile(m, state, row, tile, C)
+    tl.store(fields + S1 * C.tiles + tile, s1)
+    tl.store(fields + S2 * C.tiles + tile, s2)
 
 
 @triton.jit
 def keys_of_tile(m, r, w, state, model_fields, fields, row, tile, tiles, C: tl.constexpr):
     key, broken = key_tile(m, state, model_fields, row, tile, tiles, C)
     peak = tl.max(key, 0)
-    total = tl.sum(tl.exp(key - tl.where(peak == -INFINITY, 0.0, peak)), 0)
-    tl.store(fields + KEY_PEAK * tiles + tile, peak)
-    tl.store(fields + KEY_SUM * tiles + tile, tl.where(broken, float("nan"), total))
+    tl.store(fields + KEY_PEAK * C.tiles + tile, peak)
+    tl.store(fields + KEY_SUM * C.tiles + tile, sum_exp(key, peak, broken))
     if C.mask or C.tempered:
         beta = inverse_temperature(temperature_of(r, row))
         key = masked_key(r, m, key, row, tile, C)
         peak = tl.max(key, 0)
         below = key - tl.where(peak == -INFINITY, 0.0, peak)
-        tl.store(fields + DRAW_PEAK * tiles + tile, peak)
-        tl.store(fields + DRAW_SUM * tiles + tile, tl.sum(tl.exp(below * beta), 0))
+        tl.store(fields + DRAW_PEAK * C.tiles + tile, peak)
+        tl.store(fields + DRAW_SUM * C.tiles + tile, tl.sum(tl.exp(below * beta), 0))
     if C.store_keys:
         offsets = tile * TILE + tl.arange(0, TILE)
         keys = w.keys + row.to(tl.int64) * m.vocab
@@ -232,26 +222,15 @@ def draw(m, r, state, model_fields, fields, row, tiles, seed, position, C: tl.co
 
 
 @triton.jit
-def end_evaluation(m, state, fields, row, tiles, last, C: tl.constexpr):
-    """The step after an evaluation; after the last one the search to its end, alone."""
+def end_evaluation(m, state, fields, tiles, C: tl.constexpr):
+    """The step after an evaluation."""
     if tl.load(state + SOLVED) == 0.0:
         s1 = tl.sum(tile_field(fields, S1, tiles, C, 0.0).to(tl.float64), 0)
         s2 = tl.sum(tile_field(fields, S2, tiles, C, 0.0).to(tl.float64), 0)
-        step(m, state, s1, s2, C)
-    if last:
-        tl.debug_barrier()
-        evaluations = 0
-        while (tl.load(state + SOLVED) == 0.0) & (evaluations < MAX_EVALUATIONS):
-            a = tl.zeros([], tl.float64)
-            b = tl.zeros([], tl.float64)
-            for tile in range(tiles):
-                part, slope = evaluate_tile(m, state, row, tile, C)
-                a += part.to(tl.float64)
-                b += slope.to(tl.float64)
-            tl.debug_barrier()  # all have read the point that the step replaces
-            step(m, state, a, b, C)
-            tl.debug_barrier()
-            evaluations += 1
+        if C.excess is not None:
+            step_stieltjes(m, state, s1, s2, C)
+        else:
+            step_newton(m, state, s1, s2, C)
 
 
 @triton.jit
@@ -289,6 +268,7 @@ def mixture_kernel(
             tl.program_id(0) // chunks,
             tl.program_id(0) % chunks,
             0,
+            0,
             tiles,
             chunks,
             seed,
@@ -300,6 +280,7 @@ def mixture_kernel(
         slot_tasks = group * chunks
         total = groups * PHASES * slot_tasks
         ticket = tl.atomic_add(w.tickets, 1, sem="relaxed")
+        alone = 0
         while ticket < total:
             slot = ticket // slot_tasks
             inside = ticket % slot_tasks
@@ -315,8 +296,12 @@ def mixture_kernel(
             if row < rows:
                 if phase > 0:
                     wait_for(w.flags + row, phase)
-                run_task(m, r, w, row, inside % chunks, phase, tiles, chunks, seed, position, C)
-            ticket = tl.atomic_add(w.tickets, 1, sem="relaxed")
+                chunk = inside % chunks
+                alone = run_task(
+                    m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C
+                )
+            if alone == 0:
+                ticket = tl.atomic_add(w.tickets, 1, sem="relaxed")
         # The last program out leaves the counters as it found them.
         leaving = tl.atomic_add(w.tickets + 1, 1, sem="acq_rel")
         if leaving == tl.num_programs(0) - 1:
@@ -325,33 +310,48 @@ def mixture_kernel(
 
 
 @triton.jit
-def run_task(m, r, w, row, chunk, phase, tiles, chunks, seed, position, C: tl.constexpr):
-    """One phase of one chunk of a row, and what ends the phase if it is the row's last chunk."""
+def run_task(m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C: tl.constexpr):
+    """One phase of one chunk of a row, and what ends the phase if it is the row's last chunk. A
+    row that the last evaluation leaves unsolved is returned to: the result is not 0 then, and is
+    `alone` of the next call, which evaluates the whole row."""
     PHASES: tl.constexpr = C.phases
     KEYS: tl.constexpr = C.phases - 1 - C.finish
     MODEL_FIELDS: tl.constexpr = 2 * C.models
     FIELDS: tl.constexpr = TILE_FIELDS + 2 * C.models
     state = w.states + row.to(tl.int64) * STATE_FIELDS
-    model_fields = w.fields + row.to(tl.int64) * FIELDS * tiles
-    fields = model_fields + MODEL_FIELDS * tiles
+    model_fields = w.fields + row.to(tl.int64) * FIELDS * C.tiles
+    fields = model_fields + MODEL_FIELDS * C.tiles
     begin = chunk * C.chunk
     end = tl.minimum(begin + C.chunk, tiles)
-    for tile in range(begin, end):
-        if phase == KEYS:
+    if C.evaluations > 0:
+        if alone > 0:
+            begin = 0
+            end = tiles
+    # A loop per phase: what one loop keeps in registers for all tiles is not kept in another.
+    if phase == KEYS:
+        for tile in range(begin, end):
             keys_of_tile(m, r, w, state, model_fields, fields, row, tile, tiles, C)
-        if C.sums:
-            if phase == 0:
-                sums_of_tile(m, model_fields, row, tile, tiles, C)
-        if C.evaluations > 0:
-            if phase == 1:
+    if C.sums:
+        if phase == 0:
+            for tile in range(begin, end):
+                sums_of_tile(m, model_fields, row, tile, C)
+    if C.evaluations > 0:
+        if phase == 1:
+            for tile in range(begin, end):
                 deficits_of_tile(m, w, state, fields, row, tile, tiles, C)
-            elif (phase > 1) & (phase < KEYS):
-                evaluation_of_tile(m, state, fields, row, tile, tiles, C)
-        if C.finish:
-            if phase > KEYS:
+        elif (phase > 1) & (phase < KEYS):
+            if tl.load(state + SOLVED, cache_modifier=".cg") == 0.0:
+                for tile in range(begin, end):
+                    evaluation_of_tile(m, state, fields, row, tile, tiles, C)
+    if C.finish:
+        if phase > KEYS:
+            for tile in range(begin, end):
                 finish_tile(m, w, state, row, tile)
     tl.debug_barrier()
-    arrived = tl.atomic_add(w.arrivals + row, 1, sem="acq_rel")
+    arrived = chunks - 1
+    if alone == 0:
+        arrived = tl.atomic_add(w.arrivals + row, 1, sem="acq_rel")
+    again = 0
     if arrived == chunks - 1:
         tl.debug_barrier()
         if phase == KEYS:
@@ -370,8 +370,13 @@ def run_task(m, r, w, row, chunk, phase, tiles, chunks, seed, position, C: tl.co
             if phase == 1:
                 end_deficits(m, w, state, fields, row, tiles, C)
             elif (phase > 1) & (phase < KEYS):
-                end_evaluation(m, state, fields, row, tiles, phase == KEYS - 1, C)
+                end_evaluation(m, state, fields, tiles, C)
+                tl.debug_barrier()
+                if (phase == KEYS - 1) & (alone < MAX_EVALUATIONS):
+                    again = tl.where(tl.load(state + SOLVED) == 0.0, alone + 1, 0)
         tl.debug_barrier()
-        # Counters are left as they were found.
-        tl.atomic_xchg(w.arrivals + row, 0, sem="relaxed")
-        tl.atomic_xchg(w.flags + row, (phase + 1) % PHASES, sem="release")
+        if again == 0:
+            # Counters are left as they were found.
+            tl.atomic_xchg(w.arrivals + row, 0, sem="relaxed")
+            tl.atomic_xchg(w.flags + row, (phase + 1) % PHASES, sem="release")
+    return again

@@ -33,7 +33,7 @@ TOLERANCE = tl.constexpr(1e-6)  # where float32 sums leave log G
 WIDEN = tl.constexpr(1e-4)
 ROUNDING = tl.constexpr(1e-5)  # of float32 sums over a row
 
-# Fields of a tile, float32 [fields, tiles] a row; 2 * models more stand before them.
+# Fields of a tile, float32 [fields, C.tiles] a row; 2 * models more stand before them.
 KEY_PEAK = tl.constexpr(0)
 KEY_SUM = tl.constexpr(1)  # sum exp(key - peak); NaN where a tensor that counts is broken
 DRAW_PEAK = tl.constexpr(2)  # the same after the mask and at the temperature
@@ -50,7 +50,7 @@ TILE_FIELDS = tl.constexpr(9)
 def tile_field(fields, field, tiles, C: tl.constexpr, OTHER: tl.constexpr):
     """One number per tile of a row."""
     i = tl.arange(0, C.tiles)
-    return tl.load(fields + field * tiles + i, mask=i < tiles, other=OTHER, cache_modifier=".cg")
+    return tl.load(fields + field * C.tiles + i, mask=i < tiles, other=OTHER, cache_modifier=".cg")
 
 
 @triton.jit
@@ -62,9 +62,25 @@ def log_sum_exp(fields, field, tiles, C: tl.constexpr):
     peak = tl.max(peaks, 0)
     scaled = tl.exp(peaks - tl.where(peak == -INFINITY, 0.0, peak))
     parts = tl.where(peaks == -INFINITY, 0.0, scaled).to(tl.float64) * sums.to(tl.float64)
-    broken = tl.max((sums != sums).to(tl.int32), 0) > 0
-    total = tl.log(tl.sum(parts, 0)) + peak
-    return peak.to(tl.float64), tl.where(broken, float("nan"), total)
+    return peak.to(tl.float64), tl.log(tl.sum(parts, 0)) + peak
+
+
+@triton.jit
+def store_model_norms(state, fields, tiles, C: tl.constexpr):
+    """`log_sum_exp` of all models at once, into the row's state."""
+    k = tl.arange(0, C.model_block)
+    i = tl.arange(0, C.tiles)
+    pointers = fields + 2 * k[:, None] * C.tiles + i[None, :]
+    there = (k[:, None] < C.models) & (i[None, :] < tiles)
+    peaks = tl.load(pointers, mask=there, other=-INFINITY, cache_modifier=".cg")
+    sums = tl.load(pointers + C.tiles, mask=there, other=0.0, cache_modifier=".cg")
+    peak = tl.max(peaks, 1)
+    scaled = tl.exp(peaks - tl.where(peak == -INFINITY, 0.0, peak)[:, None])
+    parts = tl.where(peaks == -INFINITY, 0.0, scaled).to(tl.float64) * sums.to(tl.float64)
+    norm = tl.log(tl.sum(parts, 1)) + peak
+    tl.store(state + LOG_NORM + k, norm, mask=k < C.models)
+    tl.store(state + PEAK + k, peak.to(tl.float64), mask=k < C.models)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -81,10 +97,9 @@ def end_sums(m, state, fields, row, tiles, C: tl.constexpr):
     FIRST_POLICY: tl.constexpr = C.first_policy
     valid = tl.full([], 1.0, tl.float64)
     ref_norm = tl.zeros([], tl.float64)
+    store_model_norms(state, fields, tiles, C)
     for k in tl.static_range(MODELS):
-        peak, norm = log_sum_exp(fields, 2 * k, tiles, C)
-        tl.store(state + LOG_NORM + k, norm)
-        tl.store(state + PEAK + k, peak)
+        norm = tl.load(state + LOG_NORM + k)
         if k < FIRST_POLICY:
             ref_norm = norm
             counts = tl.full([], True, tl.int1)
@@ -126,7 +141,7 @@ def end_deficits(m, w, state, fields, row, tiles, C: tl.constexpr):
     least = tl.min(least_of, 0)
     best_tile = tl.min(tl.where((least_of == least) & (i < tiles), i, C.tiles - 1), 0)
     best_token = tl.load(winners + best_tile, cache_modifier=".cg")
-    best = tl.load(fields + BEST_P * tiles + best_tile, cache_modifier=".cg").to(tl.float64)
+    best = tl.load(fields + BEST_P * C.tiles + best_tile, cache_modifier=".cg").to(tl.float64)
     mass = tl.sum(tile_field(fields, MASS, tiles, C, 0.0).to(tl.float64), 0)
     first = tl.sum(tile_field(fields, FIRST, tiles, C, 0.0).to(tl.float64), 0)
     good = (least < EXCLUDED) & (mass > 0.0) & (best > 0.0)
@@ -183,7 +198,7 @@ def two_poles(near, far, distance, order, right):
     y = tl.exp(tl.log(near / right) * exponent)
     other = tl.exp(tl.log((near + far) / right) * exponent) - distance
     y = tl.where(other > y, other, y)
-    for _ in tl.static_range(6):
+    for _ in range(6):
         a = near * tl.exp(-order * tl.log(y))
         b = far * tl.exp(-order * tl.log(y + distance))
         g = a + b

@@ -99,23 +99,25 @@ def finite(x):
 
 
 @triton.jit
-def any_true(x):
-    return tl.max(x.to(tl.int32), 0) > 0
+def sum_exp(x, peak, broken):
+    """sum exp(x - peak), NaN where some token is broken. (One reduction instead of two: each holds
+    registers for as long as its program runs.)"""
+    terms = tl.exp(x - tl.where(peak == -INFINITY, 0.0, peak))
+    return tl.sum(tl.where(broken, float("nan"), terms), 0)
 
 
 @triton.jit
 def peak_and_sum(x):
     """max x and sum exp(x - max) of a tile; the sum is NaN where NaN or +inf stands in it."""
     peak = tl.max(x, 0)
-    total = tl.sum(tl.exp(x - tl.where(peak == -INFINITY, 0.0, peak)), 0)
-    return peak, tl.where(any_true((x < INFINITY) == 0), float("nan"), total)
+    return peak, sum_exp(x, peak, (x < INFINITY) == 0)
 
 
 @triton.jit
-def store_model_sum(x, k: tl.constexpr, fields, tile, tiles):
+def store_model_sum(x, k: tl.constexpr, fields, tile, C: tl.constexpr):
     peak, total = peak_and_sum(x)
-    tl.store(fields + (2 * k) * tiles + tile, peak)
-    tl.store(fields + (2 * k + 1) * tiles + tile, total)
+    tl.store(fields + 2 * k * C.tiles + tile, peak)
+    tl.store(fields + (2 * k + 1) * C.tiles + tile, total)
 
 
 @triton.jit
@@ -128,7 +130,7 @@ def log_linear_tile(
     tiles,
     C: tl.constexpr,
 ):
-    """The log-linear key, -inf off the support, and whether a tensor that counts is broken. Terms
+    """The log-linear key, -inf off the support, and where a tensor that counts is broken. Terms
     are accumulated in the order of design §3: the order of tokens depends on it."""
     MODELS: tl.constexpr = C.models
     VALUES: tl.constexpr = C.scores
@@ -140,7 +142,7 @@ def log_linear_tile(
     for k in tl.static_range(MODELS):
         x = model_tile(m, k, row, tile)
         if C.model_logprobs and not C.sums:
-            store_model_sum(x, k, fields, tile, tiles)
+            store_model_sum(x, k, fields, tile, C)
         if k == C.plausible:
             inside &= x - tl.load(state + PEAK + k).to(tl.float32) >= m.log_plausibility
         if k < FIRST_POLICY:
@@ -160,13 +162,13 @@ def log_linear_tile(
         inside &= finite(x) | (counts == 0)
         key = tl.fma(v, tl.where(finite(x) & counts, x, 0.0), key)
     broken |= inside & (finite(key) == 0)  # the sum itself overflowed
-    return tl.where(inside, key, -INFINITY), any_true(broken)
+    return tl.where(inside, key, -INFINITY), broken
 
 
 @triton.jit
 def deficit_tile(m, state, row, tile, C: tl.constexpr):
     """log pi_ref, Q (EXCLUDED off the support; float64 where there are values, because a tilt moves
-    min Q away from 0), and whether a value is broken."""
+    min Q away from 0), and where a value is broken."""
     MODELS: tl.constexpr = C.models
     VALUES: tl.constexpr = C.scores
     ref = model_tile(m, 0, row, tile)
@@ -200,6 +202,6 @@ def deficit_tile(m, state, row, tile, C: tl.constexpr):
             inside &= finite(x) | (counts == 0)
             tilted -= tl.where(finite(x) & counts, v * x.to(tl.float64), 0.0)
         inside &= tilted < EXCLUDED
-        return log_ref, tl.where(inside, tilted, EXCLUDED), any_true(broken)
+        return log_ref, tl.where(inside, tilted, EXCLUDED), broken
     else:
-        return log_ref, tl.where(inside, q, EXCLUDED), any_true(broken)
+        return log_ref, tl.where(inside, q, EXCLUDED), broken
