@@ -14,13 +14,14 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from mod_fused.checks import check_draw, check_mixture  # noqa: E402
 from mod_fused.triton_kernels import launch  # noqa: E402
 from mod_fused.triton_kernels.ahead_of_time import (  # noqa: E402
     TARGETS,
     compile_launch,
     machine_code,
 )
+
+from mod_fused.checks import check_draw, check_mixture  # noqa: E402
 
 THREADS, TILE = 128, 1024  # of a program
 MIXTURE = dict(
