@@ -1,0 +1,61 @@
+"""Triton's interpreter for tests: TRITON_INTERPRET=1 runs the kernels on CPU tensors."""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from typing import Any
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class _NothingToRestore:
+    def restore(self) -> None:
+        pass
+
+
+def patch_language_once() -> None:
+    """Three times as fast: the interpreter replaces the functions of triton.language at every call
+    of a device function, though its launch has done so already."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_what_is_not(fn: Any) -> Any:
+        languages = [x for x in fn.__globals__.values() if x is tl or x is tl.core]
+        patched = all(not tl.core.is_builtin(language.load) for language in languages)
+        return _NothingToRestore() if patched else patch(fn)
+
+    interpreter._patch_lang = patch_what_is_not
+
+
+#: Cases with huge vocabularies or thousands of rows: minutes each in the interpreter.
+TOO_LARGE = (
+    "language_models",
+    "textbook_bisection",
+    "18_nats",
+    "full_vocabulary",
+    "one_tokenizer",
+    "fixed_order_float32",
+)
+
+
+def affordable(items: list[Any]) -> list[Any]:
+    """Some cases of every test that runs on a backend: a few and an eighth of the others, spread
+    over its parameters. INTERPRET=all takes every case (most of an hour)."""
+    tests: dict[str, list[Any]] = {}
+    for item in items:
+        if "op" in item.fixturenames and not any(x in item.name for x in TOO_LARGE):
+            tests.setdefault(f"{item.path.name}::{item.originalname}", []).append(item)
+    if os.environ.get("INTERPRET") == "all":
+        return [item for cases in tests.values() for item in cases]
+    chosen = []
+    for name, cases in tests.items():
+        count = min(len(cases), 2 + len(cases) // 8)
+        # A step without a common divisor, so that every parameter changes from case to case.
+        step = next(s for s in range(len(cases) // count, 2**31) if math.gcd(s, len(cases)) == 1)
+        first = zlib.crc32(name.encode())
+        chosen += [cases[(first + i * step) % len(cases)] for i in range(count)]
+    return chosen
