@@ -214,26 +214,40 @@ def variant_of(
     )
 
 
+def _per_row(host: list[float], tensor: Tensor | None, count: int, like: Tensor) -> Tensor | None:
+    """The tensor of some weights; numbers that differ from row to row become one."""
+    if tensor is None and len(host) > count:
+        tensor = torch.tensor(host, dtype=torch.float64, device=like.device).view(-1, count)
+    return tensor
+
+
 def _mixing(mixing: MixtureArguments) -> tuple[Mixing, Tensor | None]:
     divergence = get_divergence(mixing.divergence)
     logits = mixing.tensors()
     values, bad = mixing.values, None
     if mixing.value_ids is not None:
         values, bad = _dense(mixing)
+    weights = _per_row(mixing.weights, mixing.weights_tensor, len(mixing.policy_logits), logits[0])
+    value_weights = _per_row(
+        mixing.value_weights,
+        mixing.value_weights_tensor,
+        0 if values is None else values.shape[0],
+        logits[0],
+    )
     supremum = getattr(divergence, "supremum", 0.0)
     return Mixing(
         logits=tuple(logits),
         strides=tuple(x.stride(0) for x in logits),
         scales=tuple(mixing.logit_scales) or None,
         weights=tuple(mixing.weights) or (0.0,),
-        weights_pointer=mixing.weights_tensor,
-        weights_strides=_strides(mixing.weights_tensor, 2),
+        weights_pointer=weights,
+        weights_strides=_strides(weights, 2),
         reference_weight=1.0 - sum(mixing.weights),
         scores=values,
         value_strides=(0, 0) if values is None else (values.stride(0), values.stride(1)),
         value_weights=tuple(mixing.value_weights) or (0.0,),
-        value_weights_pointer=mixing.value_weights_tensor,
-        value_weights_strides=_strides(mixing.value_weights_tensor, 2),
+        value_weights_pointer=value_weights,
+        value_weights_strides=_strides(value_weights, 2),
         prefix=mixing.prefix_logprobs,
         prefix_strides=_strides(mixing.prefix_logprobs, 2),
         vocab=mixing.vocab_size,
