@@ -31,7 +31,7 @@ def patch_language_once() -> None:
     interpreter._patch_lang = patch_what_is_not
 
 
-#: Cases with huge vocabularies or thousands of rows: minutes each in the interpreter.
+#: Tests with huge vocabularies or many rows or calls: minutes each in the interpreter.
 TOO_LARGE = (
     "language_models",
     "textbook_bisection",
@@ -39,21 +39,32 @@ TOO_LARGE = (
     "full_vocabulary",
     "one_tokenizer",
     "fixed_order_float32",
+    "mixed_bandits",
+    "batch_mates",
+    "log_probabilities_are_the_oracle_s",
+    "never_drawn",
+    "filters_that_are_off",
+    "may_differ_by_row",
+    "race_on_the_filtered",
+    "over_several_tiles",
+    "keeps_every_token_tied",
+    "temperature_comes_first",
 )
 
 
 def affordable(items: list[Any]) -> list[Any]:
-    """Some cases of every test that runs on a backend: a few and an eighth of the others, spread
-    over its parameters. INTERPRET=all takes every case (most of an hour)."""
+    """Two cases of every test that runs on a backend and one in twenty of the others, spread over
+    its parameters. INTERPRET=all takes every case (most of an hour)."""
+    everything = os.environ.get("INTERPRET") == "all"
     tests: dict[str, list[Any]] = {}
     for item in items:
-        if "op" in item.fixturenames and not any(x in item.name for x in TOO_LARGE):
+        if "op" in item.fixturenames and (everything or not any(x in item.name for x in TOO_LARGE)):
             tests.setdefault(f"{item.path.name}::{item.originalname}", []).append(item)
-    if os.environ.get("INTERPRET") == "all":
+    if everything:
         return [item for cases in tests.values() for item in cases]
     chosen = []
     for name, cases in tests.items():
-        count = min(len(cases), 2 + len(cases) // 8)
+        count = min(len(cases), 2 + len(cases) // 20)
         # A step without a common divisor, so that every parameter changes from case to case.
         step = next(s for s in range(len(cases) // count, 2**31) if math.gcd(s, len(cases)) == 1)
         first = zlib.crc32(name.encode())
