@@ -88,12 +88,13 @@ def nobody_waits(monkeypatch):
 # --- how the work is cut --------------------------------------------------------------------------
 
 
-def cut(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
-    """From now on calls are configured as usual but for these fields."""
+def cut(monkeypatch: pytest.MonkeyPatch, programs: int, group: int, **changes: int) -> None:
+    """From now on calls run on so many programs and interleave so many rows."""
+    changes["programs_per_processor"] = programs
+    monkeypatch.setattr(launch, "processors", lambda device: 1)
+    monkeypatch.setattr(launch, "rows_together", lambda *args: group)
     monkeypatch.setattr(
-        launch,
-        "configuration",
-        lambda *args: dataclasses.replace(configuration(*args), **changes),
+        launch, "configuration", lambda *args: dataclasses.replace(configuration(*args), **changes)
     )
 
 
@@ -117,7 +118,7 @@ def test_how_the_work_is_cut_changes_no_bit_and_counters_are_left_at_zero(
     kwargs = {**CALLS[call], "seed": torch.arange(4)}
     results = []
     for programs, chunk, group in CUTS if call != "newton" else CUTS[::2]:
-        cut(monkeypatch, programs=programs, chunk=chunk, group=group)
+        cut(monkeypatch, programs, group, chunk=chunk)
         drawn = OP.sample(ref, policies, [0.5], **kwargs)
         results.append([OP.log_probs(ref, policies, [0.5], **CALLS[call]), *drawn])
         assert drawn.valid.tolist() == [True, False, True, True]
@@ -135,7 +136,7 @@ def test_blocks_of_the_filters_change_no_bit(divergence, monkeypatch):
     ref, policies = logits(202, 2, 2100, 1, kind="typical")
     results = []
     for block in (1024, 2048, 8192):
-        cut(monkeypatch, filter_block=block)
+        cut(monkeypatch, 1, 1, filter_block=block)
         results.append(
             OP.sample(
                 ref, policies, [0.5], divergence=divergence, seed=1, top_k=[40, 2000],
