@@ -53,20 +53,18 @@ TOO_LARGE = (
 
 
 def affordable(items: list[Any]) -> list[Any]:
-    """Two cases of every test that runs on a backend and one in twenty of the others, spread over
-    its parameters. INTERPRET=all takes every case (most of an hour)."""
-    everything = os.environ.get("INTERPRET") == "all"
+    """Of every test that runs on a backend one case and a fourteenth of the others, spread over its
+    parameters. INTERPRET=all takes all cases (most of an hour)."""
     tests: dict[str, list[Any]] = {}
     for item in items:
-        if "op" in item.fixturenames and (everything or not any(x in item.name for x in TOO_LARGE)):
+        if "op" in item.fixturenames and not any(x in item.name for x in TOO_LARGE):
             tests.setdefault(f"{item.path.name}::{item.originalname}", []).append(item)
-    if everything:
-        return [item for cases in tests.values() for item in cases]
     chosen = []
     for name, cases in tests.items():
-        count = min(len(cases), 2 + len(cases) // 20)
+        size = len(cases)
+        count = size if os.environ.get("INTERPRET") == "all" else 1 + size // 14
         # A step without a common divisor, so that every parameter changes from case to case.
-        step = next(s for s in range(len(cases) // count, 2**31) if math.gcd(s, len(cases)) == 1)
+        step = next(s for s in range(size // count, 2 * size + 1) if math.gcd(s, size) == 1)
         first = zlib.crc32(name.encode())
-        chosen += [cases[(first + i * step) % len(cases)] for i in range(count)]
+        chosen += [cases[(first + i * step) % size] for i in range(count)]
     return chosen

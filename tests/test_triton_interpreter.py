@@ -100,7 +100,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, programs: int, group: int, **changes: i
 
 # Programs, chunk and group: every number of each, chunks that divide the tiles and not, groups that
 # divide the rows and not.
-CUTS = [(1, 1, 1), (2, 2, 3), (3, 3, 2), (4, 4, 1), (5, 1, 3), (3, 2, 2)]
+CUTS = [(1, 1, 1), (2, 2, 3), (3, 3, 2), (4, 4, 1), (5, 1, 2)]
 CALLS: dict[str, dict[str, Any]] = {
     "one_phase": {"divergence": "reverse_kl"},
     "two_phases": {"divergence": "reverse_kl", "plausibility": 0.001},
@@ -117,7 +117,7 @@ def test_how_the_work_is_cut_changes_no_bit_and_counters_are_left_at_zero(
     policies[0][1] = math.nan  # an invalid row goes through all phases too
     kwargs = {**CALLS[call], "seed": torch.arange(4)}
     results = []
-    for programs, chunk, group in CUTS if call != "newton" else CUTS[::2]:
+    for programs, chunk, group in CUTS if call != "newton" else CUTS[1:3]:
         cut(monkeypatch, programs, group, chunk=chunk)
         drawn = OP.sample(ref, policies, [0.5], **kwargs)
         results.append([OP.log_probs(ref, policies, [0.5], **CALLS[call]), *drawn])
