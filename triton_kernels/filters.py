@@ -28,13 +28,15 @@ def ordered(x):
     """An unsigned integer with the order of the floats; equal for -0 and +0."""
     bits = (x + 0.0).to(tl.uint32, bitcast=True)
     sign = tl.full([], 0x80000000, tl.uint32)
-    return tl.where((bits & sign) != 0, ~bits, bits | sign)
+    ones = tl.full([], 0xFFFFFFFF, tl.uint32)  # the interpreter of Triton 3.6 has no ~ for them
+    return tl.where((bits & sign) != 0, bits ^ ones, bits | sign)
 
 
 @triton.jit
 def unordered(x):
     sign = tl.full([], 0x80000000, tl.uint32)
-    return tl.where((x & sign) != 0, x ^ sign, ~x).to(tl.float32, bitcast=True)
+    ones = tl.full([], 0xFFFFFFFF, tl.uint32)
+    return tl.where((x & sign) != 0, x ^ sign, x ^ ones).to(tl.float32, bitcast=True)
 
 
 @triton.jit
