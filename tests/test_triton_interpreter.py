@@ -31,7 +31,7 @@ import mod_fused
 from mod_fused import philox, reference_sampling
 from mod_fused.divergence import get_divergence
 
-DRAWS = int(os.environ.get("MOD_FUSED_DRAWS", "84"))
+DRAWS = int(os.environ.get("MOD_FUSED_DRAWS", "56"))
 
 
 class Triton:
