@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can `import cases`
 
+from interpreter import INTERPRETED, affordable, patch_language_once  # noqa: E402
+
+if INTERPRETED:
+    patch_language_once()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The interpreter runs its own tests and some of those of the op, the rest as usual."""
+    if INTERPRETED:
+        chosen = {*map(id, affordable(items))}
+        keep = [x for x in items if id(x) in chosen or x.path.name == "test_triton_interpreter.py"]
+        config.hook.pytest_deselected(items=[x for x in items if x not in keep])
+        items[:] = keep
+
 
 def _targets() -> list[tuple[str, str]]:
     """(backend, device) pairs that work here; a new backend joins every test by being available."""
@@ -19,7 +32,7 @@ def _targets() -> list[tuple[str, str]]:
 
     available = [name for name, status in backends().items() if status == "available"]
     devices = {"torch": ["cpu", "cuda"], "cpu": ["cpu"], "triton": ["cuda"], "cuda": ["cuda"]}
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED:
         devices = {"torch": [], "cpu": [], "triton": ["cpu"], "cuda": []}
     here = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return [(b, d) for b in available for d in devices[b] if d in here]

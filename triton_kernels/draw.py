@@ -74,13 +74,13 @@ def good_parameters(r, m, row, C: tl.constexpr):
 def allowed(r, m, row, offsets, C: tl.constexpr):
     """The mask of some tokens."""
     inside = offsets < m.vocab
+    columns = offsets.to(tl.int64)
+    row_mask = r.mask + row.to(tl.int64) * r.mask_strides[0]
     if C.packed_mask:
-        words = r.mask + row.to(tl.int64) * r.mask_strides[0] + (offsets // 32) * r.mask_strides[1]
-        bits = tl.load(words, mask=inside, other=0) >> (offsets % 32)
-        return (bits & 1) != 0
+        word = tl.load(row_mask + (columns // 32) * r.mask_strides[1], mask=inside, other=0)
+        return ((word >> (offsets % 32)) & 1) != 0
     else:
-        bytes = r.mask + row.to(tl.int64) * r.mask_strides[0] + offsets * r.mask_strides[1]
-        return tl.load(bytes, mask=inside, other=0) != 0
+        return tl.load(row_mask + columns * r.mask_strides[1], mask=inside, other=0) != 0
 
 
 @triton.jit

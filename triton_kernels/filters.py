@@ -28,8 +28,7 @@ def ordered(x):
     """An unsigned integer with the order of the floats; equal for -0 and +0."""
     bits = (x + 0.0).to(tl.uint32, bitcast=True)
     sign = tl.full([], 0x80000000, tl.uint32)
-    # ^ ones: the interpreter of triton 3.6 has no ~ of unsigned integers.
-    ones = tl.full([], 0xFFFFFFFF, tl.uint32)
+    ones = tl.full([], 0xFFFFFFFF, tl.uint32)  # the interpreter of Triton 3.6 has no ~ for them
     return tl.where((bits & sign) != 0, bits ^ ones, bits | sign)
 
 

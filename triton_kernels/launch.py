@@ -157,17 +157,32 @@ def _strides(tensor: Tensor | None, rank: int) -> tuple[int, int]:
     return (0, tensor.stride(0)) if tensor.dim() < rank else (tensor.stride(0), tensor.stride(1))
 
 
-def _dense(mixing: MixtureArguments) -> tuple[Tensor, Tensor]:
-    """Candidates' values as [J, B, V], -inf for every other token and NaN where an id is bad."""
-    assert mixing.values is not None and mixing.value_ids is not None
+def _dense(mixing: MixtureArguments) -> tuple[MixtureArguments, Tensor | None]:
+    """With candidates' values as [J, B, V], -inf for every other token, and the rows with bad
+    ids."""
+    if mixing.values is None or mixing.value_ids is None:
+        return mixing, None
     ids, vocab = mixing.value_ids, mixing.vocab_size
-    inside = (ids >= 0) & (ids < vocab)
     values = mixing.values.float()
+    weights, tensor = mixing.value_weights, mixing.value_weights_tensor
+    if 0.0 in weights or not weights:
+        # A weight of 0 hides its values, but not which tokens are candidates: one plane more.
+        count = values.shape[0]
+        values = torch.cat([values, torch.zeros_like(ids[None], dtype=torch.float32)])
+        rows = [weights[i : i + count] for i in range(0, len(weights), max(1, count))]
+        weights = [v for row in rows for v in (*row, 1.0)]
+        if tensor is not None:
+            tensor = torch.cat([tensor, torch.ones_like(tensor[..., :1])], -1)
+    inside = (ids >= 0) & (ids < vocab)
     dense = values.new_full((*values.shape[:2], vocab + 1), -torch.inf)
-    target = torch.where(inside, ids, vocab).expand(values.shape)
-    dense.scatter_(2, target, values)
-    bad = ~(inside | (ids == -1)).all(1)
-    return dense[:, :, :vocab], bad
+    dense.scatter_(2, torch.where(inside, ids, vocab).expand(values.shape), values)
+    mixing = mixing._replace(
+        values=dense[:, :, :vocab],
+        value_ids=None,
+        value_weights=weights,
+        value_weights_tensor=tensor,
+    )
+    return mixing, ~(inside | (ids == -1)).all(1)
 
 
 def variant_of(
@@ -238,33 +253,44 @@ def variant_of(
     )
 
 
-def _mixing(mixing: MixtureArguments) -> tuple[Mixing, Tensor | None]:
+def _per_row(host: list[float], tensor: Tensor | None, count: int, like: Tensor) -> Tensor | None:
+    """The tensor of some weights; numbers that differ from row to row become one."""
+    if tensor is None and len(host) > count:
+        tensor = torch.tensor(host, dtype=torch.float64, device=like.device).view(-1, count)
+    return tensor
+
+
+def _mixing(mixing: MixtureArguments) -> Mixing:
     divergence = get_divergence(mixing.divergence)
-    logits = mixing.tensors()
-    values, bad = mixing.values, None
-    if mixing.value_ids is not None:
-        values, bad = _dense(mixing)
+    logits, values = mixing.tensors(), mixing.values
+    weights = _per_row(mixing.weights, mixing.weights_tensor, len(mixing.policy_logits), logits[0])
+    value_weights = _per_row(
+        mixing.value_weights,
+        mixing.value_weights_tensor,
+        0 if values is None else values.shape[0],
+        logits[0],
+    )
     supremum = getattr(divergence, "supremum", 0.0)
     return Mixing(
         logits=tuple(logits),
         strides=tuple(x.stride(0) for x in logits),
         scales=tuple(mixing.logit_scales) or None,
         weights=tuple(mixing.weights) or (0.0,),
-        weights_pointer=mixing.weights_tensor,
-        weights_strides=_strides(mixing.weights_tensor, 2),
+        weights_pointer=weights,
+        weights_strides=_strides(weights, 2),
         reference_weight=1.0 - sum(mixing.weights),
         scores=values,
         value_strides=(0, 0) if values is None else (values.stride(0), values.stride(1)),
         value_weights=tuple(mixing.value_weights) or (0.0,),
-        value_weights_pointer=mixing.value_weights_tensor,
-        value_weights_strides=_strides(mixing.value_weights_tensor, 2),
+        value_weights_pointer=value_weights,
+        value_weights_strides=_strides(value_weights, 2),
         prefix=mixing.prefix_logprobs,
         prefix_strides=_strides(mixing.prefix_logprobs, 2),
         vocab=mixing.vocab_size,
         log_plausibility=math.log(mixing.plausibility) if mixing.plausibility > 0.0 else 0.0,
         alpha=getattr(divergence, "alpha", 1.0),
         supremum=supremum if math.isfinite(supremum) else 0.0,
-    ), bad
+    )
 
 
 def _workspace(mixing: Mixing, variant: Variant, rows: int, keys: Tensor | None) -> Workspace:
@@ -299,9 +325,10 @@ _NO_DRAWING = Drawing(
 def log_probs_launches(mixing: MixtureArguments, out: Tensor) -> tuple[list[Launch], Tensor | None]:
     """The launches that write log pi* to `out`, and the rows [B] with a bad id."""
     rows = mixing.batch_tensor().shape[0]
+    mixing, bad = _dense(mixing)
     configured = configuration(mixing, rows)
     variant = variant_of(mixing, None, configured)
-    m, bad = _mixing(mixing)
+    m = _mixing(mixing)
     w = _workspace(m, variant, rows, out)
     grid = (_grid(m, variant, rows, configured),)
     arguments = (m, _NO_DRAWING, w, rows, rows_together(mixing, rows), 0, 0)
@@ -335,9 +362,10 @@ def sample_launches(
     tokens, logprobs, valid, model_logprobs = outputs
     logits = mixing.batch_tensor()
     rows = logits.shape[0]
+    mixing, bad = _dense(mixing)
     configured = configuration(mixing, rows)
     variant = variant_of(mixing, drawing, configured)
-    m, bad = _mixing(mixing)
+    m = _mixing(mixing)
     temperature, temperatures, temperature_stride = _spread(
         drawing.temperature, drawing.temperature_tensor, logits, torch.float32
     )

@@ -126,7 +126,7 @@ def key_tile(m, state, model_fields, row, tile, tiles, C: tl.constexpr):
 @triton.jit
 def masked_key(r, m, key, row, tile, C: tl.constexpr):
     if C.mask:
-        key = tl.where(allowed(r, m, row, tile * TILE + tl.arange(0, TILE), C), key, -INFINITY)
+        key = tl.where(allowed(r, m, row, tl.arange(0, TILE) + tile * TILE, C), key, -INFINITY)
     return key
 
 

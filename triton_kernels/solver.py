@@ -26,9 +26,10 @@ from .tiles import (
 
 #: Prefix differences below it are shifted up together.
 SMALLEST_PREFIX_DIFFERENCE = tl.constexpr(-40.0)
-#: Below this |log G| the two-pole model's error is its square, less than float32 sums leave: its
-#: step is the last.
+#: Below this |log G| a short step by the two-pole model is the last: its error is the product of
+#: both, less than float32 sums leave.
 LAST_STEP = tl.constexpr(2e-5)
+LAST_RATIO = tl.constexpr(0.1)
 TOLERANCE = tl.constexpr(1e-6)  # where float32 sums leave log G
 WIDEN = tl.constexpr(1e-4)
 ROUNDING = tl.constexpr(1e-5)  # of float32 sums over a row
@@ -191,20 +192,33 @@ def end_deficits(m, w, state, fields, row, tiles, C: tl.constexpr):
 
 
 @triton.jit
-def two_poles(near, far, distance, order, right):
-    """y with near y^-order + far (y + distance)^-order = right, by Newton in the variable in which
-    one pole alone is a straight line. From the left, where it climbs."""
-    exponent = 1.0 / order
-    y = tl.exp(tl.log(near / right) * exponent)
-    other = tl.exp(tl.log((near + far) / right) * exponent) - distance
-    y = tl.where(other > y, other, y)
-    for _ in range(6):
-        a = near * tl.exp(-order * tl.log(y))
-        b = far * tl.exp(-order * tl.log(y + distance))
-        g = a + b
-        ratio = tl.exp(tl.log(g / right) * exponent)
-        step = (ratio - 1.0) * g / (a / y + b / (y + distance))
-        y = tl.where((y + step > 0.0) & (step == step), y + step, y)
+def two_poles(near, far, distance, right, order, C: tl.constexpr):
+    """y with near y^-order + far (y + distance)^-order = right."""
+    # The norm of two numbers that the order makes is at least its largest ratio to their sum, which
+    # makes a quadratic equation: its root is the solution for order 1, otherwise left of it.
+    inverse = 1.0 / order
+    a = near
+    b = far
+    r = right
+    if C.is_alpha:
+        a = tl.exp(tl.log(near) * inverse)
+        b = tl.where(far > 0.0, tl.exp(tl.log(tl.where(far > 0.0, far, 1.0)) * inverse), 0.0)
+        r = 2.0 * tl.exp(tl.log(0.5 * right) * inverse)
+    p = r * distance - a - b
+    root = tl.sqrt(p * p + 4.0 * r * a * distance)
+    y = tl.where(p > 0.0, 2.0 * a * distance / (p + root), (root - p) / (2.0 * r))
+    if C.is_alpha:
+        # Newton in the variable in which one pole alone is a straight line climbs from the left.
+        alone = tl.exp(tl.log(near / right) * inverse)
+        together = tl.exp(tl.log((near + far) / right) * inverse) - distance
+        y = tl.maximum(tl.maximum(y, alone), together)
+        for _ in range(6):
+            a = near * tl.exp(-order * tl.log(y))
+            b = far * tl.exp(-order * tl.log(y + distance))
+            g = a + b
+            ratio = tl.exp(tl.log(g / right) * inverse)
+            step = (ratio - 1.0) * g / (a / y + b / (y + distance))
+            y = tl.where((y + step > 0.0) & (step == step), y + step, y)
     return y
 
 
@@ -217,7 +231,8 @@ def step_stieltjes(m, state, s1, s2, C: tl.constexpr):
     lower = tl.load(state + LOWER)
     upper = tl.load(state + UPPER)
     best = tl.load(state + BEST_MASS)
-    order = tl.full([], 1.0, tl.float64)
+    one = tl.full([], 1.0, tl.float64)
+    order = one
     if C.is_alpha:
         order = 1.0 / tl.full([], m.alpha, tl.float64)
     near = best * tl.exp(-order * tl.log(t))
@@ -234,13 +249,14 @@ def step_stieltjes(m, state, s1, s2, C: tl.constexpr):
     far = tl.where(pole, s1 * tl.exp(order * tl.log(t + distance)), 0.0)
     if C.is_jsd:
         # (1 - t) (B / t + W / (t + d)) = 1, with the factor multiplied out
-        following = two_poles(best, far * (1.0 + distance), distance, order, 1.0 + best + far)
+        following = two_poles(best, far * (1.0 + distance), distance, 1.0 + best + far, order, C)
     else:
-        following = two_poles(best, far, distance, order, 1.0)
-    middle = tl.sqrt(lower * upper)
+        following = two_poles(best, far, distance, one, order, C)
     inside = good & (following >= lower) & (following <= upper)
-    following = tl.where(inside, following, middle)
-    done = (tl.abs(log_g) < LAST_STEP) | (following.to(tl.float32).to(tl.float64) == t)
+    otherwise = tl.where(tl.abs(log_g) < TOLERANCE, t, tl.sqrt(lower * upper))
+    following = tl.where(inside, following, otherwise)
+    last = inside & (tl.abs(log_g) < LAST_STEP) & (tl.abs(following - t) < LAST_RATIO * t)
+    done = last | (following.to(tl.float32).to(tl.float64) == t)
     tl.store(state + LOWER, lower)
     tl.store(state + UPPER, upper)
     tl.store(state + POINT, following.to(tl.float32).to(tl.float64))
