@@ -105,7 +105,8 @@ def _check_invariants(
 
 
 def _compare_log_probs(args: Any, mixture: Any, got: Any, other: Any) -> Counter[str]:
-    """Per row: equal to torch's, or else as good as the oracle's conditioning allows."""
+    """Per row: equal to torch's, or else as good as the oracle's conditioning allows, or as
+    torch's."""
     events: Counter[str] = Counter()
     x, y = reference.to_float64(got), reference.to_float64(other)
     for b in range(len(x)):
@@ -149,7 +150,8 @@ def _judge(args: Any, mixture: Any, b: int, got: Array, other: Array) -> None:
     assert ((got == -np.inf) == (first == -np.inf))[keep].all(), f"row {b}: other support"
     moved = max([_distance(e[keep], first[keep]) for e in rest], default=0.0)
     far, torch_far = (_distance(x[keep], first[keep]) for x in (got, other))
-    assert far <= 1.0 + 8.0 * moved, (
+    # Where float32 itself ends, two methods in it are equally far.
+    assert far <= max(1.0 + 8.0 * moved, 2.0 * torch_far), (
         f"row {b}: {far:.3g} tolerances from the oracle, torch {torch_far:.3g}, "
         f"the oracle itself moves by {moved:.3g}"
     )
