@@ -1,7 +1,8 @@
 """Launch configurations: one table, read for every call; nothing is tuned at run time.
 
-`mod-fused tune` measures a device and writes a table of its own as JSON; the environment variable
-MOD_FUSED_TRITON_TABLE names it. A configuration changes speed, never a result.
+The environment variable MOD_FUSED_TRITON_TABLE names another table, as JSON:
+{"configurations": {"general, few rows": {"threads": 256, "chunk": 2}}}. A configuration changes
+speed, never a result.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def regime(mixing: MixtureArguments, rows: int) -> str:
 
 
 def read_table(path: str | Path) -> Table:
-    """A table that `mod-fused tune` wrote; entries that it lacks are those of `TABLE`.
+    """A table from a JSON file; entries that it lacks are those of `TABLE`.
 
     Raises:
         ValueError: if the file is not such a table.
@@ -76,17 +77,10 @@ def read_table(path: str | Path) -> Table:
         entries = json.loads(Path(path).read_text())["configurations"]
         table = {name: Configuration(**entry) for name, entry in entries.items()}
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a table of `mod-fused tune`: {error!r}") from error
+        raise ValueError(f"{path} is not a table of configurations: {error!r}") from error
     if unknown := sorted(set(table) - set(TABLE)):
         raise ValueError(f"{path} names {unknown[0]!r}, which is none of {', '.join(TABLE)}")
     return {**TABLE, **table}
-
-
-def write_table(path: str | Path, table: Table, device: str) -> None:
-    """Writes a table for `read_table`."""
-    entries = {name: asdict(entry) for name, entry in table.items()}
-    text = json.dumps({"device": device, "configurations": entries}, indent=2)
-    Path(path).write_text(text + "\n")
 
 
 @cache
