@@ -26,6 +26,7 @@ SCHEMA = 1
 #: Seconds for all repetitions of one contestant in one cell, and the fewest rounds.
 BUDGET, ROUNDS = 0.15, 5
 QUICK_BUDGET = 0.01
+TRIES = 3  # of a row that other processes disturb; the least disturbed counts
 MEMORY_SHAPES = ((1, 128256), (64, 128256))
 
 
@@ -204,6 +205,13 @@ def time_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     try:
         for i, problem in enumerate(problems, 1):
             row = _row(problem, largest_batch, backends, contestants, rows, budget, tv_of_peer)
+            for _ in range(TRIES - 1):
+                if (row["other_cores"] or 0.0) <= report.DISTURBED:
+                    break
+                again = _row(
+                    problem, largest_batch, backends, contestants, rows, budget, tv_of_peer
+                )
+                row = min(row, again, key=lambda r: r["other_cores"] or 0.0)
             rows.append(row)
             times = {n: round(t["median_us"]) for n, t in row["timings"].items()}
             shown = row["refused"] or " ".join(f"{n} {us}" for n, us in times.items())
