@@ -249,12 +249,12 @@ def _general(
             least = torch.where(used, difference, torch.inf).amin(1, keepdim=True)
             difference = difference + (_SMALLEST_PREFIX_DIFFERENCE - least).clamp(min=0.0)
         shifts = shifts + difference
-    shifts = shifts.float()
 
+    ref = logits[0].double()
     deficit = torch.zeros_like(log_ref)  # Q
     for i, x in enumerate(logits[1:]):
-        # Raw differences first: they are exact for logits of 16 bits.
-        d = (x - logits[0]) + shifts[:, i, None, None]
+        # In float64: the models' logits may lie around different levels, however far from 0.
+        d = ((x - ref) + shifts[:, i, None, None]).float()
         if divergence.clamped:
             d = d.clamp(min=_SMALLEST_LOG_RATIO)
         w = weights[:, i, None, None].float()

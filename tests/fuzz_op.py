@@ -148,6 +148,20 @@ CORPUS = (
         temperature=("number", (1e30,)),
         min_p=("list", (0.0, 0.0, 0.0, 1.0)),
     ),
+    # Logits whose level is rounded to 1e-3 in float32.
+    Case(
+        data_seed=1,
+        batch=4,
+        vocab=1025,
+        policies=2,
+        divergence="alpha:0.5",
+        dtypes=("bfloat16", "float32"),
+        spread=3.0,
+        level=9000.0,
+        values=1,
+        candidates=9,
+        plausibility=1.0,
+    ),
 )
 
 

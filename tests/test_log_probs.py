@@ -204,6 +204,17 @@ def test_plausibility_drops_tokens_far_below_the_most_likely(op, tensor, diverge
         assert (result > -INF).sum() < 3 * 1100
 
 
+@pytest.mark.parametrize("divergence", BARRIERS)
+@pytest.mark.parametrize("levels", [(9000.0, 9000.0, 9000.0), (-3000.0, 700.0, 0.0)])
+def test_logits_far_from_zero_lose_nothing_to_their_level(op, levels, divergence):
+    # Reverse KL sums raw logits in float32 (design §3), and does lose what their size rounds away.
+    ref, policies = logits(16, 2, 1100, 2, kind="typical")
+    ref, *policies = (x + level for x, level in zip([ref, *policies], levels, strict=True))
+    check(op, ref, policies, [0.5, 0.25], divergence=divergence)
+    values = normal(16, 1, 2, 1100)
+    check(op, ref, policies, [0.5, 0.25], divergence=divergence, values=values)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_padded_and_unequal_vocabularies_count_their_common_columns(op, divergence):
     ref, policies = logits(15, 3, 1100, 2)

@@ -91,9 +91,19 @@ const Row::Candidate* Row::first_candidate(int64_t token) const {
 // p and u over the row into scratch, and what the bracket needs of them.
 template <class D> bool Row::collect_deficits(const D& divergence, const DivergenceLoops& loops, bool in_one_loop, Deficits* total) {
   constexpr bool clamped = D::clamped;
-  double shifts[kMaxModels], lift = 0.0;
+  double norms[kMaxModels], shifts[kMaxModels], lift = 0.0;
+  float levels[kMaxModels];  // whole numbers, which leave differences of 16-bit logits exact
+  for (int model = 0; model < request_.models; ++model) {
+    levels[model] = std::fabs(log_norms_[model]) > kFarLevel ? (float)std::nearbyint(log_norms_[model]) : 0.0f;
+    norms[model] = log_norms_[model] - levels[model];
+  }
+  const auto load = [&](int model, int64_t begin, int n, float* out) {
+    loops_.load(logits(model), begin, n, out);
+    if (levels[model] == 0.0f) return;
+    for (int i = 0; i < n; ++i) out[i] -= levels[model];
+  };
   for (int model = 1; model < request_.models; ++model) {
-    shifts[model] = log_norms_[0] - log_norms_[model];
+    shifts[model] = norms[0] - norms[model];
     if (request_.prefix.empty() || !counts(model)) continue;
     const double* prefix = request_.prefix.data() + b_ * request_.models;
     shifts[model] += prefix[model] - prefix[0];
@@ -102,13 +112,14 @@ template <class D> bool Row::collect_deficits(const D& divergence, const Diverge
   if (request_.value_ids && !collect_candidates()) return false;
   const bool tilted = !request_.values.empty();
 
-  // The usual case takes one loop a tile; scaled, mixed, many or tilted tensors go through buffers.
+  // The usual case takes one loop a tile; scaled, mixed, many, tilted or far-off tensors go through buffers.
   DeficitTile fused{};
   bool fusable = in_one_loop && !tilted && request_.plausibility_model < 0;
   double weight_sum = 0.0;
   for (int model = 0; model < request_.models; ++model)
     if (counts(model)) {
       fusable &= request_.scales[model] == 1.0f && request_.logits[model].dtype == request_.logits[0].dtype;
+      fusable &= levels[model] == 0.0f;
       if (model > 0 && fused.count == kMaxFused) fusable = false;
       if (model == 0 || !fusable) continue;
       const double shift = shifts[model] + (clamped ? lift : 0.0);
@@ -116,12 +127,12 @@ template <class D> bool Row::collect_deficits(const D& divergence, const Diverge
       fused.weights[fused.count++] = (float)policy_weight(model);
       weight_sum += std::fabs(policy_weight(model));
       // Ratios above e^80 take a prefix: pi_ref is larger than e^-80.
-      fused.careful |= std::fabs(shift - (log_norms_[0] - log_norms_[model])) > 4.0;
+      fused.careful |= std::fabs(shift - (norms[0] - norms[model])) > 4.0;
     }
   fusable &= fused.count > 0;
   fused.dtype = request_.logits[0].dtype;
-  fused.log_norm = (float)log_norms_[0];
-  fused.log_norm_offset = (float)(-log_norms_[0] * kLog2E);
+  fused.log_norm = (float)norms[0];
+  fused.log_norm_offset = (float)(-norms[0] * kLog2E);
   fused.factor = (float)(divergence.factor() * kLog2E);
   fused.limit = clamped ? std::fabs(fused.factor) * 80.0f : std::min(115.0f, (float)(80.0 / weight_sum - 1.0));
 
@@ -144,11 +155,11 @@ template <class D> bool Row::collect_deficits(const D& divergence, const Diverge
       return;
     }
     alignas(64) float ref[kTile], other[kTile];
-    loops_.load(logits(0), begin, n, ref);
+    load(0, begin, n, ref);
     std::memset(q, 0, sizeof(float) * (size_t)n);
     for (int model = 1; model < request_.models; ++model) {
       if (!counts(model)) continue;
-      loops_.load(logits(model), begin, n, other);
+      load(model, begin, n, other);
       const double shift = shifts[model] + (clamped ? lift : 0.0);
       loops.add_deficit(ref, other, n, (float)request_.alpha, (float)shift, (float)policy_weight(model), q);
     }

@@ -30,7 +30,7 @@ void Row::collect_terms() {
 }
 
 // Tile sums of exp(key - level) in one loop over the logits, the level being that of the first tile. `certain` is false where
-// the level was far off; the result is false where a tensor is broken.
+// the level is far off; the result is false where a tensor is broken.
 bool Row::sum_log_linear(float* level, bool* certain) {
   const Term* terms = terms_.data();
   const int count = (int)terms_.size();
@@ -38,6 +38,8 @@ bool Row::sum_log_linear(float* level, bool* certain) {
   const TileMix mix = loops_.log_linear(terms, count, 0, tile_size(0), first);
   if (mix.broken) return false;
   *level = mix.peak > -kInfinity ? mix.peak : 0.0f;
+  *certain = std::fabs(*level) <= kFarLevel;
+  if (!*certain) return true;
   for_tiles([&](int64_t tile) {
     const int n = tile_size(tile);
     KeySum part = loops_.log_linear_sum(terms, count, tile * kTile, n, *level);

@@ -62,12 +62,13 @@ bool Row::read_parameters() {
 }
 
 // log-sum-exp of a model's logits in one loop over them, from a level that its first tile sets. False where that does not
-// suffice: something is not finite, or the level was far off.
+// suffice: something is not finite, or the level is far off.
 bool Row::sum_quickly(int model) {
   const Source x = logits(model);
   PeakSum* parts = scratch_.model_sums.data() + model * tiles_;
   const float first = loops_.peak_sum(x, 0, tile_size(0)).peak;
   const float level = std::isfinite(first) ? first : 0.0f;
+  if (std::fabs(level) > kFarLevel) return false;
   for_tiles([&](int64_t tile) { parts[tile].sum = loops_.sum_from(x, tile * kTile, tile_size(tile), level); });
   double sum = 0.0;
   for (int64_t tile = 0; tile < tiles_; ++tile) sum += parts[tile].sum;

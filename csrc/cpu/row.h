@@ -8,6 +8,9 @@
 
 namespace mod_fused {
 
+// Logits further from 0 than this have a level taken off before anything is rounded to float32's precision of them.
+constexpr double kFarLevel = 128.0;
+
 // Two floats per vocabulary entry and a few per tile, kept by a thread between its calls.
 struct Scratch {
   float* first = nullptr;   // keys, or p
