@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import recipes
 from .divergence import (
     AlphaDivergence,
     Divergence,
@@ -38,6 +39,7 @@ __all__ = [
     "generate",
     "get_divergence",
     "log_probs",
+    "recipes",
     "register_divergence",
     "sample",
     "warmup",
