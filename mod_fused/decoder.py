@@ -128,10 +128,9 @@ def generate(
             with, int64 [B], any of them any number of times, or None for all of them. Seeds and
             other parameters stay in their places. See `mod_fused.guidance.blockwise_best_of_k`.
         max_new_tokens: the most tokens to draw per row.
-        num_return_sequences: K responses to each prompt, which is read once. Where B rows are
-            spoken of, the functions get B K, row b K + k for response k; what was given per prompt
-            serves its K rows, but for seeds: the first has the prompt's own, the others
-            SplitMix64(SplitMix64(seed) + k).
+        num_return_sequences: K responses to each prompt, which is read once: B K rows, response k
+            to prompt b in row b K + k. Parameters have one entry per prompt, functions are given
+            all rows. Response 0 has the prompt's seed, response k SplitMix64(SplitMix64(seed) + k).
         do_sample: False is temperature 0, the most likely token of pi*.
         seed: int, or one int64 per row (list or tensor), or None for seeds from torch's generator.
             With one per row, a row's tokens depend on its own seed and prompt, not on its place or
@@ -151,7 +150,8 @@ def generate(
     Raises:
         TypeError, ValueError: before any model runs, for arguments that do not fit; see
             `mod_fused.sample`. (What depends on the width of a plain callable's logits: after its
-            first call.)
+            first call.) TypeError for several responses or resample_fn with a callable that keeps
+            its own state, which cannot be copied: pass use_cache=False.
     """
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be a mod_fused.Ensemble, got {type(ensemble).__name__}")

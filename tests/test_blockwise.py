@@ -324,6 +324,15 @@ def test_an_ended_response_keeps_its_score_and_is_not_drawn_on() -> None:
     assert set(out.blocks.tolist()) >= {1, 2}
     assert torch.equal(out.scores, 9.0 - out.lengths - 100.0 * out.blocks)
     assert len(calls) == int(out.blocks.max())
+    # What is said about it later does not matter, be it NaN.
+    calls.clear()
+
+    def forgetful(sequences: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        scores = shorter(sequences, mask)
+        ended_before = (sequences[:, 1:3] == 1).any(1) & (sequences.shape[1] > 3)
+        return torch.where(ended_before, torch.nan, scores)
+
+    assert torch.equal(run(forgetful).scores, out.scores)
     # Scores against an end: only four ends of four continuations end a response early.
     out = run(lambda sequences, mask: -(sequences == 1).any(1).long())
     assert (out.blocks == 3).float().mean() > 0.9

@@ -205,7 +205,7 @@ class _Choice:
         scores = self._scores(sequences, mask)
         invalid = reasons == _INVALID
         best = self._best(scores.view(-1, self.k), invalid.view(-1, self.k))
-        rows = self.first + torch.where(self.open, best, 0)
+        rows = self.first + best  # those of an ended response are all alike
         scores = torch.where(invalid, math.nan, scores).float()
         self.scores = torch.where(self.open, scores[rows], self.scores)
         self.blocks += self.open
