@@ -241,6 +241,24 @@ def test_one_continuation_is_what_generate_draws(ensemble: Ensemble, seed: Any) 
     assert out.kl_bound.eq(0).all()
 
 
+def test_without_weights_values_tilt_the_reference_alone() -> None:
+    ran: list[Any] = []
+    options: dict[str, Any] = {
+        "input_ids": torch.full((3, 1), 3),
+        "value_fn": lambda step, sequences: normal(3, tiny.V).expand(1, len(sequences), -1).clone(),
+        "value_weights": [0.5],
+        "divergence": "jsd",
+        "seed": 2,
+        "use_cache": False,
+    }
+    models = [tiny.bigram(0), lambda tokens: ran.append(tokens)]
+    out = blockwise_best_of_k(Ensemble(models), score_fn=taste, k=1, block_length=9, **options)
+    expected = generate(Ensemble(models[:1]), weights=[], **options)
+    assert torch.equal(out.tokens, expected.tokens)
+    assert torch.equal(out.model_logprobs, expected.model_logprobs)
+    assert not ran
+
+
 def test_best_of_n_is_the_best_of_n_independent_generates(ensemble: Ensemble) -> None:
     n, seeds = 5, [11, 13, -4]
     options: dict[str, Any] = {"weights": WEIGHTS, "max_new_tokens": 7, "eos_token_id": [2, 5, 9]}

@@ -87,7 +87,8 @@ def blockwise_best_of_k(
         k: K, continuations of each prompt.
         block_length: L, tokens of a block.
         weights: [M] or [B, M], as in `mod_fused.generate`. None draws from the reference alone, as
-            the paper does: no policy runs, and prompts are the reference's.
+            the paper does (or from its tilt by a value_fn): no policy runs, prompts are the
+            reference's.
         input_ids: as in `mod_fused.generate`; so is attention_mask.
         max_new_tokens: the most tokens of a response; the last block may be shorter than L.
         **options: further arguments of `mod_fused.generate`, but for a streamer. value_fn and
@@ -115,8 +116,9 @@ def blockwise_best_of_k(
     if weights is None:
         if ensemble.models[0] is None:
             raise ValueError("weights=None draws from the reference, but the ensemble has none")
-        ensemble = Ensemble([None, ensemble.models[0]], [None, ensemble.tokenizers[0]])
-        weights = [1.0]
+        # The op wants a policy, be it the reference, or values.
+        absent, weights = ([None], [1.0]) if options.get("value_fn") is None else ([], [])
+        ensemble = Ensemble([*absent, ensemble.models[0]], [*absent, ensemble.tokenizers[0]])
 
     ids, masks = ensemble.encode(
         prompts,
