@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .check_helpers import check_tensor
 from .divergence import Divergence, get_divergence
 from .ensemble import Ensemble
 from .ops import sample
+from .philox import continuation_seeds, split_mix
+from .rows import placed, repeated
 from .streaming import streaming
 
 # Why a row ended, by code; a row still running when the tokens run out ended by length.
@@ -22,7 +25,8 @@ _RUNNING, _EOS, _STOP, _INVALID = range(4)
 
 @dataclass(frozen=True)
 class GenerateOutput:
-    """What `generate` returns. T is the length of the longest response.
+    """What `generate` returns. T is the length of the longest response; with num_return_sequences
+    B counts responses, those of one prompt next to each other.
 
     Attributes:
         sequences: int64 [B, n + T], the prompts of the first model, left-padded, then the
@@ -71,7 +75,9 @@ def generate(
     value_fn: Callable[[int, Tensor], Tensor | tuple[Tensor, Tensor]] | None = None,
     value_weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
     mask_fn: Callable[[int, Tensor], Tensor] | None = None,
+    resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None = None,
     max_new_tokens: int = 20,
+    num_return_sequences: int = 1,
     do_sample: bool = True,
     temperature: float | Sequence[float] | Tensor = 1.0,
     top_k: int | Sequence[int] | Tensor | None = None,
@@ -116,7 +122,15 @@ def generate(
         value_weights: [J] or [B, J], for value_fn.
         mask_fn: `mask_fn(step, sequences)` returns the tokens allowed next: bool [B, V], or packed
             int32 [B, ceil(V/32)].
+        resample_fn: `resample_fn(step, sequences, lengths, reasons)`, called after each step, with
+            sequences int64 [B, n + step + 1], lengths int64 [B] of the responses, and reasons int64
+            [B], indices into FINISH_REASONS, 0 for rows that go on. It returns the rows to go on
+            with, int64 [B], any of them any number of times, or None for all of them. Seeds and
+            other parameters stay in their places. See `mod_fused.guidance.blockwise_best_of_k`.
         max_new_tokens: the most tokens to draw per row.
+        num_return_sequences: K responses to each prompt, which is read once: B K rows, response k
+            to prompt b in row b K + k. Parameters have one entry per prompt, functions are given
+            all rows. Response 0 has the prompt's seed, response k SplitMix64(SplitMix64(seed) + k).
         do_sample: False is temperature 0, the most likely token of pi*.
         seed: int, or one int64 per row (list or tensor), or None for seeds from torch's generator.
             With one per row, a row's tokens depend on its own seed and prompt, not on its place or
@@ -136,11 +150,13 @@ def generate(
     Raises:
         TypeError, ValueError: before any model runs, for arguments that do not fit; see
             `mod_fused.sample`. (What depends on the width of a plain callable's logits: after its
-            first call.)
+            first call.) TypeError for several responses or resample_fn with a callable that keeps
+            its own state, which cannot be copied: pass use_cache=False.
     """
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be a mod_fused.Ensemble, got {type(ensemble).__name__}")
     max_new_tokens = _count("max_new_tokens", max_new_tokens, 1)
+    copies = _count("num_return_sequences", num_return_sequences, 1)
     stops = _stop_strings(stop_strings, ensemble.tokenizer)
     eos_ids = _eos_ids(eos_token_id, ensemble)
     pad = ensemble.pad_token_id if pad_token_id is None else pad_token_id
@@ -148,12 +164,14 @@ def generate(
     _check_vocab_size(vocab_size, ensemble)
     if value_fn is None and value_weights is not None:
         raise ValueError("value_weights were given without value_fn")
+    if resample_fn is not None and streamer is not None:
+        raise ValueError("a streamer cannot take back the tokens that resample_fn drops")
 
     ids, masks = ensemble.encode(
         prompts, input_ids=input_ids, attention_mask=attention_mask, pad_token_id=pad
     )
     batch, width, device = *ids[0].shape, ids[0].device
-    stream = streaming(streamer, batch)
+    stream = streaming(streamer, batch * copies)
     if seed is None:
         # Once, not per step: position tells the steps apart.
         seed = torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64, device=device)
@@ -173,26 +191,37 @@ def generate(
         "backend": backend,
     }
     _rehearse(ensemble, batch, device, options, with_values=value_fn is not None)
-    options = {name: _placed(name, value, device) for name, value in options.items()}
+    options = {name: placed(name, value, device) for name, value in options.items()}
     options["vocab_size"] = vocab_size
+    if copies > 1:
+        if not isinstance(seeds := options["seed"], Tensor):
+            seeds = split_mix(seeds, batch, device)
+        options = {name: repeated(name, value, copies) for name, value in options.items()}
+        options["seed"] = continuation_seeds(seeds, copies)
+    starts = ids[0].repeat_interleave(copies, dim=0)
+    batch = len(starts)
     history = None
     if sequence_history and get_divergence(divergence).name != "reverse_kl":
         # Starts at the response: both models were given the prompt.
         history = torch.zeros(batch, len(ensemble.models), dtype=torch.float64, device=device)
 
     state = ensemble.start(ids, masks, max_new_tokens=max_new_tokens, use_cache=use_cache)
+    if copies > 1 or resample_fn is not None:
+        state.fork(copies)
     columns = len(ids)  # models that are there
-    sequences = torch.cat([ids[0], ids[0].new_full((batch, max_new_tokens), pad)], dim=1)
+    sequences = torch.cat([starts, starts.new_full((batch, max_new_tokens), pad)], dim=1)
     logprobs = torch.zeros(batch, max_new_tokens, device=device)
     model_logprobs = torch.zeros(batch, max_new_tokens, columns, device=device)
     lengths = torch.zeros(batch, dtype=torch.int64, device=device)
     reason = torch.full((batch,), _RUNNING, dtype=torch.int64, device=device)
     eos = torch.tensor(eos_ids, dtype=torch.int64, device=device)
     responses: list[list[int]] = [[] for _ in range(batch)]
-    tokens = None
-    stream.begin(ids[0])
+    tokens = parents = None
+    stream.begin(starts)
 
     for step in range(max_new_tokens):
+        if parents is not None:
+            state.select(parents)
         reference, policies = state.step(tokens)
         so_far = sequences[:, : width + step]
         drawn = sample(
@@ -232,11 +261,24 @@ def generate(
             done = bool((host_reason != _RUNNING).all())
         else:
             done = bool((reason != _RUNNING).all())
+        if resample_fn is not None:
+            parents = resample_fn(step, sequences[:, : width + step + 1], lengths, reason)
+        if parents is not None:
+            check_tensor("rows of resample_fn", parents, (torch.int64,), device, {"[B]": [batch]})
+            record = (tokens, sequences, lengths, logprobs, model_logprobs, reason)
+            tokens, sequences, lengths, logprobs, model_logprobs, reason = (
+                x[parents] for x in record
+            )
+            history = None if history is None else history[parents]
+            if stops:
+                responses = [list(responses[row]) for row in parents.tolist()]
+            done = bool((reason != _RUNNING).all())
         if done:
             break
 
     stream.end()
-    steps = step + 1
+    # Rows that resample_fn dropped may have been longer; an invalid step counts.
+    steps = int((lengths + (reason == _INVALID)).max())
     return GenerateOutput(
         sequences=sequences[:, : width + steps],
         tokens=sequences[:, width : width + steps],
@@ -278,24 +320,6 @@ def _values(
     if isinstance(values, tuple):
         return {"values": values[0], "value_ids": values[1]}
     return {"values": values}
-
-
-def _placed(name: str, value: Any, device: torch.device) -> Any:
-    """A parameter with one entry per row on the device: as a list it would be copied every step."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if not isinstance(value, (list, tuple)) or not value:
-        return value
-    if name == "seed":
-        numbers = map(int, value)  # NumPy's unsigned ones would overflow below
-        signed = [x - 2**64 if x >= 2**63 else x for x in numbers]  # int64 of the same 64 bits
-        return torch.tensor(signed, dtype=torch.int64, device=device)
-    if name == "top_k":
-        fitting = [min(int(k), 2**63 - 1) for k in value]  # any integer, however large, is fine
-        return torch.tensor(fitting, dtype=torch.int64, device=device)
-    if name in ("temperature", "top_p", "min_p") or isinstance(value[0], (list, tuple)):
-        return torch.tensor(value, dtype=torch.float64, device=device)
-    return value
 
 
 def _count(name: str, value: Any, least: int, limit: int | None = None) -> int:

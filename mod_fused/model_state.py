@@ -30,9 +30,31 @@ class EnsembleState:
         reference = None if self._reference is None else self._reference.step(tokens)
         return reference, [policy.step(tokens) for policy in self._policies]
 
+    def fork(self, copies: int) -> None:
+        """Let each row go on as `copies` rows, next to each other, once its prompt has been read.
+
+        To be called before the first step; also with one copy, if `select` is to be used.
+
+        Raises:
+            TypeError: if a model is a callable that keeps its own state, which nothing can copy.
+        """
+        for state in self._states():
+            state.fork(copies)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, int64 [N] of the B that there are: caches are copied, not made
+        anew, and a row may be taken any number of times."""
+        for state in self._states():
+            state.select(rows)
+
+    def _states(self) -> list[CallableState]:
+        return [*([] if self._reference is None else [self._reference]), *self._policies]
+
 
 class CallableState:
     """What one callable needs from step to step; `CausalLMState` adds cache, mask and positions."""
+
+    copies = 1  # rows that each row will become when the prompts have been read
 
     def __init__(
         self,
@@ -63,7 +85,25 @@ class CallableState:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != rows:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"{self.label} must return logits [B={rows}, V], got {got}")
+        if self.copies > 1:
+            parents = torch.arange(rows, device=logits.device).repeat_interleave(self.copies)
+            self.copies = 1
+            self.select(parents)
+            logits = logits[parents]
         return logits
+
+    def fork(self, copies: int) -> None:
+        if self.use_cache:
+            raise TypeError(
+                f"{self.label} is a callable that keeps its own state, so its rows cannot be "
+                "copied: pass use_cache=False, which gives it the whole sequences"
+            )
+        self.copies = copies
+
+    def select(self, rows: Tensor) -> None:
+        self.inputs = self.inputs[rows]
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[rows]
 
     def forward(self) -> Tensor:
         return self.model(self.inputs)
@@ -120,6 +160,15 @@ class CausalLMState(CallableState):
                     f"{self.label} returns no past_key_values: pass use_cache=False to recompute"
                 )
         return output.logits[:, -1]
+
+    def fork(self, copies: int) -> None:
+        self.copies = copies
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        if self.cache is not None:
+            # Beam search's method: every kind of transformers cache has it, for any indices.
+            self.cache.reorder_cache(rows)
 
 
 def _unwrapped(model: Any) -> Any:

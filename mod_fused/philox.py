@@ -50,6 +50,14 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
     return c0, c1, c2, c3
 
 
+def mix(state: Tensor) -> Tensor:
+    """SplitMix64's output from each int64 `state`."""
+    state = state + _signed(0x9E3779B97F4A7C15)
+    state = (state ^ ((state >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
+    state = (state ^ ((state >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+    return state ^ ((state >> 31) & (2**33 - 1))
+
+
 def split_mix(seed: int, rows: int, device: torch.device) -> Tensor:
     """Row seeds of an integer seed: row b gets SplitMix64(seed + b), so that equal prompts differ.
 
@@ -61,11 +69,23 @@ def split_mix(seed: int, rows: int, device: torch.device) -> Tensor:
     Returns:
         int64 [B], the 64 bits of each row's seed.
     """
-    state = torch.arange(rows, dtype=torch.int64, device=device)
-    state = state + _signed(seed + 0x9E3779B97F4A7C15)
-    state = (state ^ ((state >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
-    state = (state ^ ((state >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
-    return state ^ ((state >> 31) & (2**33 - 1))
+    return mix(torch.arange(rows, dtype=torch.int64, device=device) + _signed(seed))
+
+
+def continuation_seeds(seeds: Tensor, count: int) -> Tensor:
+    """Seeds of several continuations of each row: its own, then SplitMix64(SplitMix64(seed) + k).
+
+    The inner scrambling keeps rows with neighbouring seeds from sharing one.
+
+    Args:
+        seeds: int64 [B].
+        count: K, continuations of each row.
+
+    Returns:
+        int64 [B * K], those of row b from b * K on, k = 0 .. K - 1.
+    """
+    k = torch.arange(1, count, device=seeds.device)
+    return torch.cat([seeds[:, None], mix(mix(seeds)[:, None] + k)], dim=1).flatten()
 
 
 def exponential(seed: Tensor, position: Tensor, index: Tensor, stream: int) -> Tensor:

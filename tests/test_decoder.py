@@ -298,6 +298,7 @@ def test_a_mask_function_decides_what_may_come(packed: bool) -> None:
     )
     assert [sorted(row) for row in out.sequences[:, :8].tolist()] == [list(range(8))] * 2
     assert out.finish_reasons == ["invalid"] * 2  # nothing is left for the seventh token
+    assert out.lengths.tolist() == [6, 6] and out.logprobs[:, 6].isnan().all()
     assert all(torch.equal(s, out.sequences[:, : 2 + i]) for i, s in enumerate(seen))
 
 

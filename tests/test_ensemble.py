@@ -30,6 +30,29 @@ def test_a_left_padded_row_has_the_logits_it_has_alone(make: Any, use_cache: boo
         )
 
 
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.bloom])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_forked_and_selected_rows_go_on_as_if_they_had_been_alone(
+    make: Any, use_cache: bool
+) -> None:
+    model = make(0)
+    state = Ensemble([model]).start([BATCH], [MASK], max_new_tokens=3, use_cache=use_cache)
+    state.fork(2)
+    first = state.step()[0]
+    assert torch.equal(first[::2], first[1::2])
+    drawn = torch.tensor([12, 3, 4, 13, 5, 14])
+    state.step(drawn)
+    rows = torch.tensor([5, 5, 0, 3])
+    state.select(rows)
+    now = state.step(torch.tensor([6, 7, 8, 9]))[0]
+    for place, row in enumerate(rows.tolist()):
+        prompt = BATCH[row // 2][MASK[row // 2] == 1].tolist()
+        response = [int(drawn[row]), 6 + place, 0]
+        expected = tiny.teacher_forced(model, prompt, response)
+        torch.testing.assert_close(first[row], expected[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(now[place], expected[2], atol=1e-4, rtol=1e-4)
+
+
 def test_without_padding_no_mask_reaches_the_model() -> None:
     seen: list[dict[str, Any]] = []
     model = tiny.llama(0)

@@ -50,6 +50,15 @@ def test_row_seeds_of_torch_equal_the_oracle(seed):
     assert seeds.tolist() == oracle.row_seeds(seed, 5)
 
 
+def test_continuations_have_seeds_of_their_own_the_first_its_rows():
+    rows = [0, 1, 2, -1, 2**63 - 1, -(2**63)]
+    seeds = torch_philox.continuation_seeds(torch.tensor(rows), 50).view(6, 50)
+    for row, found in zip(rows, seeds.tolist(), strict=True):
+        scrambled = oracle.splitmix64(row)
+        assert found == [row, *(oracle.splitmix64(scrambled + k) for k in range(1, 50))]
+    assert len(seeds.unique()) == 300  # neighbouring rows share none
+
+
 def test_exponentials_of_torch_equal_the_oracle_and_small_ones_relatively():
     seeds, positions, index = [3, -(2**40) - 1], [0, 2**33 + 7], np.arange(200_000)
     e = torch_philox.exponential(

@@ -1,0 +1,246 @@
+"""Blockwise control (Controlled Decoding, arXiv 2310.17022): the best of K continuations, block by
+block, and best-of-N, its limit of one block.
+
+The continuations are rows of one `mod_fused.generate`: the prompts are read once, and at the end of
+a block the KV caches of the chosen ones are copied over the others'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..check_helpers import number, shape_of
+from ..decoder import FINISH_REASONS, generate
+from ..ensemble import Ensemble
+
+ScoreFunction = Callable[[Tensor, Tensor], Tensor]
+_INVALID = FINISH_REASONS.index("invalid")
+
+
+class BlockwiseOutput(NamedTuple):
+    """What `blockwise_best_of_k` returns. T is the length of the longest response.
+
+    Attributes:
+        sequences: int64 [B, n + T], the prompts of the first model, left-padded, then the
+            responses.
+        tokens: int64 [B, T], the responses alone, with pad_token_id behind their ends.
+        lengths: int64 [B], tokens in each response, its end-of-sequence token included.
+        finish_reasons: B strings: "eos", "stop", "length" or "invalid"; see `GenerateOutput`.
+        texts: B decoded responses; None without a tokenizer.
+        logprobs: float32 [B, T], log-probability of each token under the policy that the
+            continuations are drawn from, before temperature and filters; 0 behind the end.
+        model_logprobs: float32 [B, T, M+1], the same under each model, reference first. Its sum
+            over T at 0 is log pi_ref of the response. None if generate was told so.
+        valid: bool [B]; False: no continuation could be drawn at some step.
+        scores: float32 [B], score of the response (of what was there when its last block ended).
+            NaN where not valid.
+        blocks: int64 [B], blocks drawn until the response ended.
+        kl_bound: float32 [B], blocks (log K - (K - 1) / K) in nats. Its mean over many draws of a
+            prompt is at least KL of this policy of responses to the one drawn from (with its
+            temperature and filters): the bound of best-of-K (arXiv 2401.01879), once per block.
+    """
+
+    sequences: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    finish_reasons: list[str]
+    texts: list[str] | None
+    logprobs: Tensor
+    model_logprobs: Tensor | None
+    valid: Tensor
+    scores: Tensor
+    blocks: Tensor
+    kl_bound: Tensor
+
+
+def blockwise_best_of_k(
+    ensemble: Ensemble,
+    prompts: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+    *,
+    score_fn: ScoreFunction,
+    k: int,
+    block_length: int,
+    weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
+    input_ids: Tensor | Sequence[Tensor] | None = None,
+    attention_mask: Tensor | Sequence[Tensor] | None = None,
+    max_new_tokens: int = 20,
+    **options: Any,
+) -> BlockwiseOutput:
+    """Draw K continuations of L tokens, keep the one of the best score, and go on from there.
+
+    A continuation that ends inside its block is scored as it is; if it is chosen, the response has
+    ended. Of equal scores the first continuation wins. Works with any policies, divergence and
+    values, K rows being drawn for every prompt until all responses have ended.
+
+    Args:
+        ensemble: the models; B prompts are decoded together.
+        prompts: as in `mod_fused.generate`.
+        score_fn: `score_fn(sequences, mask)` returns the scores of N = B K prefixes, [N], integers
+            or floating point of any precision; sequences int64 [N, n + t] are the first model's
+            prompts and the responses so far, mask int64 [N, n + t] is 0 for padding on both sides.
+            Called once per block. Continuations with a NaN score lose against all others.
+        k: K, continuations of each prompt.
+        block_length: L, tokens of a block.
+        weights: [M] or [B, M], as in `mod_fused.generate`. None draws from the reference alone, as
+            the paper does (or from its tilt by a value_fn): no policy runs, prompts are the
+            reference's.
+        input_ids: as in `mod_fused.generate`; so is attention_mask.
+        max_new_tokens: the most tokens of a response; the last block may be shorter than L.
+        **options: further arguments of `mod_fused.generate`, but for a streamer. value_fn and
+            mask_fn are given the N rows, those of prompt b from b K on. Random numbers depend on
+            the prompt's seed, the continuation and the position in the response alone, as with
+            num_return_sequences; K = 1 draws what generate draws.
+
+    Returns:
+        `BlockwiseOutput`. A prompt is invalid if none of its continuations is valid.
+
+    Raises:
+        TypeError, ValueError: before any model runs: bad arguments, a callable that keeps its own
+            state (use_cache=False lets it be used), no reference where weights is None.
+        TypeError, ValueError: from a block on: score_fn returns no tensor [N] of numbers, or NaN
+            for every valid continuation of a prompt.
+    """
+    k, block_length = _at_least_one("k", k), _at_least_one("block_length", block_length)
+    if not callable(score_fn):
+        raise TypeError(f"score_fn must be a function, got {type(score_fn).__name__}")
+    for name in ("resample_fn", "num_return_sequences"):
+        if name in options:
+            raise TypeError(f"{name} is set here and cannot be passed on to generate")
+    if not isinstance(ensemble, Ensemble):
+        raise TypeError(f"ensemble must be a mod_fused.Ensemble, got {type(ensemble).__name__}")
+    if weights is None:
+        if ensemble.models[0] is None:
+            raise ValueError("weights=None draws from the reference, but the ensemble has none")
+        # The op wants a policy, be it the reference, or values.
+        absent, weights = ([None], [1.0]) if options.get("value_fn") is None else ([], [])
+        ensemble = Ensemble([*absent, ensemble.models[0]], [*absent, ensemble.tokenizers[0]])
+
+    ids, masks = ensemble.encode(
+        prompts,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        pad_token_id=options.get("pad_token_id"),
+    )
+    known = [torch.ones_like(i) if m is None else m for i, m in zip(ids, masks, strict=True)]
+    choice = _Choice(score_fn, known[0], k, block_length, max_new_tokens)
+    out = generate(
+        ensemble,
+        input_ids=ids,
+        attention_mask=known,
+        weights=weights,
+        max_new_tokens=max_new_tokens,
+        num_return_sequences=k,
+        resample_fn=choice,
+        **options,
+    )
+    each = slice(None, None, k)  # in the end the K rows of a prompt are copies of the chosen one
+    return BlockwiseOutput(
+        sequences=out.sequences[each],
+        tokens=out.tokens[each],
+        lengths=out.lengths[each],
+        finish_reasons=out.finish_reasons[each],
+        texts=None if out.texts is None else out.texts[each],
+        logprobs=out.logprobs[each],
+        model_logprobs=None if out.model_logprobs is None else out.model_logprobs[each],
+        valid=out.valid[each],
+        scores=choice.scores,
+        blocks=choice.blocks,
+        kl_bound=choice.blocks * (math.log(k) - (k - 1) / k),
+    )
+
+
+def best_of_n(
+    ensemble: Ensemble,
+    prompts: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+    *,
+    score_fn: ScoreFunction,
+    n: int,
+    max_new_tokens: int = 20,
+    **options: Any,
+) -> BlockwiseOutput:
+    """The response of the best score among n: `blockwise_best_of_k` with one block."""
+    return blockwise_best_of_k(
+        ensemble,
+        prompts,
+        score_fn=score_fn,
+        k=_at_least_one("n", n),
+        block_length=2**63 - 1,
+        max_new_tokens=max_new_tokens,
+        **options,
+    )
+
+
+class _Choice:
+    """The resample_fn: at a block's end, the best continuation of each prompt in all its K rows."""
+
+    def __init__(
+        self,
+        score_fn: ScoreFunction,
+        prompt_mask: Tensor,
+        k: int,
+        block_length: int,
+        max_new_tokens: int,
+    ) -> None:
+        batch, device = len(prompt_mask), prompt_mask.device
+        self.score_fn = score_fn
+        self.prompt_mask = prompt_mask.repeat_interleave(k, dim=0)  # (N, n)
+        self.k, self.block_length, self.max_new_tokens = k, block_length, max_new_tokens
+        self.first = torch.arange(batch, device=device) * k  # row of each prompt's continuation 0
+        self.open = torch.ones(batch, dtype=torch.bool, device=device)  # went on into this block
+        self.scores = torch.full((batch,), math.nan, device=device)
+        self.blocks = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def __call__(
+        self, step: int, sequences: Tensor, lengths: Tensor, reasons: Tensor
+    ) -> Tensor | None:
+        drawn = step + 1
+        inside = drawn % self.block_length != 0 and drawn != self.max_new_tokens
+        if inside and bool((reasons == 0).any()):
+            return None
+        responses = torch.arange(drawn, device=lengths.device) < lengths[:, None]
+        mask = torch.cat([self.prompt_mask, responses.to(torch.int64)], dim=1)
+        scores = self._scores(sequences, mask)
+        invalid = reasons == _INVALID
+        best = self._best(scores.view(-1, self.k), invalid.view(-1, self.k))
+        rows = self.first + best  # those of an ended response are all alike
+        scores = torch.where(invalid, math.nan, scores).float()
+        self.scores = torch.where(self.open, scores[rows], self.scores)
+        self.blocks += self.open
+        self.open = reasons[rows] == 0
+        return rows.repeat_interleave(self.k)
+
+    def _scores(self, sequences: Tensor, mask: Tensor) -> Tensor:
+        """The scores of all N rows, float64."""
+        scores = self.score_fn(sequences, mask)
+        if not isinstance(scores, Tensor):
+            raise TypeError(f"score_fn must return a tensor, got {type(scores).__name__}")
+        if scores.dtype == torch.bool or scores.is_complex():
+            raise TypeError(f"score_fn must return real numbers, got {scores.dtype}")
+        if scores.shape != (len(sequences),):
+            raise ValueError(
+                f"score_fn must return scores of shape [N = {len(sequences)}], "
+                f"got {shape_of(scores)}"
+            )
+        return scores.detach().to(sequences.device, torch.float64)
+
+    def _best(self, scores: Tensor, invalid: Tensor) -> Tensor:
+        """The best continuation [B] of scores [B, K]; -inf is a score, better than none at all."""
+        out = invalid | scores.isnan()
+        unscored = self.open & out.all(dim=1) & ~invalid.all(dim=1)
+        if bool(unscored.any()):
+            prompt = int(unscored.nonzero()[0])
+            raise ValueError(f"score_fn returned NaN for all continuations of prompt {prompt}")
+        least = torch.finfo(torch.float64).min
+        return scores.clamp(min=least).masked_fill(out, -math.inf).argmax(dim=1)
+
+
+def _at_least_one(name: str, x: object) -> int:
+    value = number(name, x, int)
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
