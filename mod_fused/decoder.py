@@ -17,6 +17,7 @@ from .ops import sample
 from .philox import continuation_seeds, split_mix
 from .rows import placed, repeated
 from .streaming import streaming
+from .values import ValueFunction, ValueGuide, value_count, value_source
 
 # Why a row ended, by code; a row still running when the tokens run out ended by length.
 FINISH_REASONS = ("length", "eos", "stop", "invalid")
@@ -72,7 +73,7 @@ def generate(
     vocab_size: int | None = None,
     plausibility: float | None = None,
     plausibility_tensor: int = 0,
-    value_fn: Callable[[int, Tensor], Tensor | tuple[Tensor, Tensor]] | None = None,
+    value_fn: ValueFunction | ValueGuide | None = None,
     value_weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
     mask_fn: Callable[[int, Tensor], Tensor] | None = None,
     resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None = None,
@@ -118,7 +119,8 @@ def generate(
             "exact" gives the policy, too.)
         value_fn: `value_fn(step, sequences)` returns values [J, B, V], or (values [J, B, K],
             value_ids [B, K]); sequences int64 [B, n + step] are the first model's prompts and the
-            responses so far.
+            responses so far. Or a `mod_fused.guidance.Guidance`: trained scorers with their caches,
+            which read the first model's prompts (or any other `mod_fused.values.ValueGuide`).
         value_weights: [J] or [B, J], for value_fn.
         mask_fn: `mask_fn(step, sequences)` returns the tokens allowed next: bool [B, V], or packed
             int32 [B, ceil(V/32)].
@@ -190,7 +192,7 @@ def generate(
         "seed": seed,
         "backend": backend,
     }
-    _rehearse(ensemble, batch, device, options, with_values=value_fn is not None)
+    _rehearse(ensemble, batch, device, options, value_count(value_fn, value_weights))
     options = {name: placed(name, value, device) for name, value in options.items()}
     options["vocab_size"] = vocab_size
     if copies > 1:
@@ -205,9 +207,13 @@ def generate(
         # Starts at the response: both models were given the prompt.
         history = torch.zeros(batch, len(ensemble.models), dtype=torch.float64, device=device)
 
-    state = ensemble.start(ids, masks, max_new_tokens=max_new_tokens, use_cache=use_cache)
+    running: dict[str, Any] = {"max_new_tokens": max_new_tokens, "use_cache": use_cache}
+    state = ensemble.start(ids, masks, **running)
+    has_reference = ensemble.models[0] is not None
+    values = value_source(value_fn, ids[0], masks[0], vocab_size, has_reference, **running)
     if copies > 1 or resample_fn is not None:
         state.fork(copies)
+        values.fork(copies)
     columns = len(ids)  # models that are there
     sequences = torch.cat([starts, starts.new_full((batch, max_new_tokens), pad)], dim=1)
     logprobs = torch.zeros(batch, max_new_tokens, device=device)
@@ -222,13 +228,14 @@ def generate(
     for step in range(max_new_tokens):
         if parents is not None:
             state.select(parents)
+            values.select(parents)
         reference, policies = state.step(tokens)
         so_far = sequences[:, : width + step]
         drawn = sample(
             reference,
             policies,
             **options,
-            **_values(value_fn, step, so_far),
+            **values.step(step, so_far, tokens, reference, policies),
             mask=None if mask_fn is None else mask_fn(step, so_far),
             prefix_logprobs=history,
             position=step,
@@ -296,30 +303,14 @@ def _rehearse(
     batch: int,
     device: torch.device,
     options: dict[str, Any],
-    with_values: bool,
+    num_values: int,
 ) -> None:
     """Draw from two-token logits, so that the op refuses bad options before any model runs."""
     logits = torch.zeros(batch, 2, device=device)
-    values = logits[None] if with_values else None
-    if values is not None and options["value_weights"] is not None:
-        # How many values there will be is known from their weights alone.
-        values = values.repeat(torch.as_tensor(options["value_weights"]).shape[-1], 1, 1)
+    values = logits.expand(num_values, batch, 2) if num_values else None
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     reference = None if ensemble.models[0] is None else logits
     sample(reference, [logits] * ensemble.num_policies, values=values, **options)
-
-
-def _values(
-    value_fn: Callable[[int, Tensor], Tensor | tuple[Tensor, Tensor]] | None,
-    step: int,
-    sequences: Tensor,
-) -> dict[str, Any]:
-    if value_fn is None:
-        return {}
-    values = value_fn(step, sequences)
-    if isinstance(values, tuple):
-        return {"values": values[0], "value_ids": values[1]}
-    return {"values": values}
 
 
 def _count(name: str, value: Any, least: int, limit: int | None = None) -> int:

@@ -73,13 +73,18 @@ class CallableState:
     def check(self, max_new_tokens: int) -> None:
         """Nothing is known about a callable."""
 
+    def advance(self, tokens: Tensor | None) -> None:
+        """Put the tokens int64 [B] drawn last into the next call; None before the first call."""
+        if tokens is None:
+            return
+        new = tokens[:, None]
+        self.inputs = new if self.use_cache else torch.cat([self.inputs, new], dim=1)
+        if self.attention_mask is not None:
+            seen = self.attention_mask
+            self.attention_mask = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
+
     def step(self, tokens: Tensor | None) -> Tensor:
-        if tokens is not None:
-            new = tokens[:, None]
-            self.inputs = new if self.use_cache else torch.cat([self.inputs, new], dim=1)
-            if self.attention_mask is not None:
-                seen = self.attention_mask
-                self.attention_mask = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
+        self.advance(tokens)
         logits = self.forward()
         rows = self.inputs.shape[0]
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != rows:
@@ -113,11 +118,11 @@ class CausalLMState(CallableState):
     """A transformers model and its KV cache."""
 
     cache: Any = None
+    reads_ahead = 0  # tokens read beyond the drawn ones
 
     @cached_property
     def accepted(self) -> frozenset[str]:
-        """Names of the arguments that the model's forward takes: not all take positions."""
-        return frozenset(inspect.signature(_unwrapped(self.model).forward).parameters)
+        return accepted_arguments(self.model)
 
     def check(self, max_new_tokens: int) -> None:
         if self.model.training:
@@ -133,6 +138,7 @@ class CausalLMState(CallableState):
             )
         limit = getattr(_text_config(self.model), "max_position_embeddings", None)
         needed = self.inputs.shape[1] + max_new_tokens - 1  # the last token drawn is never read
+        needed += self.reads_ahead
         if limit is not None and needed > limit:
             raise ValueError(
                 f"{self.label} has {limit} positions, a prompt of {self.inputs.shape[1]} tokens "
@@ -148,7 +154,7 @@ class CausalLMState(CallableState):
             options["attention_mask"] = self.attention_mask
             if "position_ids" in self.accepted:
                 # Padding does not count, so a row has the positions that it would have alone.
-                positions = (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+                positions = positions_of(self.attention_mask)
                 options["position_ids"] = positions[:, -self.inputs.shape[1] :]
         if "logits_to_keep" in self.accepted:
             options["logits_to_keep"] = 1
@@ -171,6 +177,16 @@ class CausalLMState(CallableState):
             self.cache.reorder_cache(rows)
 
 
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """The position of every token in its row [B, n], padding (on the left) not counted."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def accepted_arguments(model: Any) -> frozenset[str]:
+    """Names of the arguments that the model's forward takes: not all take positions."""
+    return frozenset(inspect.signature(_unwrapped(model).forward).parameters)
+
+
 def _unwrapped(model: Any) -> Any:
     """The module whose forward names its arguments: torch.compile and PEFT hide it behind *args."""
     model = getattr(model, "_orig_mod", model)
@@ -181,7 +197,7 @@ def is_causal_lm(model: Any) -> bool:
     """Whether to call it as transformers does; every other callable is step(tokens) -> logits."""
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         return False
-    return "input_ids" in inspect.signature(_unwrapped(model).forward).parameters
+    return "input_ids" in accepted_arguments(model)
 
 
 def _text_config(model: Any) -> Any:

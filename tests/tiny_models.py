@@ -12,12 +12,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    BertConfig,
+    BertForTokenClassification,
     BloomConfig,
     BloomForCausalLM,
     GPT2Config,
+    GPT2ForTokenClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForTokenClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -44,14 +48,14 @@ def _ready(kind: Any, config: Any, seed: int, eos: int | None) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(config).eval()
-    model.generation_config.eos_token_id = eos
-    model.generation_config.pad_token_id = 0
+    if hasattr(model, "generation_config"):
+        model.generation_config.eos_token_id = eos
+        model.generation_config.pad_token_id = 0
     return model
 
 
-def llama(seed: int, vocab_size: int = V, eos: int | None = EOS) -> LlamaForCausalLM:
-    """Rotary positions. A large initialisation, so that predictions depend on the context."""
-    config = LlamaConfig(
+def _llama_config(vocab_size: int, **options: Any) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
@@ -61,13 +65,23 @@ def llama(seed: int, vocab_size: int = V, eos: int | None = EOS) -> LlamaForCaus
         initializer_range=0.3,
         eos_token_id=None,
         bos_token_id=None,
+        **options,
     )
-    return _ready(LlamaForCausalLM, config, seed, eos)
 
 
-def gpt2(seed: int, vocab_size: int = V, eos: int | None = EOS) -> GPT2LMHeadModel:
-    """Learned absolute positions: a wrong position changes everything."""
-    config = GPT2Config(
+def llama(seed: int, vocab_size: int = V, eos: int | None = EOS) -> LlamaForCausalLM:
+    """Rotary positions. A large initialisation, so that predictions depend on the context."""
+    return _ready(LlamaForCausalLM, _llama_config(vocab_size), seed, eos)
+
+
+def llama_value(seed: int, **options: Any) -> LlamaForTokenClassification:
+    """A scalar scorer: one number for every prefix."""
+    config = _llama_config(V, **{"num_labels": 1, **options})
+    return _ready(LlamaForTokenClassification, config, seed, None)
+
+
+def _gpt2_config(vocab_size: int, **options: Any) -> GPT2Config:
+    return GPT2Config(
         vocab_size=vocab_size,
         n_positions=64,
         n_embd=32,
@@ -76,8 +90,33 @@ def gpt2(seed: int, vocab_size: int = V, eos: int | None = EOS) -> GPT2LMHeadMod
         initializer_range=0.3,
         eos_token_id=None,
         bos_token_id=None,
+        **options,
     )
-    return _ready(GPT2LMHeadModel, config, seed, eos)
+
+
+def gpt2(seed: int, vocab_size: int = V, eos: int | None = EOS) -> GPT2LMHeadModel:
+    """Learned absolute positions: a wrong position changes everything."""
+    return _ready(GPT2LMHeadModel, _gpt2_config(vocab_size), seed, eos)
+
+
+def gpt2_value(seed: int, **options: Any) -> GPT2ForTokenClassification:
+    """A scalar scorer with absolute positions."""
+    config = _gpt2_config(V, **{"num_labels": 1, **options})
+    return _ready(GPT2ForTokenClassification, config, seed, None)
+
+
+def bert_value(seed: int) -> BertForTokenClassification:
+    """Bidirectional: no scorer of prefixes."""
+    config = BertConfig(
+        vocab_size=V,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        num_labels=1,
+    )
+    return _ready(BertForTokenClassification, config, seed, None)
 
 
 def bloom(seed: int, vocab_size: int = V, eos: int | None = EOS) -> BloomForCausalLM:

@@ -16,9 +16,10 @@ from pathlib import Path
 from .corpus import format_prompt, prompts
 from .rewards import OBJECTIVES, REWARDS, reward
 
-__all__ = ["OBJECTIVES", "REWARDS", "checkpoint", "format_prompt", "prompts", "reward"]
+__all__ = ["OBJECTIVES", "REWARDS", "checkpoint", "format_prompt", "prompts", "reward", "scorer"]
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+SCORERS = CHECKPOINTS / "scorers"
 
 
 def checkpoint(name: str) -> Path:
@@ -34,9 +35,26 @@ def checkpoint(name: str) -> Path:
     names = ("reference", *OBJECTIVES)
     if name not in names:
         raise ValueError(f"checkpoint name must be one of {', '.join(names)}, got {name!r}")
-    folder = CHECKPOINTS / name
+    return _complete(CHECKPOINTS / name, "mod_fused.world.train")
+
+
+def scorer(objective: str) -> Path:
+    """The folder of a trained dense scorer: a causal language model whose logits are the values of
+    the next tokens, the mean reward of what the reference goes on to say (`mod_fused.guidance`).
+
+    Args:
+        objective: one of `OBJECTIVES`.
+
+    Raises:
+        ValueError: there is no scorer for it.
+        FileNotFoundError: the installation lacks the trained files.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    return _complete(SCORERS / objective, "mod_fused.guidance.train")
+
+
+def _complete(folder: Path, maker: str) -> Path:
     if not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(
-            f"{folder} has no model; make it with: python -m mod_fused.world.train"
-        )
+        raise FileNotFoundError(f"{folder} has no model; make it with: python -m {maker}")
     return folder

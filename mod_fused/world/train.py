@@ -20,11 +20,12 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ..fitting import Sequences, encode, fit, shuffled, take
 from . import CHECKPOINTS
 from .corpus import examples, prompts
 from .rewards import OBJECTIVES, REWARDS, reward
@@ -34,14 +35,6 @@ MAX_NEW_TOKENS = 64  # the longest answer of the grammar has fewer
 PREFERENCE_SCALE = 10.0  # answer a is preferred to b with odds exp(10 (reward a - reward b))
 BETA = 1.0
 GROUP = 4  # answers per prompt; all their pairs are compared
-
-
-class Sequences(NamedTuple):
-    """Prompts with their responses; every tensor is [N, L], int64."""
-
-    ids: torch.Tensor
-    attention_mask: torch.Tensor  # 1 on the prompt and the response, EOS included
-    response_mask: torch.Tensor  # 1 on the response, EOS included
 
 
 def build_model(tokenizer: Any) -> Any:
@@ -65,22 +58,6 @@ def build_model(tokenizer: Any) -> Any:
     return LlamaForCausalLM(config)
 
 
-def encode(tokenizer: Any, pairs: list[tuple[str, str]]) -> Sequences:
-    """(prompt, response) strings to token ids, padded on the right."""
-    heads = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-    tails = tokenizer([response for _, response in pairs], add_special_tokens=False)["input_ids"]
-    width = max(len(head) + len(tail) for head, tail in zip(heads, tails, strict=True)) + 1
-    ids = torch.full((len(pairs), width), tokenizer.pad_token_id)
-    attention = torch.zeros_like(ids)
-    response = torch.zeros_like(ids)
-    for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
-        end = len(head) + len(tail) + 1
-        ids[row, :end] = torch.tensor([*head, *tail, tokenizer.eos_token_id])
-        attention[row, :end] = 1
-        response[row, len(head) : end] = 1
-    return Sequences(ids, attention, response)
-
-
 def response_logprobs(model: Any, batch: Sequences) -> torch.Tensor:
     """log pi(response | prompt) in nats, summed over the tokens of the response; [N] float32."""
     hidden = model.model(input_ids=batch.ids, attention_mask=batch.attention_mask).last_hidden_state
@@ -93,44 +70,6 @@ def response_logprobs(model: Any, batch: Sequences) -> torch.Tensor:
     return torch.zeros(len(batch.ids)).index_add(0, keep.nonzero()[:, 0], -nll)
 
 
-def take(batch: Sequences, index: torch.Tensor) -> Sequences:
-    """The rows `index`, without columns that are padding in all of them."""
-    rows = Sequences(*(tensor[index] for tensor in batch))
-    used = rows.attention_mask.any(0).nonzero().squeeze(1)
-    return Sequences(*(tensor[:, used[0] : used[-1] + 1] for tensor in rows))
-
-
-def _fit(
-    model: Any, steps: int, peak_lr: float, loss_at: Callable[[int], torch.Tensor], label: str
-) -> list[float]:
-    """AdamW with warm-up and cosine decay; returns the loss of every step."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    warmup = max(1, steps // 20)
-
-    def rate(step: int) -> float:
-        decay = 0.5 * (1.0 + math.cos(math.pi * step / steps))
-        return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * decay)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    losses: list[float] = []
-    model.train()
-    for step in range(steps):
-        loss = loss_at(step)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        if step % 200 == 199:
-            recent = sum(losses[-200:]) / 200
-            print(f"  {label} step {step + 1}/{steps}, loss {recent:.3f}", flush=True)
-    model.eval()
-    return losses
-
-
 def train_reference(
     model: Any, tokenizer: Any, steps: int, seed: int, batch_size: int = 32
 ) -> list[float]:
@@ -140,7 +79,7 @@ def train_reference(
         batch = encode(tokenizer, examples(batch_size, seed=seed * 1_000_003 + step))
         return -response_logprobs(model, batch).sum() / batch.response_mask.sum()
 
-    return _fit(model, steps, 4e-3, loss_at, "reference")
+    return fit(model, steps, 4e-3, loss_at, "reference")
 
 
 @torch.no_grad()
@@ -228,17 +167,15 @@ def train_policy(
     Rows k GROUP to (k+1) GROUP - 1 of `answers` ([N, L]), `ref_logprobs` ([N]) and `rewards` ([N])
     are answers of the reference to the same prompt. One batch holds `batch_size` such groups.
     """
-    generator = torch.Generator().manual_seed(seed)
     groups = torch.arange(len(rewards)).view(-1, GROUP)
-    epochs = math.ceil(steps * batch_size / len(groups))
-    order = torch.cat([torch.randperm(len(groups), generator=generator) for _ in range(epochs)])
+    order = shuffled(len(groups), steps * batch_size, seed)
 
     def loss_at(step: int) -> torch.Tensor:
         rows = groups[order[step * batch_size : (step + 1) * batch_size]].flatten()
         log_ratios = response_logprobs(model, take(answers, rows)) - ref_logprobs[rows]
         return preference_loss(log_ratios.view(-1, GROUP), rewards[rows].view(-1, GROUP))
 
-    return _fit(model, steps, 1e-3, loss_at, label)
+    return fit(model, steps, 1e-3, loss_at, label)
 
 
 @torch.no_grad()
@@ -248,7 +185,8 @@ def all_logprobs(model: Any, batch: Sequences, batch_size: int = 256) -> torch.T
     return torch.cat([response_logprobs(model, take(batch, index)) for index in rows])
 
 
-def _mean(values: torch.Tensor) -> dict[str, float]:
+def rounded_mean(values: torch.Tensor) -> dict[str, float]:
+    """Mean of values [N] and its standard error."""
     return {
         "mean": round(values.mean().item(), 4),
         "se": round(values.std().item() / len(values) ** 0.5, 4),
@@ -266,8 +204,10 @@ def evaluate(models: dict[str, Any], tokenizer: Any, n: int, seed: int) -> dict[
     for name, model in models.items():
         answers = sample(model, tokenizer, texts, seed)
         responses = response_texts(tokenizer, answers)
-        row = {objective: _mean(score(objective, texts, responses)) for objective in REWARDS}
-        row["kl"] = _mean(all_logprobs(model, answers) - all_logprobs(models["reference"], answers))
+        row = {objective: rounded_mean(score(objective, texts, responses)) for objective in REWARDS}
+        row["kl"] = rounded_mean(
+            all_logprobs(model, answers) - all_logprobs(models["reference"], answers)
+        )
         table[name] = row
     return table
 

@@ -1,0 +1,150 @@
+"""Scorers: ordinary Hugging Face models whose output is a value, run with their KV caches.
+
+A dense scorer is a causal language model whose "logits" at the prefix [x, y] are the values
+V(x, [y, z]) of every next token z: one pass scores the vocabulary (Controlled Decoding, arXiv
+2310.17022). A scalar scorer is a token classifier with one label, which gives V(x, y) of the prefix
+that it has read; K next tokens are scored in one pass as K branches of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model_state import CallableState, CausalLMState, is_causal_lm, positions_of
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model and what to do with its output.
+
+    Args:
+        model: dense: a causal language model, or a callable `step(tokens) -> values [B, V]` as in
+            `Ensemble`. Scalar: a decoder with a token classification head of one label
+            (AutoModelForTokenClassification, num_labels=1).
+        transform: applied to the output in float32, elementwise; logsigmoid makes the logit of a
+            classifier the log-probability of its attribute (FUDGE, arXiv 2104.05218). None: the
+            output is the value.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+
+    model: Any
+    transform: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not is_causal_lm(self.model):
+            if not callable(self.model):
+                raise TypeError(
+                    "a scorer must be a language model or a callable step(tokens) -> values, "
+                    f"got {type(self.model).__name__}"
+                )
+            return
+        if not self.dense and getattr(self.model.config, "num_labels", None) != 1:
+            raise TypeError(
+                "a scorer must be a causal language model (a value for every token) or a token "
+                f"classifier with one label, got {type(self.model).__name__} with "
+                f"{getattr(self.model.config, 'num_labels', 'no')} labels"
+            )
+
+    @property
+    def dense(self) -> bool:
+        """Whether one pass gives the value of every next token."""
+        return not is_causal_lm(self.model) or self.model.get_output_embeddings() is not None
+
+    def start(
+        self, label: str, input_ids: Tensor, attention_mask: Tensor | None, use_cache: bool
+    ) -> CallableState:
+        """What one batch needs; a `ScalarState` for a scalar scorer."""
+        kind = CausalLMState if is_causal_lm(self.model) else CallableState
+        if not self.dense:
+            kind = ScalarState
+        return kind(self.model, label, input_ids, attention_mask, use_cache)
+
+    def finish(self, output: Tensor) -> Tensor:
+        """The values [...] of a model's output [...]."""
+        return output if self.transform is None else self.transform(output.float())
+
+
+class ScalarState(CausalLMState):
+    """A scalar scorer and its KV cache: values of K candidates for the next token in one pass.
+
+    The pass reads the token drawn last and the K candidates, all of these at the position after it.
+    A candidate attends to what is before it and to itself, never to its rivals; the cache then
+    forgets the candidates.
+    """
+
+    reads_ahead = 1
+
+    def __init__(
+        self,
+        model: Any,
+        label: str,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        use_cache: bool,
+    ) -> None:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        super().__init__(model, label, input_ids, mask, use_cache)
+
+    def check(self, max_new_tokens: int) -> None:
+        super().check(max_new_tokens)
+        missing = {"position_ids", "past_key_values"} - self.accepted
+        if missing:
+            raise ValueError(
+                f"{self.label} must take position_ids and past_key_values to score candidates in "
+                f"one pass; {type(self.model).__name__} does not take {', '.join(sorted(missing))}"
+            )
+
+    def score(self, tokens: Tensor | None, candidates: Tensor) -> Tensor:
+        """V(x, [y, z]) [B, K] of the candidates z int64 [B, K].
+
+        `tokens` int64 [B] were drawn last; None at the first call, which reads the prompts. After
+        `fork` that call is given the candidates of all copies, which are the same for each.
+        """
+        if self.copies > 1:
+            copies, self.copies = self.copies, 1
+            values = self.score(tokens, candidates[::copies])
+            parents = torch.arange(len(values), device=values.device).repeat_interleave(copies)
+            self.select(parents)
+            return values[parents]
+        self.advance(tokens)
+        assert self.attention_mask is not None
+        batch, count = candidates.shape
+        new, total = self.inputs.shape[1], self.attention_mask.shape[1]
+        seen = self.attention_mask.bool()
+        allowed = seen.new_zeros(batch, new + count, total + count)
+        causal = seen.new_ones(total, total).tril()[total - new :]
+        allowed[:, :new, :total] = causal & seen[:, None]
+        allowed[:, new:, :total] = seen[:, None]
+        allowed[:, new:, total:] = torch.eye(count, dtype=torch.bool, device=seen.device)
+        # Added to the attention scores, and finite: padding attends to nothing, which would be NaN.
+        dtype = self.model.dtype
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=seen.device)
+        mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+        positions = positions_of(self.attention_mask)
+
+        options: dict[str, Any] = {"use_cache": self.use_cache}
+        if self.use_cache:
+            if self.cache is None:
+                from transformers import DynamicCache
+
+                self.cache = DynamicCache(config=self.model.config)
+            options["past_key_values"] = self.cache
+        output = self.model(
+            input_ids=torch.cat([self.inputs, candidates], dim=1),
+            attention_mask=mask[:, None],
+            position_ids=torch.cat(
+                [positions[:, -new:], (positions[:, -1:] + 1).expand(-1, count)], dim=1
+            ),
+            return_dict=True,
+            **options,
+        )
+        if self.use_cache:
+            self.cache.crop(-count)
+        return output.logits[:, new:, 0]

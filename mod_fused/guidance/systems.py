@@ -1,0 +1,76 @@
+"""The published systems of value-guided decoding, as keyword arguments of `mod_fused.generate`.
+
+    generate(models, prompts, weights=[], **systems.fudge(classifier))
+
+Policies may be mixed in: their weights are `generate`'s own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .guide import Guidance
+from .scorers import Scorer
+
+Weights = Sequence[float] | Sequence[Sequence[float]] | Tensor
+
+
+def controlled_decoding(
+    scorers: Sequence[Any], strengths: Weights, *, candidates: int | None = None
+) -> dict[str, Any]:
+    """Tokenwise control pi_ref(z) exp(sum_j lambda_j V_j(x, [y, z])) (arXiv 2310.17022).
+
+    Args:
+        scorers: J prefix scorers, dense unless candidates are given.
+        strengths: lambda, [J] or [B, J], any sign; 0 is the reference.
+        candidates: as in `Guidance`.
+    """
+    return {"value_fn": Guidance(scorers, candidates=candidates), "value_weights": strengths}
+
+
+def fudge(
+    classifier: Any, *, candidates: int | None = 200, strength: float = 1.0
+) -> dict[str, Any]:
+    """pi_ref(z) P(attribute | x, [y, z])^strength over the reference's top tokens (arXiv
+    2104.05218).
+
+    Args:
+        classifier: a dense or scalar scorer whose output is the logit of the attribute.
+        candidates: how many tokens to score; the paper's 200. None: all, for a dense one.
+        strength: 1 is Bayes' rule.
+    """
+    guide = Guidance([Scorer(classifier, F.logsigmoid)], candidates=candidates)
+    return {"value_fn": guide, "value_weights": [strength]}
+
+
+def mavis(
+    scorers: Sequence[Any], weights: Weights, *, beta: float, candidates: int | None
+) -> dict[str, Any]:
+    """pi_ref(z) exp(beta sum_j w_j V_j(x, [y, z])) over the reference's top tokens (arXiv
+    2508.13415).
+
+    Args:
+        scorers: J value models, one for each objective, trained with `mavis.train_mavis`.
+        weights: w, [J] or [B, J], each on the simplex.
+        beta: the strength with which the value models were trained, positive.
+        candidates: how many tokens to score; None: all, for dense value models.
+
+    Raises:
+        ValueError: weights off the simplex, or beta not positive.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+    w = torch.as_tensor(weights, dtype=torch.float64)
+    if w.ndim not in (1, 2) or bool((w < 0).any()) or bool(((w.sum(-1) - 1).abs() > 1e-6).any()):
+        raise ValueError(
+            f"weights must be [J] or [B, J], not negative, with sums of 1; got {w.tolist()}"
+        )
+    return {
+        "value_fn": Guidance(scorers, candidates=candidates),
+        "value_weights": (beta * w).tolist(),
+    }

@@ -1,0 +1,130 @@
+"""Where the value scores of a decode come from: a function, or a guide that keeps state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Scores = Tensor | tuple[Tensor, Tensor]  # values [J, B, V], or (values [J, B, K], ids [B, K])
+ValueFunction = Callable[[int, Tensor], Scores]
+
+
+class ValueState(Protocol):
+    """One batch of a `ValueGuide` in progress."""
+
+    def step(self, tokens: Tensor | None, reference: Tensor | None, vocab_size: int) -> Scores:
+        """The scores of the tokens that may come next.
+
+        Args:
+            tokens: int64 [B], drawn last; None at the first step.
+            reference: the reference's logits [B, V_0] of this step, None if there is no reference.
+            vocab_size: V, how many tokens take part.
+        """
+        ...
+
+    def fork(self, copies: int) -> None:
+        """Let each row go on as `copies` rows, next to each other, once its prompt has been read;
+        the reference's logits of the first step have their rows already. Called before it."""
+        ...
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, int64 [N], any of them any number of times."""
+        ...
+
+
+@runtime_checkable
+class ValueGuide(Protocol):
+    """What `generate` takes as value_fn beside plain functions."""
+
+    @property
+    def num_values(self) -> int:
+        """J, how many scores each token gets."""
+        ...
+
+    def start(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        has_reference: bool,
+        max_new_tokens: int,
+        use_cache: bool,
+    ) -> ValueState:
+        """Begin a batch of prompts [B, n] (mask None: no padding); runs no model yet."""
+        ...
+
+
+def value_count(value_fn: ValueFunction | ValueGuide | None, value_weights: Any) -> int:
+    """J as far as it is known before anything runs; 0 without values."""
+    if value_fn is None:
+        return 0
+    if isinstance(value_fn, ValueGuide):
+        return value_fn.num_values
+    if not callable(value_fn):
+        raise TypeError(
+            "value_fn must be a function (step, sequences) or have start() and num_values, "
+            f"got {type(value_fn).__name__}"
+        )
+    # How many values a function will give is known from their weights alone.
+    return 1 if value_weights is None else torch.as_tensor(value_weights).shape[-1]
+
+
+class ValueSource:
+    """The values of one decode, whatever they come from. Made by `value_source`."""
+
+    def __init__(
+        self,
+        function: ValueFunction | None = None,
+        state: ValueState | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        self._function, self._state, self._vocab_size = function, state, vocab_size
+
+    def step(
+        self,
+        step: int,
+        sequences: Tensor,
+        tokens: Tensor | None,
+        reference: Tensor | None,
+        policies: Sequence[Tensor],
+    ) -> dict[str, Any]:
+        """The values and value_ids of `mod_fused.sample`; empty without values."""
+        if self._state is not None:
+            given = policies if reference is None else [reference, *policies]
+            width = min(x.shape[1] for x in given) if self._vocab_size is None else self._vocab_size
+            return _named(self._state.step(tokens, reference, width))
+        return {} if self._function is None else _named(self._function(step, sequences))
+
+    def fork(self, copies: int) -> None:
+        """See `ValueState.fork`; a function is given the sequences and keeps nothing."""
+        if self._state is not None:
+            self._state.fork(copies)
+
+    def select(self, rows: Tensor) -> None:
+        """See `ValueState.select`."""
+        if self._state is not None:
+            self._state.select(rows)
+
+
+def value_source(
+    value_fn: ValueFunction | ValueGuide | None,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    vocab_size: int | None,
+    has_reference: bool,
+    **running: Any,
+) -> ValueSource:
+    """Start the values of a decode of prompts [B, n]; `running` goes to `ValueGuide.start`."""
+    if not isinstance(value_fn, ValueGuide):
+        return ValueSource(value_fn)
+    state = value_fn.start(input_ids, attention_mask, has_reference=has_reference, **running)
+    return ValueSource(state=state, vocab_size=vocab_size)
+
+
+def _named(scores: Scores) -> dict[str, Any]:
+    if isinstance(scores, tuple):
+        return {"values": scores[0], "value_ids": scores[1]}
+    return {"values": scores}
