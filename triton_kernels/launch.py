@@ -19,7 +19,7 @@ from .solver import TILE_FIELDS
 from .tiles import STATE_FIELDS, TILE
 
 #: The solver's evaluations that are spread over the GPU; rows that need more finish on one program.
-SECULAR_EVALUATIONS, NEWTON_EVALUATIONS = 3, 6
+SECULAR_EVALUATIONS, NEWTON_EVALUATIONS = 3, 5
 
 
 class Mixing(NamedTuple):

@@ -34,7 +34,6 @@ from .draw import (
     winner_tile,
     winner_token,
 )
-from .elementary import log_of
 from .solver import (
     BEST_P,
     DRAW_PEAK,
@@ -49,6 +48,8 @@ from .solver import (
     end_deficits,
     end_keys,
     end_sums,
+    ratios,
+    start_ratios,
     step_newton,
     step_stieltjes,
     tile_field,
@@ -88,15 +89,9 @@ def evaluate_tile(m, state, row, tile, C: tl.constexpr):
         offsets = tile * TILE + tl.arange(0, TILE)
         inside &= offsets != tl.load(state + BEST_TOKEN).to(tl.int32)
         y = point + C.excess(tl.where(inside, distance, 0.0), m.alpha)
-        fall = 1.0 / y
-        h = fall
-        if C.is_alpha:
-            h = tl.exp(-log_of(y) / m.alpha)
-        slope = h * fall
     else:
         y = point + tl.where(inside, distance, 0.0)
-        h = tl.exp(C.log_ratio(y, m.alpha))
-        slope = tl.exp(C.log_slope(y, m.alpha))
+    h, slope = ratios(y, m, C)
     p = tl.where(inside, tl.exp(log_ref), 0.0)
     return tl.sum(p * h, 0), tl.sum(p * slope, 0)
 
@@ -151,6 +146,11 @@ def deficits_of_tile(m, w, state, fields, row, tile, tiles, C: tl.constexpr):
     tl.store(fields + MASS * C.tiles + tile, tl.sum(tl.where(broken, float("nan"), p), 0))
     first = tl.sum(tl.where(inside, p * q.to(tl.float32), 0.0), 0)
     tl.store(fields + FIRST * C.tiles + tile, first)
+    h, slope = start_ratios(tl.where(inside, q, 1.0), m, row, C)
+    if C.excess is not None:
+        p = tl.where(i == best, 0.0, p)  # it may be s*
+    tl.store(fields + S1 * C.tiles + tile, tl.sum(p * h, 0))
+    tl.store(fields + S2 * C.tiles + tile, tl.sum(p * slope, 0))
 
 
 @triton.jit

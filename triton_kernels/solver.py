@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .elementary import log_of
 from .tiles import (
     BEST_MASS,
     BEST_TOKEN,
@@ -19,17 +20,19 @@ from .tiles import (
     POINT,
     SHIFT,
     SOLVED,
+    STEPS,
     UPPER,
     VALID,
+    reference_weight,
     weight,
 )
 
 #: Prefix differences below it are shifted up together.
 SMALLEST_PREFIX_DIFFERENCE = tl.constexpr(-40.0)
-#: Below this |log G| a short step by the two-pole model is the last: its error is the product of
-#: both, less than float32 sums leave.
-LAST_STEP = tl.constexpr(2e-5)
-LAST_RATIO = tl.constexpr(0.1)
+#: Below this |log G| a short step is the last: its error is about the square, what float32 sums
+#: leave.
+LAST_STEP = tl.constexpr(1e-3)
+LAST_RATIO = tl.constexpr(1e-2)
 TOLERANCE = tl.constexpr(1e-6)  # where float32 sums leave log G
 WIDEN = tl.constexpr(1e-4)
 ROUNDING = tl.constexpr(1e-5)  # of float32 sums over a row
@@ -41,7 +44,7 @@ DRAW_PEAK = tl.constexpr(2)  # the same after the mask and at the temperature
 DRAW_SUM = tl.constexpr(3)
 MASS = tl.constexpr(4)  # sum p; NaN where a value is broken
 FIRST = tl.constexpr(5)  # sum p Q
-S1 = tl.constexpr(6)  # sum p H, sum p (-H')
+S1 = tl.constexpr(6)  # sum p H, sum p (-H'); of a Stieltjes kernel see `ratios`
 S2 = tl.constexpr(7)
 BEST_P = tl.constexpr(8)  # p of the tile's argmin Q
 TILE_FIELDS = tl.constexpr(9)
@@ -122,13 +125,44 @@ def end_sums(m, state, fields, row, tiles, C: tl.constexpr):
                 short = tl.where(counts, SMALLEST_PREFIX_DIFFERENCE - (own - ref_prefix), 0.0)
                 if C.clamped:
                     lift = tl.maximum(lift, short)
+        ref_below = ref_norm - tl.load(state + PEAK)
         for k in tl.static_range(1, MODELS):
-            norm = tl.load(state + LOG_NORM + k)
-            shift = ref_norm - norm
+            shift = ref_below - (tl.load(state + LOG_NORM + k) - tl.load(state + PEAK + k))
             if m.prefix is not None:
                 shift += prefix_of(m, row, k) - prefix_of(m, row, 0) + lift
             tl.store(state + SHIFT + k, shift)
     tl.store(state + VALID, valid)
+
+
+@triton.jit
+def ratios(y, m, C: tl.constexpr):
+    """H and -H' at y = tau + D; of a Stieltjes kernel y^(-1/order) and the same over y, where y is
+    t + x."""
+    if C.excess is not None:
+        fall = 1.0 / y
+        h = fall
+        if C.is_alpha:
+            h = tl.exp(-log_of(y) / m.alpha)
+        slope = h * fall
+    else:
+        h = tl.exp(C.log_ratio(y, m.alpha))
+        slope = tl.exp(C.log_slope(y, m.alpha))
+    return h, slope
+
+
+@triton.jit
+def start_ratios(q, m, row, C: tl.constexpr):
+    """`ratios` where G is evaluated first, beside the deficits: where Z = 0 if the reference counts
+    as one policy more, of the weight that the others leave. Its tau is least + `start_offset`."""
+    y = (q + start_offset(m, row, C)).to(tl.float32)
+    if C.excess is not None:
+        y = C.excess(y, m.alpha)
+    return ratios(y, m, C)
+
+
+@triton.jit
+def start_offset(m, row, C: tl.constexpr):
+    return reference_weight(m, row, C) * C.deficit(tl.zeros([], tl.float32), m.alpha)
 
 
 @triton.jit
@@ -173,22 +207,47 @@ def end_deficits(m, w, state, fields, row, tiles, C: tl.constexpr):
         lower -= WIDEN
         upper += WIDEN
     upper = tl.where(upper < lower, lower, upper)
-    if C.shift is not None:
-        low = C.shift(lower.to(tl.float32), m.alpha).to(tl.float64)
-        high = C.shift(upper.to(tl.float32), m.alpha).to(tl.float64)
-        tl.store(state + LOWER, low)
-        tl.store(state + UPPER, high)
-        tl.store(state + POINT, tl.sqrt(low * high).to(tl.float32).to(tl.float64))
-    else:
-        tl.store(state + LOWER, lower)
-        tl.store(state + UPPER, upper)
-        tl.store(state + POINT, lower.to(tl.float32).to(tl.float64))
     tl.store(state + LEAST, least)
     tl.store(state + BEST_TOKEN, best_token.to(tl.float64))
     tl.store(state + BEST_MASS, best)
-    tl.store(state + SOLVED, 0.0)
     valid = tl.load(state + VALID)
     tl.store(state + VALID, tl.where(good, valid, 0.0))
+
+    # The first step, from the sums beside the deficits.
+    s1 = tl.sum(tile_field(fields, S1, tiles, C, 0.0).to(tl.float64), 0)
+    s2 = tl.sum(tile_field(fields, S2, tiles, C, 0.0).to(tl.float64), 0)
+    tau = least + start_offset(m, row, C).to(tl.float64)
+    usable = good
+    if C.bounded:
+        usable = good & (tau > 0.0)
+    tau = tl.where(usable, tau, 1.0)
+    if C.excess is not None:
+        # The best token of each tile is missing in its sums: all but s* are added.
+        others = (i < tiles) & (i != best_tile) & (least_of < EXCLUDED)
+        h, slope = start_ratios(tl.where(others, least_of, 1.0), m, row, C)
+        p = tl.where(others, tile_field(fields, BEST_P, tiles, C, 0.0), 0.0).to(tl.float64)
+        s1 += tl.sum(p * h.to(tl.float64), 0)
+        s2 += tl.sum(p * slope.to(tl.float64), 0)
+        if C.is_jsd:
+            # There y is expm1(tau + D) = e^tau (t + x).
+            growth = tl.exp(tl.minimum(tau, 300.0))
+            s1 *= growth
+            s2 *= growth * growth
+        lower = C.shift(lower.to(tl.float32), m.alpha).to(tl.float64)
+        upper = C.shift(upper.to(tl.float32), m.alpha).to(tl.float64)
+        tau = C.shift(tau.to(tl.float32), m.alpha).to(tl.float64)
+    tl.store(state + LOWER, lower)
+    tl.store(state + UPPER, upper)
+    tl.store(state + POINT, tau)
+    tl.store(state + STEPS, -1.0)
+    tl.debug_barrier()
+    s1 = tl.where(usable, s1, float("nan"))
+    if C.excess is not None:
+        step_stieltjes(m, state, s1, s2, C)
+    else:
+        step_newton(m, state, s1, s2, C)
+    tl.debug_barrier()
+    tl.store(state + SOLVED, 0.0)
 
 
 @triton.jit
@@ -241,7 +300,7 @@ def step_stieltjes(m, state, s1, s2, C: tl.constexpr):
     else:
         log_g = tl.log(s1 + near)
     lower = tl.where(log_g > 0.0, t, lower)
-    upper = tl.where(log_g > 0.0, upper, t)
+    upper = tl.where(log_g <= 0.0, t, upper)
     good = (tl.abs(log_g) < INFINITY) & (tl.abs(s2) < INFINITY)
     pole = good & (s1 > 0.0) & (s2 > 0.0)
     distance = tl.where(pole, s1 / tl.where(pole, s2, 1.0) - t, 0.0)
@@ -261,18 +320,18 @@ def step_stieltjes(m, state, s1, s2, C: tl.constexpr):
     tl.store(state + UPPER, upper)
     tl.store(state + POINT, following.to(tl.float32).to(tl.float64))
     tl.store(state + SOLVED, tl.where(done, 1.0, 0.0))
+    tl.store(state + STEPS, tl.load(state + STEPS) + 1.0)
 
 
 @triton.jit
 def step_newton(m, state, s1, s2, C: tl.constexpr):
-    """The next point for any divergence: Newton on q(log G(tau)), which is almost straight, from
-    the lower end of the bracket, from where it climbs to the root."""
+    """The next point for any divergence: Newton on q(log G(tau)), which is almost straight."""
     tau = tl.load(state + POINT)
     lower = tl.load(state + LOWER)
     upper = tl.load(state + UPPER)
     log_g = tl.log(s1)
     lower = tl.where(log_g > 0.0, tau, lower)
-    upper = tl.where(log_g > 0.0, upper, tau)
+    upper = tl.where(log_g <= 0.0, tau, upper)
     zero = tl.zeros([], tl.float32)
     q = C.deficit(log_g.to(tl.float32), m.alpha)
     slope = tl.exp(C.log_slope(q, m.alpha).to(tl.float64))
@@ -281,11 +340,14 @@ def step_newton(m, state, s1, s2, C: tl.constexpr):
     good = (tl.abs(log_g) < INFINITY) & (tl.abs(step) < INFINITY)
     good = good & (newton > lower) & (newton < upper)
     following = tl.where(good, newton, 0.5 * (lower + upper)).to(tl.float32).to(tl.float64)
-    done = (tl.abs(log_g) < TOLERANCE) | (following == tau)
+    short = tl.abs(following - tau) < LAST_RATIO * tl.maximum(tl.abs(tau), 1.0)
+    last = good & (tl.abs(log_g) < LAST_STEP) & short
+    done = last | (tl.abs(log_g) < TOLERANCE) | (following == tau)
     tl.store(state + LOWER, lower)
     tl.store(state + UPPER, upper)
     tl.store(state + POINT, tl.where(tl.abs(log_g) < TOLERANCE, tau, following))
     tl.store(state + SOLVED, tl.where(done, 1.0, 0.0))
+    tl.store(state + STEPS, tl.load(state + STEPS) + 1.0)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ SMALLEST_LOG_RATIO = tl.constexpr(-80.0)
 # Fields of a row's state, float64.
 LOG_NORM = tl.constexpr(0)  # [9], log-sum-exp of each model's logits
 PEAK = tl.constexpr(9)  # [9]
-SHIFT = tl.constexpr(18)  # [9], added to raw differences of logits to make d
+SHIFT = tl.constexpr(18)  # [9], added to differences of logits below their peaks to make d
 LEAST = tl.constexpr(27)  # min Q over the support
 BEST_TOKEN = tl.constexpr(28)  # s* = argmin Q, and pi_ref of it
 BEST_MASS = tl.constexpr(29)
@@ -28,6 +28,7 @@ SOLVED = tl.constexpr(33)
 LEVEL = tl.constexpr(34)  # log pi* = (key - level) - log_norm
 MIX_LOG_NORM = tl.constexpr(35)
 VALID = tl.constexpr(36)
+STEPS = tl.constexpr(37)  # evaluations of G so far, that of the deficits aside
 STATE_FIELDS = tl.constexpr(40)
 
 
@@ -171,21 +172,22 @@ def deficit_tile(m, state, row, tile, C: tl.constexpr):
     min Q away from 0), and where a value is broken."""
     MODELS: tl.constexpr = C.models
     VALUES: tl.constexpr = C.scores
-    ref = model_tile(m, 0, row, tile)
-    log_ref = ref - tl.load(state + LOG_NORM).to(tl.float32)
+    # Below their peaks: exact for logits of 16 bits, and the same at any level.
+    peak = tl.load(state + PEAK)
+    ref = model_tile(m, 0, row, tile) - peak.to(tl.float32)
+    log_ref = ref - (tl.load(state + LOG_NORM) - peak).to(tl.float32)
     inside = log_ref >= SMALLEST_LOG_REF
     if C.plausible == 0:
-        inside &= ref - tl.load(state + PEAK).to(tl.float32) >= m.log_plausibility
+        inside &= ref >= m.log_plausibility
     zeros = tl.zeros([TILE], tl.float32)
     q = zeros
     for k in tl.static_range(1, MODELS):
-        x = model_tile(m, k, row, tile)
+        x = model_tile(m, k, row, tile) - tl.load(state + PEAK + k).to(tl.float32)
         if k == C.plausible:
-            inside &= x - tl.load(state + PEAK + k).to(tl.float32) >= m.log_plausibility
+            inside &= x >= m.log_plausibility
         w = zeros + weight(m, row, k - 1).to(tl.float32)
         counts = w != 0.0
         inside &= finite(x) | (counts == 0)
-        # Raw differences first: they are exact for logits of 16 bits.
         d = tl.where(inside & counts, x - ref, 0.0) + tl.load(state + SHIFT + k).to(tl.float32)
         if C.clamped:
             d = tl.maximum(d, SMALLEST_LOG_RATIO)
