@@ -235,6 +235,8 @@ def test_a_mask_that_leaves_no_candidate_ends_the_row() -> None:
         (lambda: Guidance([tiny.llama(7)]), {"value_weights": [float("nan")]}, ValueError,
          "finite"),
         (lambda: Guidance([tiny.llama(7).train()]), {}, ValueError, "scorer 0 is in training mode"),
+        (lambda: Guidance([tiny.llama(7).to("meta")]), {}, ValueError,
+         "scorer 0 is on meta, the prompts on cpu"),
         (lambda: Guidance([tiny.llama(7)]), {"max_new_tokens": 64}, ValueError,
          "scorer 0 has 64 positions"),
     ],
