@@ -19,7 +19,7 @@ from .ops import Sample, backends, log_probs, sample
 from .warmup import warmup
 
 if TYPE_CHECKING:
-    from . import world
+    from . import guidance, world
     from .decoder import GenerateOutput, generate
     from .ensemble import Ensemble
 
@@ -37,6 +37,7 @@ __all__ = [
     "backends",
     "generate",
     "get_divergence",
+    "guidance",
     "log_probs",
     "register_divergence",
     "sample",
@@ -48,6 +49,7 @@ _LAZY = {
     "Ensemble": "ensemble",
     "GenerateOutput": "decoder",
     "generate": "decoder",
+    "guidance": "guidance",
     "world": "world",
 }
 
@@ -58,7 +60,7 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         module = import_module(f".{_LAZY[name]}", __name__)
-        return module if name == "world" else getattr(module, name)
+        return module if name == _LAZY[name] else getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -283,6 +283,19 @@ def test_other_misuse_is_refused() -> None:
     assert out.valid.all() and int(out.tokens.max()) < tiny.V - 2
 
 
+def test_callables_need_no_transformers() -> None:
+    done = tiny.without_transformers(
+        "import torch, mod_fused\n"
+        "step = lambda tokens: torch.zeros(len(tokens), 5)\n"
+        "value = lambda tokens: torch.eye(5)[(tokens[:, -1] + 1) % 5]\n"
+        "guide = mod_fused.guidance.Guidance([value], candidates=5)\n"
+        "out = mod_fused.generate(mod_fused.Ensemble([step]), weights=[], value_fn=guide,\n"
+        "    value_weights=[1000.0], input_ids=torch.tensor([[0], [2]]), max_new_tokens=4)\n"
+        "print(out.tokens.tolist())\n"
+    )
+    assert done.stdout.strip() == "[[1, 2, 3, 4], [3, 4, 0, 1]]", done.stderr
+
+
 # The tree: what the op must give, in closed form.
 
 LAMBDA = 2.0

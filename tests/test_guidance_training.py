@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mod_fused import Ensemble, world
-from mod_fused.guidance import Guidance, Scorer, losses, systems, trainer
+from mod_fused.guidance import Guidance, Scorer, controlled_decoding, fudge, losses, trainer
 from mod_fused.guidance.train import CONTINUATIONS, new_scorer, values_and_outcomes
 from mod_fused.world.train import MAX_NEW_TOKENS
 
@@ -45,7 +45,7 @@ def test_rollouts_are_what_generate_drew_however_rows_are_batched(rollouts: Any)
 
 def test_log_ratios_are_those_of_the_tilted_policy() -> None:
     models = Ensemble([tiny.llama(0)], tiny.tokenizer())
-    options: dict[str, Any] = {"weights": [], **systems.controlled_decoding([tiny.llama(5)], [0.3])}
+    options: dict[str, Any] = {"weights": [], **controlled_decoding([tiny.llama(5)], [0.3])}
     batch, _ = trainer.roll_out(models, PROMPTS, max_new_tokens=4, **options)
     width = batch.ids.shape[1] - 4
     for row in range(3):
@@ -135,9 +135,9 @@ def test_a_trained_scorer_raises_its_reward(method: str) -> None:
     )
     assert sum(history[-5:]) < 0.7 * sum(history[:5])
     assert not scorer.training
-    steered = systems.controlled_decoding([scorer], [8.0])
+    steered = controlled_decoding([scorer], [8.0])
     if method == "fudge":
-        steered = systems.fudge(scorer, candidates=None, strength=2.0)
+        steered = fudge(scorer, candidates=None, strength=2.0)
     rewards = []
     for arguments in (steered, {**steered, "value_weights": [0.0]}):
         models = Ensemble([reference], tokenizer)

@@ -214,7 +214,7 @@ def train_scorer(
     """Draw one response of the reference to each prompt, reward it, fit the scorer, in place.
 
     Args:
-        scorer, method: see `fit_scorer`; for method "mavis" use `mavis.train_mavis`.
+        scorer, method: see `fit_scorer`; for method "mavis" use `train_mavis`.
         reference, tokenizer: a causal language model of transformers, and its tokenizer.
         prompts: N strings; repeat one to draw several responses to it.
         reward: reward(prompt, response), any float.
