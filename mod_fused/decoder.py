@@ -184,8 +184,8 @@ def generate(
 
     running: dict[str, Any] = {"max_new_tokens": max_new_tokens, "use_cache": use_cache}
     state = ensemble.start(ids, masks, **running)
-    has_reference = ensemble.models[0] is not None
-    values = value_source(value_fn, ids[0], masks[0], vocab_size, has_reference, **running)
+    running["has_reference"] = ensemble.models[0] is not None
+    values = value_source(value_fn, ids[0], masks[0], vocab_size, **running)
     columns = len(ids)  # models that are there
     sequences = torch.cat([ids[0], ids[0].new_full((batch, max_new_tokens), pad)], dim=1)
     logprobs = torch.zeros(batch, max_new_tokens, device=device)
@@ -204,7 +204,7 @@ def generate(
             reference,
             policies,
             **options,
-            **values(step, so_far, tokens, reference, policies),
+            **values.step(step, so_far, tokens, reference, policies),
             mask=None if mask_fn is None else mask_fn(step, so_far),
             prefix_logprobs=history,
             position=step,

@@ -63,23 +63,35 @@ def value_count(value_fn: ValueFunction | ValueGuide | None, value_weights: Any)
     return 1 if value_weights is None else torch.as_tensor(value_weights).shape[-1]
 
 
-def value_source(
-    value_fn: ValueFunction | ValueGuide | None,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    vocab_size: int | None,
-    has_reference: bool,
-    **running: Any,
-) -> Callable[[int, Tensor, Tensor | None, Tensor | None, Sequence[Tensor]], dict[str, Any]]:
-    """A function of (step, sequences, tokens, reference, policies) that returns the values and
-    value_ids of `mod_fused.sample`; `running` goes to `ValueGuide.start`."""
-    if value_fn is None:
-        return lambda *_: {}
-    if not isinstance(value_fn, ValueGuide):
-        return lambda step, sequences, *_: _named(value_fn(step, sequences))
-    state = value_fn.start(input_ids, attention_mask, has_reference=has_reference, **running)
+class ValueSource:
+    """No values, and the interface of the two kinds; the results are arguments of the op."""
 
     def step(
+        self,
+        step: int,
+        sequences: Tensor,
+        tokens: Tensor | None,
+        reference: Tensor | None,
+        policies: Sequence[Tensor],
+    ) -> dict[str, Any]:
+        return {}
+
+
+class FunctionSource(ValueSource):
+    def __init__(self, function: ValueFunction) -> None:
+        self.function = function
+
+    def step(self, step: int, sequences: Tensor, *_: Any) -> dict[str, Any]:
+        return _named(self.function(step, sequences))
+
+
+class GuideSource(ValueSource):
+    def __init__(self, state: ValueState, vocab_size: int | None) -> None:
+        self.state = state
+        self.vocab_size = vocab_size
+
+    def step(
+        self,
         step: int,
         sequences: Tensor,
         tokens: Tensor | None,
@@ -87,10 +99,23 @@ def value_source(
         policies: Sequence[Tensor],
     ) -> dict[str, Any]:
         given = policies if reference is None else [reference, *policies]
-        width = min(x.shape[1] for x in given) if vocab_size is None else vocab_size
-        return _named(state.step(tokens, reference, width))
+        width = self.vocab_size or min(logits.shape[1] for logits in given)
+        return _named(self.state.step(tokens, reference, width))
 
-    return step
+
+def value_source(
+    value_fn: ValueFunction | ValueGuide | None,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    vocab_size: int | None,
+    **running: Any,
+) -> ValueSource:
+    """The values of one batch of prompts; `running` goes to `ValueGuide.start`."""
+    if value_fn is None:
+        return ValueSource()
+    if isinstance(value_fn, ValueGuide):
+        return GuideSource(value_fn.start(input_ids, attention_mask, **running), vocab_size)
+    return FunctionSource(value_fn)
 
 
 def _named(scores: Scores) -> dict[str, Any]:
