@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,11 @@ def machine() -> dict[str, str]:
     }
 
 
+def disturbed(row: Mapping[str, Any]) -> bool:
+    """Whether other processes were too busy for this row's times to be trusted."""
+    return (row.get("other_cores") or 0.0) > DISTURBED
+
+
 def number(x: float) -> str:
     """At most three digits that mean something."""
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
@@ -98,7 +103,7 @@ def _timing_row(row: dict[str, Any], names: Sequence[str]) -> list[str]:
     cells.append(
         f"{number(mine['median_us'])} ({number(mine['p20_us'])} to {number(mine['p80_us'])})"
     )
-    if row["other_cores"] > DISTURBED:
+    if disturbed(row):
         cells[-1] += " \\*"
     cells += [number(timings[n]["median_us"]) if n in timings else "" for n in names[1:]]
     ratios = row["ratios"]
@@ -110,9 +115,9 @@ def timing_markdown(result: dict[str, Any]) -> str:
     """Tables of a timing run: one per dtype and thread count, then accuracy and what is missing."""
     names = result["contestants"]
     out = _head(result)
-    if disturbed := sum((r["other_cores"] or 0.0) > DISTURBED for r in result["rows"]):
+    if count := sum(disturbed(row) for row in result["rows"]):
         warning = (
-            f"**{disturbed} of {len(result['rows'])} rows, marked \\*, were disturbed:** other "
+            f"**{count} of {len(result['rows'])} rows, marked \\*, were disturbed:** other "
         )
         out += [
             "",

@@ -208,7 +208,7 @@ def time_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             times = {n: round(t["median_us"]) for n, t in row["timings"].items()}
             shown = row["refused"] or " ".join(f"{n} {us}" for n, us in times.items())
             where = " ".join(str(x) for x in problem[:5])
-            if (row["other_cores"] or 0.0) > report.DISTURBED:
+            if report.disturbed(row):
                 shown += f"  DISTURBED: others kept {row['other_cores']:.2f} cores busy"
             _note(f"{time.monotonic() - start:4.0f} s  {i}/{len(problems)}  {where}: {shown}")
     finally:
