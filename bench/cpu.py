@@ -78,10 +78,12 @@ CPU = Case(
         "read": Contestant(floors.read, floor=True),
         "math": Contestant(floors.transcendentals, floor=True),
     },
-    grid=Grid(
-        dtypes=_DTYPES,
-        shapes=tuple((b, v) for v in (32000, 128256, 262144) for b in (1, 8, 64)),
-        threads=(1, 2),
+    grids=(
+        Grid(
+            dtypes=_DTYPES,
+            shapes=tuple((b, v) for v in (32000, 128256, 262144) for b in (1, 8, 64)),
+            threads=(1, 2),
+        ),
     ),
-    quick=Grid(dtypes=_DTYPES, shapes=((1, 2048), (2, 4096)), threads=(1,)),
+    quick=(Grid(dtypes=_DTYPES, shapes=((1, 2048), (2, 4096)), threads=(1,)),),
 )

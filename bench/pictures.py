@@ -12,8 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import decoder, scaling
+
 #: By case: draws the results into a figure.
-PICTURES: dict[str, Callable[[Any, dict[str, Any]], None]] = {}
+PICTURES: dict[str, Callable[[Any, dict[str, Any]], None]] = {
+    "decoder": decoder.draw,
+    "scaling": scaling.draw,
+}
 
 
 def digest(results: Path) -> str:

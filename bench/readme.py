@@ -28,6 +28,11 @@ _BLOCK = re.compile(
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu": ("cpu", tables.cpu),
     "cpu_memory": ("cpu_memory", tables.memory),
+    "scaling": ("scaling", tables.scaling),
+    "filters": ("filters", tables.filters),
+    "distributions": ("distributions", tables.distributions),
+    "decoder": ("decoder", tables.decoder),
+    "host": ("host", tables.host),
 }
 
 
@@ -42,7 +47,8 @@ def block(name: str, file: Path, results: Path = RESULTS) -> str:
     stem, table = BLOCKS[name]
     source = results / f"{stem}.json"
     if not source.exists():
-        return f"Not measured yet: `python -m bench.run {stem} --out bench/results`.\n"
+        words = stem.replace("_memory", " --memory")
+        return f"Not measured yet: `python -m bench.run {words} --out bench/results`.\n"
     result = json.loads(source.read_text())
     shown = table(result)
     parts = [shown, tables.origin(result, marked="\\*" in shown)]

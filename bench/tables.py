@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .report import disturbed, markdown_table, number
+from . import decoder as decoder_case
+from . import scaling as scaling_case
+from .report import disturbed, labels, markdown_table, number
 
 Row = dict[str, Any]
 
@@ -56,3 +58,57 @@ def memory(result: dict[str, Any]) -> str:
     ]
     header = ["divergence", "contestant", "B", "V", "MB", "of the logits"]
     return markdown_table(header, cells)
+
+
+def comparison(result: dict[str, Any], rows: list[Row]) -> str:
+    """All columns that tell problems apart, our time, and ratios to all others."""
+    rows = [row for row in rows if row["timings"]]
+    heading, cells = labels(rows)
+    ratios = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    heading = [*heading, "µs", *(f"{name} / ours" for name in ratios)]
+    for cell, row in zip(cells, rows, strict=True):
+        cell += [_mine(result, row), *(_ratio(row, name) for name in ratios)]
+    return markdown_table(heading, cells)
+
+
+def filters(result: dict[str, Any]) -> str:
+    """The largest batch; which samplers were not there."""
+    largest = max(row["batch"] for row in result["rows"])
+    text = comparison(result, [row for row in result["rows"] if row["batch"] == largest])
+    reasons = {why for row in result["rows"] for why in row["skipped"].values()}
+    missing = sorted(why for why in reasons if why.endswith("not installed"))
+    return "\n\n".join([text, *[f"Not timed: {', '.join(missing)}."] * bool(missing)])
+
+
+def distributions(result: dict[str, Any]) -> str:
+    """Our time: logits down, divergences across."""
+    divergences = result["divergences"]
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in result["rows"]:
+        key = (row["setting"], str(row["batch"]), str(row["vocab"]))
+        shown = _mine(result, row) if row["timings"] else "refused"
+        cells.setdefault(key, {})[row["divergence"]] = shown
+    body = [[*key, *(times.get(d, "") for d in divergences)] for key, times in cells.items()]
+    return markdown_table(["logits", "B", "V", *(f"{d} µs" for d in divergences)], body)
+
+
+def scaling(result: dict[str, Any]) -> str:
+    """From where on the C++ backend is faster than torch; the sizes are in the picture."""
+    cells = [[d, where] for d, where in scaling_case.crossings(result["rows"]).items()]
+    return markdown_table(["divergence", "cpu is faster than torch (B = 1)"], cells)
+
+
+def host(result: dict[str, Any]) -> str:
+    """Microseconds of a whole call, of its parts and of bare ops."""
+    names = result["contestants"]
+    rows = [row for row in result["rows"] if row["timings"]]
+    heading, cells = labels(rows)
+    for cell, row in zip(cells, rows, strict=True):
+        cell += [_mine(result, row)]
+        cell += [number(row["timings"][name]["median_us"]) for name in names[1:]]
+    return markdown_table([*heading, "sample", *names[1:]], cells)
+
+
+def decoder(result: dict[str, Any]) -> str:
+    """Tokens per second and what drawing takes of it."""
+    return markdown_table(*decoder_case.cells(result, result["rows"]))
