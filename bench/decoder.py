@@ -4,8 +4,9 @@ drawing takes."""
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,14 +31,14 @@ _CLOSE_RACE = 1e-3
 def options(parser: argparse.ArgumentParser) -> None:
     """The case's own options."""
     add = parser.add_argument
-    add("--models", nargs="+", choices=models.NAMES, default=["embedded", "0.1b"])
+    add("--models", nargs="+", choices=list(models.TOKENS), help="default: embedded 0.1b")
     add("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["float32", "bfloat16"])
     add("--divergences", nargs="+", choices=DIVERGENCES, default=["reverse_kl", "jsd"])
-    add("--batches", nargs="+", type=int, metavar="B", default=[1, 8])
-    add("--tokens", type=int, metavar="T", default=9, help="to draw in each row, 2 or more")
+    add("--batches", nargs="+", type=int, metavar="B", help="default: 1 8")
+    add("--tokens", type=int, metavar="T", help=f"a row, 2 or more; default {models.TOKENS}")
     add("--threads", type=int, metavar="N", default=torch.get_num_threads())
     add("--device", default="cpu", help="where the models and the logits are, such as cuda")
-    add("--rounds", type=int, metavar="N", default=ROUNDS, help="timed runs of each loop")
+    add("--rounds", type=int, metavar="N", help=f"timed runs of each loop; default {ROUNDS}")
 
 
 class Clock:
@@ -100,7 +101,7 @@ def refusal(name: str, task: loops.Task, clock: Clock, drawn: loops.Drawn) -> st
     return ""
 
 
-def _row(task: loops.Task, args: argparse.Namespace) -> dict[str, Any]:
+def _row(task: loops.Task, rounds: int) -> dict[str, Any]:
     """Check the loops, then time them in turn."""
     synchronise = torch.cuda.synchronize if task.prompts.is_cuda else lambda: None
     row: dict[str, Any] = {
@@ -122,7 +123,7 @@ def _row(task: loops.Task, args: argparse.Namespace) -> dict[str, Any]:
         kept[name] = loop
     others = measure.Others()
     seconds_of: dict[str, list[float]] = {name: [] for name in kept}
-    for _ in range(args.rounds):
+    for _ in range(rounds):
         for name, loop in kept.items():
             loop(task, clock := Clock(synchronise))
             seconds_of[name].append(clock.seconds() / (task.tokens - 1))
@@ -136,39 +137,44 @@ def _row(task: loops.Task, args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
+def _tasks(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], loops.Task]]:
+    """What to decode, and how it stands in the results."""
+    names = args.models or (["embedded", "tiny"] if args.quick else ["embedded", "0.1b"])
+    batches = args.batches or ([2] if args.quick else [1, 8])
+    for name, dtype in itertools.product(names, args.dtypes):
+        ensemble = models.ensemble(name, getattr(torch, dtype), args.device, POLICIES)
+        tokens = args.tokens or (4 if args.quick else models.TOKENS[name])
+        for batch, divergence in itertools.product(batches, args.divergences):
+            prompts = models.prompts(name, ensemble, batch)
+            head = {
+                "models": name,
+                "parameters": models.parameters(ensemble),
+                "vocab": ensemble.vocab_size,
+                "dtype": dtype,
+                "batch": batch,
+                "prompt": prompts.shape[1],
+                "tokens": tokens,
+                "divergence": divergence,
+                "threads": args.threads,
+            }
+            yield head, loops.Task(ensemble, prompts, tokens, divergence, WEIGHTS)
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All combinations of models, dtypes, batches and divergences."""
-    if args.quick:
-        args.models, args.batches, args.tokens, args.rounds = ["embedded", "tiny"], [2], 4, 1
+    if args.tokens is not None and args.tokens < 2:
+        raise SystemExit(f"--tokens must be at least 2, got {args.tokens}")
+    rounds = args.rounds or (1 if args.quick else ROUNDS)
     rows: list[dict[str, Any]] = []
     threads = torch.get_num_threads()
-    if args.tokens < 2:
-        raise SystemExit(f"--tokens must be at least 2, got {args.tokens}")
     set_threads(args.threads)
     try:
-        for name in args.models:
-            for dtype in args.dtypes:
-                ensemble = models.ensemble(name, getattr(torch, dtype), args.device, POLICIES)
-                for batch in args.batches:
-                    prompts = models.prompts(name, ensemble, batch)
-                    for divergence in args.divergences:
-                        task = loops.Task(ensemble, prompts, args.tokens, divergence, WEIGHTS)
-                        head = {
-                            "models": name,
-                            "parameters": models.parameters(ensemble),
-                            "vocab": ensemble.vocab_size,
-                            "dtype": dtype,
-                            "batch": batch,
-                            "prompt": prompts.shape[1],
-                            "tokens": args.tokens,
-                            "divergence": divergence,
-                            "threads": args.threads,
-                        }
-                        rows.append({**head, **_row(task, args)})
-                        where = " ".join(str(head[k]) for k in ("models", "dtype", "batch"))
-                        rates = rows[-1].get("tokens_per_s", {}).items()
-                        shown = " ".join(f"{n} {x:.1f}" for n, x in rates)
-                        note(f"{where} {divergence}: {rows[-1]['refused'] or shown}")
+        for head, task in _tasks(args):
+            row = {**head, **_row(task, rounds)}
+            rows.append(row)
+            rates = " ".join(f"{n} {x:.1f}" for n, x in row["tokens_per_s"].items())
+            where = " ".join(str(head[k]) for k in ("models", "dtype", "batch", "divergence"))
+            note(f"{where}: {row['refused'] or rates}")
     finally:
         set_threads(threads)
     device = args.device

@@ -262,12 +262,18 @@ def measure_memory(case: Case, name: str, args: argparse.Namespace) -> dict[str,
     """Rows of a memory run."""
     if args.base:
         raise SystemExit("--base compares times, --memory measures none")
-    _, contestants = _contestants(case, args)
+    backends, contestants = _contestants(case, args)
     kept = [n for n, c in contestants.items() if not c.floor and not c.slow_to_compile]
     rows = []
     for problem in _problems(case, args):
         for contestant in kept:
-            grown = memory.growth(name, contestant, problem)
+            try:
+                grown = memory.growth(name, contestant, problem)
+            except RuntimeError as error:
+                if contestant in backends:
+                    raise
+                note(f"{problem.label()}: {contestant} left out: {str(error).splitlines()[-1]}")
+                continue
             row = {**problem.shown(), "contestant": contestant, "growth_bytes": grown}
             rows.append({**row, "logits_bytes": problem.bytes})
             note(f"{problem.label()}: {contestant} {grown / 1e6:.2f} MB")

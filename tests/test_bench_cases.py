@@ -167,22 +167,10 @@ def test_host_entry_points_run_without_the_plugin_too(name):
         assert torch.equal(called[0][0], out.tokens) and torch.equal(called[0][1], out.logprobs)
 
 
-DECODER = ["decoder", "--quick", "--dtypes", "float32"]
+DECODER = ["decoder", "--quick", "--models", "tiny", "--dtypes", "float32"]
 
 
-@pytest.fixture
-def only_tiny(monkeypatch):
-    """Without the embedded models, which load for a second."""
-    everything = decoder.run
-
-    def tiny(args):
-        args.quick, args.models, args.batches, args.tokens, args.rounds = 0, ["tiny"], [2], 4, 1
-        return everything(args)
-
-    monkeypatch.setattr(decoder, "DECODER", decoder.DECODER._replace(run=tiny))
-
-
-def test_decoder_case_times_every_loop(tmp_path, only_tiny):
+def test_decoder_case_times_every_loop(tmp_path):
     status, result = run_json(tmp_path, *DECODER, "--out", str(tmp_path))
     assert status == 0
     reverse_kl, jsd = result["rows"]
@@ -199,7 +187,7 @@ def test_decoder_case_times_every_loop(tmp_path, only_tiny):
     assert "jsd" in (tmp_path / "decoder.svg").read_text()
 
 
-def test_decoder_case_refuses_a_loop_that_draws_something_else(tmp_path, only_tiny, monkeypatch):
+def test_decoder_case_refuses_a_loop_that_draws_something_else(tmp_path, monkeypatch):
     right = decoding.sample
 
     def wrong(*args, **kwargs):
@@ -213,7 +201,7 @@ def test_decoder_case_refuses_a_loop_that_draws_something_else(tmp_path, only_ti
     assert decoding.sample is wrong  # put back after the run
 
 
-def test_peer_that_draws_something_else_is_left_out(tmp_path, only_tiny, monkeypatch):
+def test_peer_that_draws_something_else_is_left_out(tmp_path, monkeypatch):
     right = loops.contestants
 
     def wrong(divergence):
