@@ -112,10 +112,10 @@ def check_mixture(
             host_value_weights, value_weights_tensor = weights_of(
                 "value_weights", value_weights, count, batch, device
             )
-    else:
-        for name, x in (("value_ids", value_ids), ("value_weights", value_weights)):
-            if x is not None:
-                raise ValueError(f"{name} needs values, got values=None")
+    elif value_ids is not None:
+        raise ValueError("value_ids needs values, got values=None")
+    elif value_weights is not None:
+        raise ValueError("value_weights needs values, got values=None")
 
     if prefix_logprobs is not None:
         prefix_logprobs = check_tensor(
