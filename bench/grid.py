@@ -21,6 +21,7 @@ from .settings import RECORDED, SETTINGS
 #: Seconds for all repetitions of one contestant in one cell, and the fewest rounds.
 BUDGET, ROUNDS = 0.15, 5
 QUICK_BUDGET = 0.01
+TRIES = 3  # of a row that other processes disturb; the least disturbed counts
 MEMORY_SHAPES = ((1, 128256), (64, 128256))
 BASE = "base"  # what the other commit is called among the contestants
 #: Axes of a grid that a command may narrow or widen.
@@ -145,9 +146,7 @@ class Timer:
         calls = self._build(problem, inputs, row)
         if row["refused"]:
             return row
-        others = measure.Others(c.pid for c in calls.values() if isinstance(c, base.Process))
-        rounds = measure.rounds(calls, self.budget, ROUNDS)
-        row["other_cores"] = others.cores()
+        rounds, row["other_cores"] = self._least_disturbed(calls)
         timings = measure.timings(rounds)
         row["timings"] = {name: timing._asdict() for name, timing in timings.items()}
 
@@ -161,6 +160,15 @@ class Timer:
             row["base_ratio"] = measure.ratio(rounds[BASE], rounds[self.backends[0]])
         row["gb_per_s"] = problem.bytes / mine / 1e3
         return row
+
+    def _least_disturbed(self, calls: dict[str, measure.Call]) -> tuple[measure.Rounds, float]:
+        """The times, and how many cores others kept busy meanwhile."""
+        processes = [c.pid for c in calls.values() if isinstance(c, base.Process)]
+        tries: list[tuple[measure.Rounds, float]] = []
+        while len(tries) < TRIES and not (tries and tries[-1][1] <= report.DISTURBED):
+            others = measure.Others(processes)
+            tries.append((measure.rounds(calls, self.budget, ROUNDS), others.cores()))
+        return min(tries, key=lambda one: one[1])
 
     def _tv(
         self, name: str, contestant: Contestant, problem: Problem, inputs: list[torch.Tensor]

@@ -253,6 +253,15 @@ def test_disturbed_rows_are_marked(tmp_path, monkeypatch):
     assert "1 of 1 rows, marked \\*, were disturbed" in text and ") \\* |" in text
 
 
+@pytest.mark.parametrize("busy", [[0.05], [0.5, 0.05], [0.5, 0.2, 0.9]])
+def test_a_disturbed_row_is_timed_again_and_the_quietest_counts(tmp_path, monkeypatch, busy):
+    cores = iter(busy)
+    monkeypatch.setattr(measure.Others, "cores", lambda self: next(cores))
+    _, result = run_json(tmp_path, "--contestants", "--divergences", "jsd")
+    assert result["rows"][0]["other_cores"] == min(busy)
+    assert next(cores, None) is None  # tried no more often, no less
+
+
 def test_memory_growth_sees_a_batch_of_temporaries():
     # Eager torch keeps several float32 [B, V] tensors alive: at least two of them must show.
     problem = Problem("reverse_kl", "bfloat16", 16, 65536, 1)
