@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import base, check, measure, memory, report
-from .problem import DIVERGENCES, FILTERS, Problem, logits
+from .problem import DIVERGENCES, FILTERS, WEIGHTS, Problem, logits
 from .registry import Case, Contestant, Grid, NotTimed, Refused, ours, set_threads
 from .settings import RECORDED, SETTINGS
 
@@ -140,12 +140,12 @@ class Timer:
             if not result.passed:
                 row["refused"] = f"{name}: {result.reason}"
                 return row
-        for name, contestant in self.contestants.items():
-            if contestant.log_probs is not None:
-                row["tv"][name] = self._tv(name, contestant, problem, inputs)
         calls = self._build(problem, inputs, row)
         if row["refused"]:
             return row
+        for name in calls:
+            if self.contestants[name].log_probs is not None and problem.weights == WEIGHTS:
+                row["tv"][name] = self._tv(name, self.contestants[name], problem, inputs)
         rounds, row["other_cores"] = self._least_disturbed(calls)
         timings = measure.timings(rounds)
         row["timings"] = {name: timing._asdict() for name, timing in timings.items()}
@@ -244,11 +244,17 @@ def _time(
     budget = args.budget or (QUICK_BUDGET if args.quick else BUDGET)
     problems = _problems(case, args)
     timer = Timer(backends, contestants, max(p.batch for p in problems), budget)
+    left_out: list[str] = []
     threads = torch.get_num_threads()
     start = time.monotonic()
     try:
         for i, problem in enumerate(problems, 1):
-            row = timer.row(problem)
+            try:
+                row = timer.row(problem)
+            except ImportError as error:  # its logits come from models
+                left_out.append(f"{problem.label()}: {error.name} not installed")
+                note(left_out[-1])
+                continue
             times = {n: round(t["median_us"]) for n, t in row["timings"].items()}
             shown = row["refused"] or " ".join(f"{n} {us}" for n, us in times.items())
             if report.disturbed(row):
@@ -263,6 +269,7 @@ def _time(
         "contestants": list(contestants),
         "divergences": list(dict.fromkeys(p.divergence for p in problems)),
         "rows": timer.rows,
+        "left_out": left_out,
     }
 
 

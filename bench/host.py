@@ -18,7 +18,7 @@ from mod_fused.checks import check_draw, check_mixture
 
 from .measure import Call
 from .problem import DIVERGENCES, Problem
-from .registry import Case, Contestant, Grid
+from .registry import Case, Contestant, Grid, mixtures_only
 
 
 def _checked(problem: Problem, logits: list[Tensor]) -> tuple[Call, Call]:
@@ -32,10 +32,12 @@ def _checked(problem: Problem, logits: list[Tensor]) -> tuple[Call, Call]:
     return mixture, draw
 
 
+@mixtures_only
 def _check_mixture(problem: Problem, logits: list[Tensor]) -> Call:
     return _checked(problem, logits)[0]
 
 
+@mixtures_only
 def _check_draw(problem: Problem, logits: list[Tensor]) -> Call:
     return _checked(problem, logits)[1]
 
@@ -47,10 +49,12 @@ def _arguments(problem: Problem, logits: list[Tensor]) -> tuple[MixtureArguments
     return mixing, drawing
 
 
+@mixtures_only
 def _pack(problem: Problem, logits: list[Tensor]) -> Call:
     return functools.partial(pack, *_arguments(problem, logits))
 
 
+@mixtures_only
 def _op(problem: Problem, logits: list[Tensor]) -> Call:
     op = torch.ops.mod_fused.sample_cpu.default
     return functools.partial(op, *pack(*_arguments(problem, logits)))

@@ -111,6 +111,19 @@ def ours(backend: str) -> Contestant:
     return Contestant(build)
 
 
+def mixtures_only(build: Builder) -> Builder:
+    """A builder for what takes logits and weights alone: no values, no filters, no mixture without
+    a reference."""
+
+    @functools.wraps(build)
+    def checked(problem: Problem, logits: list[Tensor]) -> Call:
+        if problem.values or problem.filters or not problem.reference:
+            raise NotTimed("takes a reference and policies alone, without values and filters")
+        return build(problem, logits)
+
+    return checked
+
+
 def cases() -> dict[str, Case | Procedure]:
     """All cases by name."""
     from .cpu import CPU

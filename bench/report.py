@@ -142,6 +142,11 @@ def _timing_cells(row: dict[str, Any], names: Sequence[str], ratios: Sequence[st
     return [*cells, number(row["gb_per_s"])]
 
 
+def _distance(tv: Mapping[str, float | None], name: str) -> str:
+    found = tv.get(name, "")
+    return "NaN" if found is None else f"{found:.1e}" if found != "" else ""
+
+
 def timing_markdown(result: dict[str, Any]) -> str:
     """Tables of a timing run: one per dtype and thread count, then accuracy and what is missing."""
     names = result["contestants"]
@@ -168,18 +173,15 @@ def timing_markdown(result: dict[str, Any]) -> str:
 
     accurate = [name for name in names if any(name in r["tv"] for r in result["rows"])]
     heading, cells = labels(result["rows"])
-    seen = {
-        (cell[0], row["dtype"], *cell[2:]): row["tv"]  # the same for all batches and threads
-        for cell, row in zip(cells, result["rows"], strict=True)
-    }
-    rows_tv = [
-        [*key, *(f"{tv[n]:.1e}" if tv.get(n) is not None else "NaN" for n in accurate)]
-        for key, tv in seen.items()
-    ]
+    seen: dict[tuple[str, ...], dict[str, float | None]] = {}  # the same for all batches
+    for cell, row in zip(cells, result["rows"], strict=True):
+        seen.setdefault((cell[0], row["dtype"], *cell[2:]), {}).update(row["tv"])
+    rows_tv = [[*key, *(_distance(tv, n) for n in accurate)] for key, tv in seen.items()]
     out += ["", "## Total variation from the float64 oracle, first row", ""]
     out.append(markdown_table([heading[0], "dtype", *heading[2:], *accurate], rows_tv))
     skipped = sorted(
         {f"- {name}: {why}" for r in result["rows"] for name, why in r["skipped"].items()}
+        | {f"- {problem}" for problem in result.get("left_out", ())}
     )
     if skipped:
         out += ["", "## Not timed", "", *skipped]

@@ -87,6 +87,8 @@ def recorded(vocab: int, batch: int, policies: int) -> Tensor:
         ValueError: if their vocabulary is another one, or there are fewer policies.
         ImportError: transformers is not installed.
     """
+    import transformers  # noqa: F401 named in the error where it is missing
+
     from mod_fused import Ensemble, generate, world
 
     if not 1 <= policies <= len(world.OBJECTIVES):

@@ -3,6 +3,7 @@ claim."""
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -110,10 +111,15 @@ def test_calls_foreseen_to_be_slow_are_skipped_with_the_reason(tmp_path, monkeyp
     limited = {"cpu": cases["cpu"]._replace(contestants=peers)}
     monkeypatch.setattr(run, "cases", lambda: limited)
     words = ["--contestants", "eager", "--divergences", "jsd", "--shapes", "2x512", "2x1024"]
+    words += ["--out", str(tmp_path)]
     status, result = run_json(tmp_path, *words)
     first, second = result["rows"]
     assert "eager" in first["timings"]  # nothing to foresee it from
     assert list(second["timings"]) == ["torch"] and "V=1024" in second["skipped"]["eager"]
+    distances = re.findall(
+        r"^\| jsd \| float32 \| \d+ \|(.*)$", (tmp_path / "cpu.md").read_text(), re.M
+    )
+    assert [cells.count("e-") for cells in distances] == [2, 1] and "NaN" not in str(distances)
 
 
 def test_unknown_contestants_and_shapes_are_refused():

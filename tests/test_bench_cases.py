@@ -63,6 +63,19 @@ def test_missing_samplers_and_mixtures_are_said_to_be_left_out(tmp_path, monkeyp
     assert "- vllm: vllm not installed" in (tmp_path / "filters.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "words", [("--filters", "top_k=50"), ("--policies", "3"), ("--settings", "flat")]
+)
+def test_peers_do_not_take_problems_that_they_would_ignore_a_part_of(tmp_path, words):
+    quick = ["cpu", "--quick", "--budget", "0.001", "--divergences", "jsd", "--dtypes", "float32"]
+    shape = ["--shapes", "1x512", "--contestants", "eager", "math", "--backends", "torch"]
+    status, result = run_json(tmp_path, *quick, *shape, *words)
+    (row,) = result["rows"]
+    left_out = {"top_k=50": {"eager", "math"}, "3": {"math"}, "flat": set()}[words[1]]
+    assert status == 0 and set(row["skipped"]) == left_out
+    assert set(row["timings"]) == {"torch", "eager", "math"} - left_out
+
+
 def test_backend_that_ignores_a_filter_is_refused(tmp_path, monkeypatch):
     right = mod_fused.sample
 
@@ -114,6 +127,17 @@ def test_recorded_logits_are_those_of_the_embedded_models():
     assert all(len(row.unique(dim=0)) == 20 for row in rows)  # a row for each token
     with pytest.raises(ValueError, match="V = 904, got 905"):
         logits(Problem("jsd", "float32", 1, 905, 1, setting=RECORDED), 1)
+
+
+def test_recorded_logits_are_left_out_where_transformers_is_missing(tmp_path, monkeypatch):
+    problems._rows.cache_clear()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    words = ["distributions", "--quick", "--budget", "0.001", "--divergences", "reverse_kl"]
+    settings = ["--settings", RECORDED, "model", "--backends", "torch", "--out", str(tmp_path)]
+    status, result = run_json(tmp_path, *words, "--shapes", "2x904", *settings)
+    assert status == 0 and [row["setting"] for row in result["rows"]] == ["model"]
+    text = (tmp_path / "distributions.md").read_text()
+    assert f"{RECORDED}: transformers not installed" in text
 
 
 def test_settings_are_what_they_are_called():
