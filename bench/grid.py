@@ -51,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--filters", nargs="+", metavar="NAME", choices=list(FILTERS))
     add("--settings", nargs="+", metavar="NAME", choices=[*SETTINGS, RECORDED])
     add("--budget", type=float, metavar="S", help="seconds per contestant and cell")
-    add("--base", metavar="REV", help="time the first backend beside that of another commit")
+    add("--base", metavar="REV", help="time our first backend beside that of another commit")
     add("--memory", action="store_true", help="measure peak memory instead of time")
 
 
