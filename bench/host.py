@@ -1,8 +1,9 @@
 """The case `host`: what a call costs besides the work, on inputs too small to matter.
 
-The parts of a call are timed one by one: the checks of its arguments, packing them into the four of
-the op, the op itself (dispatcher, reading the arguments, kernel, outputs); beside them bare C++ ops
-of torch. What `mod_fused.sample` takes beyond its parts is Python's calls and the result's tuple.
+The parts of a call are timed one by one: the checks of its arguments, the choice of the backend,
+packing the arguments into the four of the op, the op itself (dispatcher, reading the arguments,
+kernel, outputs); beside them bare C++ ops of torch. What `mod_fused.sample` takes beyond its parts
+is Python's calls and the result's tuple.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mod_fused.arguments import DrawArguments, MixtureArguments, pack
 from mod_fused.checks import check_draw, check_mixture
+from mod_fused.dispatch import choose
 
 from .measure import Call
 from .problem import DIVERGENCES, Problem
@@ -54,6 +56,10 @@ def _pack(problem: Problem, logits: list[Tensor]) -> Call:
     return functools.partial(pack, *_arguments(problem, logits))
 
 
+def _choose(problem: Problem, logits: list[Tensor]) -> Call:
+    return functools.partial(choose, "cpu", logits[0].device, problem.divergence)
+
+
 @mixtures_only
 def _op(problem: Problem, logits: list[Tensor]) -> Call:
     op = torch.ops.mod_fused.sample_cpu.default
@@ -76,6 +82,7 @@ HOST = Case(
         "op": Contestant(_op),
         "check_mixture": Contestant(_check_mixture),
         "check_draw": Contestant(_check_draw),
+        "choose": Contestant(_choose),
         "pack": Contestant(_pack),
         "add": Contestant(_add),
         "add_out": Contestant(_out),
