@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import mod_fused
-from mod_fused import reference
+from mod_fused import reference, reference_sampling
 
-from .problem import Problem, logits
+from .problem import Problem, filters, logits, mixture
 
 TOLERANCE = 2e-5  # total variation from the float64 oracle: the op's contract
 _LOG_PROB_TOLERANCE = 1e-4  # of a drawn token, against the same backend's log_probs
+_DRAWS = 16  # filtered draws of the first row that are compared with the oracle's
+_CLOSE_RACE = 1e-3  # a race decided by less may go the other way in float32
 
 
 class Check(NamedTuple):
@@ -34,33 +36,56 @@ def total_variation(log_p: Tensor, oracle: np.ndarray) -> float:
 
 @functools.lru_cache(maxsize=64)
 def _oracle(problem: Problem) -> np.ndarray:
-    first = [x[0] for x in logits(problem, problem.batch)]
-    return reference.log_probs_row(
-        first[0], first[1:], list(problem.weights), divergence=problem.divergence
-    )
+    (ref, policies, weights), options = mixture(problem, logits(problem, problem.batch))
+    if "values" in options:
+        options["values"] = options["values"][:, 0]
+    first = None if ref is None else ref[0]
+    return reference.log_probs_row(first, [x[0] for x in policies], weights, **options)
 
 
 def oracle(problem: Problem, largest_batch: int) -> np.ndarray:
-    """log pi* of the first row in float64 [V]: the same for every batch and thread count."""
-    return _oracle(problem._replace(batch=largest_batch, threads=0))
+    """log pi* of the first row in float64 [V]: the same for every batch, thread count, filter."""
+    return _oracle(problem._replace(batch=largest_batch, threads=0, filters=""))
 
 
 def check(problem: Problem, rows: list[Tensor], expected: np.ndarray, backend: str) -> Check:
     """Compare the backend with the oracle on the first row, and what it draws with its own log pi*
-    on all rows."""
-    arguments = (rows[0], rows[1:], list(problem.weights))
-    log_probs = mod_fused.log_probs(*arguments, divergence=problem.divergence, backend=backend)
+    on all rows; with filters, what it draws from the first row with the oracle's draws."""
+    arguments, options = mixture(problem, rows)
+    log_probs = mod_fused.log_probs(*arguments, **options, backend=backend)
     first = log_probs[0]
     # Not normalised here: that the probabilities sum to one is part of what is checked.
     tv = float(np.abs(first.double().exp().cpu().numpy() - np.exp(expected)).sum() / 2)
     if not tv <= TOLERANCE:  # NaN fails too
         shown = tv if np.isfinite(tv) else None
         return Check(False, shown, f"total variation {tv:.1e} from the oracle, not <= {TOLERANCE}")
-    drawn = mod_fused.sample(*arguments, divergence=problem.divergence, seed=1, backend=backend)
+    after = filters(problem, rows[0].device)
+    drawn = mod_fused.sample(*arguments, **options, **after, seed=1, backend=backend)
     if not bool(drawn.valid.all()):
         return Check(False, tv, "a row was declared invalid")
     at = log_probs.gather(1, drawn.tokens[:, None]).squeeze(1)
     error = float((at - drawn.logprobs).abs().max())
     if not error <= _LOG_PROB_TOLERANCE:
         return Check(False, tv, f"log-probability of a drawn token is off by {error:.1e}")
+    if problem.filters and (wrong := _wrong_draws(problem, rows, expected, backend)):
+        return Check(False, tv, f"{wrong} of {_DRAWS} filtered draws are not the oracle's")
     return Check(True, tv, "")
+
+
+def _wrong_draws(problem: Problem, rows: list[Tensor], expected: np.ndarray, backend: str) -> int:
+    """How many draws of the first row, each at another position, are not the oracle's race."""
+    draws = problem._replace(batch=_DRAWS)
+    arguments, options = mixture(draws, [x[:1].repeat(_DRAWS, 1) for x in rows])
+    after: dict[str, Any] = filters(draws, rows[0].device)
+    tokens = mod_fused.sample(
+        *arguments, **options, **after, seed=[1] * _DRAWS, position=list(range(_DRAWS)),
+        backend=backend,
+    ).tokens.tolist()  # fmt: skip
+    if "mask" in after:
+        after["mask"] = after["mask"][0].cpu()
+    p = np.exp(reference_sampling.filtered_log_probs(expected, **after))
+    return sum(
+        token != reference_sampling.race(p, 1, position)
+        and (p[token] == 0 or reference_sampling.race_margin(p, 1, position) > _CLOSE_RACE)
+        for position, token in enumerate(tokens)
+    )

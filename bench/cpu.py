@@ -13,8 +13,8 @@ from mod_fused.divergence import get_divergence
 
 from . import compiled, eager, floors
 from .measure import Call
-from .problem import WEIGHTS, Problem
-from .registry import Case, Contestant, Grid
+from .problem import POLICIES, WEIGHTS, Problem
+from .registry import Case, Contestant, Grid, NotTimed, mixtures_only
 
 #: torch.compile's; a dry run of the GPU check traces only ("eager").
 COMPILER = os.environ.get("MOD_FUSED_BENCH_COMPILER", "inductor")
@@ -44,6 +44,7 @@ def _compiled(race_name: str, divergence: str) -> Callable[..., object]:
     return torch.compile(function, fullgraph=True, backend=COMPILER)
 
 
+@mixtures_only
 def _eager(problem: Problem, logits: list[Tensor]) -> Call:
     return functools.partial(eager.sample, logits, problem.weights, problem.divergence)
 
@@ -59,11 +60,18 @@ def _compiled_log_probs(logits: list[Tensor], divergence: str) -> Tensor:
 
 def _compiled_contestant(race_name: str, default: bool) -> Contestant:
     return Contestant(
-        functools.partial(_compile, race_name),
+        mixtures_only(functools.partial(_compile, race_name)),
         default=default,
         slow_to_compile=True,
         log_probs=_compiled_log_probs,
     )
+
+
+@mixtures_only
+def _math(problem: Problem, logits: list[Tensor]) -> Call:
+    if len(problem.weights) != POLICIES:
+        raise NotTimed(f"written for {POLICIES} policies")
+    return floors.transcendentals(problem, logits)
 
 
 _DTYPES = ("bfloat16", "float32")
@@ -76,12 +84,14 @@ CPU = Case(
         "compile": _compiled_contestant("tiled", default=True),
         "compile_flat": _compiled_contestant("flat", default=False),
         "read": Contestant(floors.read, floor=True),
-        "math": Contestant(floors.transcendentals, floor=True),
+        "math": Contestant(_math, floor=True),
     },
-    grid=Grid(
-        dtypes=_DTYPES,
-        shapes=tuple((b, v) for v in (32000, 128256, 262144) for b in (1, 8, 64)),
-        threads=(1, 2),
+    grids=(
+        Grid(
+            dtypes=_DTYPES,
+            shapes=tuple((b, v) for v in (32000, 128256, 262144) for b in (1, 8, 64)),
+            threads=(1, 2),
+        ),
     ),
-    quick=Grid(dtypes=_DTYPES, shapes=((1, 2048), (2, 4096)), threads=(1,)),
+    quick=(Grid(dtypes=_DTYPES, shapes=((1, 2048), (2, 4096)), threads=(1,)),),
 )

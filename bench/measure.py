@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,10 @@ _BLOCK = 0.003  # seconds of timed calls a round, for calls shorter than that
 _BLOCK_CALLS = 10
 _LONG = 0.02  # from so many seconds on a call sweeps the caches itself, and needs no untimed one
 _SLOW, _SLOW_ROUNDS = 0.3, 3  # a call of so many seconds is timed in so many rounds only
+
+
+#: By name, the seconds of each call in each round.
+Rounds = dict[str, list[list[float]]]
 
 
 class Timing(NamedTuple):
@@ -51,15 +55,19 @@ class Others:
     cores, so that a time taken then says nothing, in whoever's favour.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ours: Iterable[int] = ()) -> None:
+        """`ours`: ids of processes of the runner besides this one."""
+        self._ours = tuple(ours)
         self._busy, self._wall = self._other_seconds(), time.perf_counter()
 
-    @staticmethod
-    def _other_seconds() -> float:
+    def _other_seconds(self) -> float:
         fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         user, nice, system, _idle, _iowait, irq, softirq, steal = fields
-        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return busy - time.process_time()
+        ticks = user + nice + system + irq + softirq + steal
+        for process in self._ours:  # behind the name in brackets: state, then utime as the 12th
+            after_name = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+            ticks -= int(after_name[11]) + int(after_name[12])
+        return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
     def cores(self) -> float:
         """The average so far; to about 0.01 a second of measuring."""
@@ -67,7 +75,13 @@ class Others:
         return max(0.0, (self._other_seconds() - self._busy) / wall)
 
 
-def interleaved(calls: Mapping[str, Call], budget: float, min_rounds: int) -> dict[str, Timing]:
+def seconds_of_each(call: Call, count: int) -> list[float]:
+    """Wall times of calls in a row; a call that is made in another process is timed there."""
+    elsewhere = getattr(call, "seconds", None)
+    return elsewhere(count) if elsewhere else [seconds_of(call) for _ in range(count)]
+
+
+def rounds(calls: Mapping[str, Call], budget: float, min_rounds: int) -> Rounds:
     """Time calls in rounds, each in turn in each round, so that noise hits all alike.
 
     In a round a fast call is made once untimed, which brings its data and code back into the caches
@@ -79,8 +93,8 @@ def interleaved(calls: Mapping[str, Call], budget: float, min_rounds: int) -> di
         budget: seconds to spend per call, all its repetitions together.
         min_rounds: rounds to make even when the budget is used up.
     """
-    estimate = {name: seconds_of(call) for name, call in calls.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    estimate = {name: seconds_of_each(call, 1)[0] for name, call in calls.items()}
+    out: Rounds = {name: [] for name in calls}
     deadline = time.perf_counter() + budget * len(calls)
     for done in range(MAX_ROUNDS):
         if done >= min_rounds and time.perf_counter() > deadline:
@@ -91,5 +105,23 @@ def interleaved(calls: Mapping[str, Call], budget: float, min_rounds: int) -> di
             if estimate[name] < _LONG:
                 call()
             block = max(1, min(_BLOCK_CALLS, int(_BLOCK / estimate[name])))
-            seconds[name] += [seconds_of(call) for _ in range(block)]
-    return {name: timing(s) for name, s in seconds.items()}
+            out[name].append(seconds_of_each(call, block))
+    return out
+
+
+def interleaved(calls: Mapping[str, Call], budget: float, min_rounds: int) -> dict[str, Timing]:
+    """The times of `rounds`, all rounds of a call together."""
+    return timings(rounds(calls, budget, min_rounds))
+
+
+def timings(measured: Rounds) -> dict[str, Timing]:
+    """All rounds of a call together."""
+    return {name: timing([s for block in r for s in block]) for name, r in measured.items()}
+
+
+def ratio(of: list[list[float]], to: list[list[float]]) -> dict[str, float]:
+    """The ratio of two calls' medians, and percentiles of the ratio that each round alone gives."""
+    flat = [statistics.median(s for block in r for s in block) for r in (of, to)]
+    each = sorted(statistics.median(a) / statistics.median(b) for a, b in zip(of, to, strict=False))
+    low, high = (each[round(share * (len(each) - 1))] for share in (0.2, 0.8))
+    return {"ratio": flat[0] / flat[1], "p20": low, "p80": high}

@@ -1,27 +1,28 @@
 """Growth of the peak resident memory during one call (Linux), each in a process of its own.
 
-`python -m bench.memory CASE CONTESTANT DIVERGENCE DTYPE BATCH VOCAB THREADS` prints it in bytes.
+`python -m bench.memory CASE CONTESTANT PROBLEM` prints it in bytes; PROBLEM is a JSON list of the
+fields of a `Problem`.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from .problem import POLICIES, Problem
-from .registry import cases, ours, set_threads
+from .problem import Problem
+from .registry import Case, cases, ours, set_threads
 
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 def growth(case: str, contestant: str, problem: Problem) -> int:
     """Bytes by which one call raises the peak of a fresh process (pages: about 0.1 MB of noise)."""
-    shape = [problem.divergence, problem.dtype, problem.batch, problem.vocab, problem.threads]
     done = subprocess.run(
-        [sys.executable, "-m", "bench.memory", case, contestant, *map(str, shape)],
+        [sys.executable, "-m", "bench.memory", case, contestant, json.dumps(problem)],
         cwd=_ROOT,
         capture_output=True,
         text=True,
@@ -45,7 +46,8 @@ def _reset_peak() -> None:
 
 
 def _measure(case: str, contestant: str, problem: Problem) -> int:
-    known = cases()[case].contestants
+    chosen = cases()[case]
+    known = chosen.contestants if isinstance(chosen, Case) else {}
     build = (known[contestant] if contestant in known else ours(contestant)).build
     set_threads(problem.threads)
     dtype = getattr(torch, problem.dtype)
@@ -53,7 +55,8 @@ def _measure(case: str, contestant: str, problem: Problem) -> int:
     def call_on(batch: int, vocab: int):  # type: ignore[no-untyped-def]
         # Filled in place: no temporary may raise the peak.
         rows = [torch.empty(batch, vocab, dtype=dtype).normal_(0.0, 3.0)]
-        rows += [rows[0] + 0.25 for _ in range(POLICIES)]
+        more = len(problem.weights) + problem.reference - 1
+        rows += [rows[0] + 0.25 for _ in range(more)]
         return build(problem._replace(batch=batch, vocab=vocab), rows)
 
     call_on(2, 2048)()  # code, thread pool
@@ -65,6 +68,6 @@ def _measure(case: str, contestant: str, problem: Problem) -> int:
 
 
 if __name__ == "__main__":
-    case, contestant, divergence, dtype, batch, vocab, threads = sys.argv[1:]
-    problem = Problem(divergence, dtype, int(batch), int(vocab), int(threads))
-    print(_measure(case, contestant, problem))
+    case, contestant, fields = sys.argv[1:]
+    problem = Problem(*json.loads(fields))
+    print(_measure(case, contestant, problem._replace(weights=tuple(problem.weights))))

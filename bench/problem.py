@@ -1,18 +1,36 @@
-"""What is timed: one shape of the op, and its logits."""
+"""What is timed: one shape of the op, its logits, and what else a call of it is given."""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .settings import RECORDED, generated, recorded
 
 #: In the order of `DivergenceId` in floors.cpp.
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "alpha:0.5", "jeffrey")
 POLICIES = 2
 WEIGHTS = (0.6, 0.3)  # their sum is not 1: the reference counts in every divergence
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+#: By name: arguments of `mod_fused.sample` that act after pi*; a mask is made for the shape.
+FILTERS: dict[str, dict[str, Any]] = {
+    "": {},
+    "temperature=0.7": {"temperature": 0.7},
+    "top_k=50": {"top_k": 50},
+    "top_p=0.9": {"top_p": 0.9},
+    "min_p=0.05": {"min_p": 0.05},
+    "mask": {"mask": "half"},
+    "all": {"mask": "half", "temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.05},
+}
+
+
+def weights_of(policies: int) -> tuple[float, ...]:
+    """The weights of that many policies; a single one is not to be mixed with the reference."""
+    return WEIGHTS if policies == POLICIES else (0.9 / policies,) * policies if policies else ()
 
 
 class Problem(NamedTuple):
@@ -24,46 +42,70 @@ class Problem(NamedTuple):
     vocab: int  # V
     threads: int
     weights: tuple[float, ...] = WEIGHTS
+    values: int = 0  # J, tensors of value scores
+    reference: bool = True  # without it, reverse KL alone
+    filters: str = ""  # a key of FILTERS
+    setting: str = "model"  # where the logits come from, see settings.py
 
     @property
     def bytes(self) -> int:
-        """Size of all the logits."""
+        """Size of all the logits and values."""
         size = torch.empty(0, dtype=_DTYPES[self.dtype]).element_size()
-        return (len(self.weights) + 1) * self.batch * self.vocab * size
+        tensors = len(self.weights) + self.reference + self.values
+        return tensors * self.batch * self.vocab * size
+
+    def shown(self) -> dict[str, Any]:
+        """The fields as they stand in results: the number of policies for their weights."""
+        fields = self._asdict()
+        return {**fields, "policies": len(fields.pop("weights"))}
+
+    def label(self) -> str:
+        """In a word or two, for messages."""
+        parts = [self.divergence, self.dtype, f"B={self.batch}", f"V={self.vocab}"]
+        parts += [f"M={len(self.weights)}", f"threads={self.threads}"]
+        parts += [f"J={self.values}"] * bool(self.values) + ["no reference"] * (not self.reference)
+        parts += [x for x in (self.filters, self.setting) if x not in ("", "model")]
+        return ", ".join(parts)
 
 
 @functools.lru_cache(maxsize=4)  # the vocabularies of a grid: 330 MB at most
-def _rows(vocab: int, batch: int, policies: int) -> Tensor:
+def _rows(setting: str, vocab: int, batch: int, policies: int) -> Tensor:
     """float32 [policies + 1, batch, vocab], see `logits`."""
-    generator = torch.Generator().manual_seed(vocab)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    def laplace(*shape: int) -> Tensor:
-        sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
-        return sign * torch.empty(shape).exponential_(generator=generator)
-
-    out = torch.empty(policies + 1, batch, vocab)
-    head = min(5000, vocab // 2)
-    rank = torch.arange(1, head + 1).float()
-    for b in range(batch):
-        z = 2.2 * normal(vocab)
-        at = torch.randperm(vocab, generator=generator)[:head]
-        z[at] = torch.logaddexp(z[at], 17.0 - 1.6 * rank.log() + 0.7 * normal(head))
-        out[0, b] = z
-        for i in range(policies):
-            out[1 + i, b] = 1.05 * z + 0.45 * laplace(vocab)
-    return out
+    if setting == RECORDED:
+        return recorded(vocab, batch, policies)
+    return generated(setting, vocab, batch, policies)
 
 
 def logits(problem: Problem, largest_batch: int) -> list[Tensor]:
-    """The logits of a problem: reference, then policies, contiguous [B, V] each.
+    """The logits of a problem: reference if there is one, then policies, contiguous [B, V] each.
 
-    A language model's next-token logits as a sketch: 5000 tokens at random ids follow a power law
-    (slope 1.6, top logit about 17) over a normal tail of standard deviation 2.2; a policy sharpens
-    the reference by 5% and moves each logit by a Laplace deviate of scale 0.45, which is how far
-    preference tuning moves them. The first B rows of the same `largest_batch` rows for every B.
+    The first B rows of the same `largest_batch` rows for every B.
     """
-    rows = _rows(problem.vocab, largest_batch, len(problem.weights))[:, : problem.batch]
+    rows = _rows(problem.setting, problem.vocab, largest_batch, len(problem.weights))
+    rows = rows[int(not problem.reference) :, : problem.batch]
     return [x.to(_DTYPES[problem.dtype]).clone() for x in rows]
+
+
+def mixture(problem: Problem, logits: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `mod_fused.log_probs`, by position and by name. All rows have the same
+    values."""
+    split = int(problem.reference)
+    positional = (logits[0] if split else None, logits[split:], list(problem.weights))
+    options: dict[str, Any] = {"divergence": problem.divergence}
+    if problem.values:
+        generator = torch.Generator().manual_seed(problem.vocab + 1)
+        one = torch.randn(problem.values, 1, problem.vocab, generator=generator)
+        values = one.to(_DTYPES[problem.dtype]).repeat(1, problem.batch, 1)
+        options["values"] = values.to(logits[0].device)
+    return positional, options
+
+
+def filters(problem: Problem, device: torch.device) -> dict[str, Any]:
+    """The arguments of `mod_fused.sample` that act after pi*. A mask allows half of the tokens, the
+    same in all rows: bool [B, V]."""
+    options = dict(FILTERS[problem.filters])
+    if "mask" in options:
+        generator = torch.Generator().manual_seed(problem.vocab + 2)
+        allowed = torch.rand(problem.vocab, generator=generator) < 0.5
+        options["mask"] = allowed.repeat(problem.batch, 1).to(device)
+    return options

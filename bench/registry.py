@@ -1,11 +1,12 @@
-"""What can be benchmarked: a table of cases, each a grid of problems and the contestants timed on
-them."""
+"""What can be benchmarked: a table of cases. Most are grids of problems and the contestants timed
+on them (`Case`); what does not fit into that runs itself (`Procedure`)."""
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +14,17 @@ from torch import Tensor
 import mod_fused
 
 from .measure import Call
-from .problem import DIVERGENCES, Problem
+from .problem import DIVERGENCES, POLICIES, Problem, filters, mixture, weights_of
 
 Builder = Callable[[Problem, list[Tensor]], Call]
+
+
+class NotTimed(Exception):
+    """Raised by a builder that cannot take a problem: the reason goes into the report."""
+
+
+class Refused(Exception):
+    """Raised by a builder whose results are wrong: nothing of the problem is timed."""
 
 
 class Contestant(NamedTuple):
@@ -32,23 +41,43 @@ class Contestant(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The problems of a case: all combinations."""
+    """Problems: all combinations."""
 
     dtypes: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]  # (B, V)
     threads: tuple[int, ...]
     divergences: tuple[str, ...] = DIVERGENCES
+    policies: tuple[int, ...] = (POLICIES,)
+    values: tuple[int, ...] = (0,)
+    filters: tuple[str, ...] = ("",)
+    settings: tuple[str, ...] = ("model",)
+    reference: bool = True
 
     def problems(self) -> list[Problem]:
         """Batches of one apart from the others, then small vocabularies first: problems that share
         a compiled graph are neighbours, and the time of a large one is foreseen from a smaller."""
         shapes = sorted(self.shapes, key=lambda shape: (shape[0] > 1, shape[1], shape[0]))
         return [
-            Problem(divergence, dtype, batch, vocab, threads)
+            Problem(
+                divergence,
+                dtype,
+                *shape,
+                threads,
+                weights_of(policies) if self.reference else (1.0 / policies,) * policies,
+                values,
+                self.reference,
+                name,
+                setting,
+            )
             for dtype in self.dtypes
             for threads in self.threads
+            for setting in self.settings
+            for policies in self.policies
+            for values in self.values
+            for name in self.filters
             for divergence in self.divergences
-            for batch, vocab in shapes
+            for shape in shapes
+            if self.reference or divergence == "reverse_kl"
         ]
 
 
@@ -58,33 +87,60 @@ class Case(NamedTuple):
     help: str
     backends: tuple[str, ...]  # ours, timed by default; ratios are those of the first
     contestants: Mapping[str, Contestant]
-    grid: Grid
-    quick: Grid
+    grids: tuple[Grid, ...]  # a problem of several is timed once
+    quick: tuple[Grid, ...]
+
+
+class Procedure(NamedTuple):
+    """A benchmark that is no grid of problems: it adds its own options, runs, and shows."""
+
+    help: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], dict[str, Any]]  # "what", "rows" and what else there is
+    markdown: Callable[[dict[str, Any]], str]
 
 
 def ours(backend: str) -> Contestant:
     """`mod_fused.sample` on one backend."""
 
     def build(problem: Problem, logits: list[Tensor]) -> Call:
-        ref, policies, weights = logits[0], logits[1:], list(problem.weights)
-        return functools.partial(
-            mod_fused.sample,
-            ref,
-            policies,
-            weights,
-            divergence=problem.divergence,
-            seed=1,
-            backend=backend,
-        )
+        arguments, options = mixture(problem, logits)
+        options |= filters(problem, logits[0].device)
+        return functools.partial(mod_fused.sample, *arguments, **options, seed=1, backend=backend)
 
     return Contestant(build)
 
 
-def cases() -> dict[str, Case]:
+def mixtures_only(build: Builder) -> Builder:
+    """A builder for what takes logits and weights alone: no values, no filters, no mixture without
+    a reference."""
+
+    @functools.wraps(build)
+    def checked(problem: Problem, logits: list[Tensor]) -> Call:
+        if problem.values or problem.filters or not problem.reference:
+            raise NotTimed("takes a reference and policies alone, without values and filters")
+        return build(problem, logits)
+
+    return checked
+
+
+def cases() -> dict[str, Case | Procedure]:
     """All cases by name."""
     from .cpu import CPU
+    from .decoder import DECODER
+    from .distributions import DISTRIBUTIONS
+    from .filters import FILTERS
+    from .host import HOST
+    from .scaling import SCALING
 
-    return {"cpu": CPU}
+    return {
+        "cpu": CPU,
+        "scaling": SCALING,
+        "filters": FILTERS,
+        "distributions": DISTRIBUTIONS,
+        "decoder": DECODER,
+        "host": HOST,
+    }
 
 
 def set_threads(threads: int) -> None:

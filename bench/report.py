@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,11 @@ def machine() -> dict[str, str]:
     }
 
 
+def disturbed(row: Mapping[str, Any]) -> bool:
+    """Whether other processes were too busy for this row's times to be trusted."""
+    return (row.get("other_cores") or 0.0) > DISTURBED
+
+
 def number(x: float) -> str:
     """At most three digits that mean something."""
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
@@ -84,43 +89,77 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _head(result: dict[str, Any]) -> list[str]:
+def head(result: dict[str, Any]) -> list[str]:
+    """Title, command and machine of a report."""
     machine = [f"- {name}: {value}" for name, value in result["machine"].items()]
+    if "base" in result:
+        machine.append(f"- base: {result['base']}")
     return [f"# {result['case']}: {result['what']}", "", f"`{result['command']}`", "", *machine]
 
 
-def _timing_row(row: dict[str, Any], names: Sequence[str]) -> list[str]:
-    cells = [row["divergence"], str(row["batch"]), str(row["vocab"])]
+#: Fields of a problem that get a column where they differ between rows, and its heading.
+_COLUMNS = {"reference": "models", "values": "J", "setting": "logits", "filters": "filters"}
+
+
+def varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fields that need a column; the number of policies is shown with the reference."""
+    fields = [f for f in _COLUMNS if len({row.get(f) for row in rows}) > 1]
+    policies = len({row.get("policies") for row in rows}) > 1
+    return ["reference", *fields] if policies and "reference" not in fields else fields
+
+
+def _cell(row: Mapping[str, Any], field: str) -> str:
+    if field == "reference":
+        return "ref + " * row["reference"] + str(row["policies"])
+    return str(row[field])
+
+
+def labels(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Heading and cells of the columns that say which problem a row is of."""
+    fields = varying(rows)
+    cells = [
+        [r["divergence"], str(r["batch"]), str(r["vocab"]), *(_cell(r, f) for f in fields)]
+        for r in rows
+    ]
+    return ["divergence", "B", "V", *(_COLUMNS[f] for f in fields)], cells
+
+
+def _ratio_cell(row: Mapping[str, Any], name: str) -> str:
+    if name == "base":
+        of = row["base_ratio"]
+        return f"{of['ratio']:.3f} ({of['p20']:.3f} to {of['p80']:.3f})"
+    return number(row["ratios"][name]) if name in row["ratios"] else ""
+
+
+def _timing_cells(row: dict[str, Any], names: Sequence[str], ratios: Sequence[str]) -> list[str]:
     if row["refused"]:
-        return [*cells, "refused: " + row["refused"], *[""] * (len(names) + 3)]
-    timings, first = row["timings"], names[0]
-    mine = timings[first]
-    cells.append(
-        f"{number(mine['median_us'])} ({number(mine['p20_us'])} to {number(mine['p80_us'])})"
-    )
-    if row["other_cores"] > DISTURBED:
-        cells[-1] += " \\*"
+        return ["refused: " + row["refused"], *[""] * (len(names) + len(ratios))]
+    timings, mine = row["timings"], row["timings"][names[0]]
+    first = f"{number(mine['median_us'])} ({number(mine['p20_us'])} to {number(mine['p80_us'])})"
+    cells = [first + " \\*" * disturbed(row)]
     cells += [number(timings[n]["median_us"]) if n in timings else "" for n in names[1:]]
-    ratios = row["ratios"]
-    cells += [number(ratios[k]) if k in ratios else "" for k in ("compile", "eager", "floor")]
+    cells += [_ratio_cell(row, k) for k in ratios]
     return [*cells, number(row["gb_per_s"])]
+
+
+def _distance(tv: Mapping[str, float | None], name: str) -> str:
+    found = tv.get(name, "")
+    return "NaN" if found is None else f"{found:.1e}" if found != "" else ""
 
 
 def timing_markdown(result: dict[str, Any]) -> str:
     """Tables of a timing run: one per dtype and thread count, then accuracy and what is missing."""
     names = result["contestants"]
-    out = _head(result)
-    if disturbed := sum((r["other_cores"] or 0.0) > DISTURBED for r in result["rows"]):
-        warning = (
-            f"**{disturbed} of {len(result['rows'])} rows, marked \\*, were disturbed:** other "
-        )
+    out = head(result)
+    if count := sum(disturbed(row) for row in result["rows"]):
+        warning = f"**{count} of {len(result['rows'])} rows, marked \\*, were disturbed:** other "
         out += [
             "",
             warning + f"processes kept more than {DISTURBED} cores busy. Do not trust them.",
         ]
-    header = ["divergence", "B", "V", f"{names[0]} µs (p20 to p80)"]
-    header += [f"{name} µs" for name in names[1:]]
-    header += ["compile / ours", "eager / ours", "ours / floor", "GB/s"]
+    ratios = list(dict.fromkeys(k for r in result["rows"] for k in r["ratios"]))
+    times = [f"{names[0]} µs (p20 to p80)", *(f"{name} µs" for name in names[1:])]
+    times += ["ours / floor" if k == "floor" else f"{k} / ours" for k in ratios]
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault((row["dtype"], row["threads"]), []).append(row)
@@ -128,18 +167,21 @@ def timing_markdown(result: dict[str, Any]) -> str:
         rows = sorted(rows, key=lambda r: (r["vocab"], r["batch"]))
         rows = sorted(rows, key=lambda r: result["divergences"].index(r["divergence"]))
         title = f"## {dtype}, {threads} thread{'s' * (threads > 1)}"
-        out += ["", title, "", markdown_table(header, [_timing_row(r, names) for r in rows])]
+        heading, cells = labels(rows)
+        cells = [c + _timing_cells(r, names, ratios) for c, r in zip(cells, rows, strict=True)]
+        out += ["", title, "", markdown_table([*heading, *times, "GB/s"], cells)]
 
     accurate = [name for name in names if any(name in r["tv"] for r in result["rows"])]
-    seen = {(r["divergence"], r["dtype"], r["vocab"]): r["tv"] for r in result["rows"]}
-    rows_tv = [
-        [d, dtype, str(v), *[f"{tv[n]:.1e}" if tv.get(n) is not None else "NaN" for n in accurate]]
-        for (d, dtype, v), tv in seen.items()
-    ]
+    heading, cells = labels(result["rows"])
+    seen: dict[tuple[str, ...], dict[str, float | None]] = {}  # the same for all batches
+    for cell, row in zip(cells, result["rows"], strict=True):
+        seen.setdefault((cell[0], row["dtype"], *cell[2:]), {}).update(row["tv"])
+    rows_tv = [[*key, *(_distance(tv, n) for n in accurate)] for key, tv in seen.items()]
     out += ["", "## Total variation from the float64 oracle, first row", ""]
-    out.append(markdown_table(["divergence", "dtype", "V", *accurate], rows_tv))
+    out.append(markdown_table([heading[0], "dtype", *heading[2:], *accurate], rows_tv))
     skipped = sorted(
         {f"- {name}: {why}" for r in result["rows"] for name, why in r["skipped"].items()}
+        | {f"- {problem}" for problem in result.get("left_out", ())}
     )
     if skipped:
         out += ["", "## Not timed", "", *skipped]
@@ -157,4 +199,4 @@ def memory_markdown(result: dict[str, Any]) -> str:
         per_entry = r["growth_bytes"] / (r["vocab"] * r["threads"])
         share = f"{r['growth_bytes'] / r['logits_bytes']:.1%}"
         rows.append([*cells, number(r["growth_bytes"] / 1e6), number(per_entry), share])
-    return "\n".join([*_head(result), "", markdown_table(header, rows)]) + "\n"
+    return "\n".join([*head(result), "", markdown_table(header, rows)]) + "\n"

@@ -82,22 +82,24 @@ def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Pack
     the reference is there, the bits above it which of the optional tensors are. The other integers,
     and the numbers, stand in the order written here; a list follows its length.
     """
-    (ref, policies, weights, weights_tensor, divergence, normalizer, values, value_ids) = mixing[:8]
-    (value_weights, value_weights_tensor, prefix, scales, vocab, plausibility, plausible) = mixing[
-        8:
-    ]
+    (
+        ref, policies, weights, weights_tensor, divergence, normalizer, values, value_ids,
+        value_weights, value_weights_tensor, prefix, scales, vocab, plausibility, plausible,
+    ) = mixing  # fmt: skip
     tensors = list(policies) if ref is None else [ref, *policies]
     optional = [weights_tensor, values, value_ids, value_weights_tensor, prefix]
     integers = [0, len(policies), vocab, plausible, int(normalizer == "exact")]
     integers += (len(weights), len(value_weights), len(scales))
     numbers = [plausibility, *weights, *value_weights, *scales]
     if drawing is not None:
-        temperature, temperature_tensor, top_k, top_k_tensor, top_p, top_p_tensor = drawing[:6]
-        min_p, min_p_tensor, mask, seed, seed_tensor, position, position_tensor = drawing[6:13]
+        (
+            temperature, temperature_tensor, top_k, top_k_tensor, top_p, top_p_tensor, min_p,
+            min_p_tensor, mask, seed, seed_tensor, position, position_tensor, with_logprobs,
+        ) = drawing  # fmt: skip
         optional += (temperature_tensor, top_k_tensor, top_p_tensor, min_p_tensor)
         optional += (mask, seed_tensor, position_tensor)
         integers += (len(temperature), len(top_p), len(min_p), len(top_k), len(position))
-        integers += (*top_k, *position, seed, int(drawing.return_model_logprobs))
+        integers += (*top_k, *position, seed, int(with_logprobs))
         numbers += (*temperature, *top_p, *min_p)
     present = int(ref is not None)
     for i, tensor in enumerate(optional):

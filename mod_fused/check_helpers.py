@@ -60,7 +60,7 @@ def check_logits(
     shape = logits.shape
     if len(shape) != 2 or shape[1] < 1:
         raise ValueError(f"{name} must have shape [B, V] with V >= 1, got {shape_of(logits)}")
-    if logits.stride(1) != 1 and shape[1] > 1:
+    if not logits.is_contiguous() and logits.stride(1) != 1 and shape[1] > 1:
         raise ValueError(
             f"{name} must be contiguous in its last dimension (stride 1), got stride "
             f"{logits.stride(1)}"

@@ -28,6 +28,7 @@ from .divergence import Divergence, ReverseKL, get_divergence
 
 MAX_POLICIES = 8
 NORMALIZERS = ("exact", "zero")
+_POLICY_NAMES = tuple(f"policy_logits[{i}]" for i in range(MAX_POLICIES))
 
 
 def check_mixture(
@@ -75,8 +76,8 @@ def check_mixture(
             f"policy_logits must hold at most {MAX_POLICIES} policies, got {len(policy_logits)}"
         )
     policies: list[Tensor] = []
-    for i, logits in enumerate(policy_logits):
-        logits, (batch, width) = check_logits(f"policy_logits[{i}]", logits, batch, device)
+    for name, logits in zip(_POLICY_NAMES, policy_logits, strict=False):
+        logits, (batch, width) = check_logits(name, logits, batch, device)
         device = logits.device if device is None else device
         policies.append(logits)
         widths.append(width)
@@ -111,10 +112,10 @@ def check_mixture(
             host_value_weights, value_weights_tensor = weights_of(
                 "value_weights", value_weights, count, batch, device
             )
-    else:
-        for name, x in (("value_ids", value_ids), ("value_weights", value_weights)):
-            if x is not None:
-                raise ValueError(f"{name} needs values, got values=None")
+    elif value_ids is not None:
+        raise ValueError("value_ids needs values, got values=None")
+    elif value_weights is not None:
+        raise ValueError("value_weights needs values, got values=None")
 
     if prefix_logprobs is not None:
         prefix_logprobs = check_tensor(
@@ -246,18 +247,18 @@ def check_draw(
     temperatures = row_parameter(
         "temperature", temperature, 1.0, batch, device, _is_temperature, "in [0, 3.4e38]"
     )
-    host_top_k, top_k_tensor = row_parameter(
-        "top_k", top_k, 0, batch, device, lambda k: k >= 0, ">= 0", int
-    )
+    top_ks, top_k_tensor = row_parameter("top_k", top_k, 0, batch, device, _is_top_k, ">= 0", int)
+    if top_k is not None:
+        top_ks = [min(k, mixing.vocab_size) for k in top_ks]  # any integer, however large, is fine
     positions = row_parameter(
         "position", position, 0, batch, device, _is_position, "in [0, 2^63)", int
     )
     return DrawArguments(
         *temperatures,
-        [min(k, mixing.vocab_size) for k in host_top_k],  # any integer, however large, is fine
+        top_ks,
         top_k_tensor,
-        *row_parameter("top_p", top_p, 1.0, batch, device, lambda p: 0.0 < p <= 1.0, "in (0, 1]"),
-        *row_parameter("min_p", min_p, 0.0, batch, device, lambda p: 0.0 <= p <= 1.0, "in [0, 1]"),
+        *row_parameter("top_p", top_p, 1.0, batch, device, _is_top_p, "in (0, 1]"),
+        *row_parameter("min_p", min_p, 0.0, batch, device, _is_min_p, "in [0, 1]"),
         mask,
         seed_number,
         seed_tensor,
@@ -268,6 +269,18 @@ def check_draw(
 
 def _is_temperature(x: float) -> bool:
     return 0.0 <= x <= 3.4e38  # it travels as float32
+
+
+def _is_top_k(x: int) -> bool:
+    return x >= 0
+
+
+def _is_top_p(x: float) -> bool:
+    return 0.0 < x <= 1.0
+
+
+def _is_min_p(x: float) -> bool:
+    return 0.0 <= x <= 1.0
 
 
 def _is_position(x: int) -> bool:

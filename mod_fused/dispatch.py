@@ -59,7 +59,7 @@ def backends() -> dict[str, str]:
     return {name: status[name] for name in ("torch", "cpu", "triton", "cuda")}
 
 
-_fastest: dict[tuple[torch.device, str], str] = {}
+_chosen: dict[tuple[str | None, torch.device, str], str] = {}
 
 
 def _knows(backend: str, divergence: str) -> bool:
@@ -77,16 +77,23 @@ def choose(name: str | None, device: torch.device, divergence: str) -> str:
         ValueError: if the backend is unknown, not available, does not run on the device, or does
             not know the divergence.
     """
+    if not isinstance(name, (str, type(None))):
+        return _choose(name, device, divergence)  # which says what is wrong
+    key = (name, device, divergence)
+    if key not in _chosen:  # what can run here does not change while the process lives
+        _chosen[key] = _choose(name, device, divergence)
+    return _chosen[key]
+
+
+def _choose(name: str | None, device: torch.device, divergence: str) -> str:
     if name is None:
-        if (device, divergence) not in _fastest:
-            _fastest[device, divergence] = next(
-                b.name
-                for b in BACKENDS
-                if (b.device_types is None or device.type in b.device_types)
-                and b.status() == AVAILABLE
-                and _knows(b.name, divergence)
-            )
-        return _fastest[device, divergence]
+        return next(
+            b.name
+            for b in BACKENDS
+            if (b.device_types is None or device.type in b.device_types)
+            and b.status() == AVAILABLE
+            and _knows(b.name, divergence)
+        )
     for backend in BACKENDS:
         if backend.name == name:
             if backend.status() != AVAILABLE:

@@ -3,6 +3,7 @@ claim."""
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not installed
 
 import mod_fused
-from bench import check, compiled, eager, floors, measure, memory, registry, run
+from bench import check, compiled, eager, floors, grid, measure, memory, registry, run
 from bench.problem import DIVERGENCES, POLICIES, WEIGHTS, Problem, logits
 from mod_fused import reference
 from mod_fused.divergence import get_divergence
@@ -52,7 +53,7 @@ def test_runner_writes_every_divergence_with_machine_and_command(tmp_path, capsy
         assert 0 <= row["tv"]["torch"] <= check.TOLERANCE
         for timing in (row["timings"]["torch"], row["timings"]["eager"]):
             assert 0 < timing["p20_us"] <= timing["median_us"] <= timing["p80_us"]
-            assert timing["calls"] >= run.ROUNDS
+            assert timing["calls"] >= grid.ROUNDS
         ours_us = row["timings"]["torch"]["median_us"]
         assert row["ratios"] == {"eager": row["timings"]["eager"]["median_us"] / ours_us}
         assert row["gb_per_s"] == pytest.approx(row["logits_bytes"] / ours_us / 1e3)
@@ -110,10 +111,15 @@ def test_calls_foreseen_to_be_slow_are_skipped_with_the_reason(tmp_path, monkeyp
     limited = {"cpu": cases["cpu"]._replace(contestants=peers)}
     monkeypatch.setattr(run, "cases", lambda: limited)
     words = ["--contestants", "eager", "--divergences", "jsd", "--shapes", "2x512", "2x1024"]
+    words += ["--out", str(tmp_path)]
     status, result = run_json(tmp_path, *words)
     first, second = result["rows"]
     assert "eager" in first["timings"]  # nothing to foresee it from
     assert list(second["timings"]) == ["torch"] and "V=1024" in second["skipped"]["eager"]
+    distances = re.findall(
+        r"^\| jsd \| float32 \| \d+ \|(.*)$", (tmp_path / "cpu.md").read_text(), re.M
+    )
+    assert [cells.count("e-") for cells in distances] == [2, 1] and "NaN" not in str(distances)
 
 
 def test_unknown_contestants_and_shapes_are_refused():
@@ -253,6 +259,15 @@ def test_disturbed_rows_are_marked(tmp_path, monkeypatch):
     assert "1 of 1 rows, marked \\*, were disturbed" in text and ") \\* |" in text
 
 
+@pytest.mark.parametrize("busy", [[0.05], [0.5, 0.05], [0.5, 0.2, 0.9]])
+def test_a_disturbed_row_is_timed_again_and_the_quietest_counts(tmp_path, monkeypatch, busy):
+    cores = iter(busy)
+    monkeypatch.setattr(measure.Others, "cores", lambda self: next(cores))
+    _, result = run_json(tmp_path, "--contestants", "--divergences", "jsd")
+    assert result["rows"][0]["other_cores"] == min(busy)
+    assert next(cores, None) is None  # tried no more often, no less
+
+
 def test_memory_growth_sees_a_batch_of_temporaries():
     # Eager torch keeps several float32 [B, V] tensors alive: at least two of them must show.
     problem = Problem("reverse_kl", "bfloat16", 16, 65536, 1)
@@ -260,5 +275,5 @@ def test_memory_growth_sees_a_batch_of_temporaries():
 
 
 def test_grid_puts_batches_of_one_apart_and_small_vocabularies_first():
-    grid = registry.Grid(("float32",), ((8, 100), (1, 200), (1, 100)), (1,), ("jsd",))
-    assert [(p.batch, p.vocab) for p in grid.problems()] == [(1, 100), (1, 200), (8, 100)]
+    shapes = registry.Grid(("float32",), ((8, 100), (1, 200), (1, 100)), (1,), ("jsd",))
+    assert [(p.batch, p.vocab) for p in shapes.problems()] == [(1, 100), (1, 200), (8, 100)]

@@ -293,6 +293,7 @@ LOG_PROBS_ERRORS = [
     ),
     (ValueError, "plausibility_tensor", (None, [Y], [1.0]), {"plausibility": 0.1}),
     (ValueError, "backend", (X, [Y], [1.0]), {"backend": "cobol"}),
+    (ValueError, "backend", (X, [Y], [1.0]), {"backend": ["cpu"]}),
     (ValueError, "meta", (X, [Y.to("meta")], [1.0]), {}),
 ]
 SAMPLE_ERRORS = [

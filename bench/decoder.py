@@ -1,0 +1,250 @@
+"""The case `decoder`: tokens per second of whole decoding loops, and the share of a step that
+drawing takes."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mod_fused import reference, reference_sampling
+
+from . import loops, measure, models, report
+from .grid import note
+from .problem import DIVERGENCES, POLICIES, WEIGHTS
+from .registry import Procedure, set_threads
+
+ROUNDS = 3
+#: Of a drawn token's log-probability from the oracle, on the logits that the loop saw. Peers work
+#: in float32 with textbook formulas.
+_TOLERANCE, _PEERS_TOLERANCE = 1e-4, 2e-2
+OURS = ("generate", "generate_torch", "op")  # loops that draw with mod_fused.sample
+_CLOSE_RACE = 1e-3
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The case's own options."""
+    add = parser.add_argument
+    add("--models", nargs="+", choices=list(models.TOKENS), help="default: embedded 0.1b")
+    add("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["float32", "bfloat16"])
+    add("--divergences", nargs="+", choices=DIVERGENCES, default=["reverse_kl", "jsd"])
+    add("--batches", nargs="+", type=int, metavar="B", help="default: 1 8")
+    add("--tokens", type=int, metavar="T", help=f"a row, 2 or more; default {models.TOKENS}")
+    add("--threads", type=int, metavar="N", default=torch.get_num_threads())
+    add("--device", default="cpu", help="where the models and the logits are, such as cuda")
+    add("--rounds", type=int, metavar="N", help=f"timed runs of each loop; default {ROUNDS}")
+
+
+class Clock:
+    """Times a loop from its first drawn token on: reading the prompts is not counted. With `watch`
+    also each draw after it, and what it was given is kept."""
+
+    def __init__(self, synchronise: Callable[[], None], watch: bool = False) -> None:
+        self.synchronise, self.watch = synchronise, watch
+        self.draws: list[float] = []  # seconds, the first draw's left out
+        self.given: list[tuple[Any, ...]] = []
+        self._begin = 0.0
+
+    def __call__(self, draw: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._begin and not self.watch:
+                return draw(*args, **kwargs)
+            start = self._now()
+            out = draw(*args, **kwargs)
+            end = self._now()
+            if self._begin:
+                self.draws.append(end - start)
+            self._begin = self._begin or end
+            self.given.append(args)
+            return out
+
+        return timed
+
+    def _now(self) -> float:
+        self.synchronise()
+        return time.perf_counter()
+
+    def seconds(self) -> float:
+        """Since the first token."""
+        return self._now() - self._begin
+
+
+def _logits(args: tuple[Any, ...]) -> list[Tensor]:
+    """The logits that a drawing function was given, reference first: `sample(ref, policies)` or
+    `draw(logits, weights)`."""
+    return [args[0], *args[1]] if isinstance(args[0], Tensor) else args[0]
+
+
+def refusal(name: str, task: loops.Task, clock: Clock, drawn: loops.Drawn) -> str:
+    """Why a loop may not be timed; empty if what it drew in the first row, first and last step, has
+    the oracle's log-probability, and is the token of the oracle's race where the op drew it."""
+    tokens, logprobs = (x[0].tolist() for x in drawn)
+    if len(tokens) != task.tokens:
+        return f"drew {len(tokens)} tokens, expected {task.tokens}"
+    for step in (0, task.tokens - 1):
+        ref, *policies = (x[0].float().cpu() for x in _logits(clock.given[step]))
+        expected = reference.log_probs_row(ref, policies, task.weights, divergence=task.divergence)
+        error = abs(expected[tokens[step]] - logprobs[step])
+        if not error <= (_TOLERANCE if name in OURS else _PEERS_TOLERANCE):
+            return f"step {step}: the log-probability of the token is off by {error:.1e}"
+        if name in OURS:
+            race = (np.exp(expected), reference_sampling.row_seeds(loops.SEED, 1)[0], step)
+            close = reference_sampling.race_margin(*race) < _CLOSE_RACE
+            if not close and tokens[step] != reference_sampling.race(*race):
+                return f"step {step}: the token is not the oracle's"
+    return ""
+
+
+def _row(task: loops.Task, rounds: int) -> dict[str, Any]:
+    """Check the loops, then time them in turn."""
+    synchronise = torch.cuda.synchronize if task.prompts.is_cuda else lambda: None
+    row: dict[str, Any] = {
+        "refused": "", "skipped": {}, "draw_share": {}, "timings": {}, "ratios": {},
+        "tokens_per_s": {}, "other_cores": None,
+    }  # fmt: skip
+    kept: dict[str, Callable[..., loops.Drawn]] = {}
+    for name, loop in loops.contestants(task.divergence).items():
+        loop(task._replace(tokens=2), Clock(synchronise))  # warm
+        clock = Clock(synchronise, watch=True)
+        drawn = loop(task, clock)
+        seconds = clock.seconds()
+        if reason := refusal(name, task, clock, drawn):
+            if name in OURS:
+                return {**row, "refused": f"{name}: {reason}"}
+            row["skipped"][name] = reason
+            continue
+        row["draw_share"][name] = sum(clock.draws) / seconds
+        kept[name] = loop
+    others = measure.Others()
+    seconds_of: dict[str, list[float]] = {name: [] for name in kept}
+    for _ in range(rounds):
+        for name, loop in kept.items():
+            loop(task, clock := Clock(synchronise))
+            seconds_of[name].append(clock.seconds() / (task.tokens - 1))
+    row["other_cores"] = others.cores()
+    timings = {name: measure.timing(s) for name, s in seconds_of.items()}
+    row["timings"] = {name: t._asdict() for name, t in timings.items()}  # of a step
+    rows = task.prompts.shape[0]
+    row["tokens_per_s"] = {n: 1e6 * rows / t.median_us for n, t in timings.items()}
+    mine = timings[OURS[0]].median_us
+    row["ratios"] = {n: t.median_us / mine for n, t in timings.items() if n != OURS[0]}
+    return row
+
+
+def _tasks(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], loops.Task]]:
+    """What to decode, and how it stands in the results."""
+    names = args.models or (["embedded", "tiny"] if args.quick else ["embedded", "0.1b"])
+    batches = args.batches or ([2] if args.quick else [1, 8])
+    for name, dtype in itertools.product(names, args.dtypes):
+        ensemble = models.ensemble(name, getattr(torch, dtype), args.device, POLICIES)
+        tokens = args.tokens or (4 if args.quick else models.TOKENS[name])
+        for batch, divergence in itertools.product(batches, args.divergences):
+            prompts = models.prompts(name, ensemble, batch)
+            head = {
+                "models": name,
+                "parameters": models.parameters(ensemble),
+                "vocab": ensemble.vocab_size,
+                "dtype": dtype,
+                "batch": batch,
+                "prompt": prompts.shape[1],
+                "tokens": tokens,
+                "divergence": divergence,
+                "threads": args.threads,
+            }
+            yield head, loops.Task(ensemble, prompts, tokens, divergence, WEIGHTS)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """All combinations of models, dtypes, batches and divergences."""
+    if args.tokens is not None and args.tokens < 2:
+        raise SystemExit(f"--tokens must be at least 2, got {args.tokens}")
+    rounds = args.rounds or (1 if args.quick else ROUNDS)
+    rows: list[dict[str, Any]] = []
+    threads = torch.get_num_threads()
+    set_threads(args.threads)
+    try:
+        for head, task in _tasks(args):
+            row = {**head, **_row(task, rounds)}
+            rows.append(row)
+            rates = " ".join(f"{n} {x:.1f}" for n, x in row["tokens_per_s"].items())
+            where = " ".join(str(head[k]) for k in ("models", "dtype", "batch", "divergence"))
+            note(f"{where}: {row['refused'] or rates}")
+    finally:
+        set_threads(threads)
+    device = args.device
+    if device.startswith("cuda"):
+        device = torch.cuda.get_device_name(device)
+    names = list(loops.contestants("reverse_kl"))
+    return {"what": "tokens per second", "device": device, "contestants": names, "rows": rows}
+
+
+def cells(result: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of a table: tokens per second, share of the time in drawing."""
+    names = result["contestants"]
+    heading = ["models", "V", "dtype", "divergence", "B", "threads"]
+    heading += [f"{n} tok/s" for n in names] + [f"{n} draws" for n in names]
+    out = []
+    for row in rows:
+        cell = [f"{row['models']} ({row['parameters'] / 1e6:.3g} M)"]
+        cell += [str(row[k]) for k in ("vocab", "dtype", "divergence", "batch", "threads")]
+        if row["refused"]:
+            out.append([*cell, "refused: " + row["refused"], *[""] * (2 * len(names) - 1)])
+            continue
+        rates, shares = row["tokens_per_s"], row["draw_share"]
+        cell += [report.number(rates[n]) if n in rates else "" for n in names]
+        cell[6] += " \\*" * report.disturbed(row)
+        cell += [f"{shares[n]:.1%}" if n in shares else "" for n in names]
+        out.append(cell)
+    return heading, out
+
+
+def draw(figure: Any, result: dict[str, Any]) -> None:
+    """A group of bars for each row: tokens per second, relative to the eager loop."""
+    names = result["contestants"]
+    rows = [row for row in result["rows"] if "eager" in row["timings"]]
+    figure.set_size_inches(9, 1.0 + 0.7 * len(rows))
+    axes = figure.subplots()
+    height = 0.8 / len(names)
+    for i, name in enumerate(names):
+        bars = [(at + i * height, row) for at, row in enumerate(rows) if name in row["timings"]]
+        rates = [row["tokens_per_s"][name] / row["tokens_per_s"]["eager"] for _, row in bars]
+        axes.barh([at for at, _ in bars], rates, height, label=name)
+    keys = ("models", "dtype", "divergence")
+    what = [", ".join(row[k] for k in keys) + f", B={row['batch']}" for row in rows]
+    axes.set_yticks([at + 0.4 - height / 2 for at in range(len(rows))], what)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens per second, relative to the eager loop")
+    figure.legend(loc="outside upper center", ncols=len(names))
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The report: one table, then what was left out."""
+    out = [*report.head(result), f"- device: {result['device']}", ""]
+    out += [
+        "Decoding alone, from the first token on. `draws`: the share of that time between logits "
+        "and token. \\*: other processes were busy meanwhile.",
+        "",
+        report.markdown_table(*cells(result, result["rows"])),
+    ]
+    skipped = sorted(
+        f"- {name}, {row['models']}, {row['dtype']}, {row['divergence']}: {why}"
+        for row in result["rows"]
+        for name, why in row["skipped"].items()
+    )
+    if skipped:
+        out += ["", "## Not timed", "", *skipped]
+    return "\n".join(out) + "\n"
+
+
+DECODER = Procedure(
+    help="tokens per second of decoding loops: the fused op, torch ops, a loop as is usual",
+    options=options,
+    run=run,
+    markdown=markdown,
+)

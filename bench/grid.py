@@ -1,0 +1,300 @@
+"""Runs a case that is a grid of problems: checks each, times the contestants on it, or measures
+their memory."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from . import base, check, measure, memory, report
+from .problem import DIVERGENCES, FILTERS, WEIGHTS, Problem, logits
+from .registry import Case, Contestant, Grid, NotTimed, Refused, ours, set_threads
+from .settings import RECORDED, SETTINGS
+
+#: Seconds for all repetitions of one contestant in one cell, and the fewest rounds.
+BUDGET, ROUNDS = 0.15, 5
+QUICK_BUDGET = 0.01
+TRIES = 3  # of a row that other processes disturb; the least disturbed counts
+MEMORY_SHAPES = ((1, 128256), (64, 128256))
+BASE = "base"  # what the other commit is called among the contestants
+#: Axes of a grid that a command may narrow or widen.
+_AXES = ("divergences", "dtypes", "shapes", "threads", "policies", "filters", "settings")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        batch, vocab = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected BxV such as 8x128256, got {text!r}") from None
+    if batch < 1 or vocab < 1:
+        raise argparse.ArgumentTypeError(f"expected positive B and V, got {text!r}")
+    return batch, vocab
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a grid."""
+    add = parser.add_argument
+    add("--backends", nargs="+", metavar="NAME", help="of ours; the first is compared")
+    add("--contestants", nargs="*", metavar="NAME", help="besides ours; none if empty")
+    add("--divergences", nargs="+", choices=DIVERGENCES)
+    add("--dtypes", nargs="+", choices=("bfloat16", "float32"))
+    add("--shapes", nargs="+", type=_shape, metavar="BxV")
+    add("--threads", nargs="+", type=int, metavar="N")
+    add("--policies", nargs="+", type=int, metavar="M", choices=range(9))
+    add("--filters", nargs="+", metavar="NAME", choices=list(FILTERS))
+    add("--settings", nargs="+", metavar="NAME", choices=[*SETTINGS, RECORDED])
+    add("--budget", type=float, metavar="S", help="seconds per contestant and cell")
+    add("--base", metavar="REV", help="time our first backend beside that of another commit")
+    add("--memory", action="store_true", help="measure peak memory instead of time")
+
+
+def _problems(case: Case, args: argparse.Namespace) -> list[Problem]:
+    """The problems of the case's grids, as the command wants them, each once."""
+
+    def chosen(grid: Grid) -> Grid:
+        if args.memory and not args.quick:
+            grid = grid._replace(shapes=MEMORY_SHAPES, dtypes=("bfloat16",))
+        wanted = {name: tuple(getattr(args, name)) for name in _AXES if getattr(args, name)}
+        return grid._replace(**wanted)
+
+    grids = map(chosen, case.quick if args.quick else case.grids)
+    return list(dict.fromkeys(p for grid in grids for p in grid.problems()))
+
+
+def _contestants(case: Case, args: argparse.Namespace) -> tuple[list[str], dict[str, Contestant]]:
+    """Names of ours, and all that is to be timed, ours first."""
+    backends = list(args.backends or case.backends)
+    if args.contestants is not None:
+        if unknown := set(args.contestants) - set(case.contestants):
+            raise SystemExit(
+                f"unknown contestants {sorted(unknown)}, expected some of {list(case.contestants)}"
+            )
+        chosen = {name: case.contestants[name] for name in args.contestants}
+    else:
+        chosen = {
+            name: c
+            for name, c in case.contestants.items()
+            if c.default and not (c.slow_to_compile and args.quick)
+        }
+    return backends, {name: ours(name) for name in backends} | chosen
+
+
+def _foreseen(name: str, problem: Problem, rows: list[dict[str, Any]]) -> float:
+    """Seconds a call should take, from the largest like problem that was timed; 0 if unknown."""
+    fields = problem.shown()
+    like = [
+        r
+        for r in rows
+        if name in r["timings"]
+        and all(r[k] == v for k, v in fields.items() if k not in ("batch", "vocab"))
+    ]
+    if not like:
+        return 0.0
+    largest = max(like, key=lambda r: r["batch"] * r["vocab"])
+    scale = problem.batch * problem.vocab / (largest["batch"] * largest["vocab"])
+    return largest["timings"][name]["median_us"] * 1e-6 * scale
+
+
+class Timer:
+    """Checks and times problems one after another."""
+
+    def __init__(
+        self,
+        backends: list[str],
+        contestants: dict[str, Contestant],
+        largest_batch: int,
+        budget: float,
+    ) -> None:
+        self.backends, self.contestants = backends, contestants
+        self.largest_batch, self.budget = largest_batch, budget
+        self.rows: list[dict[str, Any]] = []
+        self._tv_of_peer: dict[tuple[str, Problem], float | None] = {}
+
+    def row(self, problem: Problem) -> dict[str, Any]:
+        """Check, then time one problem."""
+        set_threads(problem.threads)
+        inputs = logits(problem, self.largest_batch)
+        row: dict[str, Any] = {
+            **problem.shown(),
+            "logits_bytes": problem.bytes,
+            "refused": "",
+            "tv": {},
+            "timings": {},
+            "ratios": {},
+            "gb_per_s": None,
+            "other_cores": None,  # kept busy by other processes meanwhile, on average
+            "skipped": {},
+        }
+        self.rows.append(row)
+        expected = check.oracle(problem, self.largest_batch)
+        for name in self.backends:
+            result = check.check(problem, inputs, expected, name)
+            row["tv"][name] = result.tv
+            if not result.passed:
+                row["refused"] = f"{name}: {result.reason}"
+                return row
+        calls = self._build(problem, inputs, row)
+        if row["refused"]:
+            return row
+        for name in calls:
+            if self.contestants[name].log_probs is not None and problem.weights == WEIGHTS:
+                row["tv"][name] = self._tv(name, self.contestants[name], problem, inputs)
+        rounds, row["other_cores"] = self._least_disturbed(calls)
+        timings = measure.timings(rounds)
+        row["timings"] = {name: timing._asdict() for name, timing in timings.items()}
+
+        mine = timings[self.backends[0]].median_us
+        peers = {n: t.median_us for n, t in timings.items() if not self.contestants[n].floor}
+        floor = [t.median_us for n, t in timings.items() if self.contestants[n].floor]
+        row["ratios"] = {name: us / mine for name, us in peers.items() if name != self.backends[0]}
+        if floor:
+            row["ratios"]["floor"] = mine / max(floor)
+        if BASE in rounds:
+            row["base_ratio"] = measure.ratio(rounds[BASE], rounds[self.backends[0]])
+        row["gb_per_s"] = problem.bytes / mine / 1e3
+        return row
+
+    def _least_disturbed(self, calls: dict[str, measure.Call]) -> tuple[measure.Rounds, float]:
+        """The times, and how many cores others kept busy meanwhile."""
+        processes = [c.pid for c in calls.values() if isinstance(c, base.Process)]
+        tries: list[tuple[measure.Rounds, float]] = []
+        while len(tries) < TRIES and not (tries and tries[-1][1] <= report.DISTURBED):
+            others = measure.Others(processes)
+            tries.append((measure.rounds(calls, self.budget, ROUNDS), others.cores()))
+        return min(tries, key=lambda one: one[1])
+
+    def _tv(
+        self, name: str, contestant: Contestant, problem: Problem, inputs: list[torch.Tensor]
+    ) -> float | None:
+        """A peer's distance from the oracle on the first row; None for NaN."""
+        assert contestant.log_probs is not None
+        key = (name, problem._replace(batch=1, threads=0))
+        if key not in self._tv_of_peer:
+            expected = check.oracle(problem, self.largest_batch)
+            log_p = contestant.log_probs([x[:1] for x in inputs], problem.divergence)[0]
+            distance = check.total_variation(log_p, expected)
+            self._tv_of_peer[key] = distance if distance == distance else None
+        return self._tv_of_peer[key]
+
+    def _build(
+        self, problem: Problem, inputs: list[torch.Tensor], row: dict[str, Any]
+    ) -> dict[str, measure.Call]:
+        """The calls to time, each made once; notes in the row what is not timed, and why."""
+        calls: dict[str, measure.Call] = {}
+        for name, contestant in self.contestants.items():
+            limit = contestant.call_limit
+            if name not in self.backends and _foreseen(name, problem, self.rows) > limit:
+                row["skipped"][name] = f"{problem.label()}: a call would take over {limit:g} s"
+                continue
+            try:
+                call = contestant.build(problem, inputs)
+                call()  # compiles
+                calls[name] = call
+            except (OSError, subprocess.CalledProcessError) as error:  # no compiler
+                row["skipped"][name] = f"cannot be built: {type(error).__name__}"
+            except ImportError as error:
+                row["skipped"][name] = f"{(error.name or 'a package').split('.')[0]} not installed"
+            except NotTimed as error:
+                row["skipped"][name] = str(error)
+            except Refused as error:
+                row["refused"] = f"{name}: {error}"
+        return calls
+
+
+@contextmanager
+def _beside_base(
+    args: argparse.Namespace, backends: list[str], others: dict[str, Contestant], largest: int
+) -> Iterator[dict[str, Contestant]]:
+    """The contestants of a run with --base: our first backend and the other commit's, each in a
+    process of its own, then what --contestants names."""
+    if len(backends) > 1:
+        raise SystemExit(f"--base compares one backend, got {backends}")
+    with base.checkout(args.base) as tree:
+        processes = [base.Process(t, backends[0], largest) for t in (base.ROOT, tree)]
+        try:
+            named = {n: others[n] for n in args.contestants or ()}
+            two = zip((backends[0], BASE), processes, strict=True)
+            yield {name: process.contestant() for name, process in two} | named
+        finally:
+            for process in processes:
+                process.end()
+
+
+def time_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """Rows of a timing run, and how they were made."""
+    backends, contestants = _contestants(case, args)
+    if not args.base:
+        return _time(case, args, backends, contestants)
+    backends = backends if args.backends else backends[:1]
+    largest = max(p.batch for p in _problems(case, args))
+    with _beside_base(args, backends, contestants, largest) as beside:
+        return {"base": base.commit(args.base), **_time(case, args, backends, beside)}
+
+
+def _time(
+    case: Case, args: argparse.Namespace, backends: list[str], contestants: dict[str, Contestant]
+) -> dict[str, Any]:
+    budget = args.budget or (QUICK_BUDGET if args.quick else BUDGET)
+    problems = _problems(case, args)
+    timer = Timer(backends, contestants, max(p.batch for p in problems), budget)
+    left_out: list[str] = []
+    threads = torch.get_num_threads()
+    start = time.monotonic()
+    try:
+        for i, problem in enumerate(problems, 1):
+            try:
+                row = timer.row(problem)
+            except ImportError as error:  # its logits come from models
+                left_out.append(f"{problem.label()}: {error.name} not installed")
+                note(left_out[-1])
+                continue
+            times = {n: round(t["median_us"]) for n, t in row["timings"].items()}
+            shown = row["refused"] or " ".join(f"{n} {us}" for n, us in times.items())
+            if report.disturbed(row):
+                shown += f"  DISTURBED: others kept {row['other_cores']:.2f} cores busy"
+            spent = f"{time.monotonic() - start:4.0f} s  {i}/{len(problems)}"
+            note(f"{spent}  {problem.label()}: {shown}")
+    finally:
+        set_threads(threads)
+    return {
+        "what": "time",
+        "budget_s": budget,
+        "contestants": list(contestants),
+        "divergences": list(dict.fromkeys(p.divergence for p in problems)),
+        "rows": timer.rows,
+        "left_out": left_out,
+    }
+
+
+def measure_memory(case: Case, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Rows of a memory run."""
+    if args.base:
+        raise SystemExit("--base compares times, --memory measures none")
+    backends, contestants = _contestants(case, args)
+    kept = [n for n, c in contestants.items() if not c.floor and not c.slow_to_compile]
+    rows = []
+    for problem in _problems(case, args):
+        for contestant in kept:
+            try:
+                grown = memory.growth(name, contestant, problem)
+            except RuntimeError as error:
+                if contestant in backends:
+                    raise
+                note(f"{problem.label()}: {contestant} left out: {str(error).splitlines()[-1]}")
+                continue
+            row = {**problem.shown(), "contestant": contestant, "growth_bytes": grown}
+            rows.append({**row, "logits_bytes": problem.bytes})
+            note(f"{problem.label()}: {contestant} {grown / 1e6:.2f} MB")
+    return {"what": "peak memory of one call", "contestants": kept, "rows": rows}
+
+
+def note(text: str) -> None:
+    """Progress goes to the standard error."""
+    print(text, file=sys.stderr, flush=True)

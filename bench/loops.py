@@ -1,0 +1,122 @@
+"""Decoding loops to compare: `mod_fused.generate`, and loops as they are usually written around
+several models. All decode the same prompts for the same number of tokens, without an end of
+sequence."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import mod_fused
+from mod_fused import decoder
+
+from . import eager
+
+#: Replaces the function that draws a token, to time it or to look at what it is given.
+Around = Callable[[Callable[..., Any]], Callable[..., Any]]
+Drawn = tuple[Tensor, Tensor]  # tokens [B, T], log-probabilities [B, T]
+
+
+SEED = 1  # of the loops that draw with the op
+
+
+class Task(NamedTuple):
+    """What to decode."""
+
+    ensemble: mod_fused.Ensemble
+    prompts: Tensor  # int64 [B, n], the same length for all rows
+    tokens: int  # T, to draw
+    divergence: str
+    weights: tuple[float, ...]
+
+
+@contextmanager
+def _replaced(around: Around) -> Iterator[None]:
+    original, watched = decoder.sample, around(decoder.sample)
+    first = iter([original])  # `generate` tries its options on two tokens before it begins
+
+    def sample(*args: Any, **kwargs: Any) -> Any:
+        return next(first, watched)(*args, **kwargs)
+
+    decoder.sample = sample
+    try:
+        yield
+    finally:
+        decoder.sample = original
+
+
+def generate(task: Task, around: Around, backend: str | None) -> Drawn:
+    """`mod_fused.generate` with the op on a backend."""
+    with _replaced(around):
+        out = mod_fused.generate(
+            task.ensemble,
+            input_ids=task.prompts,
+            weights=list(task.weights),
+            divergence=task.divergence,
+            max_new_tokens=task.tokens,
+            eos_token_id=[],
+            seed=SEED,
+            backend=backend,
+            return_model_logprobs=False,
+        )
+    return out.tokens, out.logprobs
+
+
+@torch.no_grad()
+def plain(task: Task, around: Around, draw: Callable[..., Drawn]) -> Drawn:
+    """The models one after another, each with its cache, then `draw(logits, weights, step)`; there
+    is nothing else in the loop."""
+    draw = around(draw)
+    caches: list[Any] = [None] * len(task.ensemble.models)
+    inputs, tokens, logprobs = task.prompts, [], []
+    for step in range(task.tokens):
+        logits = []
+        for i, model in enumerate(task.ensemble.models):
+            out = model(input_ids=inputs, past_key_values=caches[i], use_cache=True)
+            caches[i] = out.past_key_values
+            logits.append(out.logits[:, -1])
+        token, logprob = draw(logits, task.weights, step)
+        tokens.append(token)
+        logprobs.append(logprob)
+        inputs = token[:, None]
+    return torch.stack(tokens, 1), torch.stack(logprobs, 1)
+
+
+def weighted_log_probs(logits: list[Tensor], weights: tuple[float, ...], step: int) -> Drawn:
+    """Reverse KL as released decoders compute it: the full softmax of each model, the weighted sum
+    of its logarithms, softmax, multinomial."""
+    parts = [1.0 - sum(weights), *weights]
+    total = sum(
+        w * torch.log(torch.softmax(x.float(), -1)) for w, x in zip(parts, logits, strict=True)
+    )
+    probs = torch.softmax(total, -1)
+    token = torch.multinomial(probs, 1)
+    return token.squeeze(1), probs.gather(1, token).log().squeeze(1)
+
+
+def contestants(divergence: str) -> dict[str, Callable[[Task, Around], Drawn]]:
+    """By name, ours first; `release` draws from the reverse-KL mixture only."""
+
+    def op(logits: list[Tensor], weights: tuple[float, ...], step: int) -> Drawn:
+        out = mod_fused.sample(
+            logits[0], logits[1:], list(weights), divergence=divergence, seed=SEED, position=step
+        )
+        return out.tokens, out.logprobs
+
+    def formula(logits: list[Tensor], weights: tuple[float, ...], step: int) -> Drawn:
+        return eager.sample(logits, weights, divergence)
+
+    out: dict[str, Callable[[Task, Around], Drawn]] = {
+        "generate": functools.partial(generate, backend=None),
+        "generate_torch": functools.partial(generate, backend="torch"),
+        "op": functools.partial(plain, draw=op),
+        "eager": functools.partial(plain, draw=formula),
+    }
+    if divergence == "reverse_kl":
+        out["release"] = functools.partial(plain, draw=weighted_log_probs)
+    return out

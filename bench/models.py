@@ -1,0 +1,72 @@
+"""The models of the case `decoder`: the embedded ones, and Llamas with random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mod_fused
+
+PROMPT = 16  # tokens of a prompt for random models
+
+#: By name: layers, width, heads, key-value heads, width of the MLP, vocabulary.
+RANDOM = {
+    "tiny": (2, 32, 2, 2, 64, 1024),
+    "0.1b": (12, 768, 12, 12, 2048, 32000),
+    "1b": (16, 2048, 32, 8, 8192, 128256),
+}
+#: Tokens to draw in each row: in some seconds a run, on a CPU too.
+TOKENS = {"embedded": 33, "tiny": 5, "0.1b": 5, "1b": 3}
+
+
+def _llama(name: str, seed: int, dtype: torch.dtype, device: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    layers, width, heads, kv_heads, mlp, vocab = RANDOM[name]
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=mlp,
+        vocab_size=vocab,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).to(device=device, dtype=dtype).eval()
+
+
+def ensemble(name: str, dtype: torch.dtype, device: str, policies: int) -> mod_fused.Ensemble:
+    """A reference and policies.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    if name == "embedded":
+        objectives = mod_fused.world.OBJECTIVES[:policies]
+        return mod_fused.Ensemble.embedded(objectives, dtype=dtype, device=device)
+    return mod_fused.Ensemble([_llama(name, i, dtype, device) for i in range(policies + 1)])
+
+
+def prompts(name: str, models: mod_fused.Ensemble, batch: int) -> Tensor:
+    """int64 [B, n] on the models' device: the world's prompts, cut to the shortest, or random."""
+    if name == "embedded":
+        texts = mod_fused.world.prompts(batch, seed=0)
+        rows = [models.encode(text)[0][0][0] for text in texts]
+        shortest = min(len(row) for row in rows)
+        return torch.stack([row[-shortest:] for row in rows])
+    generator = torch.Generator().manual_seed(batch)
+    ids = torch.randint(models.vocab_size or 1, (batch, PROMPT), generator=generator)
+    return ids.to(models.device)
+
+
+def parameters(models: mod_fused.Ensemble) -> int:
+    """Of one model."""
+    return sum(p.numel() for p in models.models[0].parameters())
