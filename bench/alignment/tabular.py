@@ -4,9 +4,11 @@ With beta = 1 the optimum for a reward R under the divergence f is the maximum o
 
     J(pi) = <pi, R> - sum_y pi_ref(y) f( pi(y) / pi_ref(y) ),
 
-which has f'(pi / pi_ref) = R - Z. MOD's theorem (arXiv 2406.18853): policies optimal for R_1 .. R_M,
-mixed by eq. 6 with Z solved, are optimal for sum_i w_i R_i. It holds exactly where a response is one
-token. On a tree a decoder mixes token by token, and what that costs is measured here:
+which has f'(pi / pi_ref) = R - Z. MOD's theorem (arXiv 2406.18853): policies optimal for R_1 to
+R_M, mixed by eq. 6 with Z solved, are optimal for sum_i w_i R_i. It holds exactly where a response
+is one token. On a tree a decoder mixes token by token, with another Z after every prefix, and the
+result is the optimum only where Z is the same after all prefixes of a length: for reverse KL with
+tokens that do not depend on those before them and rewards that add up. Measured by
 
     python -m bench.alignment.tabular
 """
@@ -81,7 +83,7 @@ class Tree(NamedTuple):
     rewards: Array
 
     def marginals(self, log_p: Array) -> list[Array]:
-        """log-probabilities [V^t] of the prefixes of t = 0 .. T tokens, from those of the leaves."""
+        """log-probabilities [V^t] of the prefixes of t = 0 .. T tokens, from the leaves' [V^T]."""
         levels = [log_p]
         for _ in range(self.depth):
             rows = levels[0].reshape(-1, self.vocab)
