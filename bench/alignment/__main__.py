@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result |= {"seconds_of_jobs": round(seconds), "machine": machine()}
     result["command"] = "python -m bench.alignment" + " --tiny" * args.tiny
     args.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result)
+    text = json.dumps(result, allow_nan=False)
     (args.out / "alignment.json").write_text(text.replace('{"method"', '\n{"method"') + "\n")
     result = json.loads(text)  # what a reader of the file has
     (args.out / "alignment.md").write_text(report.markdown(result, findings.findings(result)))

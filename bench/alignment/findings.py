@@ -113,7 +113,7 @@ def _outside(t: Tables) -> Iterator[str]:
     def broken(d: str) -> str:
         found = []
         for name, fields in (("exact Z", {}), ("Z = 0", {"normalizer": "zero"})):
-            at = [t.one(w, method="mod", tuned=d, **fields) for w in plan.OUTSIDE]
+            at = [t.one(w, method="mod", tuned=d, **fields) for w in t.outside_weights]
             at = [c for c in at if c]
             if at:
                 bad = sum(c["invalid"] > 0 for c in at)

@@ -22,7 +22,8 @@ from .plan import Policy, Sizes
 from .training import Answers, draw_answers, train_policy
 
 SEED = 0
-DECODE_SEED = 1  # of the held-out prompts, of drawing the pool and the answers
+DECODE_SEED = 1  # of the held-out prompts, of drawing the answers and the pool's first part
+POOL_PART = 64  # answers to each prompt in one job
 Job = tuple[str, Sizes, Any]
 
 
@@ -54,7 +55,7 @@ def file_of(work: Path, job: Job) -> Path:
         return work / f"answers-s{item}.pt"
     if kind == "policy":
         return work / f"{item.name}.pt"
-    return work / ("pool.npz" if kind == "pool" else f"{item.name}.npz")
+    return work / (f"pool-{item}.npz" if kind == "pool" else f"{item.name}.npz")
 
 
 def _train(work: Path, sizes: Sizes, policy: Policy, file: Path) -> None:
@@ -78,7 +79,8 @@ def _do(work: Path, job: Job, file: Path) -> None:
     elif kind == "policy":
         _train(work, sizes, item, file)
     elif kind == "pool":
-        rewards = draw_pool(reference, tokenizer, prompts, sizes.pool, DECODE_SEED)
+        size = min(POOL_PART, sizes.pool - item * POOL_PART)
+        rewards = draw_pool(reference, tokenizer, prompts, size, DECODE_SEED + item)
         np.savez(file, rewards=rewards)
     else:
         models = [_policy(file_of(work, ("policy", sizes, p))) for p in plan.needed(item)]
@@ -103,7 +105,9 @@ def _phases(sizes: Sizes) -> list[tuple[str, list[Job]]]:
     answers: list[Job] = [("answers", sizes, seed) for seed in range(sizes.train_seeds)]
     trainings: list[Job] = [("policy", sizes, p) for p in plan.policies(sizes)]
     cells: list[Job] = [("cell", sizes, c) for c in plan.cells(sizes)]
-    first: list[Job] = [*answers, ("pool", sizes, None)]
+    parts = range(-(-sizes.pool // POOL_PART))
+    pool: list[Job] = [("pool", sizes, part) for part in parts]
+    first = [*answers, *pool]
     return [("answers of the reference", first), ("trainings", trainings), ("cells", cells)]
 
 
@@ -141,6 +145,12 @@ def run(work: Path, sizes: Sizes, workers: int) -> float:
             log.write_text(json.dumps(seconds))
             print(f"[{k}/{len(missing)}] {name}, {took:.1f} s", flush=True)
     return sum(seconds.values())
+
+
+def load_pool(work: Path) -> np.ndarray:
+    """The rewards [N, K, 3] of the reference's answers."""
+    parts = sorted(work.glob("pool-*.npz"), key=lambda file: int(file.stem.split("-")[1]))
+    return np.concatenate([np.load(part)["rewards"] for part in parts], axis=1).astype(float)
 
 
 def load(work: Path, cell: Cell) -> dict[str, np.ndarray]:

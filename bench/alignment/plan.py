@@ -28,7 +28,10 @@ class Sizes(NamedTuple):
         train_seeds: trainings of the reverse KL policies, each on other answers in another order.
         prompts, samples: held-out prompts, answers to each in the main cells.
         pool: answers of the reference to each prompt, for best-of-N and the optimum.
-        grid, divergences: weights of MOD and the soups, divergences tuned and mixed with.
+        divergences: tuned and mixed with.
+        grid: weights of MOD and the soups.
+        key: weights at which policies are retrained and all variants measured.
+        outside: weights off the simplex.
     """
 
     train_prompts: int = 1800
@@ -36,14 +39,25 @@ class Sizes(NamedTuple):
     train_seeds: int = 3
     prompts: int = 200
     samples: int = 2
-    pool: int = 64
-    grid: tuple[tuple[float, ...], ...] = GRID
+    pool: int = 256
     divergences: tuple[str, ...] = DIVERGENCES
+    grid: tuple[tuple[float, ...], ...] = GRID
+    key: tuple[tuple[float, ...], ...] = KEY
+    outside: tuple[tuple[float, ...], ...] = OUTSIDE
 
 
-#: A run of everything in half a minute, to see that it runs.
+#: A run of every kind of job in half a minute, to see that it runs.
 TINY = Sizes(
-    8, 2, 1, 6, 1, 16, (*CORNERS[:2], MIDPOINTS[0], CENTRE), divergences=("reverse_kl", "jsd")
+    train_prompts=8,
+    steps=2,
+    train_seeds=1,
+    prompts=6,
+    samples=1,
+    pool=16,
+    divergences=("reverse_kl", "jsd"),
+    grid=(*CORNERS[:2], MIDPOINTS[0], CENTRE),
+    key=(CENTRE, MIDPOINTS[0]),
+    outside=OUTSIDE[3:4],
 )
 
 
@@ -63,7 +77,7 @@ class Policy(NamedTuple):
 
 def policies(sizes: Sizes) -> list[Policy]:
     """All trainings: single objectives and retrained mixtures, then the other seeds."""
-    out = [Policy(d, w) for d in sizes.divergences for w in (*CORNERS, *KEY)]
+    out = [Policy(d, w) for d in sizes.divergences for w in (*CORNERS, *sizes.key)]
     for seed in range(1, sizes.train_seeds):
         out += [Policy("reverse_kl", w, seed) for w in (*CORNERS, CENTRE)]
     return out
@@ -94,14 +108,14 @@ def cells(sizes: Sizes) -> list[Cell]:
             out.append(mod._replace(weights=weights))
             if weights not in CORNERS:  # there the soup is the policy
                 out.append(Cell("soup", tuned, weights, samples=n))
-        for weights in KEY:
+        for weights in sizes.key:
             out += compared(tuned, weights, samples=n)
             out += compared(tuned, weights, greedy=True, samples=1)
             if tuned != "reverse_kl":  # where neither history nor Z matters
                 out += [mod._replace(weights=weights, normalizer=z, history=h) for z, h in VARIANTS]
             others = (d for d in sizes.divergences if d != tuned)
             out += [mod._replace(weights=weights, mixed_by=d, samples=1) for d in others]
-        for weights in OUTSIDE:
+        for weights in sizes.outside:
             out += compared(tuned, weights, samples=n)[:2]
             if tuned != "reverse_kl":
                 out.append(mod._replace(weights=weights, normalizer="zero"))

@@ -56,7 +56,9 @@ class Tables:
         self.result = result
         self.divergences: list[str] = list(result["sizes"]["divergences"])
         self.cells: list[Record] = result["cells"]
-        self.grid = [tuple(w) for w in result["sizes"]["grid"]]
+        self.grid, self.key_weights, self.outside_weights = (
+            [tuple(w) for w in result["sizes"][name]] for name in ("grid", "key", "outside")
+        )
 
     def find(self, **fields: Any) -> list[Record]:
         """Cells whose fields have these values; those not named are the main ones."""
@@ -72,8 +74,8 @@ class Tables:
         return max(at, key=lambda c: c["samples"], default={})
 
     def key(self, **fields: Any) -> list[Record]:
-        """The cells at `plan.KEY`."""
-        return [self.one(w, **fields) for w in plan.KEY]
+        """The cells at the key weights."""
+        return [self.one(w, **fields) for w in self.key_weights]
 
     def pooled(self, method: str, weights: Sequence[float], tuned: str = "none") -> Record:
         """A record of the pool."""
@@ -115,7 +117,7 @@ class Tables:
         rows = []
         for r in self.result["equal_weights"]:
             cells = [_percent(r[k]["relative"], "+") for k in ("soup", "retrained")]
-            cells.insert(1, _percent(r["soup"]["relative_gain_over_reference"], "+"))
+            cells.insert(1, _percent(r["soup"]["relative_gain"], "+"))
             cells += [_percent(r[f"best of {n}"]["relative"], "+") for n in (4, 16)]
             rows.append([r["tuned"], str(r["seed"]), *cells])
         header = ["tuned with", "training seed", "over the soup, %", "gain over the soup's gain, %"]
@@ -143,7 +145,7 @@ class Tables:
             for method in METHODS:
                 found = self.key(method=method, tuned=tuned)
                 rows.append([tuned, method, *(_percent(c.get("lost")) for c in found)])
-        return markdown_table(["tuned with", "method", *map(_weights, plan.KEY)], rows)
+        return markdown_table(["tuned with", "method", *map(_weights, self.key_weights)], rows)
 
     def hypervolumes(self) -> str:
         """The dominated areas by pair and method."""
@@ -208,7 +210,7 @@ class Tables:
         """Weights off the simplex."""
         rows = []
         for tuned in self.divergences:
-            for w in plan.OUTSIDE:
+            for w in self.outside_weights:
                 named = {"mod, exact Z": {"method": "mod"}, "soup": {"method": "soup"}}
                 if tuned != "reverse_kl":
                     named["mod, Z = 0"] = {"method": "mod", "normalizer": "zero"}
@@ -242,6 +244,16 @@ class Tables:
         names = [*METHODS, "best of 4", "best of 16", "optimum", *(f"KL {m}" for m in METHODS)]
         return markdown_table(["tuned with", "weights", *names], rows)
 
+    def pool_growth(self) -> str:
+        """The estimated optimum from pools of several sizes: what it still lacks."""
+        records = self.result["pool_growth"]
+        sizes = list(dict.fromkeys(r["size"] for r in records))
+        rows = []
+        for tuned in self.divergences:
+            found = [r for r in records if r["tuned"] == tuned]
+            rows.append([tuned, *(f"{r['overall']:.3f}, {r['objective']:.2f}" for r in found)])
+        return markdown_table(["tuned with", *(f"{size} answers" for size in sizes)], rows)
+
     def trainings(self) -> str:
         """The loss of every training."""
         rows = [
@@ -273,6 +285,7 @@ def markdown(result: Record, findings: Iterable[str]) -> str:
     t, sizes = Tables(result), result["sizes"]
     machine = [f"- {name}: {value}" for name, value in result["machine"].items()]
     n = f"{sizes['prompts']} held-out prompts, {sizes['samples']} answers each"
+    key = "; ".join(map(_weights, sizes["key"]))
     sections = [
         ("", "# Alignment: mixing against merging, retraining and choosing"),
         ("", f"`{result['command']}`"),
@@ -283,7 +296,7 @@ def markdown(result: Record, findings: Iterable[str]) -> str:
              "tuning for the mixed reward maximises. Optimum: the reference's "
              f"{sizes['pool']} answers to each prompt, reweighted (log-ratios beyond the logarithm "
              "of that do not fit in, so it errs towards less). Key weights: "
-             f"{'; '.join(map(_weights, plan.KEY))}."),
+             f"{key}."),
         ("Findings", "\n".join(f"- {line}" for line in findings)),
         ("MOD's overall reward at equal weights, relative to others", t.headline()),
         ("At equal weights", t.equal_weights()),
@@ -298,6 +311,8 @@ def markdown(result: Record, findings: Iterable[str]) -> str:
         ("Where the truth is exact: mean share of J lost, total variation from the optimum",
          tabular.markdown(result["tabular"])),
         ("Weighted reward at every weight", t.every_weight()),
+        ("The optimum at equal weights, overall reward and J, from pools of several sizes",
+         t.pool_growth()),
         ("Trainings", t.trainings()),
     ]  # fmt: skip
     return "\n\n".join(f"## {head}\n\n{body}" if head else body for head, body in sections) + "\n"

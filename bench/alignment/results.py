@@ -40,7 +40,7 @@ class Study:
 
     def __init__(self, work: Path, sizes: Sizes) -> None:
         self.work, self.sizes = work, sizes
-        self.pool = np.load(jobs.file_of(work, ("pool", sizes, None)))["rewards"].astype(float)
+        self.pool = jobs.load_pool(work)
         self.optima: dict[tuple[str, tuple[float, ...]], Scored] = {}
         self.reference = self.scored(plan.REFERENCE._replace(samples=sizes.samples))
 
@@ -124,7 +124,7 @@ def _cells(study: Study) -> list[dict[str, Any]]:
         record["length"] = round(float(found["length"].mean()), 2)
         record["ended"] = round(float(found["ended"].mean()), 4)
         record["invalid"] = round(float(1.0 - found["valid"].mean()), 4)
-        if cell.weights in plan.KEY and cell.method != "reference":
+        if cell.weights in study.sizes.key and cell.method != "reference":
             record["lost"] = study.lost(scored, cell.tuned, cell.weights)
         records.append(record)
     return records
@@ -133,7 +133,7 @@ def _cells(study: Study) -> list[dict[str, Any]]:
 def _pool(study: Study) -> list[dict[str, Any]]:
     """Best-of-n and the optimum at every weight of the grid."""
     records = []
-    for weights in dict.fromkeys((*study.sizes.grid, *plan.KEY)):
+    for weights in dict.fromkeys((*study.sizes.grid, *study.sizes.key)):
         named = {f"best of {n}": ("none", study.best_of(n, weights)) for n in BEST_OF}
         for tuned in study.sizes.divergences:
             named[f"optimum {tuned}"] = (tuned, study.optimum(tuned, weights))
@@ -141,6 +141,18 @@ def _pool(study: Study) -> list[dict[str, Any]]:
             record: dict[str, Any] = {"method": name.split(" alpha")[0], "tuned": tuned}
             record["method"] = "optimum" if tuned != "none" else name
             records.append(record | {"weights": weights} | study.estimates(scored, weights))
+    return records
+
+
+def _pool_growth(study: Study) -> list[dict[str, Any]]:
+    """J and the overall reward of the optimum at equal weights, from more and more of the pool."""
+    records, w = [], np.array(plan.CENTRE)
+    for tuned, shift in product(study.sizes.divergences, (4, 3, 2, 1, 0)):
+        size = study.sizes.pool >> shift
+        rewards, terms = reweighted(study.pool[:, :size], w, tuned)
+        value = float((REWARD_SCALE * rewards @ w - terms).mean())
+        record = {"tuned": tuned, "size": size, "overall": round(float(rewards.mean()), 4)}
+        records.append(record | {"objective": round(value, 3)})
     return records
 
 
@@ -152,7 +164,8 @@ def _equal_weights(study: Study) -> list[dict[str, Any]]:
         return a.mean(1) / b.mean(1) - 1.0
 
     def share(a: Array, b: Array, r: Array) -> Array:
-        return (a.mean(1) - r.mean(1)) / (b.mean(1) - r.mean(1)) - 1.0
+        with np.errstate(divide="ignore", invalid="ignore"):  # the other may gain nothing
+            return (a.mean(1) - r.mean(1)) / (b.mean(1) - r.mean(1)) - 1.0
 
     seeds = [("reverse_kl", s) for s in range(1, study.sizes.train_seeds)]
     for tuned, seed in [*((d, 0) for d in study.sizes.divergences), *seeds]:
@@ -165,11 +178,10 @@ def _equal_weights(study: Study) -> list[dict[str, Any]]:
         others |= {f"best of {n}": study.best_of(n, plan.CENTRE).rewards for n in BEST_OF}
         record: dict[str, Any] = {"tuned": tuned, "seed": seed}
         for name, theirs in others.items():
+            lead = interval(share, ours, theirs, study.reference.rewards)
             record[name] = {
                 "relative": interval(gain, ours, theirs),
-                "relative_gain_over_reference": interval(
-                    share, ours, theirs, study.reference.rewards
-                ),
+                "relative_gain": lead if np.isfinite([*lead.values()]).all() else None,
                 "difference": interval(lambda a, b: a.mean(1) - b.mean(1), ours, theirs),
             }
         records.append(record)
@@ -237,5 +249,6 @@ def summary(work: Path, sizes: Sizes, tabular_worlds: int) -> dict[str, Any]:
         "hypervolumes": _hypervolumes(study),
         "cells": _cells(study),
         "pool": _pool(study),
+        "pool_growth": _pool_growth(study),
         "tabular": tabular.measure(tabular_worlds),
     }

@@ -56,6 +56,8 @@ def slope(divergence: str) -> Callable[[Tensor], Tensor]:
     if divergence == "reverse_kl":
         return lambda d: d
     deficit = get_divergence(divergence).deficit
+    if not get_divergence(divergence).clamped:  # JSD is all but linear there itself
+        return lambda d: -deficit(d)
     with torch.enable_grad():
         corner = torch.tensor(TANGENT_BELOW, requires_grad=True)
         (gradient,) = torch.autograd.grad(-deficit(corner), corner)
