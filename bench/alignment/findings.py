@@ -47,6 +47,10 @@ def _headline(t: Tables) -> Iterator[str]:
         ),
     )
     yield f"KL to the reference there, in nats, MOD / soup / retrained: {kl}."
+    same = {r["tuned"]: r["soup"] for r in t.result["equal_kl"] if r.get("soup")}
+    if same:
+        each = _each(list(same), lambda d: _percent(same[d]))
+        yield f"With the sum of MOD's equal weights scaled to the soup's KL: {each}."
     yield f"Over policies retrained for equal weights: {_against(t, 'retrained')}."
     yield f"Over best-of-16 of the reference: {_against(t, 'best of 16')}."
 

@@ -41,7 +41,7 @@ def _line(tables: Tables, name: str, tuned: str, i: int, j: int) -> list[tuple[f
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
-    """One PNG per divergence into `folder`; returns their paths.
+    """One PNG per divergence and one of reward against KL into `folder`; returns their paths.
 
     Raises:
         ImportError: without matplotlib.
@@ -69,4 +69,30 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
         figure.suptitle(f"policies tuned with {tuned}, mixed while decoding and otherwise")
         paths.append(folder / f"alignment_{tuned.replace(':', '').replace('.', '')}.png")
         figure.savefig(paths[-1], dpi=80)
+    paths.append(folder / "alignment_kl.png")
+    _draw_kl(tables, paths[-1])
     return paths
+
+
+def _draw_kl(tables: Tables, path: Path) -> None:
+    """Overall reward against KL at equal weights of several sums, a panel for each divergence."""
+    from matplotlib.figure import Figure
+
+    names = tables.divergences
+    figure = Figure(figsize=(3.6 * len(names), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    for axes, tuned in zip(panels, names, strict=True):
+        for method in ("mod", "soup", "retrained"):
+            found = [tables.one(w, method=method, tuned=tuned) for w in plan.EQUAL]
+            points = [(r["kl"]["value"], r["overall"]["value"]) for r in found if "kl" in r]
+            marker, line, label = STYLES[method]
+            axes.plot(*zip(*points, strict=True), marker + line, label=label, markersize=6)
+        pool = [tables.pooled(name, plan.CENTRE) for name in ("best of 4", "best of 16")]
+        points = [(r["kl"]["value"], r["overall"]["value"]) for r in pool]
+        axes.plot(*zip(*points, strict=True), "v:", label="best of 4, 16 (KL: bound)")
+        axes.set_xlabel("KL to the reference (nats)")
+        axes.set_title(tuned, fontsize=10)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("overall reward, equal weights")
+    panels[0].legend(fontsize=7)
+    figure.savefig(path, dpi=80)

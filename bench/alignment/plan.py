@@ -14,7 +14,15 @@ MIDPOINTS = ((0.5, 0.5, 0.0), (0.5, 0.0, 0.5), (0.0, 0.5, 0.5))
 KEY = (CENTRE, *MIDPOINTS)  # where everything is compared
 CORNERS = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 GRID = (*simplex_grid(3, 5), CENTRE)
-OUTSIDE = ((1.5, -0.5, 0.0), (-0.5, 0.0, 1.5), (1.0, 1.0, 0.0), (1.0, 1.0, 1.0), (2.0, 0.0, 0.0))
+SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)  # sums of equal weights: reward against KL
+EQUAL = tuple((scale / 3,) * 3 for scale in SCALES)
+OUTSIDE = (
+    (1.5, -0.5, 0.0),
+    (-0.5, 0.0, 1.5),
+    (1.0, 1.0, 0.0),
+    (2.0, 0.0, 0.0),
+    *(w for w in EQUAL if w != CENTRE),
+)
 VARIANTS = (("exact", False), ("zero", False), ("exact", True), ("zero", True))
 REFERENCE = Cell("reference", "none", (0.0, 0.0, 0.0))
 
@@ -26,7 +34,7 @@ class Sizes(NamedTuple):
         train_prompts: prompts with `train.GROUP` answers each; 1800 is every training question.
         steps: of each policy.
         train_seeds: trainings of the reverse KL policies, each on other answers in another order.
-        prompts, samples: held-out prompts, answers to each in the main cells.
+        prompts, samples: held-out prompts, answers to each in the main cells (1 elsewhere).
         pool: answers of the reference to each prompt, for best-of-N and the optimum.
         divergences: tuned and mixed with.
         grid: weights of MOD and the soups.
@@ -36,7 +44,7 @@ class Sizes(NamedTuple):
 
     train_prompts: int = 1800
     steps: int = 200
-    train_seeds: int = 3
+    train_seeds: int = 2
     prompts: int = 200
     samples: int = 2
     pool: int = 256
@@ -57,7 +65,7 @@ TINY = Sizes(
     divergences=("reverse_kl", "jsd"),
     grid=(*CORNERS[:2], MIDPOINTS[0], CENTRE),
     key=(CENTRE, MIDPOINTS[0]),
-    outside=OUTSIDE[3:4],
+    outside=OUTSIDE[-1:],
 )
 
 
@@ -77,7 +85,8 @@ class Policy(NamedTuple):
 
 def policies(sizes: Sizes) -> list[Policy]:
     """All trainings: single objectives and retrained mixtures, then the other seeds."""
-    out = [Policy(d, w) for d in sizes.divergences for w in (*CORNERS, *sizes.key)]
+    out = [Policy(d, w) for d in sizes.divergences for w in CORNERS]
+    out += [Policy(d, w) for w in sizes.key for d in sizes.divergences]
     for seed in range(1, sizes.train_seeds):
         out += [Policy("reverse_kl", w, seed) for w in (*CORNERS, CENTRE)]
     return out

@@ -124,6 +124,14 @@ class Tables:
         header += ["over the retrained, %", "over best of 4, %", "over best of 16, %"]
         return markdown_table(header, rows)
 
+    def equal_kl(self) -> str:
+        """MOD's lead in the overall reward where its weights are scaled to the other's KL."""
+        rows = [
+            [r["tuned"], *(_percent(r.get(name), "+") for name in ("soup", "retrained"))]
+            for r in self.result["equal_kl"]
+        ]
+        return markdown_table(["tuned with", "over the soup, %", "over the retrained, %"], rows)
+
     def grid_means(self) -> str:
         """Weighted rewards averaged over the weights off the corners."""
         names = ["mod", "soup", "best of 4", "best of 16", "optimum"]
@@ -284,7 +292,7 @@ def markdown(result: Record, findings: Iterable[str]) -> str:
     """The whole report."""
     t, sizes = Tables(result), result["sizes"]
     machine = [f"- {name}: {value}" for name, value in result["machine"].items()]
-    n = f"{sizes['prompts']} held-out prompts, {sizes['samples']} answers each"
+    n = f"{sizes['prompts']} held-out prompts, {sizes['samples']} answers each (1 in variants)"
     key = "; ".join(map(_weights, sizes["key"]))
     sections = [
         ("", "# Alignment: mixing against merging, retraining and choosing"),
@@ -299,6 +307,7 @@ def markdown(result: Record, findings: Iterable[str]) -> str:
              f"{key}."),
         ("Findings", "\n".join(f"- {line}" for line in findings)),
         ("MOD's overall reward at equal weights, relative to others", t.headline()),
+        ("The same with MOD's equal weights scaled to the other's KL", t.equal_kl()),
         ("At equal weights", t.equal_weights()),
         ("Weighted reward, mean over the weights off the corners", t.grid_means()),
         ("Share of the optimum's J lost, % (0: the optimum, 100: the reference)", t.losses()),

@@ -188,6 +188,36 @@ def _equal_weights(study: Study) -> list[dict[str, Any]]:
     return records
 
 
+def _lead_at_equal_kl(reward: Array, kl: Array, ours: Array, our_kl: Array) -> Array:
+    """[R], from another method's means [R] and ours at several scales [R, S], by interpolation."""
+    same = []
+    for k, rewards, kls in zip(kl, ours, our_kl, strict=True):
+        order = np.argsort(kls)
+        same.append(np.interp(k, kls[order], rewards[order]))
+    return np.array(same) / reward - 1.0
+
+
+def _at_equal_kl(study: Study) -> list[dict[str, Any]]:
+    """MOD's lead in overall reward where its equal weights are scaled to another method's KL."""
+    equal = [w for w in plan.EQUAL if w == plan.CENTRE or w in study.sizes.outside]
+    records = []
+    for tuned in study.sizes.divergences:
+        mods = [study.mod(tuned, w) for w in equal]
+        line = [
+            study.scored(c if c.weights == plan.CENTRE else c._replace(samples=1)) for c in mods
+        ]
+        ours = np.stack([s.rewards.mean(1) for s in line], axis=1)  # [N, S]
+        our_kl = np.stack([s.kl for s in line], axis=1)
+        record: dict[str, Any] = {"tuned": tuned, "soup": None, "retrained": None}
+        for name in ("soup", "retrained"):
+            other = study.method(name, tuned, plan.CENTRE)
+            if our_kl.mean(0).min() <= other.kl.mean() <= our_kl.mean(0).max():
+                arrays = other.rewards.mean(1), other.kl, ours, our_kl
+                record[name] = interval(_lead_at_equal_kl, *arrays)
+        records.append(record)
+    return records
+
+
 def _hypervolumes(study: Study) -> list[dict[str, Any]]:
     """The area dominated in the plane of two rewards, by the ends and the midpoint, and by all."""
     records = []
@@ -245,6 +275,7 @@ def summary(work: Path, sizes: Sizes, tabular_worlds: int) -> dict[str, Any]:
         "sizes": sizes._asdict(),
         "trainings": _trainings(study),
         "equal_weights": _equal_weights(study),
+        "equal_kl": _at_equal_kl(study),
         "grid": _grid_means(study),
         "hypervolumes": _hypervolumes(study),
         "cells": _cells(study),
