@@ -115,16 +115,16 @@ def _mismatched(t: Tables) -> Iterator[str]:
 
 def _outside(t: Tables) -> Iterator[str]:
     def broken(d: str) -> str:
-        found = []
+        words = []
         for name, fields in (("exact Z", {}), ("Z = 0", {"normalizer": "zero"})):
             at = [t.one(w, method="mod", tuned=d, **fields) for w in t.outside_weights]
             at = [c for c in at if c]
+            solved = [c for c in at if not c["invalid"]]
             if at:
-                bad = sum(c["invalid"] > 0 for c in at)
-                ended = min((c["ended"] for c in at if not c["invalid"]), default=0.0)
-                words = f"{bad} of {len(at)} without solution"
-                found.append(f"{name} {words}, of the others at least {100 * ended:.0f}% ended")
-        return ", ".join(found)
+                words.append(f"{name} solved at {len(solved)} of {len(at)}")
+            if solved:
+                words[-1] += f" (KL up to {max(c['kl']['value'] for c in solved):.1f} nats)"
+        return ", ".join(words)
 
     yield f"Weights outside the simplex: {_each(t.divergences, broken)}."
 

@@ -118,6 +118,8 @@ def _run_all(jobs: Sequence[Job], do: Callable[[Job], tuple[str, float]], worker
         return
     with multiprocessing.get_context("spawn").Pool(workers, _alone) as pool:
         yield from pool.imap_unordered(do, jobs)
+        pool.close()
+        pool.join()
 
 
 def run(work: Path, sizes: Sizes, workers: int) -> float:
