@@ -38,11 +38,10 @@ def _weights(w: Sequence[float]) -> str:
 
 def mean(records: Sequence[Record], field: str) -> float | None:
     """The mean over cells of an estimate or number; None where a cell lacks it."""
-    values = [r.get(field) for r in records]
+    values: list[Any] = [r.get(field) for r in records]
     if not values or None in values:
         return None
-    numbers = [x["value"] if isinstance(x, dict) else x for x in values]
-    return sum(numbers) / len(numbers)
+    return sum(x["value"] if isinstance(x, dict) else x for x in values) / len(values)
 
 
 def _show(x: float | None, digits: int = 3) -> str:

@@ -16,7 +16,7 @@ tokens that do not depend on those before them and rewards that add up. Measured
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def objective(divergence: str, log_ref: Array, log_pi: Array, reward: Array) -> 
 
 
 def mixed(
-    divergence: str, log_ref: Array, policies: Array, weights: Array, **options: object
+    divergence: str, log_ref: Array, policies: Array, weights: Array, **options: Any
 ) -> Array:
     """The op's log pi* as float64 [B, V]; log_ref [B, V], policies [M, B, V], weights [M]."""
     logits = torch.from_numpy(np.stack([log_ref, *policies])).float()
@@ -199,9 +199,9 @@ def shortfalls(
         yield name, shortfall(divergence, tree, log_pi, weights) if valid else None
 
 
-def measure(worlds: int = 40, seed: int = 0) -> list[dict[str, object]]:
+def measure(worlds: int = 40, seed: int = 0) -> list[dict[str, Any]]:
     """Means over random worlds and simplex weights, one record per divergence, world and mix."""
-    records: list[dict[str, object]] = []
+    records: list[dict[str, Any]] = []
     kinds = {"one token": True, "tree, additive rewards": True, "tree": False}
     for kind, additive in kinds.items():
         for divergence in DIVERGENCES:
@@ -215,7 +215,7 @@ def measure(worlds: int = 40, seed: int = 0) -> list[dict[str, object]]:
                     found.setdefault(name, []).append(result)
             for name, results in found.items():
                 valid = [r for r in results if r is not None]
-                record = {"world": kind, "divergence": divergence, "mix": name}
+                record: dict[str, Any] = {"world": kind, "divergence": divergence, "mix": name}
                 record |= {"worlds": worlds, "invalid": worlds - len(valid)}
                 for field in Shortfall._fields if valid else ():
                     values = [getattr(r, field) for r in valid]
@@ -224,7 +224,7 @@ def measure(worlds: int = 40, seed: int = 0) -> list[dict[str, object]]:
     return records
 
 
-def markdown(records: list[dict[str, object]]) -> str:
+def markdown(records: list[dict[str, Any]]) -> str:
     """One table per world: rows are mixes, columns divergences, cells the mean share lost."""
     parts = []
     for world in dict.fromkeys(r["world"] for r in records):
@@ -238,10 +238,10 @@ def markdown(records: list[dict[str, object]]) -> str:
     return "\n\n".join(parts)
 
 
-def _cell(record: dict[str, object]) -> str:
+def _cell(record: dict[str, Any]) -> str:
     if "lost" not in record:
         return "no solution"
-    return f"{100 * float(str(record['lost'])):.2g}%, {float(str(record['total_variation'])):.2g}"
+    return f"{100 * record['lost']:.2g}%, {record['total_variation']:.2g}"
 
 
 if __name__ == "__main__":
