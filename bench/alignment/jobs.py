@@ -35,7 +35,8 @@ def _reference() -> tuple[Any, Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def _answers(file: Path) -> Answers:
+def load_answers(file: Path) -> Answers:
+    """Answers to train on, the last ones kept in memory."""
     return torch.load(file, weights_only=False)
 
 
@@ -59,7 +60,7 @@ def file_of(work: Path, job: Job) -> Path:
 
 
 def _train(work: Path, sizes: Sizes, policy: Policy, file: Path) -> None:
-    answers = _answers(file_of(work, ("answers", sizes, policy.seed)))
+    answers = load_answers(file_of(work, ("answers", sizes, policy.seed)))
     reference, _ = _reference()
     model, losses = train_policy(
         reference, answers, policy.weights, policy.divergence, sizes.steps, policy.seed, policy.name

@@ -265,10 +265,12 @@ class Tables:
         """The loss of every training."""
         rows = [
             [r["divergence"], _weights(r["weights"]), str(r["seed"]), f"{r['first_loss']:.3f}",
-             f"{r['loss']:.3f}"]
+             f"{r['loss']:.3f}", f"{r['least_loss']:.3f}"]
             for r in self.result["trainings"]
         ]  # fmt: skip
-        return markdown_table(["divergence", "weights", "seed", "first loss", "last loss"], rows)
+        return markdown_table(
+            ["divergence", "weights", "seed", "first loss", "last loss", "least possible"], rows
+        )
 
 
 _MEANS = ("weighted reward", "KL", "lost, %", "tokens", "ended, %")

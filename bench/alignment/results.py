@@ -15,6 +15,7 @@ from . import jobs, plan, tabular
 from .measuring import Cell, divergence_terms
 from .plan import Sizes
 from .statistics import REWARD_SCALE, best_of, best_of_kl, hypervolume, interval, reweighted
+from .training import least_loss
 
 Array = np.ndarray
 BEST_OF = (4, 16)
@@ -263,6 +264,8 @@ def _trainings(study: Study) -> list[dict[str, Any]]:
     out = []
     for policy in plan.policies(study.sizes):
         record = json.loads((study.work / f"{policy.name}.json").read_text())
+        answers = jobs.load_answers(jobs.file_of(study.work, ("answers", study.sizes, policy.seed)))
+        record["least_loss"] = least_loss(answers, policy.weights)
         out.append(policy._asdict() | record)
     return out
 

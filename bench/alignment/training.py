@@ -71,6 +71,18 @@ def slope(divergence: str) -> Callable[[Tensor], Tensor]:
     return continued
 
 
+def mixed_rewards(answers: Answers, weights: Sequence[float]) -> Tensor:
+    """sum_i w_i r_i of every answer, [N] float32; weights [3] as `world.OBJECTIVES` has them."""
+    columns = [train.score(name, answers.prompts, answers.responses) for name in world.OBJECTIVES]
+    return torch.tensor(weights) @ torch.stack(columns)
+
+
+def least_loss(answers: Answers, weights: Sequence[float]) -> float:
+    """`train.preference_loss` at the optimum of any divergence: the preferences' mean entropy."""
+    rewards = mixed_rewards(answers, weights).view(-1, train.GROUP)
+    return float(train.preference_loss(train.PREFERENCE_SCALE * rewards, rewards))
+
+
 def train_policy(
     reference: Any,
     answers: Answers,
@@ -82,13 +94,10 @@ def train_policy(
 ) -> tuple[Any, list[float]]:
     """A copy of the reference tuned for sum_i w_i r_i under `divergence`, and the losses.
 
-    weights: [3], in the order of `world.OBJECTIVES`. Weight 1 for one objective makes a policy to
-    mix, other weights the policy that mixing is to equal.
+    Weight 1 for one objective makes a policy to mix, other weights [3] the policy that mixing is to
+    equal.
     """
-    rewards = torch.stack(
-        [train.score(name, answers.prompts, answers.responses) for name in world.OBJECTIVES]
-    )
-    mixed = torch.tensor(weights) @ rewards  # [N]
+    mixed = mixed_rewards(answers, weights)
     model, f_prime = copy.deepcopy(reference), slope(divergence)
     generator = torch.Generator().manual_seed(seed)
     groups = torch.arange(len(mixed)).view(-1, train.GROUP)
