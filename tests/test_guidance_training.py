@@ -43,6 +43,18 @@ def test_rollouts_are_what_generate_drew_however_rows_are_batched(rollouts: Any)
         assert tokenizer.decode(read) == prompt
 
 
+def test_a_response_is_its_tokens_up_to_its_end() -> None:
+    models = trainer.alone(tiny.llama(0), tiny.tokenizer())
+    batch, _ = trainer.roll_out(models, PROMPTS * 40, weights=[1.0], max_new_tokens=6, seed=1)
+    lengths = batch.response_mask.sum(1)
+    assert len(lengths.unique()) > 3
+    for row, n in enumerate(lengths.tolist()):
+        said = batch.ids[row, -6:].tolist()
+        assert batch.response_mask[row, -6:].tolist() == [1] * n + [0] * (6 - n)
+        assert tiny.EOS not in said[: n - 1] and (n == 6 or said[n - 1] == tiny.EOS)
+        assert batch.attention_mask[row, -6:].equal(batch.response_mask[row, -6:])
+
+
 def test_log_ratios_are_those_of_the_tilted_policy() -> None:
     models = Ensemble([tiny.llama(0)], tiny.tokenizer())
     options: dict[str, Any] = {"weights": [], **controlled_decoding([tiny.llama(5)], [0.3])}
@@ -214,12 +226,25 @@ def test_values_predict_the_reward_of_what_follows(models: Any, tokenizer: Any) 
     """Half answers to 30 held-out prompts. Independent values and outcomes correlate by more than
     0.6 with probability 5e-4 at 30 pairs (t = 3.97 with 28 degrees of freedom)."""
     prompts = world.prompts(30, seed=11)
+    answers, _ = trainer.roll_out(
+        trainer.alone(models["reference"], tokenizer),
+        prompts,
+        weights=[1.0],
+        max_new_tokens=MAX_NEW_TOKENS,
+        seed=5,
+    )
     for objective, reward in world.REWARDS.items():
         scorer = load(world.scorer(objective))
         values, outcomes = values_and_outcomes(
             scorer, models["reference"], tokenizer, prompts, reward, seed=5
         )
         assert len(values) == len(outcomes) == 30
+        # The value of the half itself, read alone.
+        n = int(answers.response_mask[0].sum())
+        half = answers.ids[0][answers.attention_mask[0].bool()][: n // 2 - n]
+        with torch.no_grad():
+            alone = scorer(input_ids=half[None, :-1]).logits[0, -1, half[-1]]
+        assert abs(values[0] - alone) < 1e-4
         assert torch.corrcoef(torch.stack([values, outcomes]))[0, 1] > 0.6, objective
         # Not its order alone: on average they agree, but for the noise of the continuations.
         error = float((values - outcomes).std()) / math.sqrt(30)
