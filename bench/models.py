@@ -17,6 +17,7 @@ RANDOM = {
     "0.1b": (12, 768, 12, 12, 2048, 32000),
     "1b": (16, 2048, 32, 8, 8192, 128256),
 }
+_NEARNESS = 0.9  # how far a policy's own random weights are moved towards the reference's
 #: Tokens to draw in each row: in some seconds a run, on a CPU too.
 TOKENS = {"embedded": 33, "tiny": 5, "0.1b": 5, "1b": 3}
 
@@ -44,7 +45,7 @@ def _llama(name: str, seed: int, dtype: torch.dtype, device: str) -> Any:
 
 
 def ensemble(name: str, dtype: torch.dtype, device: str, policies: int) -> mod_fused.Ensemble:
-    """A reference and policies.
+    """A reference and policies; random ones have most of their weights' values in common.
 
     Raises:
         ImportError: transformers is not installed.
@@ -52,7 +53,14 @@ def ensemble(name: str, dtype: torch.dtype, device: str, policies: int) -> mod_f
     if name == "embedded":
         objectives = mod_fused.world.OBJECTIVES[:policies]
         return mod_fused.Ensemble.embedded(objectives, dtype=dtype, device=device)
-    return mod_fused.Ensemble([_llama(name, i, dtype, device) for i in range(policies + 1)])
+    llamas = [_llama(name, i, dtype, device) for i in range(policies + 1)]
+    with torch.no_grad():
+        for policy in llamas[1:]:
+            for parameter, of_reference in zip(
+                policy.parameters(), llamas[0].parameters(), strict=True
+            ):
+                parameter.lerp_(of_reference, _NEARNESS)
+    return mod_fused.Ensemble(llamas)
 
 
 def prompts(name: str, models: mod_fused.Ensemble, batch: int) -> Tensor:
