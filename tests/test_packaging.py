@@ -67,8 +67,9 @@ def test_wheel_holds_every_module_and_nothing_outside_the_package(dists):
 
 def test_wheel_holds_the_checkpoints_byte_for_byte(dists):
     wheel = wheel_of(dists)
-    for name in ("reference", *world.OBJECTIVES):
-        folder = world.checkpoint(name)
+    folders = [world.checkpoint(name) for name in ("reference", *world.OBJECTIVES)]
+    folders += [world.scorer(name) for name in world.OBJECTIVES]
+    for folder in folders:
         inside = folder.relative_to(Path(mod_fused.__file__).parents[1]).as_posix()
         for file in CHECKPOINT_FILES:
             assert wheel.read(f"{inside}/{file}") == (folder / file).read_bytes()

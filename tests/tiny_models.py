@@ -48,7 +48,7 @@ def _ready(kind: Any, config: Any, seed: int, eos: int | None) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(config).eval()
-    if hasattr(model, "generation_config"):
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = eos
         model.generation_config.pad_token_id = 0
     return model

@@ -1,17 +1,20 @@
 """Value-guided decoding: trained scorers that steer a frozen reference.
 
-    guide = guidance.Guidance.embedded(["helpful"])                       # a trained scorer
+    guide = guidance.Guidance.embedded(["helpful"])                        # a trained scorer
     mod_fused.generate(models, prompts, weights=[], value_fn=guide, value_weights=[10.0])
+    mod_fused.generate(models, prompts, weights=[], **guidance.fudge(classifier))
+    guidance.blockwise_best_of_k(models, prompts, score_fn=score, k=4, block_length=8)
 
-Controlled Decoding, FUDGE and MAVIS are the same call with other scorers (`systems`); the losses
-that train them are in `losses`, a trainer for any Hugging Face reference in `trainer`, MAVIS's
-iterations in `mavis`. `python -m mod_fused.guidance.train` makes the scorers of the embedded world.
-`blockwise_best_of_k` keeps the best of several continuations, block by block.
+A scorer is an ordinary Hugging Face model, so transformers loads, saves and runs it.
+`python -m mod_fused.guidance.train` makes those of the embedded world.
 """
 
 from .blockwise import BlockwiseOutput, best_of_n, blockwise_best_of_k
 from .guide import Guidance, GuidanceState
+from .policy_iteration import train_mavis
 from .scorers import Scorer
+from .systems import controlled_decoding, fudge, mavis
+from .trainer import train_scorer
 
 __all__ = [
     "BlockwiseOutput",
@@ -20,4 +23,9 @@ __all__ = [
     "Scorer",
     "best_of_n",
     "blockwise_best_of_k",
+    "controlled_decoding",
+    "fudge",
+    "mavis",
+    "train_mavis",
+    "train_scorer",
 ]

@@ -1,6 +1,6 @@
 """The published systems of value-guided decoding, as keyword arguments of `mod_fused.generate`.
 
-    generate(models, prompts, weights=[], **systems.fudge(classifier))
+    generate(models, prompts, weights=[], **guidance.fudge(classifier))
 
 Policies may be mixed in: their weights are `generate`'s own.
 """
@@ -55,7 +55,7 @@ def mavis(
     2508.13415).
 
     Args:
-        scorers: J value models, one for each objective, trained with `mavis.train_mavis`.
+        scorers: J value models, one for each objective, trained with `train_mavis`.
         weights: w, [J] or [B, J], each on the simplex.
         beta: the strength with which the value models were trained, positive.
         candidates: how many tokens to score; None: all, for dense value models.

@@ -157,8 +157,9 @@ def fit_scorer(
         rollouts: N responses; of the reference, or for MAVIS of the policy to improve.
         rewards: float [N], their rewards; for FUDGE 1 for the attribute, else 0.
         method: "cd_fudge" or "cd_q" (arXiv 2310.17022; cd_q learns from its own values, backwards
-            from the ends, and needs many more steps), "fudge" (arXiv 2104.05218: the output is the
-            logit of the attribute, decode with logsigmoid), or "mavis" (arXiv 2508.13415).
+            from the ends, and needs several times as many steps), "fudge" (arXiv 2104.05218: the
+            output is the logit of the attribute, decode with logsigmoid), or "mavis" (arXiv
+            2508.13415).
         reference: the model that drew the roll-outs; cd_q takes expectations under it.
         beta: for mavis, the strength at which the scorer will be used.
         steps, batch_size, peak_lr: AdamW with warm-up and cosine decay.
@@ -214,7 +215,7 @@ def train_scorer(
     """Draw one response of the reference to each prompt, reward it, fit the scorer, in place.
 
     Args:
-        scorer, method: see `fit_scorer`; for method "mavis" use `mavis.train_mavis`.
+        scorer, method: see `fit_scorer`; for method "mavis" use `train_mavis`.
         reference, tokenizer: a causal language model of transformers, and its tokenizer.
         prompts: N strings; repeat one to draw several responses to it.
         reward: reward(prompt, response), any float.

@@ -3,7 +3,8 @@
 A reference model and three policies (helpful, harmless, humorous), each trained from the reference
 by preference optimisation on its own reward: four real Hugging Face checkpoints of about 1 MB that
 share one tokenizer. The rewards are plain functions of two strings, the text comes from a small
-grammar, and `python -m mod_fused.world.train` makes everything again and measures it.
+grammar, and `python -m mod_fused.world.train` makes everything again and measures it. For each
+reward there is a value scorer of the reference, too (`python -m mod_fused.guidance.train`).
 
     prompt = world.prompts(1, seed=0)[0]        # "User: How do I bake bread?\\nAssistant:"
     world.reward("helpful", prompt, " Knead the dough for ten minutes.")      # 0.49

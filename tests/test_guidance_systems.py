@@ -1,4 +1,4 @@
-"""MAVIS: iterations that improve the policy, exactly on a tree and by draws from real models."""
+"""The published systems, written out; MAVIS's iterations, exactly on a tree and on models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tabular import Tree
 
 import mod_fused
 from mod_fused import Ensemble, generate
-from mod_fused.guidance import losses, mavis, systems
+from mod_fused.guidance import controlled_decoding, fudge, losses, mavis, train_mavis
 
 BETA = 4.0
 
@@ -78,7 +78,7 @@ def test_training_raises_the_objective_of_real_models(scalar: bool) -> None:
     scorer = tiny.llama_value(1) if scalar else tiny.llama(1)
     with torch.no_grad():
         (scorer.score.weight if scalar else scorer.model.norm.weight).mul_(0.05)
-    history = mavis.train_mavis(
+    history = train_mavis(
         scorer,
         tiny.llama(0),
         tiny.tokenizer(),
@@ -109,14 +109,19 @@ def test_bad_arguments_are_refused() -> None:
         ({"iterations": 0}, "iterations must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            mavis.train_mavis(
-                tiny.llama(1), tiny.llama(0), tiny.tokenizer(), ["it"], short_words, **options | changed
+            train_mavis(
+                tiny.llama(1),
+                tiny.llama(0),
+                tiny.tokenizer(),
+                ["it"],
+                short_words,
+                **options | changed,
             )
     for weights in ([0.5, 0.6], [-0.5, 1.5], [[0.5, 0.5], [1.0, 1.0]], 1.0):
         with pytest.raises(ValueError, match="sums of 1"):
-            systems.mavis([tiny.bigram(0), tiny.bigram(1)], weights, beta=1.0, candidates=None)
+            mavis([tiny.bigram(0), tiny.bigram(1)], weights, beta=1.0, candidates=None)
     with pytest.raises(ValueError, match="beta must be positive, got -1"):
-        systems.mavis([tiny.bigram(0)], [1.0], beta=-1.0, candidates=None)
+        mavis([tiny.bigram(0)], [1.0], beta=-1.0, candidates=None)
 
 
 # The systems, each written out.
@@ -147,18 +152,18 @@ def test_controlled_decoding_is_the_reference_tilted_by_all_scorers() -> None:
     strengths = [[0.5, 1.0], [-1.0, 0.0], [0.0, 3.0]]
     v = torch.tensor(strengths).double()
     scores = sum(v[:, j, None] * SCORES[j](IDS).double() for j in range(2))
-    assert_drawn_from(draw(systems.controlled_decoding(SCORES, strengths)), scores, None)
-    out = draw(systems.controlled_decoding(SCORES, strengths, candidates=4))
+    assert_drawn_from(draw(controlled_decoding(SCORES, strengths)), scores, None)
+    out = draw(controlled_decoding(SCORES, strengths, candidates=4))
     assert_drawn_from(out, scores, 4)
 
 
 def test_fudge_multiplies_by_the_probability_of_the_attribute() -> None:
     for strength in (1.0, 2.5):
         scores = strength * torch.log(torch.sigmoid(SCORES[0](IDS).double()))
-        out = draw(systems.fudge(SCORES[0], candidates=6, strength=strength))
+        out = draw(fudge(SCORES[0], candidates=6, strength=strength))
         assert_drawn_from(out, scores, 6)
     # Far from the boundary the sigmoid is 0 in float32, its logarithm is not.
-    out = draw(systems.fudge(lambda tokens: torch.full((3, tiny.V), -200.0), candidates=6))
+    out = draw(fudge(lambda tokens: torch.full((3, tiny.V), -200.0), candidates=6))
     assert_drawn_from(out, torch.zeros(3, tiny.V).double(), 6)
 
 
@@ -166,4 +171,4 @@ def test_mavis_weighs_the_values_of_the_objectives_row_by_row() -> None:
     weights = [[0.25, 0.75], [1.0, 0.0], [0.5, 0.5]]
     w = torch.tensor(weights).double()
     scores = 1.5 * sum(w[:, j, None] * SCORES[j](IDS).double() for j in range(2))
-    assert_drawn_from(draw(systems.mavis(SCORES, weights, beta=1.5, candidates=5)), scores, 5)
+    assert_drawn_from(draw(mavis(SCORES, weights, beta=1.5, candidates=5)), scores, 5)

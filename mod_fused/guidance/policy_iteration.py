@@ -89,7 +89,8 @@ def train_mavis(
         kl = rollouts.log_ratios.sum(1).cpu()
         worth = rewards - kl / beta
         error = float(worth.std()) / math.sqrt(len(worth)) if len(worth) > 1 else math.nan
-        history.append(Iteration(*(float(x.mean()) for x in (rewards, kl, worth)), error))
+        means = rewards.mean().item(), kl.mean().item(), worth.mean().item()
+        history.append(Iteration(*means, error))
         if iteration < iterations:
             fit_scorer(
                 scorer, rollouts, rewards, method="mavis", beta=beta, seed=seed + iteration,
