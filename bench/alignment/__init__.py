@@ -1,0 +1,1 @@
+"""How well mixing policies while decoding does what it promises, where the truth is known."""

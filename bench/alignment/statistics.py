@@ -1,0 +1,74 @@
+"""Estimates from scored answers, each with its 95% interval.
+
+Everything is bootstrapped over prompts, whose answers stay together; methods that answered the same
+prompts are resampled alike, so that an interval of a difference is one of pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import comb
+
+import numpy as np
+
+from .tabular import F, optimum
+
+Array = np.ndarray
+RESAMPLES = 1000
+REWARD_SCALE = 10.0  # `train.PREFERENCE_SCALE` / beta: what a reward of 1 is worth in f'
+
+
+def interval(estimate: Callable[..., Array], *arrays: Array) -> dict[str, float]:
+    """An estimate from means over prompts, with its bootstrap interval.
+
+    `estimate` gets the means of `arrays` [N, ...], each as [R, ...], and returns [R].
+
+    Returns {"value", "low", "high"}.
+    """
+    n = len(arrays[0])
+    drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
+    shares = np.stack([np.bincount(row, minlength=n) for row in drawn]) / n  # [RESAMPLES, N]
+    shares = np.concatenate([np.full((1, n), 1 / n), shares])  # the first: all prompts alike
+    value, *values = estimate(*(np.tensordot(shares, x, 1) for x in arrays))
+    low, high = np.quantile(values, [0.025, 0.975])
+    named = {"value": value, "low": low, "high": high}
+    return {name: round(float(x), 5) for name, x in named.items()}
+
+
+def hypervolume(points: Array) -> float:
+    """The area of the unit square that points [P, 2] dominate: below and left of one of them."""
+    area, floor = 0.0, 0.0
+    for x, y in sorted(points.tolist(), reverse=True):  # from the largest x on
+        if y > floor:
+            area, floor = area + x * (y - floor), y
+    return area
+
+
+def best_of(rewards: Array, weights: Array, n: int) -> Array:
+    """Mean rewards [N, 3] of the best by sum_i w_i r_i among n answers of a pool [N, K, 3].
+
+    The mean over all subsets of n of the K answers: the k-th worst is the best of
+    C(k-1, n-1) / C(K, n) of them.
+    """
+    size = rewards.shape[1]
+    order = np.argsort(rewards @ weights, axis=1, kind="stable")
+    share = np.array([comb(k, n - 1) for k in range(size)]) / comb(size, n)
+    return np.einsum("k,nkm->nm", share, np.take_along_axis(rewards, order[..., None], axis=1))
+
+
+def best_of_kl(n: int) -> float:
+    """The upper bound log n - (n-1)/n on KL(best-of-n || reference), in nats."""
+    return float(np.log(n) - (n - 1) / n)
+
+
+def reweighted(rewards: Array, weights: Array, divergence: str) -> tuple[Array, Array]:
+    """The optimum for the mixed reward on a pool [N, K, 3]: its rewards [N, 3] and divergences [N].
+
+    The pool stands for the reference, uniform on its K answers: what exceeds log K nats of
+    log-ratio does not fit in, so that the estimate errs on the side of less reward.
+    """
+    size = rewards.shape[1]
+    log_ref = np.full(size, -np.log(size))
+    tilts = REWARD_SCALE * (rewards @ weights)
+    log_x = np.stack([optimum(divergence, log_ref, tilt) for tilt in tilts]) + np.log(size)
+    return (np.exp(log_x)[..., None] * rewards).mean(1), F[divergence](log_x).mean(1)

@@ -1,0 +1,114 @@
+"""f-DPO of the embedded reference for a weighted reward under any of the five divergences.
+
+The slope f' acts on the log-ratio of the whole answer (arXiv 2309.16240). Its optimum has
+f'(pi/ref) = 10 r + const with r in [0, 1], so that -f' stays below about 11 and the log-ratio above
+-2.4 (forward KL), -2.3 (Jeffrey) and -3.6 (alpha 1/2). e^-d beyond that is only met while training
+errs, and grows until nothing else counts (a log-ratio of -90 overflows). Clamping the log-ratio, as
+implementations do, would stop the gradient there: instead f' goes on as its tangent below
+`TANGENT_BELOW`, which moves no optimum and keeps every pair's pull.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mod_fused import world
+from mod_fused.divergence import get_divergence
+from mod_fused.world import train
+
+TANGENT_BELOW = -4.0  # nats
+PEAK_LR = 1e-3
+BATCH = 16  # prompts a step, with all their answers
+
+
+class Answers(NamedTuple):
+    """Answers of the reference to train on, `train.GROUP` in a row to each prompt.
+
+    Attributes:
+        prompts, responses: N strings each.
+        batch: their tokens.
+        ref_logprobs: log pi_ref(response | prompt) in nats, [N] float32.
+    """
+
+    prompts: list[str]
+    responses: list[str]
+    batch: train.Sequences
+    ref_logprobs: Tensor
+
+
+def draw_answers(reference: Any, tokenizer: Any, n_prompts: int, seed: int) -> Answers:
+    """`train.GROUP` answers to each of `n_prompts` training prompts, drawn from the reference."""
+    chosen = world.prompts(n_prompts, seed, held_out=False)
+    prompts = [prompt for prompt in chosen for _ in range(train.GROUP)]
+    batch = train.sample(reference, tokenizer, prompts, seed)
+    responses = train.response_texts(tokenizer, batch)
+    return Answers(prompts, responses, batch, train.all_logprobs(reference, batch))
+
+
+def slope(divergence: str) -> Callable[[Tensor], Tensor]:
+    """f'(e^d), up to a constant, as a function of the log-ratio d; its tangent far below 0."""
+    if divergence == "reverse_kl":
+        return lambda d: d
+    deficit = get_divergence(divergence).deficit
+    if not get_divergence(divergence).clamped:  # JSD is all but linear there itself
+        return lambda d: -deficit(d)
+    with torch.enable_grad():
+        corner = torch.tensor(TANGENT_BELOW, requires_grad=True)
+        (gradient,) = torch.autograd.grad(-deficit(corner), corner)
+    height = -deficit(corner.detach())
+
+    def continued(d: Tensor) -> Tensor:
+        below = height + gradient * (d - TANGENT_BELOW)
+        # The clamp comes first: where would spread an overflow that it does not select.
+        return torch.where(d < TANGENT_BELOW, below, -deficit(d.clamp(min=TANGENT_BELOW)))
+
+    return continued
+
+
+def mixed_rewards(answers: Answers, weights: Sequence[float]) -> Tensor:
+    """sum_i w_i r_i of every answer, [N] float32; weights [3] as `world.OBJECTIVES` has them."""
+    columns = [train.score(name, answers.prompts, answers.responses) for name in world.OBJECTIVES]
+    return torch.tensor(weights) @ torch.stack(columns)
+
+
+def least_loss(answers: Answers, weights: Sequence[float]) -> float:
+    """`train.preference_loss` at the optimum of any divergence: the preferences' mean entropy."""
+    rewards = mixed_rewards(answers, weights).view(-1, train.GROUP)
+    return float(train.preference_loss(train.PREFERENCE_SCALE * rewards, rewards))
+
+
+def train_policy(
+    reference: Any,
+    answers: Answers,
+    weights: Sequence[float],
+    divergence: str,
+    steps: int,
+    seed: int,
+    label: str = "policy",
+) -> tuple[Any, list[float]]:
+    """A copy of the reference tuned for sum_i w_i r_i under `divergence`, and the losses.
+
+    Weight 1 for one objective makes a policy to mix, other weights [3] the policy that mixing is to
+    equal.
+    """
+    mixed = mixed_rewards(answers, weights)
+    model, f_prime = copy.deepcopy(reference), slope(divergence)
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.arange(len(mixed)).view(-1, train.GROUP)
+    epochs = math.ceil(steps * BATCH / len(groups))
+    order = torch.cat([torch.randperm(len(groups), generator=generator) for _ in range(epochs)])
+
+    def loss_at(step: int) -> Tensor:
+        rows = groups[order[step * BATCH : (step + 1) * BATCH]].flatten()
+        logprobs = train.response_logprobs(model, train.take(answers.batch, rows))
+        log_ratios = (logprobs - answers.ref_logprobs[rows]).view(-1, train.GROUP)
+        return train.preference_loss(log_ratios, mixed[rows].view(-1, train.GROUP), slope=f_prime)
+
+    losses = train._fit(model, steps, PEAK_LR, loss_at, label)
+    return model, losses
