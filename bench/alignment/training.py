@@ -11,7 +11,6 @@ implementations do, would stop the gradient there: instead f' goes on as its tan
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,11 +19,10 @@ from torch import Tensor
 
 from mod_fused import world
 from mod_fused.divergence import get_divergence
+from mod_fused.fitting import Sequences
 from mod_fused.world import train
 
 TANGENT_BELOW = -4.0  # nats
-PEAK_LR = 1e-3
-BATCH = 16  # prompts a step, with all their answers
 
 
 class Answers(NamedTuple):
@@ -38,7 +36,7 @@ class Answers(NamedTuple):
 
     prompts: list[str]
     responses: list[str]
-    batch: train.Sequences
+    batch: Sequences
     ref_logprobs: Tensor
 
 
@@ -97,18 +95,15 @@ def train_policy(
     Weight 1 for one objective makes a policy to mix, other weights [3] the policy that mixing is to
     equal.
     """
-    mixed = mixed_rewards(answers, weights)
-    model, f_prime = copy.deepcopy(reference), slope(divergence)
-    generator = torch.Generator().manual_seed(seed)
-    groups = torch.arange(len(mixed)).view(-1, train.GROUP)
-    epochs = math.ceil(steps * BATCH / len(groups))
-    order = torch.cat([torch.randperm(len(groups), generator=generator) for _ in range(epochs)])
-
-    def loss_at(step: int) -> Tensor:
-        rows = groups[order[step * BATCH : (step + 1) * BATCH]].flatten()
-        logprobs = train.response_logprobs(model, train.take(answers.batch, rows))
-        log_ratios = (logprobs - answers.ref_logprobs[rows]).view(-1, train.GROUP)
-        return train.preference_loss(log_ratios, mixed[rows].view(-1, train.GROUP), slope=f_prime)
-
-    losses = train._fit(model, steps, PEAK_LR, loss_at, label)
+    model = copy.deepcopy(reference)
+    losses = train.train_policy(
+        model,
+        answers.batch,
+        answers.ref_logprobs,
+        mixed_rewards(answers, weights),
+        steps,
+        seed,
+        label,
+        slope=slope(divergence),
+    )
     return model, losses

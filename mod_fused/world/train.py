@@ -161,8 +161,10 @@ def train_policy(
     seed: int,
     label: str = "policy",
     batch_size: int = 16,
+    slope: Callable[[torch.Tensor], torch.Tensor] = lambda log_ratio: log_ratio,
 ) -> list[float]:
-    """Trains `model`, a copy of the reference, on `answers` by DPO; returns the loss of every step.
+    """Trains `model`, a copy of the reference, on `answers` by DPO, or f-DPO with another `slope`
+    (see `preference_loss`); returns the loss of every step.
 
     Rows k GROUP to (k+1) GROUP - 1 of `answers` ([N, L]), `ref_logprobs` ([N]) and `rewards` ([N])
     are answers of the reference to the same prompt. One batch holds `batch_size` such groups.
@@ -173,7 +175,8 @@ def train_policy(
     def loss_at(step: int) -> torch.Tensor:
         rows = groups[order[step * batch_size : (step + 1) * batch_size]].flatten()
         log_ratios = response_logprobs(model, take(answers, rows)) - ref_logprobs[rows]
-        return preference_loss(log_ratios.view(-1, GROUP), rewards[rows].view(-1, GROUP))
+        log_ratios, own = log_ratios.view(-1, GROUP), rewards[rows].view(-1, GROUP)
+        return preference_loss(log_ratios, own, slope=slope)
 
     return fit(model, steps, 1e-3, loss_at, label)
 
