@@ -17,6 +17,7 @@ from .checks import NORMALIZERS
 from .commands import UsageError, run_demo, run_doctor, run_generate, run_sweep
 from .divergence import get_divergence
 from .doctor import DIVERGENCES
+from .guiding import STRENGTHS, numbers
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -135,6 +136,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="the most tokens of a response (default: 64)",
     )
     group.add_argument("--seed", type=_whole(0), default=0, help="(default: 0)")
+    group = mixture.add_argument_group(
+        "value guidance (of the reference alone, unless --objectives or --policy names policies)"
+    )
+    group.add_argument(
+        "--values",
+        type=_names,
+        metavar="A,B",
+        help="scorers: helpful, harmless, humorous, or folders",
+    )
+    group.add_argument(
+        "--candidates",
+        type=_whole(1),
+        metavar="K",
+        help="score the reference's K most likely tokens alone (needed for scalar scorers)",
+    )
 
     demo = commands.add_parser("demo", help="steer the embedded models, draw their trade-off")
     demo.add_argument(
@@ -174,6 +190,30 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, metavar="K")
     generate.add_argument("--top-p", type=float, metavar="P")
     generate.add_argument("--min-p", type=float, metavar="P")
+    generate.add_argument(
+        "--strength",
+        type=numbers,
+        metavar="L",
+        help="of --values: one number, or one per scorer (default: 1)",
+    )
+    generate.add_argument(
+        "--best-of",
+        type=_whole(1),
+        metavar="K",
+        help="draw K continuations and keep the best by --values or --score",
+    )
+    generate.add_argument(
+        "--block-length",
+        type=_whole(1),
+        metavar="L",
+        help="choose after every L tokens (default: once, among whole responses)",
+    )
+    generate.add_argument(
+        "--score",
+        type=_names,
+        metavar="A,B",
+        help="choose by the sum of these rewards of the embedded world",
+    )
     generate.add_argument("--greedy", action="store_true", help="the most likely token each time")
     generate.add_argument("--json", action="store_true", help="one JSON object per prompt")
     generate.set_defaults(run=run_generate)
@@ -222,6 +262,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MODULE:FUNCTION",
         help="function of (prompt, response) for own models, one per policy; without"
         " them the table shows log pi_i/pi_ref, the policies' implicit reward",
+    )
+    sweep.add_argument(
+        "--strength",
+        type=numbers,
+        metavar="L,L",
+        help="of --values, a grid; each number counts for all scorers"
+        f" (default: {','.join(f'{x:g}' for x in STRENGTHS)})",
     )
     sweep.add_argument("--csv", type=Path, default=Path("mod_fused_sweep.csv"), metavar="FILE")
     sweep.add_argument("--picture", type=Path, default=Path("mod_fused_sweep.png"), metavar="FILE")

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from . import demo, doctor, world
+from . import demo, doctor, guiding, strengths, world
 from .decoder import GenerateOutput, generate
 from .ensemble import Ensemble
+from .guidance import BlockwiseOutput
 from .sweep import (
     draw,
     evaluate,
@@ -33,11 +34,16 @@ class UsageError(ValueError):
 
 
 def policy_names(args: argparse.Namespace) -> list[str]:
-    """A name for each policy of the arguments: its objective, or policy_1, policy_2, ..."""
+    """A name for each policy of the arguments: its objective, or policy_1, policy_2, ...
+
+    None where the reference is guided, or chosen from, and no policy is named.
+    """
     if args.policy:
         if args.objectives:
             raise UsageError("--objectives chooses embedded policies: leave it out with --policy")
         return [f"policy_{i}" for i in range(1, len(args.policy) + 1)]
+    if not args.objectives and (args.values or getattr(args, "best_of", None)):
+        return []
     if args.reference:
         raise UsageError("--reference needs at least one --policy")
     names = args.objectives or list(world.OBJECTIVES)
@@ -53,10 +59,15 @@ def load_models(args: argparse.Namespace) -> Ensemble:
     """The models that the arguments name: own ones, or embedded ones."""
     _quiet_transformers()
     options = {"device": args.device, "dtype": args.dtype}
-    if args.policy:
+    if _own(args):
         return Ensemble.from_pretrained(args.reference, args.policy, **options)
     _use_one_thread()
     return Ensemble.embedded(policy_names(args), **options)
+
+
+def _own(args: argparse.Namespace) -> bool:
+    """Whether the models are the caller's, not the embedded ones."""
+    return bool(args.policy or args.reference)
 
 
 def _use_one_thread() -> None:
@@ -75,7 +86,7 @@ def _quiet_transformers() -> None:
 
 def _weights(texts: Sequence[str] | None, names: Sequence[str]) -> list[float]:
     if texts is None:
-        return [1.0 / len(names)] * len(names)
+        return [1.0 / len(names) for _ in names]
     numbers = [number for text in texts for number in text.split(",") if number]
     try:
         weights = [float(number) for number in numbers]
@@ -102,7 +113,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UsageError("a prompt is empty" if prompts else "no prompt on standard input")
-    if args.policy:
+    if _own(args):
         return prompts
     return _as_conversations(prompts)
 
@@ -116,34 +127,42 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def run_generate(args: argparse.Namespace) -> int:
+    guiding.check(args, best_of=True)
     names = policy_names(args)
     weights = _weights(args.weights, names)
+    values = guiding.strengths(args) if args.values else None
     prompts = _prompts(args)
+    if args.score and _own(args):
+        raise UsageError("--score is of the embedded world: choose by --values with own models")
     ensemble = load_models(args)
     single = len(prompts) == 1 and not args.json
-    out = generate(
-        ensemble,
-        prompts,
-        weights=weights,
-        divergence=args.divergence,
-        normalizer=args.normalizer,
-        sequence_history=args.sequence_history,
-        max_new_tokens=args.max_new_tokens,
-        do_sample=not args.greedy,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
-        streamer=TextStream(ensemble.tokenizer) if single else None,
-    )
+    options: dict[str, Any] = {
+        "divergence": args.divergence,
+        "normalizer": args.normalizer,
+        "sequence_history": args.sequence_history,
+        "max_new_tokens": args.max_new_tokens,
+        "do_sample": not args.greedy,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "seed": args.seed,
+    }
+    out: GenerateOutput | BlockwiseOutput
+    if args.best_of:
+        out = guiding.choose(args, ensemble, prompts, weights=weights or None, **options)
+    else:
+        options |= guiding.load_guidance(args) | {"value_weights": values}
+        streamer = TextStream(ensemble.tokenizer) if single else None
+        out = generate(ensemble, prompts, weights=weights, streamer=streamer, **options)
     if single:
-        write("")
+        write("" if not args.best_of else (out.texts or [""])[0])
     for row, (prompt, text) in enumerate(zip(prompts, out.texts or (), strict=True)):
         if args.json:
             record = _record(out, row) | {"prompt": prompt}
-            if not args.policy:
-                record["rewards"] = {name: world.reward(name, prompt, text) for name in names}
+            if not _own(args):
+                rewards = names or world.OBJECTIVES
+                record["rewards"] = {name: world.reward(name, prompt, text) for name in rewards}
             print(json.dumps(record))
         elif not single:
             write(prompt, style="dim", end="")
@@ -153,7 +172,7 @@ def run_generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _record(out: GenerateOutput, row: int) -> dict[str, Any]:
+def _record(out: GenerateOutput | BlockwiseOutput, row: int) -> dict[str, Any]:
     """One response as JSON values; log-probabilities per token, the models' reference first."""
     n, logs = int(out.lengths[row]), out.model_logprobs
     return {
@@ -162,7 +181,7 @@ def _record(out: GenerateOutput, row: int) -> dict[str, Any]:
         "tokens": out.tokens[row, :n].tolist(),
         "logprobs": out.logprobs[row, :n].tolist(),
         "model_logprobs": logs[row, :n].tolist() if logs is not None else None,
-    }
+    } | ({"score": float(out.scores[row])} if isinstance(out, BlockwiseOutput) else {})
 
 
 def _load_reward(spec: str) -> Callable[[str, str], float]:
@@ -188,13 +207,14 @@ def _check_files(*files: Path, picture: Path) -> None:
 
 
 def run_sweep(args: argparse.Namespace) -> int:
+    guiding.check(args)
     names = policy_names(args)
     _check_files(args.csv, args.picture, picture=args.picture)
     rewards: list[Callable[[str, str], float]] | None
-    if args.policy:
+    if _own(args):
         if args.reference is None or args.prompt_file is None:
             raise UsageError("a sweep of own models needs --reference and --prompt-file")
-        if args.reward and len(args.reward) != len(args.policy):
+        if args.reward and not args.values and len(args.reward) != len(args.policy):
             raise UsageError(
                 f"expected one --reward per --policy ({len(args.policy)}), got {len(args.reward)}"
             )
@@ -207,24 +227,23 @@ def run_sweep(args: argparse.Namespace) -> int:
         prompts = [line for line in args.prompt_file.read_text().splitlines() if line.strip()]
         if not prompts:
             raise UsageError(f"{args.prompt_file} holds no prompt")
-    if not args.policy:
+    if not _own(args):
         rewards = [world.REWARDS[name] for name in names]
         prompts = _as_conversations(prompts)
     ensemble = load_models(args)
-
-    points = evaluate(
-        ensemble,
-        prompts,
-        simplex_grid(len(names), args.points),
-        rewards,
-        samples=args.samples,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        divergence=args.divergence,
-        normalizer=args.normalizer,
-        sequence_history=args.sequence_history,
-        max_new_tokens=args.max_new_tokens,
-    )
+    grid = simplex_grid(len(names), args.points) if names else [()]
+    options: dict[str, Any] = {
+        "samples": args.samples,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "divergence": args.divergence,
+        "normalizer": args.normalizer,
+        "sequence_history": args.sequence_history,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    if args.values:
+        return _sweep_strengths(args, ensemble, prompts, grid, names, rewards, options)
+    points = evaluate(ensemble, prompts, grid, rewards, **options)
     table(*table_rows(points, names))
     for pair, (lead, error) in leads(points, names).items():
         write(f"{pair}, beyond the straight line between them: {signed(lead, error)}")
@@ -238,6 +257,41 @@ def run_sweep(args: argparse.Namespace) -> int:
             write(f"no picture: {error}")
     else:
         write("no picture: a trade-off needs at least two policies")
+    return 0
+
+
+def _sweep_strengths(
+    args: argparse.Namespace,
+    ensemble: Ensemble,
+    prompts: list[str],
+    grid: Sequence[Sequence[float]],
+    names: list[str],
+    rewards: list[Callable[[str, str], float]] | None,
+    options: dict[str, Any],
+) -> int:
+    """The sweep of --values: every strength at every weight vector."""
+    if _own(args):
+        labels = args.reward
+    else:
+        embedded = [name for name in args.values if name in world.OBJECTIVES]
+        labels = list(dict.fromkeys([*names, *embedded])) or list(world.OBJECTIVES)
+        rewards = [world.REWARDS[name] for name in labels]
+    guide = guiding.load_guidance(args)["value_fn"]
+    found = strengths.evaluate(
+        ensemble, prompts, grid, args.strength or guiding.STRENGTHS, guide, rewards, **options
+    )
+    table(*strengths.table_rows(found, names, labels))
+    strengths.write_csv(args.csv, found, names, labels)
+    write(f"table: {args.csv}")
+    if not labels:
+        write("no picture: it shows rewards, and there is no --reward")
+        return 0
+    try:
+        title = f"{','.join(args.values)}: {args.divergence}, {len(prompts)} prompts"
+        strengths.draw(args.picture, found, names, labels, title)
+        write(f"picture: {args.picture}")
+    except ImportError as error:
+        write(f"no picture: {error}")
     return 0
 
 

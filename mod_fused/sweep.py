@@ -33,7 +33,7 @@ class Point:
 
     Attributes:
         weights: [M], the weight of each policy.
-        rewards: [M, N], reward i of the responses to each prompt; None without reward functions.
+        rewards: [R, N], reward i of the responses to each prompt; None without reward functions.
         log_ratios: [M, N], log pi_i - log pi_ref of the whole response, in nats: the reward that
             policy i was implicitly trained on, divided by its beta.
         kl: [N], log pi* - log pi_ref of the whole response, in nats. Responses are drawn from pi*,
@@ -74,8 +74,8 @@ def evaluate(
         ensemble: the reference and M policies, with a tokenizer.
         prompts: N prompts.
         grid: weight vectors [M].
-        rewards: M functions of (prompt, response), reward i being what policy i is meant to raise;
-            None for no rewards.
+        rewards: functions of (prompt, response), reward i being what policy i is meant to raise
+            where there are policies; None for no rewards.
         samples: responses per prompt.
         seed: response r of a weight vector (sample by sample, prompts in order) is drawn with row
             seed SplitMix64(seed + r): the same noise at every weight, however rows are batched.
@@ -88,8 +88,8 @@ def evaluate(
     noise = split_mix(seed, len(prompts) * samples, torch.device("cpu")).tolist()
     responses = list(zip(list(prompts) * samples, noise, strict=True))
     rows = [(prompt, list(w), row_seed) for w in grid for prompt, row_seed in responses]
-    scores = np.empty((len(rows), ensemble.num_policies))
-    log_ratios = np.empty_like(scores)
+    scores = np.empty((len(rows), len(rewards or ())))
+    log_ratios = np.empty((len(rows), ensemble.num_policies))
     kl = np.empty(len(rows))
     for start in track(range(0, len(rows), batch_size), "decoding"):
         part = slice(start, min(start + batch_size, len(rows)))

@@ -13,6 +13,7 @@ from .blockwise import BlockwiseOutput, best_of_n, blockwise_best_of_k
 from .guide import Guidance, GuidanceState
 from .policy_iteration import train_mavis
 from .scorers import Scorer
+from .scoring import prefix_score, response_score
 from .systems import controlled_decoding, fudge, mavis
 from .trainer import train_scorer
 
@@ -26,6 +27,8 @@ __all__ = [
     "controlled_decoding",
     "fudge",
     "mavis",
+    "prefix_score",
+    "response_score",
     "train_mavis",
     "train_scorer",
 ]
