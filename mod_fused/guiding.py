@@ -89,6 +89,7 @@ def load_scorers(names: Sequence[str], **options: Any) -> list[Any]:
     for name in names:
         folder = world.scorer(name) if name in world.OBJECTIVES else Path(name)
         kinds = AutoConfig.from_pretrained(folder).architectures or [""]
+        loader: Any
         if kinds[0].endswith("ForTokenClassification"):
             loader = AutoModelForTokenClassification
         elif kinds[0].endswith(("ForCausalLM", "LMHeadModel")):
