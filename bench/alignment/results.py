@@ -203,10 +203,7 @@ def _at_equal_kl(study: Study) -> list[dict[str, Any]]:
     equal = [w for w in plan.EQUAL if w == plan.CENTRE or w in study.sizes.outside]
     records = []
     for tuned in study.sizes.divergences:
-        mods = [study.mod(tuned, w) for w in equal]
-        line = [
-            study.scored(c if c.weights == plan.CENTRE else c._replace(samples=1)) for c in mods
-        ]
+        line = [study.method("mod", tuned, w) for w in equal]
         ours = np.stack([s.rewards.mean(1) for s in line], axis=1)  # [N, S]
         our_kl = np.stack([s.kl for s in line], axis=1)
         record: dict[str, Any] = {"tuned": tuned, "soup": None, "retrained": None}
