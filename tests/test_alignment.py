@@ -128,6 +128,7 @@ def test_divergence_terms_are_not_negative_and_have_the_divergence_as_their_mean
     assert terms.min() >= -1e-12
     exact = np.exp(log_ref) @ tabular.F[divergence](log_pi - log_ref)
     assert np.exp(log_pi) @ terms == pytest.approx(exact, rel=1e-10)
+    assert np.isfinite(measuring.divergence_terms(divergence, np.array([-90.0, 2000.0]))).all()
 
 
 def test_best_of_n_equals_the_mean_over_all_subsets():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +12,6 @@ import torch
 from mod_fused import Ensemble, generate, world
 from mod_fused.philox import split_mix
 from mod_fused.world import train
-
-from .tabular import F
 
 Array = np.ndarray
 BATCH = 256
@@ -64,14 +62,23 @@ def soup(reference: Any, policies: Sequence[Any], weights: Sequence[float]) -> A
     return merged
 
 
+#: (f(x) - f'(1) (x - 1)) / x by d = log x and y = 1/x: no power of x itself, which may overflow.
+_TERMS: dict[str, Callable[[Array, Array], Array]] = {
+    "reverse_kl": lambda d, y: d - 1.0 + y,
+    "forward_kl": lambda d, y: 1.0 - y - d * y,
+    "jsd": lambda d, y: d - (1.0 + y) * (np.logaddexp(0.0, d) - np.log(2.0)),
+    "alpha:0.5": lambda d, y: 2.0 + 2.0 * y - 4.0 * np.sqrt(y),
+    "jeffrey": lambda d, y: (1.0 - y) * d,
+}
+
+
 def divergence_terms(divergence: str, d: Array) -> Array:
     """Non-negative terms whose mean over answers drawn from pi estimates sum pi_ref f(pi / pi_ref).
 
     (f(x) - f'(1) (x - 1)) / x at the log-ratios d = log x: the subtracted part has mean 0.
     """
-    at_one = {"reverse_kl": 1.0, "forward_kl": -1.0}.get(divergence, 0.0)
     d = d.astype(np.float64)
-    return (F[divergence](d) - at_one * np.expm1(d)) * np.exp(-d)
+    return _TERMS[divergence](d, np.exp(-d))
 
 
 def scores(prompts: Sequence[str], responses: Sequence[str]) -> Array:

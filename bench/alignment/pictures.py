@@ -90,6 +90,7 @@ def _draw_kl(tables: Tables, path: Path) -> None:
         pool = [tables.pooled(name, plan.CENTRE) for name in ("best of 4", "best of 16")]
         points = [(r["kl"]["value"], r["overall"]["value"]) for r in pool]
         axes.plot(*zip(*points, strict=True), "v:", label="best of 4, 16 (KL: bound)")
+        axes.set_xscale("symlog", linthresh=0.1)
         axes.set_xlabel("KL to the reference (nats)")
         axes.set_title(tuned, fontsize=10)
         axes.grid(alpha=0.3)

@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
         train_prompts: prompts with `train.GROUP` answers each; 1800 is every training question.
         steps: of each policy.
         train_seeds: trainings of the reverse KL policies, each on other answers in another order.
-        prompts, samples: held-out prompts, answers to each in the main cells (1 elsewhere).
+        prompts, samples: held-out prompts, answers to each (1 where greedy or mismatched).
         pool: answers of the reference to each prompt, for best-of-N and the optimum.
         divergences: tuned and mixed with.
         grid: weights of MOD and the soups.

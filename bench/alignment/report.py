@@ -293,7 +293,7 @@ def markdown(result: Record, findings: Iterable[str]) -> str:
     """The whole report."""
     t, sizes = Tables(result), result["sizes"]
     machine = [f"- {name}: {value}" for name, value in result["machine"].items()]
-    n = f"{sizes['prompts']} held-out prompts, {sizes['samples']} answers each (1 in variants)"
+    n = f"{sizes['prompts']} held-out prompts, {sizes['samples']} answers each (1 if mismatched)"
     key = "; ".join(map(_weights, sizes["key"]))
     sections = [
         ("", "# Alignment: mixing against merging, retraining and choosing"),

@@ -97,7 +97,7 @@ class Study:
         out["overall"] = interval(lambda r: r.mean(1), scored.rewards)
         if not np.isnan(scored.kl).any():
             out["kl"] = interval(lambda k: k, scored.kl)
-        if np.isfinite(scored.divergence).all():  # far from the reference it overflows
+        if not np.isnan(scored.divergence).any():
             out["objective"] = interval(
                 lambda r, d: REWARD_SCALE * r @ w - d, scored.rewards, scored.divergence
             )
@@ -111,7 +111,7 @@ class Study:
             top = r_best @ w - d_best
             return (top - (r @ w - d)) / (top - r_ref @ w)
 
-        if not np.isfinite(scored.divergence).all():
+        if np.isnan(scored.divergence).any():
             return None
         arrays = scored.rewards, scored.divergence, best.rewards, best.divergence
         return interval(share, *arrays, self.reference.rewards)
@@ -203,7 +203,7 @@ def _at_equal_kl(study: Study) -> list[dict[str, Any]]:
     equal = [w for w in plan.EQUAL if w == plan.CENTRE or w in study.sizes.outside]
     records = []
     for tuned in study.sizes.divergences:
-        line = [study.scored(study.mod(tuned, w)) for w in equal]
+        line = [study.method("mod", tuned, w) for w in equal]
         ours = np.stack([s.rewards.mean(1) for s in line], axis=1)  # [N, S]
         our_kl = np.stack([s.kl for s in line], axis=1)
         record: dict[str, Any] = {"tuned": tuned, "soup": None, "retrained": None}
