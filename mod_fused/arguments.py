@@ -74,6 +74,14 @@ class DrawArguments(NamedTuple):
     position_tensor: Tensor | None  # int64 [B]
     return_model_logprobs: bool
 
+    def filters(self) -> tuple[bool, bool, bool]:
+        """Whether some row's top-k, top-p and min-p may be on."""
+        return (
+            self.top_k_tensor is not None or any(self.top_k),
+            self.top_p_tensor is not None or any(p < 1.0 for p in self.top_p),
+            self.min_p_tensor is not None or any(p > 0.0 for p in self.min_p),
+        )
+
 
 def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Packed:
     """All fields as the four arguments of an op; without `drawing` those of `log_probs`.
