@@ -18,6 +18,12 @@ from torch import Tensor
 _PACKED = "Tensor[] tensors, int[] integers, float[] numbers, str divergence"
 LOG_PROBS_SCHEMA = f"({_PACKED}) -> Tensor"
 SAMPLE_SCHEMA = f"({_PACKED}) -> (Tensor, Tensor, Tensor, Tensor)"
+# With outputs and a workspace that are the caller's.
+LOG_PROBS_OUT_SCHEMA = f"({_PACKED}, Tensor(a!) out, Tensor(b!)? workspace) -> ()"
+SAMPLE_OUT_SCHEMA = (
+    f"({_PACKED}, Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!) valid, "
+    "Tensor(d!)? model_logprobs, Tensor(e!)? workspace) -> ()"
+)
 
 Packed = tuple[list[Tensor], list[int], list[float], str]
 

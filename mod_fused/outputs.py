@@ -13,6 +13,7 @@ from .check_helpers import check_tensor, number
 
 #: Bytes: a workspace begins at a multiple.
 ALIGNMENT = 16
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Sample(NamedTuple):
@@ -110,8 +111,9 @@ def check_out(
     )
 
 
+@torch.compiler.assume_constant_result  # not to be traced: it imports triton
 def _workspace_bytes(rows: int, vocab_size: int, models: int, filters: bool) -> int:
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON:
         return 0
     from .triton_kernels.workspace import workspace_bytes
 
@@ -135,7 +137,8 @@ def check_workspace(mixing: MixtureArguments, filters: bool, workspace: object) 
         )
     if workspace.numel() < needed:
         raise ValueError(f"{expected}, got {workspace.numel()}")
-    if workspace.storage_offset() % ALIGNMENT:
+    # Dynamo cannot trace the offset. In compiled code Triton sees for itself what it may assume.
+    if not torch.compiler.is_compiling() and workspace.storage_offset() % ALIGNMENT:
         raise ValueError(
             f"{expected} that begins at a multiple of {ALIGNMENT}, "
             f"got a view from byte {workspace.storage_offset()} on"
