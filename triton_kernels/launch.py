@@ -217,9 +217,9 @@ def sample_launches(
     arguments = (m, r, w, rows, rows_together(mixing, rows), seed, position)
     launches = [Launch(mixture_kernel, grid, arguments, variant, configured.threads)]
     if not variant.draw:
-        arguments = (m, r, w, seed, position, top_k)
+        filtering = (m, r, w, seed, position, top_k)
         launches.append(
-            Launch(filter_kernel, (rows,), arguments, variant, configured.filter_threads)
+            Launch(filter_kernel, (rows,), filtering, variant, configured.filter_threads)
         )
     return launches, bad
 
