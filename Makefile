@@ -16,11 +16,11 @@ SANITIZED_RUN = PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
 	ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255 \
 	UBSAN_OPTIONS=print_stacktrace=1 $(CURDIR)/$(BIN)/python
 # Without what takes hundreds of megabytes or millions of draws.
-SANITIZED_TESTS := $(patsubst %,tests/test_%.py,combinations filters inputs log_probs sampling registration) \
+SANITIZED_TESTS := $(patsubst %,tests/test_%.py,combinations filters inputs log_probs out sampling registration) \
 	-k "cpu-cpu and not language_models and not 18_nats and not full_vocabulary"
 
 INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,triton_interpreter combinations filters inputs \
-	log_probs sampling registration user_divergence)
+	log_probs out sampling registration user_divergence)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint fuzz sanitize gpu-check clean

@@ -16,7 +16,7 @@ from .divergence import (
     get_divergence,
     register_divergence,
 )
-from .ops import Sample, backends, log_probs, sample
+from .ops import Sample, backends, log_probs, sample, workspace_size
 from .warmup import warmup
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ __all__ = [
     "register_divergence",
     "sample",
     "warmup",
+    "workspace_size",
     "world",
 ]
 

@@ -18,6 +18,12 @@ from torch import Tensor
 _PACKED = "Tensor[] tensors, int[] integers, float[] numbers, str divergence"
 LOG_PROBS_SCHEMA = f"({_PACKED}) -> Tensor"
 SAMPLE_SCHEMA = f"({_PACKED}) -> (Tensor, Tensor, Tensor, Tensor)"
+# With outputs and a workspace that are the caller's.
+LOG_PROBS_OUT_SCHEMA = f"({_PACKED}, Tensor(a!) out, Tensor(b!)? workspace) -> ()"
+SAMPLE_OUT_SCHEMA = (
+    f"({_PACKED}, Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!) valid, "
+    "Tensor(d!)? model_logprobs, Tensor(e!)? workspace) -> ()"
+)
 
 Packed = tuple[list[Tensor], list[int], list[float], str]
 
@@ -73,6 +79,14 @@ class DrawArguments(NamedTuple):
     position: list[int]  # 1 or B numbers
     position_tensor: Tensor | None  # int64 [B]
     return_model_logprobs: bool
+
+    def filters(self) -> tuple[bool, bool, bool]:
+        """Whether some row's top-k, top-p and min-p may be on."""
+        return (
+            self.top_k_tensor is not None or any(self.top_k),
+            self.top_p_tensor is not None or any(p < 1.0 for p in self.top_p),
+            self.min_p_tensor is not None or any(p > 0.0 for p in self.min_p),
+        )
 
 
 def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Packed:

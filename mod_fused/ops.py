@@ -1,25 +1,43 @@
 """The public functions `sample` and `log_probs`, and the torch ops behind them.
 
 Each backend NAME registers `mod_fused::log_probs_NAME` and `mod_fused::sample_NAME` with the same
-schema (`arguments.py`); the functions here check, choose a backend and call its op.
+schema (`arguments.py`), and `log_probs_NAME_out` and `sample_NAME_out`, which write to tensors that
+they are given; the functions here check, choose a backend and call its op.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
 from . import torch_backend, triton_backend
-from .arguments import LOG_PROBS_SCHEMA, SAMPLE_SCHEMA, pack, unpack
+from .arguments import (
+    LOG_PROBS_OUT_SCHEMA,
+    LOG_PROBS_SCHEMA,
+    SAMPLE_OUT_SCHEMA,
+    SAMPLE_SCHEMA,
+    pack,
+    unpack,
+)
 from .checks import check_draw, check_mixture
 from .dispatch import INTERPRETED, backends, choose
 from .divergence import Divergence
+from .outputs import (
+    Sample,
+    check_log_probs_out,
+    check_out,
+    check_workspace,
+    new_log_probs,
+    new_outputs,
+    workspace_size,
+)
 
-__all__ = ["Sample", "backends", "log_probs", "sample"]
+__all__ = ["Sample", "backends", "log_probs", "sample", "workspace_size"]
 
 # `define` and `impl`: a third of the dispatch cost of torch.library.custom_op.
 _library = torch.library.Library("mod_fused", "DEF")
@@ -29,8 +47,7 @@ def _fake_log_probs(
     tensors: list[Tensor], integers: list[int], numbers: list[float], divergence: str
 ) -> Tensor:
     mixing, _ = unpack(tensors, integers, numbers, divergence)
-    batch = mixing.batch_tensor()
-    return batch.new_empty((batch.shape[0], mixing.vocab_size), dtype=torch.float32)
+    return new_log_probs(mixing)
 
 
 def _fake_sample(
@@ -38,67 +55,44 @@ def _fake_sample(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mixing, drawing = unpack(tensors, integers, numbers, divergence)
     assert drawing is not None
-    batch = mixing.batch_tensor()
-    rows = batch.shape[0]
-    columns = mixing.model_count() if drawing.return_model_logprobs else 0
-    return (
-        batch.new_empty((rows,), dtype=torch.int64),
-        batch.new_empty((rows,), dtype=torch.float32),
-        batch.new_empty((rows,), dtype=torch.bool),
-        batch.new_empty((rows, columns), dtype=torch.float32),
-    )
+    return new_outputs(mixing, drawing)
+
+
+def _fake_out(*args: Any) -> None:
+    """What is written to the caller's tensors has no shape of its own."""
 
 
 # The overloads themselves: finding them anew costs more than a small call.
 _log_probs: dict[str, OpOverload] = {}
+_log_probs_out: dict[str, OpOverload] = {}
 _sample: dict[str, OpOverload] = {}
+_sample_out: dict[str, OpOverload] = {}
 
 
-def _define(backend: str) -> None:
-    """Schema and fake implementation of a backend's two ops."""
+def _define(backend: str, kernels: ModuleType | None = None, *keys: str) -> None:
+    """Schemas and fake implementations of a backend's four ops, and for the dispatch keys `keys`
+    those of the module `kernels`."""
     tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
-    for name, schema, fake, overloads in (
-        ("log_probs", LOG_PROBS_SCHEMA, _fake_log_probs, _log_probs),
-        ("sample", SAMPLE_SCHEMA, _fake_sample, _sample),
+    for name, suffix, schema, fake, overloads in (
+        ("log_probs", "", LOG_PROBS_SCHEMA, _fake_log_probs, _log_probs),
+        ("log_probs", "_out", LOG_PROBS_OUT_SCHEMA, _fake_out, _log_probs_out),
+        ("sample", "", SAMPLE_SCHEMA, _fake_sample, _sample),
+        ("sample", "_out", SAMPLE_OUT_SCHEMA, _fake_out, _sample_out),
     ):
-        op = f"{name}_{backend}"
+        op = f"{name}_{backend}{suffix}"
         _library.define(op + schema, tags=tags)
         torch.library.register_fake(f"mod_fused::{op}", fake, lib=_library)
+        for key in keys:
+            _library.impl(op, getattr(kernels, name + suffix), key)
         overloads[backend] = getattr(torch.ops.mod_fused, op).default
 
 
-_define("torch")
-_define("triton")
+_define("torch", torch_backend, "CompositeExplicitAutograd")
+_define("triton", triton_backend, *(("CUDA", "CPU") if INTERPRETED else ("CUDA",)))
 _define("cpu")  # kernels: csrc/cpu/binding.cpp
 _library.define("divergence_cpu(str divergence, str function, Tensor x) -> Tensor")
 _library.define("instruction_set_cpu() -> str")
-_library.impl("log_probs_torch", torch_backend.log_probs, "CompositeExplicitAutograd")
-_library.impl("sample_torch", torch_backend.sample, "CompositeExplicitAutograd")
-_library.impl("log_probs_triton", triton_backend.log_probs, "CUDA")
-_library.impl("sample_triton", triton_backend.sample, "CUDA")
-if INTERPRETED:
-    _library.impl("log_probs_triton", triton_backend.log_probs, "CPU")
-    _library.impl("sample_triton", triton_backend.sample, "CPU")
 backends()  # loads the extensions now: torch.compile could not trace it
-
-
-class Sample(NamedTuple):
-    """What `sample` returns, one entry a row.
-
-    Attributes:
-        tokens: int64 [B], the drawn ids; 0 where the row is invalid.
-        logprobs: float32 [B], log pi*(token) before mask, temperature and filters, in nats; NaN
-            where invalid.
-        valid: bool [B], whether the row's inputs allowed a draw.
-        model_logprobs: float32 [B, M+1], each model's own log-probability of the token, reference
-            first (M columns without a reference); None unless asked for. Add it to
-            `prefix_logprobs` after each token.
-    """
-
-    tokens: Tensor
-    logprobs: Tensor
-    valid: Tensor
-    model_logprobs: Tensor | None
 
 
 def log_probs(
@@ -117,11 +111,15 @@ def log_probs(
     plausibility: float | None = None,
     plausibility_tensor: int = 0,
     backend: str | None = None,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor:
-    """log pi*, the log-probabilities of the mixture; arguments as in `sample`.
+    """log pi*, the log-probabilities of the mixture; arguments as in `sample`, but `out`, a
+    contiguous float32 [B, V].
 
     Returns:
-        float32 [B, V] in nats; -inf for excluded tokens, NaN throughout an invalid row.
+        float32 [B, V] in nats, `out` where it is given; -inf for excluded tokens, NaN throughout an
+        invalid row.
 
     Raises:
         ValueError: wrong shapes, devices, names, or numbers out of range.
@@ -143,7 +141,13 @@ def log_probs(
         plausibility_tensor,
     )
     name = choose(backend, mixing.batch_tensor().device, mixing.divergence)
-    return _log_probs[name](*pack(mixing))
+    if out is None and workspace is None:
+        return _log_probs[name](*pack(mixing))
+    if workspace is not None:
+        workspace = check_workspace(mixing, False, workspace)
+    result = new_log_probs(mixing) if out is None else check_log_probs_out(mixing, out)
+    _log_probs_out[name](*pack(mixing), result, workspace)
+    return result if out is None else out
 
 
 def sample(
@@ -170,6 +174,8 @@ def sample(
     position: int | Sequence[int] | Tensor = 0,
     return_model_logprobs: bool = False,
     backend: str | None = None,
+    out: Sample | None = None,
+    workspace: Tensor | None = None,
 ) -> Sample:
     """Draw the next token of each row from the multi-objective policy (MOD, arXiv 2406.18853, eq.
     6).
@@ -220,11 +226,24 @@ def sample(
             draws equal noise.
         return_model_logprobs: also return each model's log-probability of the token.
         backend: None for the fastest available; see `backends`.
+        out: a `Sample` whose tensors are filled and which is returned: contiguous, of the result's
+            shapes and dtypes, on the logits' device, apart from all other arguments;
+            `out.model_logprobs` is None exactly if it is not asked for. None allocates one.
+        workspace: uint8 vector of at least `workspace_size(B, V, M)` bytes on the logits' device,
+            aligned to 16 bytes. Its owner zeroes it once (`torch.zeros`); every call leaves the
+            zeros that the next one needs, whatever its shapes, but needs the same tensor, not
+            another part of it. Launches that may overlap need two: one workspace per stream. None
+            allocates one for each call, where the backend needs one; the torch and the cpu backend
+            do not, and leave it as it is. With `out`, `workspace`, and tensors or single numbers
+            for what goes by row (weights for all rows may be a list), a call on a GPU allocates
+            nothing and can be captured in a CUDA graph; candidates (`value_ids`) still allocate,
+            and so do seed=None, which draws them, and lists per row, which are copied to the device
+            and cannot be captured.
 
     Returns:
-        `Sample`. A row is invalid, and disturbs no other, when NaN or +inf stands in a tensor that
-        counts, an id is out of range, no token is left after support and mask, or a parameter in a
-        tensor is bad.
+        `Sample`, `out` where it is given. A row is invalid, and disturbs no other, when NaN or +inf
+        stands in a tensor that counts, an id is out of range, no token is left after support and
+        mask, or a parameter in a tensor is bad.
 
     Raises:
         ValueError: wrong shapes, devices, names, or numbers out of range.
@@ -249,5 +268,14 @@ def sample(
         mixing, temperature, top_k, top_p, min_p, mask, seed, position, return_model_logprobs
     )
     name = choose(backend, mixing.batch_tensor().device, mixing.divergence)
-    tokens, logprobs, valid, model_logprobs = _sample[name](*pack(mixing, drawing))
+    if out is None and workspace is None:
+        outputs = _sample[name](*pack(mixing, drawing))
+    else:
+        if workspace is not None:
+            workspace = check_workspace(mixing, any(drawing.filters()), workspace)
+        outputs = new_outputs(mixing, drawing) if out is None else check_out(mixing, drawing, out)
+        _sample_out[name](*pack(mixing, drawing), *outputs, workspace)
+    if out is not None:
+        return out
+    tokens, logprobs, valid, model_logprobs = outputs
     return Sample(tokens, logprobs, valid, model_logprobs if return_model_logprobs else None)

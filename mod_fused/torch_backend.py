@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from . import normalizer
-from .arguments import MixtureArguments, unpack
+from .arguments import DrawArguments, MixtureArguments, unpack
 from .divergence import Divergence, ReverseKL, get_divergence
+from .outputs import new_log_probs, new_outputs
 from .race import TILE, draw
 from .rows import row_vector
 
@@ -45,15 +46,31 @@ def log_probs(
 ) -> Tensor:
     """Implementation of `torch.ops.mod_fused.log_probs_torch`; see `arguments.pack`."""
     mixing, _ = unpack(tensors, integers, numbers, divergence)
-    batch = mixing.batch_tensor()
-    out = batch.new_empty((batch.shape[0], mixing.vocab_size), dtype=torch.float32)
+    out = new_log_probs(mixing)
+    _log_probs(mixing, out)
+    return out
+
+
+def log_probs_out(
+    tensors: list[Tensor],
+    integers: list[int],
+    numbers: list[float],
+    divergence: str,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> None:
+    """Implementation of `torch.ops.mod_fused.log_probs_torch_out`; it needs no workspace."""
+    mixing, _ = unpack(tensors, integers, numbers, divergence)
+    _log_probs(mixing, out)
+
+
+def _log_probs(mixing: MixtureArguments, out: Tensor) -> None:
     for rows in _chunks(*out.shape):
         mixture = mix(mixing, rows)
         result = mixture.key - mixture.level[:, None, None]
         result = (result - mixture.log_norm[:, None, None]).float().flatten(1)
         result = torch.where(mixture.valid[:, None], result, torch.nan)
         out[rows] = result[:, : mixing.vocab_size]
-    return out
 
 
 def sample(
@@ -62,13 +79,37 @@ def sample(
     """Implementation of `torch.ops.mod_fused.sample_torch`; see `arguments.pack`."""
     mixing, drawing = unpack(tensors, integers, numbers, divergence)
     assert drawing is not None
-    batch = mixing.batch_tensor()
-    count = batch.shape[0]
-    columns = mixing.model_count() if drawing.return_model_logprobs else 0
-    tokens = batch.new_empty((count,), dtype=torch.int64)
-    logprobs = batch.new_empty((count,), dtype=torch.float32)
-    valid = batch.new_empty((count,), dtype=torch.bool)
-    model_logprobs = batch.new_empty((count, columns), dtype=torch.float32)
+    outputs = new_outputs(mixing, drawing)
+    _sample(mixing, drawing, *outputs)
+    return outputs
+
+
+def sample_out(
+    tensors: list[Tensor],
+    integers: list[int],
+    numbers: list[float],
+    divergence: str,
+    tokens: Tensor,
+    logprobs: Tensor,
+    valid: Tensor,
+    model_logprobs: Tensor | None,
+    workspace: Tensor | None,
+) -> None:
+    """Implementation of `torch.ops.mod_fused.sample_torch_out`; it needs no workspace."""
+    mixing, drawing = unpack(tensors, integers, numbers, divergence)
+    assert drawing is not None
+    _sample(mixing, drawing, tokens, logprobs, valid, model_logprobs)
+
+
+def _sample(
+    mixing: MixtureArguments,
+    drawing: DrawArguments,
+    tokens: Tensor,
+    logprobs: Tensor,
+    valid: Tensor,
+    model_logprobs: Tensor | None,
+) -> None:
+    count = tokens.shape[0]
     for rows in _chunks(count, mixing.vocab_size):
         mixture = mix(mixing, rows)
         token, drawn = draw(drawing, rows, count, mixture.key, mixing.vocab_size)
@@ -78,11 +119,10 @@ def sample(
         valid[rows] = ok
         logprob = _pick(mixture.key, token) - mixture.level - mixture.log_norm
         logprobs[rows] = torch.where(ok, logprob, torch.nan).float()
-        if columns:
+        if drawing.return_model_logprobs and model_logprobs is not None:
             each = [_pick(x, token) - normalizer.row_logsumexp(x) for x in mixture.logits]
             stacked = torch.stack(each, 1).float()
             model_logprobs[rows] = torch.where(ok[:, None], stacked, torch.nan)
-    return tokens, logprobs, valid, model_logprobs
 
 
 def _chunks(rows: int, vocab_size: int) -> list[slice]:

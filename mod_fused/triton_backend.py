@@ -39,3 +39,37 @@ def sample(
     mixing, drawing = unpack(tensors, integers, numbers, divergence)
     assert drawing is not None
     return launch.sample(mixing, drawing)
+
+
+def log_probs_out(
+    tensors: list[Tensor],
+    integers: list[int],
+    numbers: list[float],
+    divergence: str,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> None:
+    """Implementation of `torch.ops.mod_fused.log_probs_triton_out`."""
+    from .triton_kernels import launch
+
+    mixing, _ = unpack(tensors, integers, numbers, divergence)
+    launch.log_probs_out(mixing, out, workspace)
+
+
+def sample_out(
+    tensors: list[Tensor],
+    integers: list[int],
+    numbers: list[float],
+    divergence: str,
+    tokens: Tensor,
+    logprobs: Tensor,
+    valid: Tensor,
+    model_logprobs: Tensor | None,
+    workspace: Tensor | None,
+) -> None:
+    """Implementation of `torch.ops.mod_fused.sample_triton_out`."""
+    from .triton_kernels import launch
+
+    mixing, drawing = unpack(tensors, integers, numbers, divergence)
+    assert drawing is not None
+    launch.sample_out(mixing, drawing, (tokens, logprobs, valid, model_logprobs), workspace)

@@ -1,6 +1,6 @@
 """From the masses of a row's tiles to a token: parameters, mask and the two-level race (design §3).
 `m` is a
-`Mixing`, `r` a `Drawing`, `C` a `Variant` (launch.py)."""
+`Mixing`, `r` a `Drawing` (parameters.py), `C` a `Variant` (launch.py)."""
 
 from __future__ import annotations
 

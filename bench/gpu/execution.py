@@ -48,6 +48,19 @@ def _same(x: Sample, y: Sample) -> bool:
     )
 
 
+def _owned(device: Gpu, batch: int, vocab: int) -> dict[str, Any]:
+    """Outputs and a workspace that are the caller's."""
+    size = mod_fused.workspace_size(batch, vocab, len(WEIGHTS))
+    out = Sample(
+        torch.zeros(batch, dtype=torch.int64, device=device.device),
+        torch.zeros(batch, device=device.device),
+        torch.zeros(batch, dtype=torch.bool, device=device.device),
+        None,
+    )
+    workspace = torch.zeros(size, dtype=torch.uint8, device=device.device)
+    return {"out": out, "workspace": workspace}
+
+
 def _kept(result: Sample) -> Sample:
     return Sample(*(x if x is None else x.clone() for x in result))
 
@@ -107,6 +120,32 @@ def graphs(device: Gpu, record: Record) -> None:
 
         _guarded(record, f"graph: {name}", replay)
 
+        def in_place(
+            options: dict[str, Any] = options,
+            s: Tensor = seed,
+            p: Tensor = position,
+            call: Callable[[], Sample] = call,
+            backend: str = backend,
+        ) -> tuple[bool, str]:
+            owned = _owned(device, batch, vocab)
+            whole = _call(logits, **options, seed=s, position=p, backend=backend, **owned)
+            outputs, run = device.graph(whole)
+            before = [x.data_ptr() for x in owned["out"] if x is not None]
+            for step in range(device.pick(20, 1)):
+                p.fill_(step)
+                for x in owned["out"][:3]:
+                    x.fill_(1)
+                run()
+                device.synchronize()
+                if not _same(owned["out"], call()):
+                    return False, f"replay {step} differs from an eager call"
+                whole()  # the same workspace outside of the graph
+            same = [x.data_ptr() for x in outputs if x is not None] == before
+            return same, "outputs at their addresses" if same else "other outputs"
+
+        if not device.dry or i == 0:
+            _guarded(record, f"graph with the caller's tensors: {name}", in_place)
+
         def silent(call: Callable[[], Sample] = call) -> tuple[bool, str]:
             call()  # compiled before
             device.synchronize()
@@ -134,10 +173,15 @@ def streams(device: Gpu, record: Record) -> None:
     inputs = [_logits(device, *_shape(device), seed=i) for i in range(2)]
     launches = device.pick(2000, 2)
 
-    def interleaved(options: dict[str, Any], index: int) -> tuple[bool, str]:
+    def interleaved(options: dict[str, Any], index: int, owned: bool) -> tuple[bool, str]:
         backend = device.backend(index)
         calls = [_call(x, **options, backend=backend) for x in inputs]
         expected = [_kept(call()) for call in calls]
+        if owned:  # outputs and a workspace for each stream
+            own = [_owned(device, *_shape(device)) for _ in inputs]
+            calls = [
+                _call(x, **options, backend=backend, **o) for x, o in zip(inputs, own, strict=True)
+            ]
         device.synchronize()
         wrong = [torch.zeros((), dtype=torch.int64, device=device.device) for _ in calls]
         contexts = device.streams(2)
@@ -156,7 +200,10 @@ def streams(device: Gpu, record: Record) -> None:
         return bad == 0, f"{2 * done} launches on two streams, {bad} wrong tokens"
 
     for i, (name, options) in enumerate(CALLS.items()):
-        _guarded(record, name, functools.partial(interleaved, options, i))
+        _guarded(record, name, functools.partial(interleaved, options, i, False))
+        if not device.dry or i == 0:
+            two = functools.partial(interleaved, options, i, True)
+            _guarded(record, f"{name}: two workspaces", two)
 
     def different() -> tuple[bool, str]:
         options = [CALLS["jsd"], CALLS["reverse_kl, filters"]]

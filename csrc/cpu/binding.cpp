@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -173,6 +174,15 @@ Request mixture(Packed& packed, const std::string& divergence) {
   return request;
 }
 
+void log_probs_out(const std::vector<Tensor>& tensors, const std::vector<int64_t>& integers,
+                   const std::vector<double>& numbers, const std::string& divergence, Tensor out,
+                   std::optional<Tensor> /*workspace*/) {
+  Packed packed(tensors, integers, numbers);
+  Request request = mixture(packed, divergence);
+  request.log_probs = static_cast<float*>(out.mutable_data_ptr());
+  run(request);
+}
+
 Tensor log_probs(const std::vector<Tensor>& tensors, const std::vector<int64_t>& integers,
                  const std::vector<double>& numbers, const std::string& divergence) {
   Packed packed(tensors, integers, numbers);
@@ -183,10 +193,8 @@ Tensor log_probs(const std::vector<Tensor>& tensors, const std::vector<int64_t>&
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const std::vector<Tensor>& tensors,
-                                                  const std::vector<int64_t>& integers,
-                                                  const std::vector<double>& numbers, const std::string& divergence) {
-  Packed packed(tensors, integers, numbers);
+// A request for a draw, but for its outputs.
+Request drawing(Packed& packed, const std::string& divergence) {
   Request request = mixture(packed, divergence);
   const int64_t temperatures = packed.integer(), top_ps = packed.integer(), min_ps = packed.integer(),
                 top_ks = packed.integer(), positions = packed.integer();
@@ -212,16 +220,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const std::vector<Tensor>& ten
   for (double p : request.top_p.entries) request.filters |= p < 1.0;
   for (float p : request.min_p.entries) request.filters |= p > 0.0f;
 
-  const int64_t columns = request.model_logprobs ? request.models : 0;
-  Tensor tokens = empty({request.rows}, ScalarType::Long);
-  Tensor logprobs = empty({request.rows}, ScalarType::Float);
-  Tensor valid = empty({request.rows}, ScalarType::Bool);
-  Tensor model_logprobs = empty({request.rows, columns}, ScalarType::Float);
+  return request;
+}
+
+// Without `model_logprobs` none are asked for.
+void draw(Request& request, Tensor& tokens, Tensor& logprobs, Tensor& valid, Tensor* model_logprobs) {
   request.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
   request.logprobs = static_cast<float*>(logprobs.mutable_data_ptr());
   request.valid = static_cast<bool*>(valid.mutable_data_ptr());
-  request.token_model_logprobs = static_cast<float*>(model_logprobs.mutable_data_ptr());
+  if (model_logprobs) request.token_model_logprobs = static_cast<float*>(model_logprobs->mutable_data_ptr());
   run(request);
+}
+
+void sample_out(const std::vector<Tensor>& tensors, const std::vector<int64_t>& integers,
+                const std::vector<double>& numbers, const std::string& divergence, Tensor tokens, Tensor logprobs,
+                Tensor valid, std::optional<Tensor> model_logprobs, std::optional<Tensor> /*workspace*/) {
+  Packed packed(tensors, integers, numbers);
+  Request request = drawing(packed, divergence);
+  if (request.model_logprobs && !model_logprobs)
+    throw std::runtime_error("mod_fused: model_logprobs are asked for and have no output");
+  draw(request, tokens, logprobs, valid, model_logprobs ? &*model_logprobs : nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const std::vector<Tensor>& tensors,
+                                                  const std::vector<int64_t>& integers,
+                                                  const std::vector<double>& numbers, const std::string& divergence) {
+  Packed packed(tensors, integers, numbers);
+  Request request = drawing(packed, divergence);
+  Tensor tokens = empty({request.rows}, ScalarType::Long);
+  Tensor logprobs = empty({request.rows}, ScalarType::Float);
+  Tensor valid = empty({request.rows}, ScalarType::Bool);
+  Tensor model_logprobs = empty({request.rows, request.model_logprobs ? request.models : 0}, ScalarType::Float);
+  draw(request, tokens, logprobs, valid, &model_logprobs);
   return {tokens, logprobs, valid, model_logprobs};
 }
 
@@ -249,7 +279,9 @@ std::string instruction_set() { return tile_loops().name; }
 
 STABLE_TORCH_LIBRARY_IMPL(mod_fused, CPU, library) {
   library.impl("log_probs_cpu", TORCH_BOX(&log_probs));
+  library.impl("log_probs_cpu_out", TORCH_BOX(&log_probs_out));
   library.impl("sample_cpu", TORCH_BOX(&sample));
+  library.impl("sample_cpu_out", TORCH_BOX(&sample_out));
   library.impl("divergence_cpu", TORCH_BOX(&divergence_function));
 }
 
