@@ -109,11 +109,11 @@ def draw(
             line.sort(key=lambda guided: guided.point.kl.mean())
             measured = [_columns(guided, names, labels)[1] for guided in line]
             kl = np.array([m["kl"].mean() for m in measured])
-            y, error = np.array([mean_and_error(m[f"reward_{label}"]) for m in measured]).T
+            y, spread = np.array([mean_and_error(m[f"reward_{label}"]) for m in measured]).T
             words = ", ".join(f"{w:.2g} {n}" for w, n in zip(weights, names, strict=True))
             (drawn,) = axes.plot(kl, y, "o-", markersize=4, label=words or "reference, guided")
             axes.fill_between(
-                kl, y - 1.96 * error, y + 1.96 * error, color=drawn.get_color(), alpha=0.2
+                kl, y - 1.96 * spread, y + 1.96 * spread, color=drawn.get_color(), alpha=0.2
             )
             for guided, px, py in zip(line, kl, y, strict=True):
                 note = f"{guided.strength:g}"
