@@ -85,13 +85,13 @@ def load_scorers(names: Sequence[str], **options: Any) -> list[Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
     device = options.pop("device", None)
-    scorers = []
+    scorers: list[Any] = []
     for name in names:
         folder = world.scorer(name) if name in world.OBJECTIVES else Path(name)
         kinds = AutoConfig.from_pretrained(folder).architectures or [""]
         loader: Any
         if kinds[0].endswith("ForTokenClassification"):
-            loader = AutoModelForTokenClassification
+            loader: Any = AutoModelForTokenClassification
         elif kinds[0].endswith(("ForCausalLM", "LMHeadModel")):
             loader = AutoModelForCausalLM
         else:

@@ -135,11 +135,18 @@ def test_prefix_score_is_the_value_of_the_last_token_under_any_padding(scalar):
 
 
 def test_blockwise_chooses_by_the_scorers(capsys):
-    argv = ["--best-of", "4", "--values", "helpful", "--seed", "3"]
-    (blocks,) = generated(capsys, *argv, "--block-length", "3")
-    (whole,) = generated(capsys, *argv)
-    (alone,) = generated(capsys, "--best-of", "1", "--values", "helpful", "--seed", "3")
-    assert whole["score"] > alone["score"] and blocks["tokens"] != whole["tokens"]
+    score = guidance.prefix_score(
+        guidance.Guidance.embedded(["helpful", "humorous"]).scorers, [2, -1]
+    )
+    options = {"score_fn": score, "max_new_tokens": 12, "seed": 1}
+    argv = ["--best-of", "4", "--values", "helpful,humorous", "--strength", "2,-1", "--seed", "1"]
+    for block, extra in ((3, ["--block-length", "3"]), (12, [])):
+        out = guidance.blockwise_best_of_k(
+            Ensemble.embedded([]), [PROMPT], k=4, block_length=block, **options
+        )
+        (record,) = generated(capsys, *argv, *extra)
+        assert record["tokens"] == out.tokens[0, : out.lengths[0]].tolist()
+        assert math.isclose(record["score"], float(out.scores[0]), rel_tol=1e-4)
 
 
 def test_sweep_over_strengths_writes_table_and_picture(capsys, tmp_path):
