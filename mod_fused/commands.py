@@ -1,4 +1,4 @@
-"""What the commands demo, generate, sweep and doctor do with their arguments."""
+"""What the commands demo, generate, sweep, tune and doctor do with their arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import demo, doctor, world
+from . import demo, doctor, tune, world
 from .decoder import GenerateOutput, generate
 from .ensemble import Ensemble
 from .sweep import (
@@ -238,6 +238,20 @@ def run_sweep(args: argparse.Namespace) -> int:
             write(f"no picture: {error}")
     else:
         write("no picture: a trade-off needs at least two policies")
+    return 0
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    if not args.out.parent.is_dir() or args.out.is_dir():
+        raise UsageError(f"cannot write {args.out}: expected a file in a folder that exists")
+    filters = {n: getattr(args, n) for n in ("top_k", "top_p", "min_p")}
+    filters = {name: x for name, x in filters.items() if x is not None}
+    shapes = [
+        tune.Shape(divergence, batch, args.vocab_size, args.policies, args.dtype, filters)
+        for divergence in args.divergences
+        for batch in args.batch_sizes
+    ]
+    tune.run(shapes, args.minutes, args.out)
     return 0
 
 
