@@ -27,7 +27,9 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTER
 
 
 class Bench:
-    """By its clock results take a second and a timing 0.05; what they are, it is told."""
+    """By its clock results take a second and a timing `cost`; what they are, it is told."""
+
+    cost = 0.05
 
     def __init__(self, times: Any, results: Any = lambda c: SAME, **shape: Any) -> None:
         self.shapes = [Shape("jsd", 1, 1000, 2, "bfloat16", {})._replace(**shape)]
@@ -42,7 +44,7 @@ class Bench:
         return [self.made(configured)]
 
     def seconds(self, configured):
-        self.now += 0.05
+        self.now += self.cost
         self.timed.append(configured)
         return [self.times(self, configured)]
 
@@ -129,6 +131,14 @@ def test_nothing_is_kept_when_there_was_no_time_to_measure(seconds):
     outcome = Bench(faster(50.0)).choose(seconds)
     assert outcome.out_of_time and not outcome.kept
     assert outcome.fastest == DEFAULT and outcome.default_us == []
+
+
+def test_a_single_round_is_no_measurement():
+    bench = Bench(faster(50.0))
+    bench.cost = 1.0
+    outcome = bench.choose(40.0)  # 22 of the results, one round of their times
+    assert FAST in bench.timed and outcome.fastest == DEFAULT
+    assert outcome.out_of_time and not outcome.kept and outcome.tried == 0
 
 
 def test_filters_are_tuned_after_the_mixture_and_the_log_linear_grid_is_not():
