@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from . import __version__
 from .checks import NORMALIZERS
-from .commands import UsageError, run_demo, run_doctor, run_generate, run_sweep
+from .commands import UsageError, run_demo, run_doctor, run_generate, run_sweep, run_tune
 from .divergence import get_divergence
 from .doctor import DIVERGENCES
 from .guiding import STRENGTHS, numbers
@@ -76,6 +77,20 @@ def _names(text: str) -> list[str]:
     if not names:
         raise argparse.ArgumentTypeError(f"expected names with commas between them, got {text!r}")
     return names
+
+
+def _each(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: [convert(name) for name in dict.fromkeys(_names(text))]
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0.0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of minutes > 0, got {text!r}")
+    return minutes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -273,6 +288,43 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--csv", type=Path, default=Path("mod_fused_sweep.csv"), metavar="FILE")
     sweep.add_argument("--picture", type=Path, default=Path("mod_fused_sweep.png"), metavar="FILE")
     sweep.set_defaults(run=run_sweep)
+
+    tune = commands.add_parser("tune", help="measure launch configurations of the Triton kernels")
+    tune.add_argument("--vocab-size", type=_whole(1), required=True, metavar="V")
+    tune.add_argument("--policies", type=_whole(1), default=2, metavar="M", help="(default: 2)")
+    tune.add_argument("--dtype", choices=DTYPES[1:], default="bfloat16", help="of the logits")
+    tune.add_argument(
+        "--divergences",
+        type=_each(_divergence),
+        default=["reverse_kl", "jsd"],
+        metavar="A,B",
+        help="(default: reverse_kl,jsd)",
+    )
+    tune.add_argument(
+        "--batch-sizes",
+        type=_each(_whole(1)),
+        default=[1, 64],
+        metavar="A,B",
+        help="few rows and many have configurations of their own (default: 1,64)",
+    )
+    tune.add_argument("--top-k", type=int, metavar="K", help="tune the filters too")
+    tune.add_argument("--top-p", type=float, metavar="P", help="tune the filters too")
+    tune.add_argument("--min-p", type=float, metavar="P", help="tune the filters too")
+    tune.add_argument(
+        "--minutes",
+        type=_minutes,
+        default=10.0,
+        metavar="N",
+        help="for everything, compilation included (default: 10)",
+    )
+    tune.add_argument(
+        "--out",
+        type=Path,
+        default=Path("mod_fused_table.json"),
+        metavar="FILE",
+        help="(default: mod_fused_table.json)",
+    )
+    tune.set_defaults(run=run_tune)
 
     doctor = commands.add_parser("doctor", help="versions, devices, backends and a self-check")
     doctor.set_defaults(run=run_doctor)

@@ -1,4 +1,4 @@
-"""What the commands demo, generate, sweep and doctor do with their arguments."""
+"""What the commands demo, generate, sweep, tune and doctor do with their arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import demo, doctor, guiding, strengths, world
+from . import demo, doctor, guiding, strengths, tune, world
 from .decoder import GenerateOutput, generate
 from .ensemble import Ensemble
 from .guidance import BlockwiseOutput
@@ -292,6 +292,20 @@ def _sweep_strengths(
         write(f"picture: {args.picture}")
     except ImportError as error:
         write(f"no picture: {error}")
+    return 0
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    if not args.out.parent.is_dir() or args.out.is_dir():
+        raise UsageError(f"cannot write {args.out}: expected a file in a folder that exists")
+    filters = {n: getattr(args, n) for n in ("top_k", "top_p", "min_p")}
+    filters = {name: x for name, x in filters.items() if x is not None}
+    shapes = [
+        tune.Shape(divergence, batch, args.vocab_size, args.policies, args.dtype, filters)
+        for divergence in args.divergences
+        for batch in args.batch_sizes
+    ]
+    tune.run(shapes, args.minutes, args.out)
     return 0
 
 

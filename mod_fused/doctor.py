@@ -13,6 +13,7 @@ import torch
 from . import __version__, backends, log_probs, reference, reference_sampling, sample
 from .dispatch import AVAILABLE, BACKENDS
 from .terminal import table, write
+from .triton_kernels.configurations import in_force
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "alpha:0.5", "jeffrey")
 TOLERANCE = 2e-5  # total variation from the oracle on the same inputs: design contract
@@ -119,6 +120,7 @@ def run() -> int:
         write(f"  {device}")
     write("\nbackends", style="bold")
     table(["backend", "state"], list(backends().items()))
+    write(f"\nlaunch table of the Triton kernels: {in_force()}")
     write("\nself-check against the float64 oracle", style="bold")
     checks = [check for place in working() for check in self_check(*place)]
     table(

@@ -91,7 +91,7 @@ def load_scorers(names: Sequence[str], **options: Any) -> list[Any]:
         kinds = AutoConfig.from_pretrained(folder).architectures or [""]
         loader: Any
         if kinds[0].endswith("ForTokenClassification"):
-            loader: Any = AutoModelForTokenClassification
+            loader = AutoModelForTokenClassification
         elif kinds[0].endswith(("ForCausalLM", "LMHeadModel")):
             loader = AutoModelForCausalLM
         else:

@@ -2,14 +2,15 @@
 
 The environment variable MOD_FUSED_TRITON_TABLE names another table, as JSON:
 {"configurations": {"general, few rows": {"threads": 256, "chunk": 2}}}. A configuration changes
-speed, never a result.
+speed, never a result. `mod-fused tune` writes such a file for the GPU at hand.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -59,9 +60,9 @@ TABLE: Table = {
 }
 
 
-def regime(mixing: MixtureArguments, rows: int) -> str:
+def regime(divergence: str, rows: int) -> str:
     """Which entry of the table a call uses."""
-    log_linear = isinstance(get_divergence(mixing.divergence), ReverseKL)
+    log_linear = isinstance(get_divergence(divergence), ReverseKL)
     kind = "log_linear" if log_linear else "general"
     return f"{kind}, {'many' if rows >= MANY_ROWS else 'few'} rows"
 
@@ -89,6 +90,19 @@ def _table() -> Table:
     return read_table(path) if path else TABLE
 
 
+_tables: list[Table] = []
+
+
+@contextmanager
+def using(table: Table) -> Iterator[None]:
+    """Within it every call of this process uses `table`: for measuring, in one thread."""
+    _tables.append(table)
+    try:
+        yield
+    finally:
+        _tables.pop()
+
+
 @cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 2 for the interpreter, whose programs run one after the other."""
@@ -97,9 +111,32 @@ def processors(device: torch.device) -> int:
     return 2
 
 
+def device_name() -> str:
+    """The device that a table is made for, or used on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def in_force() -> str:
+    """Which table calls use, and whether it was made for this device, in a line."""
+    path = os.environ.get(TABLE_VARIABLE)
+    if not path:
+        return "the package's own"
+    try:
+        read_table(path)
+        made_for = json.loads(Path(path).read_text()).get("device")
+    except (OSError, ValueError) as error:
+        return f"{TABLE_VARIABLE} names a file that cannot be used: {error}"
+    if made_for is None:
+        return f"{path}, which does not say for what device"
+    if made_for != device_name():
+        return f"{path}, made for ANOTHER DEVICE: {made_for}, this one is {device_name()}"
+    return f"{path}, made for this device"
+
+
 def configuration(mixing: MixtureArguments, rows: int) -> Configuration:
     """The configuration of a call."""
-    return _table()[regime(mixing, rows)]
+    table = _tables[-1] if _tables else _table()
+    return table[regime(mixing.divergence, rows)]
 
 
 def rows_together(mixing: MixtureArguments, rows: int) -> int:
