@@ -250,7 +250,7 @@ def mixture_kernel(
     """See the head of this file.
 
     Args:
-        m, r, w: `Mixing`, `Drawing` and `Workspace` of launch.py.
+        m, r, w: `Mixing` and `Drawing` of parameters.py, `Workspace` of workspace.py.
         rows: B.
         group: rows whose phases are interleaved with those of the next.
         seed, position: of the launch, where they are no tensors.
