@@ -299,7 +299,9 @@ def test_without_the_extension_the_package_works_and_says_why(tmp_path, environm
     for folder in ("mod_fused", "triton_kernels", "csrc"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=unwanted)
     # Where an installation has it.
-    shutil.copytree(tmp_path / "triton_kernels", tmp_path / "mod_fused/triton_kernels", dirs_exist_ok=True)
+    shutil.copytree(
+        tmp_path / "triton_kernels", tmp_path / "mod_fused/triton_kernels", dirs_exist_ok=True
+    )
     for file in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / file, tmp_path / file)
     env = {**os.environ, **environment, "PYTHONPATH": str(tmp_path)}
