@@ -272,16 +272,22 @@ def two_poles(near, far, distance, right, order, C: tl.constexpr):
     root = tl.sqrt(p * p + 4.0 * r * a * distance)
     y = tl.where(p > 0.0, 2.0 * a * distance / (p + root), (root - p) / (2.0 * r))
     if C.is_alpha:
-        # Newton in the variable in which one pole alone is a straight line climbs from the left.
+        # Two Newton steps that climb from the left, each on a concave function: in the variable in
+        # which one pole alone is a straight line, for poles close together, and on what the far
+        # one leaves to the near one.
         alone = tl.exp(tl.log(near / right) * inverse)
         together = tl.exp(tl.log((near + far) / right) * inverse) - distance
         y = tl.maximum(tl.maximum(y, alone), together)
-        for _ in range(6):
+        for _ in range(8):
             a = near * tl.exp(-order * tl.log(y))
             b = far * tl.exp(-order * tl.log(y + distance))
             g = a + b
             ratio = tl.exp(tl.log(g / right) * inverse)
             step = (ratio - 1.0) * g / (a / y + b / (y + distance))
+            left = right - b
+            target = tl.exp(tl.log(near / left) * inverse)
+            other = (target - y) / (1.0 + target / left * b / (y + distance))
+            step = tl.where((left > 0.0) & (other > step), other, step)
             y = tl.where((y + step > 0.0) & (step == step), y + step, y)
     return y
 
