@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from mod_fused.triton_kernels import divergences, elementary, launch, mixture, solver
 from mod_fused.triton_kernels.configurations import configuration
+from mod_fused.triton_kernels.tiles import STEPS
 from test_philox import KNOWN_ANSWERS
 
 import mod_fused
@@ -184,6 +185,18 @@ def test_three_evaluations_after_the_first_step_are_enough(divergence, monkeypat
     check(OP, ref, policies, [0.5, 0.5], divergence=divergence)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha:0.5"])
+def test_one_evaluation_does_for_half_the_rows_where_z_0_has_no_inverse(divergence, workspaces):
+    ref, policies = logits(214, 6, 2100, 2, kind="brutal")
+    check(OP, ref, policies, [1.5, -0.5], divergence=divergence)
+    zero = mod_fused.log_probs(
+        ref, policies, [1.5, -0.5], divergence=divergence, normalizer="zero", backend="torch"
+    )
+    assert zero.isnan().all()
+    steps = workspaces[0].states.view(6, -1)[:, STEPS.value]
+    assert (steps == 1.0).sum() >= 3, steps
+
+
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
 def test_views_at_odd_offsets_and_strides_give_the_same_bits(divergence):
     batch, vocab = 3, 1501
@@ -332,14 +345,16 @@ def two_poles_kernel(near, far, distance, right, out, order, C: tl.constexpr, N:
     tl.store(out + i, solver.two_poles(args[0], args[1], args[2], args[3], n, C))
 
 
-@pytest.mark.parametrize("alpha", [None, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("alpha", [None, 0.1, 0.5, 0.75, 0.9])
 def test_the_model_with_two_poles_is_solved(alpha):
     rng, count = np.random.default_rng(212), 1024
     order = 1.0 / (alpha or 1.0)
     near, distance = np.exp(-rng.uniform(0, 30, count)), np.exp(rng.uniform(-15, 5, count))
     far = rng.uniform(0, 3, count) * distance**order
-    distance[:50], far[:100] = 0.0, 0.0
     right = np.full(count, 1.5)
+    # A far pole that leaves little to the near one, down to a millionth.
+    far[500:] = (1.5 * (1.0 - 10 ** -rng.uniform(0, 6, count)) * distance**order)[500:]
+    distance[:50], far[:100] = 0.0, 0.0
     out = torch.empty(count, dtype=torch.float64)
     inputs = [torch.from_numpy(x) for x in (near, far, distance, right)]
     two_poles_kernel[(1,)](*inputs, out, order, C=Order(alpha is not None), N=count)

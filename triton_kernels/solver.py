@@ -167,7 +167,7 @@ def start_offset(m, row, C: tl.constexpr):
 
 @triton.jit
 def end_deficits(m, w, state, fields, row, tiles, C: tl.constexpr):
-    """s*, and the bracket of the point at which G is 1."""
+    """s*, the bracket of the point at which G is 1, and where it is evaluated next."""
     MODELS: tl.constexpr = C.models
     i = tl.arange(0, C.tiles)
     leasts = w.leasts + row.to(tl.int64) * tiles
@@ -236,17 +236,22 @@ def end_deficits(m, w, state, fields, row, tiles, C: tl.constexpr):
         lower = C.shift(lower.to(tl.float32), m.alpha).to(tl.float64)
         upper = C.shift(upper.to(tl.float32), m.alpha).to(tl.float64)
         tau = C.shift(tau.to(tl.float32), m.alpha).to(tl.float64)
+        # Without those sums: everything but s* at its mean deficit, which is left of the solution.
+        rest = tl.maximum(mass - best, 0.0)
+        apart = tl.maximum(mean - least, 0.0) * mass / tl.where(rest > 0.0, rest, 1.0)
+        distance = C.excess(tl.minimum(apart, EXCLUDED).to(tl.float32), m.alpha).to(tl.float64)
+        point = point_of_poles(m, best, rest, distance, C)
+        point = tl.where((point >= lower) & (point <= upper), point, tl.sqrt(lower * upper))
+        following = secular_point(m, best, s1, s2, tau, C)
+        usable = usable & (s1 < INFINITY) & (s2 < INFINITY)
+    else:
+        point = lower
+        following = newton_point(m, tau, s1, s2, C)
+    usable = usable & (following >= lower) & (following <= upper)
     tl.store(state + LOWER, lower)
     tl.store(state + UPPER, upper)
-    tl.store(state + POINT, tau)
-    tl.store(state + STEPS, -1.0)
-    tl.debug_barrier()
-    s1 = tl.where(usable, s1, float("nan"))
-    if C.excess is not None:
-        step_stieltjes(m, state, s1, s2, C)
-    else:
-        step_newton(m, state, s1, s2, C)
-    tl.debug_barrier()
+    tl.store(state + POINT, tl.where(usable, following, point).to(tl.float32).to(tl.float64))
+    tl.store(state + STEPS, 0.0)
     tl.store(state + SOLVED, 0.0)
 
 
@@ -267,50 +272,75 @@ def two_poles(near, far, distance, right, order, C: tl.constexpr):
     root = tl.sqrt(p * p + 4.0 * r * a * distance)
     y = tl.where(p > 0.0, 2.0 * a * distance / (p + root), (root - p) / (2.0 * r))
     if C.is_alpha:
-        # Newton in the variable in which one pole alone is a straight line climbs from the left.
+        # Two Newton steps that climb from the left, each on a concave function: in the variable in
+        # which one pole alone is a straight line, for poles close together, and on what the far
+        # one leaves to the near one.
         alone = tl.exp(tl.log(near / right) * inverse)
         together = tl.exp(tl.log((near + far) / right) * inverse) - distance
         y = tl.maximum(tl.maximum(y, alone), together)
-        for _ in range(6):
+        for _ in range(8):
             a = near * tl.exp(-order * tl.log(y))
             b = far * tl.exp(-order * tl.log(y + distance))
             g = a + b
             ratio = tl.exp(tl.log(g / right) * inverse)
             step = (ratio - 1.0) * g / (a / y + b / (y + distance))
+            left = right - b
+            target = tl.exp(tl.log(near / left) * inverse)
+            other = (target - y) / (1.0 + target / left * b / (y + distance))
+            step = tl.where((left > 0.0) & (other > step), other, step)
             y = tl.where((y + step > 0.0) & (step == step), y + step, y)
     return y
 
 
 @triton.jit
+def power(y, m, C: tl.constexpr):
+    """y^-order, float64."""
+    if C.is_alpha:
+        return tl.exp(-tl.log(y) / tl.full([], m.alpha, tl.float64))
+    else:
+        return 1.0 / y
+
+
+@triton.jit
+def point_of_poles(m, near, far, distance, C: tl.constexpr):
+    """t at which G is 1 if p H is near y^-order + far (y + distance)^-order, y = t."""
+    order = tl.full([], 1.0, tl.float64)
+    if C.is_alpha:
+        order = 1.0 / tl.full([], m.alpha, tl.float64)
+    right = tl.full([], 1.0, tl.float64)
+    if C.is_jsd:
+        # (1 - t) (near / t + far / (t + distance)) = 1, with the factor multiplied out
+        right = 1.0 + near + far
+        far = far * (1.0 + distance)
+    return two_poles(near, far, distance, right, order, C)
+
+
+@triton.jit
+def secular_point(m, best, s1, s2, t, C: tl.constexpr):
+    """t at which a model of G with two poles is 1: s* exactly where it is and everything else as
+    the one that has its sum and slope at `t` (the secular equation of eigenvalue updates)."""
+    pole = (s1 > 0.0) & (s2 > 0.0) & (s1 < INFINITY) & (s2 < INFINITY)
+    distance = tl.where(pole, s1 / tl.where(pole, s2, 1.0) - t, 0.0)
+    distance = tl.where(distance > 0.0, distance, 0.0)
+    far = tl.where(pole, s1 / power(tl.where(pole, t + distance, 1.0), m, C), 0.0)
+    return point_of_poles(m, best, far, distance, C)
+
+
+@triton.jit
 def step_stieltjes(m, state, s1, s2, C: tl.constexpr):
-    """The next point for a Stieltjes kernel: a model of G with two poles, s* exactly where it is
-    and everything else as the one that has its sum and slope (the secular equation of eigenvalue
-    updates). s1 and s2 leave s* out."""
+    """The next point for a Stieltjes kernel. s1 and s2 leave s* out."""
     t = tl.load(state + POINT)
     lower = tl.load(state + LOWER)
     upper = tl.load(state + UPPER)
     best = tl.load(state + BEST_MASS)
-    one = tl.full([], 1.0, tl.float64)
-    order = one
-    if C.is_alpha:
-        order = 1.0 / tl.full([], m.alpha, tl.float64)
-    near = best * tl.exp(-order * tl.log(t))
+    g = s1 + best * power(t, m, C)
     if C.is_jsd:
-        log_g = tl.log((s1 + near) * (1.0 - t))
-    else:
-        log_g = tl.log(s1 + near)
+        g = g * (1.0 - t)
+    log_g = tl.log(g)
     lower = tl.where(log_g > 0.0, t, lower)
     upper = tl.where(log_g <= 0.0, t, upper)
     good = (tl.abs(log_g) < INFINITY) & (tl.abs(s2) < INFINITY)
-    pole = good & (s1 > 0.0) & (s2 > 0.0)
-    distance = tl.where(pole, s1 / tl.where(pole, s2, 1.0) - t, 0.0)
-    distance = tl.where(distance > 0.0, distance, 0.0)
-    far = tl.where(pole, s1 * tl.exp(order * tl.log(t + distance)), 0.0)
-    if C.is_jsd:
-        # (1 - t) (B / t + W / (t + d)) = 1, with the factor multiplied out
-        following = two_poles(best, far * (1.0 + distance), distance, 1.0 + best + far, order, C)
-    else:
-        following = two_poles(best, far, distance, one, order, C)
+    following = secular_point(m, best, s1, s2, t, C)
     inside = good & (following >= lower) & (following <= upper)
     otherwise = tl.where(tl.abs(log_g) < TOLERANCE, t, tl.sqrt(lower * upper))
     following = tl.where(inside, following, otherwise)
@@ -324,21 +354,25 @@ def step_stieltjes(m, state, s1, s2, C: tl.constexpr):
 
 
 @triton.jit
+def newton_point(m, tau, s1, s2, C: tl.constexpr):
+    """A Newton step for any divergence, on q(log G(tau)), which is almost straight; NaN or infinite
+    where there is none."""
+    q = C.deficit(tl.log(s1).to(tl.float32), m.alpha)
+    slope = tl.exp(C.log_slope(q, m.alpha).to(tl.float64))
+    return tau + (C.deficit(tl.zeros([], tl.float32), m.alpha) - q).to(tl.float64) * slope / s2
+
+
+@triton.jit
 def step_newton(m, state, s1, s2, C: tl.constexpr):
-    """The next point for any divergence: Newton on q(log G(tau)), which is almost straight."""
+    """The next point for any divergence."""
     tau = tl.load(state + POINT)
     lower = tl.load(state + LOWER)
     upper = tl.load(state + UPPER)
     log_g = tl.log(s1)
     lower = tl.where(log_g > 0.0, tau, lower)
     upper = tl.where(log_g <= 0.0, tau, upper)
-    zero = tl.zeros([], tl.float32)
-    q = C.deficit(log_g.to(tl.float32), m.alpha)
-    slope = tl.exp(C.log_slope(q, m.alpha).to(tl.float64))
-    step = (C.deficit(zero, m.alpha) - q).to(tl.float64) * slope / s2
-    newton = tau + step
-    good = (tl.abs(log_g) < INFINITY) & (tl.abs(step) < INFINITY)
-    good = good & (newton > lower) & (newton < upper)
+    newton = newton_point(m, tau, s1, s2, C)
+    good = (tl.abs(log_g) < INFINITY) & (newton > lower) & (newton < upper)
     following = tl.where(good, newton, 0.5 * (lower + upper)).to(tl.float32).to(tl.float64)
     short = tl.abs(following - tau) < LAST_RATIO * tl.maximum(tl.abs(tau), 1.0)
     last = good & (tl.abs(log_g) < LAST_STEP) & short
