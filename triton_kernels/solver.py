@@ -23,6 +23,7 @@ from .tiles import (
     STEPS,
     UPPER,
     VALID,
+    level_of,
     reference_weight,
     weight,
 )
@@ -125,9 +126,9 @@ def end_sums(m, state, fields, row, tiles, C: tl.constexpr):
                 short = tl.where(counts, SMALLEST_PREFIX_DIFFERENCE - (own - ref_prefix), 0.0)
                 if C.clamped:
                     lift = tl.maximum(lift, short)
-        ref_below = ref_norm - tl.load(state + PEAK)
+        ref_rest = ref_norm - level_of(state, 0)
         for k in tl.static_range(1, MODELS):
-            shift = ref_below - (tl.load(state + LOG_NORM + k) - tl.load(state + PEAK + k))
+            shift = ref_rest - (tl.load(state + LOG_NORM + k) - level_of(state, k))
             if m.prefix is not None:
                 shift += prefix_of(m, row, k) - prefix_of(m, row, 0) + lift
             tl.store(state + SHIFT + k, shift)

@@ -13,11 +13,12 @@ INFINITY = tl.constexpr(float("inf"))
 EXCLUDED = tl.constexpr(1e37)
 SMALLEST_LOG_REF = tl.constexpr(-80.0)  # the range of float32, design §2
 SMALLEST_LOG_RATIO = tl.constexpr(-80.0)
+FAR_LEVEL = tl.constexpr(128.0)  # of a model's log-sum-exp
 
 # Fields of a row's state, float64.
 LOG_NORM = tl.constexpr(0)  # [9], log-sum-exp of each model's logits
 PEAK = tl.constexpr(9)  # [9]
-SHIFT = tl.constexpr(18)  # [9], added to differences of logits below their peaks to make d
+SHIFT = tl.constexpr(18)  # [9], added to differences of logits less their levels to make d
 LEAST = tl.constexpr(27)  # min Q over the support
 BEST_TOKEN = tl.constexpr(28)  # s* = argmin Q, and pi_ref of it
 BEST_MASS = tl.constexpr(29)
@@ -167,27 +168,38 @@ def log_linear_tile(
 
 
 @triton.jit
+def level_of(state, k: tl.constexpr):
+    """What is taken off a model's logits before float32 rounds what depends on them: nothing near
+    0, further off a whole number, which leaves differences of 16-bit logits exact."""
+    norm = tl.load(state + LOG_NORM + k)
+    return tl.where(tl.abs(norm) > FAR_LEVEL, tl.floor(norm + 0.5), 0.0)
+
+
+@triton.jit
 def deficit_tile(m, state, row, tile, C: tl.constexpr):
     """log pi_ref, Q (EXCLUDED off the support; float64 where there are values, because a tilt moves
     min Q away from 0), and where a value is broken."""
     MODELS: tl.constexpr = C.models
     VALUES: tl.constexpr = C.scores
-    # Below their peaks: exact for logits of 16 bits, and the same at any level.
-    peak = tl.load(state + PEAK)
-    ref = model_tile(m, 0, row, tile) - peak.to(tl.float32)
-    log_ref = ref - (tl.load(state + LOG_NORM) - peak).to(tl.float32)
-    inside = log_ref >= SMALLEST_LOG_REF
+    ref = model_tile(m, 0, row, tile)
+    plausible = tl.full([TILE], True, tl.int1)
     if C.plausible == 0:
-        inside &= ref >= m.log_plausibility
+        plausible = ref - tl.load(state + PEAK).to(tl.float32) >= m.log_plausibility
+    level = level_of(state, 0)
+    ref = ref - level.to(tl.float32)
+    log_ref = ref - (tl.load(state + LOG_NORM) - level).to(tl.float32)
+    inside = plausible & (log_ref >= SMALLEST_LOG_REF)
     zeros = tl.zeros([TILE], tl.float32)
     q = zeros
     for k in tl.static_range(1, MODELS):
-        x = model_tile(m, k, row, tile) - tl.load(state + PEAK + k).to(tl.float32)
+        x = model_tile(m, k, row, tile)
         if k == C.plausible:
-            inside &= x >= m.log_plausibility
+            inside &= x - tl.load(state + PEAK + k).to(tl.float32) >= m.log_plausibility
+        x = x - level_of(state, k).to(tl.float32)
         w = zeros + weight(m, row, k - 1).to(tl.float32)
         counts = w != 0.0
         inside &= finite(x) | (counts == 0)
+        # Raw differences first: they are exact for logits of 16 bits.
         d = tl.where(inside & counts, x - ref, 0.0) + tl.load(state + SHIFT + k).to(tl.float32)
         if C.clamped:
             d = tl.maximum(d, SMALLEST_LOG_RATIO)
