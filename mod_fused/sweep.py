@@ -91,7 +91,8 @@ def evaluate(
     scores = np.empty((len(rows), len(rewards or ())))
     log_ratios = np.empty((len(rows), ensemble.num_policies))
     kl = np.empty(len(rows))
-    for start in track(range(0, len(rows), batch_size), "decoding"):
+    starts = range(0, len(rows), batch_size)
+    for start in track(starts, "decoding", len(starts)):
         part = slice(start, min(start + batch_size, len(rows)))
         batch, weights, seeds = (list(column) for column in zip(*rows[part], strict=True))
         out = generate(

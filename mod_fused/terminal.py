@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -50,20 +50,20 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(rich_table)
 
 
-def track(items: Sequence[Item], description: str) -> Iterator[Item]:
-    """Yield the items under a progress bar on stderr (plain: one line at the end of each tenth)."""
+def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
+    """Yield the `total` items under a progress bar on stderr (plain: a line after each tenth)."""
     console = _rich_console(sys.stderr)
     if console is not None:
         from rich.progress import track as rich_track
 
-        yield from rich_track(items, description, console=console)
+        yield from rich_track(items, description, total, console=console)
         return
     reported = 0
     for done, item in enumerate(items, start=1):
         yield item
-        if 10 * done // len(items) > reported:
-            reported = 10 * done // len(items)
-            print(f"{description}: {done}/{len(items)}", file=sys.stderr, flush=True)
+        if 10 * done // total > reported:
+            reported = 10 * done // total
+            print(f"{description}: {done}/{total}", file=sys.stderr, flush=True)
 
 
 class TextStream:

@@ -170,6 +170,15 @@ def test_intervals_are_those_of_a_normal_mean_and_paired():
     assert pair["low"] == pytest.approx(1.0, abs=1e-4) == pair["high"]
 
 
+def test_intervals_over_trainings_hold_the_mean_as_often_as_they_say():
+    for n in (2, 3, 5):
+        draws = np.random.default_rng(n).normal(1.0, 2.0, size=(4000, n))
+        found = [statistics.over_seeds(row) for row in draws.tolist()]
+        assert [f["value"] for f in found] == pytest.approx(draws.mean(1), abs=1e-5)
+        held = np.mean([f["low"] <= 1.0 <= f["high"] for f in found])
+        assert abs(held - 0.95) <= 4.9 * (0.95 * 0.05 / 4000) ** 0.5  # false alarms: 1e-6
+
+
 # --- training and merging -------------------------------------------------------------------------
 
 
@@ -260,7 +269,7 @@ def test_a_tiny_run_writes_every_cell_table_and_picture(finished):
     # The reference answers alike whatever it is called: weight 0, or greedy twice.
     assert np.abs(jobs.load(work, cells[0])["kl"]).max() <= 1e-3
     text = (out / "alignment.md").read_text()
-    assert text.count("\n## ") == 16 and str(work) not in text + json.dumps(result)
+    assert text.count("\n## ") == 17 and str(work) not in text + json.dumps(result)
     assert len([*out.glob("*.png")]) == 3
 
 
@@ -274,8 +283,8 @@ def test_an_interrupted_run_goes_on_and_repeats_itself(finished, capsys):
         (work / name).unlink()
     words = ["--tiny", "--workers", "1", "--work", str(work), "--out", str(out)]
     assert study.main(words) == 0
-    printed = capsys.readouterr().out
-    assert f"[1/1] {policy.name}" in printed and f"[1/1] {cell.name}" in printed
+    printed = capsys.readouterr().err
+    assert "trainings, 1 of" in printed and "cells, 1 of" in printed
     assert all(p.stat().st_mtime_ns == then for p, then in kept.items())
     for name, tensor in torch.load(work / f"{policy.name}.pt").items():
         torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=0)

@@ -380,7 +380,7 @@ def test_output_is_plain_without_rich_and_rich_on_a_terminal(monkeypatch):
         monkeypatch.setattr(sys, "stderr", err)
         terminal.write("[bold] :bread:", style="bold")
         terminal.table(["name", "value"], [["[dim]", ":bread:"]])
-        assert list(terminal.track(range(3), "counting")) == [0, 1, 2]
+        assert list(terminal.track(iter(range(3)), "counting", 3)) == [0, 1, 2]
         return out.getvalue(), err.getvalue()
 
     out, err = show()

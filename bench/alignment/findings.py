@@ -30,15 +30,21 @@ def _against(t: Tables, other: str) -> str:
     )
 
 
+def _over_seeds(t: Tables, what: str) -> str:
+    """The mean of a percentage over trainings with its interval, by divergence."""
+    found = {r["tuned"]: r["mean"] for r in t.result["over_seeds"] if r["what"] == what}
+    each = _each(
+        list(found), lambda d: "{value:+.1f}% ({low:+.1f} to {high:+.1f})".format(**found[d])
+    )
+    return f"as a mean over {t.result['sizes']['train_seeds']} trainings: {each}"
+
+
 def _headline(t: Tables) -> Iterator[str]:
     yield (
         f"Equal weights on three objectives, overall reward of MOD over Rewarded Soups: "
         f"{_against(t, 'soup')}. The paper reports {PAPER}% over parameter merging, on its models."
     )
-    seeds = [r for r in t.result["equal_weights"] if r["tuned"] == "reverse_kl"]
-    if len(seeds) > 1:
-        each = ", ".join(f"{100 * r['soup']['relative']['value']:+.1f}%" for r in seeds)
-        yield f"Over {len(seeds)} trainings with reverse KL the same figure is {each}."
+    yield f"The same figure {_over_seeds(t, 'overall reward, mod over soup, %')}."
     kl = _each(
         t.divergences,
         lambda d: " / ".join(
@@ -64,6 +70,9 @@ def _objective(t: Tables) -> Iterator[str]:
         "Share of the optimum's J lost, mean over the key weights, MOD / soup / retrained: "
         f"{_each(t.divergences, shares)}."
     )
+    for name in ("mod", "soup"):
+        what = f"J lost over the key weights, {name}, %"
+        yield f"The same for {'MOD' if name == 'mod' else 'the soup'} {_over_seeds(t, what)}."
 
 
 def _grid(t: Tables) -> Iterator[str]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mod_fused import Ensemble, world
+from mod_fused.terminal import track
 
 from . import plan
 from .measuring import Cell, draw_pool, measure
@@ -142,11 +143,10 @@ def run(work: Path, sizes: Sizes, workers: int) -> float:
     do = functools.partial(_run, work)
     for title, jobs in _phases(sizes):
         missing = [job for job in jobs if not file_of(work, job).exists()]
-        print(f"{title}: {len(jobs)}, {len(missing)} to do", flush=True)
-        for k, (name, took) in enumerate(_run_all(missing, do, workers), 1):
+        done = _run_all(missing, do, workers)
+        for name, took in track(done, f"{title}, {len(missing)} of {len(jobs)}", len(missing)):
             seconds[name] = took
             log.write_text(json.dumps(seconds))
-            print(f"[{k}/{len(missing)}] {name}, {took:.1f} s", flush=True)
     return sum(seconds.values())
 
 

@@ -1,8 +1,9 @@
-"""Pareto pictures: for each divergence and pair of rewards, all methods in one panel."""
+"""Pareto pictures: for each divergence and pair of rewards, all methods in one panel; the pale marks
+are the same methods after other trainings."""
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ STYLES = {
 }
 
 
-def _line(tables: Tables, name: str, tuned: str, i: int, j: int) -> list[tuple[float, float]]:
+def _line(
+    tables: Tables, name: str, tuned: str, i: int, j: int, seed: int = 0
+) -> list[tuple[float, float]]:
     """The points (reward i, reward j) of a method from one corner to the other."""
     at = sorted(w for w in tables.grid if w[i] + w[j] == 1.0)
     if name == "retrained":
@@ -35,7 +38,8 @@ def _line(tables: Tables, name: str, tuned: str, i: int, j: int) -> list[tuple[f
             records.append(tables.pooled(name, w))
         else:
             at_corner = w in plan.CORNERS
-            records.append(tables.one(w, method="mod" if at_corner else name, tuned=tuned))
+            method = "mod" if at_corner else name
+            records.append(tables.one(w, method=method, tuned=tuned, seed=seed))
     first, second = world.OBJECTIVES[i], world.OBJECTIVES[j]
     return [(r[first]["value"], r[second]["value"]) for r in records if r]
 
@@ -60,6 +64,12 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
                     x, y = zip(*points, strict=True)
                     size = 12 if marker == "*" else 5
                     axes.plot(x, y, marker + line, label=label, markersize=size, linewidth=1.2)
+            for name, seed in product(
+                ("mod", "soup"), range(1, tables.result["sizes"]["train_seeds"])
+            ):
+                x, y = zip(*_line(tables, name, tuned, i, j, seed), strict=True)
+                colour = "C0" if name == "mod" else "C1"  # as above
+                axes.plot(x, y, STYLES[name][0], color=colour, markersize=4, alpha=0.35)
             names = world.OBJECTIVES[i], world.OBJECTIVES[j]
             axes.plot(*(reference[n]["value"] for n in names), "kx", label="reference")
             axes.set_xlabel(f"{names[0]} (mean reward)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import NamedTuple
 
 from mod_fused.sweep import simplex_grid
@@ -33,7 +34,8 @@ class Sizes(NamedTuple):
     Attributes:
         train_prompts: prompts with `train.GROUP` answers each; 1800 is every training question.
         steps: of each policy.
-        train_seeds: trainings of the reverse KL policies, each on other answers in another order.
+        train_seeds: trainings of every policy that MOD and the soup use and of the one retrained for
+            equal weights, each on other answers in another order.
         prompts, samples: held-out prompts, answers to each (1 where greedy or mismatched).
         pool: answers of the reference to each prompt, for best-of-N and the optimum.
         divergences: tuned and mixed with.
@@ -44,7 +46,7 @@ class Sizes(NamedTuple):
 
     train_prompts: int = 1800
     steps: int = 200
-    train_seeds: int = 2
+    train_seeds: int = 3
     prompts: int = 200
     samples: int = 2
     pool: int = 256
@@ -58,7 +60,7 @@ class Sizes(NamedTuple):
 TINY = Sizes(
     train_prompts=8,
     steps=2,
-    train_seeds=1,
+    train_seeds=2,
     prompts=6,
     samples=2,
     pool=16,
@@ -88,7 +90,7 @@ def policies(sizes: Sizes) -> list[Policy]:
     out = [Policy(d, w) for d in sizes.divergences for w in CORNERS]
     out += [Policy(d, w) for w in sizes.key for d in sizes.divergences]
     for seed in range(1, sizes.train_seeds):
-        out += [Policy("reverse_kl", w, seed) for w in (*CORNERS, CENTRE)]
+        out += [Policy(d, w, seed) for d in sizes.divergences for w in (*CORNERS, CENTRE)]
     return out
 
 
@@ -128,6 +130,9 @@ def cells(sizes: Sizes) -> list[Cell]:
             out += compared(tuned, weights, samples=n)[:2]
             if tuned != "reverse_kl":
                 out.append(mod._replace(weights=weights, normalizer="zero"))
-    for seed in range(1, sizes.train_seeds):
-        out += compared("reverse_kl", CENTRE, samples=n, seed=seed)
+    for seed, tuned in product(range(1, sizes.train_seeds), sizes.divergences):
+        out += compared(tuned, CENTRE, samples=n, seed=seed)
+        for weights in (*CORNERS, *(w for w in sizes.key if w != CENTRE)):
+            mod, soup, _ = compared(tuned, weights, samples=n, seed=seed)
+            out += [mod] if weights in CORNERS else [mod, soup]
     return list(dict.fromkeys(out))

@@ -123,6 +123,15 @@ class Tables:
         header += ["over the retrained, %", "over best of 4, %", "over best of 16, %"]
         return markdown_table(header, rows)
 
+    def over_seeds(self) -> str:
+        """Every training's value, and the mean with the interval over trainings."""
+        rows = []
+        for r in self.result["over_seeds"]:
+            digits = 1 if r["what"].endswith("%") else 3
+            each = ", ".join(f"{x:.{digits}f}" for x in r["values"])
+            rows.append([r["tuned"], r["what"], each, _bounds(r["mean"], digits=digits)])
+        return markdown_table(["tuned with", "what", "by training", "mean"], rows)
+
     def equal_kl(self) -> str:
         """MOD's lead in the overall reward where its weights are scaled to the other's KL."""
         rows = [
@@ -308,6 +317,7 @@ def markdown(result: Record, findings: Iterable[str]) -> str:
              f"{key}."),
         ("Findings", "\n".join(f"- {line}" for line in findings)),
         ("MOD's overall reward at equal weights, relative to others", t.headline()),
+        ("Over trainings (95% intervals of Student's t), equal weights unless said", t.over_seeds()),
         ("The same with MOD's equal weights scaled to the other's KL", t.equal_kl()),
         ("At equal weights", t.equal_weights()),
         ("Weighted reward, mean over the weights off the corners", t.grid_means()),

@@ -14,7 +14,15 @@ from mod_fused import world
 from . import jobs, plan, tabular
 from .measuring import Cell, divergence_terms
 from .plan import Sizes
-from .statistics import REWARD_SCALE, best_of, best_of_kl, hypervolume, interval, reweighted
+from .statistics import (
+    REWARD_SCALE,
+    best_of,
+    best_of_kl,
+    hypervolume,
+    interval,
+    over_seeds,
+    reweighted,
+)
 from .training import least_loss
 
 Array = np.ndarray
@@ -168,8 +176,7 @@ def _equal_weights(study: Study) -> list[dict[str, Any]]:
         with np.errstate(divide="ignore", invalid="ignore"):  # the other may gain nothing
             return (a.mean(1) - r.mean(1)) / (b.mean(1) - r.mean(1)) - 1.0
 
-    seeds = [("reverse_kl", s) for s in range(1, study.sizes.train_seeds)]
-    for tuned, seed in [*((d, 0) for d in study.sizes.divergences), *seeds]:
+    for tuned, seed in product(study.sizes.divergences, range(study.sizes.train_seeds)):
         mod = study.mod(tuned, plan.CENTRE, seed=seed)
         ours = study.scored(mod).rewards
         others = {
@@ -257,6 +264,50 @@ def _grid_means(study: Study) -> list[dict[str, Any]]:
     return records
 
 
+def _by_seed(study: Study, tuned: str, seed: int) -> dict[str, float]:
+    """What one training of all policies gives; MOD and the soup at the key weights."""
+    key, out = study.sizes.key, {}
+
+    def cell(name: str, weights: tuple[float, ...]) -> Cell:
+        mod = study.mod(tuned, weights, seed=seed)
+        return mod if name == "mod" else mod._replace(method=name, mixed_by="")
+
+    for name in ("mod", "soup", "retrained"):
+        centre = study.scored(cell(name, plan.CENTRE))
+        out[f"overall reward, {name}"] = float(centre.rewards.mean())
+        out[f"KL, {name}"] = float(centre.kl.mean())
+    for name in ("soup", "retrained"):
+        lead = out["overall reward, mod"] / out[f"overall reward, {name}"] - 1.0
+        out[f"overall reward, mod over {name}, %"] = 100.0 * lead
+    for name in ("mod", "soup"):
+        found = [study.scored(cell(name, w)) for w in key]
+        lost = [study.lost(s, tuned, w)["value"] for s, w in zip(found, key, strict=True)]
+        rewards = [s.rewards.mean(0) @ np.array(w) for s, w in zip(found, key, strict=True)]
+        out[f"weighted reward over the key weights, {name}"] = float(np.mean(rewards))
+        out[f"J lost over the key weights, {name}, %"] = 100.0 * float(np.mean(lost))
+        areas = []
+        for middle in (w for w in key if w in plan.MIDPOINTS):
+            i, j = np.flatnonzero(middle)
+            line = [plan.CORNERS[i], middle, plan.CORNERS[j]]
+            points = [study.scored(cell(name, w)).rewards.mean(0)[[i, j]] for w in line]
+            areas.append(hypervolume(np.stack(points)))
+        out[f"dominated area, mean of the pairs, {name}"] = float(np.mean(areas))
+    return out
+
+
+def _over_seeds(study: Study) -> list[dict[str, Any]]:
+    """Every quantity of `_by_seed`: each training's value, and the mean with its interval."""
+    records = []
+    for tuned in study.sizes.divergences:
+        found = [_by_seed(study, tuned, seed) for seed in range(study.sizes.train_seeds)]
+        for what in found[0]:
+            values = [x[what] for x in found]
+            record: dict[str, Any] = {"tuned": tuned, "what": what}
+            record["values"] = [round(x, 5) for x in values]
+            records.append(record | {"mean": over_seeds(values)})
+    return records
+
+
 def _trainings(study: Study) -> list[dict[str, Any]]:
     out = []
     for policy in plan.policies(study.sizes):
@@ -275,6 +326,7 @@ def summary(work: Path, sizes: Sizes, tabular_worlds: int) -> dict[str, Any]:
         "sizes": sizes._asdict(),
         "trainings": _trainings(study),
         "equal_weights": _equal_weights(study),
+        "over_seeds": _over_seeds(study),
         "equal_kl": _at_equal_kl(study),
         "grid": _grid_means(study),
         "hypervolumes": _hypervolumes(study),

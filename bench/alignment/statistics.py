@@ -1,12 +1,13 @@
 """Estimates from scored answers, each with its 95% interval.
 
-Everything is bootstrapped over prompts, whose answers stay together; methods that answered the same
-prompts are resampled alike, so that an interval of a difference is one of pairs.
+`interval` bootstraps over prompts, whose answers stay together; methods that answered the same
+prompts are resampled alike, so that an interval of a difference is one of pairs. `over_seeds` is
+about trainings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import comb
 
 import numpy as np
@@ -32,6 +33,21 @@ def interval(estimate: Callable[..., Array], *arrays: Array) -> dict[str, float]
     value, *values = estimate(*(np.tensordot(shares, x, 1) for x in arrays))
     low, high = np.quantile(values, [0.025, 0.975])
     named = {"value": value, "low": low, "high": high}
+    return {name: round(float(x), 5) for name, x in named.items()}
+
+
+#: Student's t, 97.5%, by degrees of freedom.
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, float]:
+    """The mean over trainings, with Student's 95% interval of it; 2 to 8 values.
+
+    Returns {"value", "low", "high"}.
+    """
+    mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
+    half = _T[len(values) - 1] * error
+    named = {"value": mean, "low": mean - half, "high": mean + half}
     return {name: round(float(x), 5) for name, x in named.items()}
 
 
