@@ -35,6 +35,7 @@ class Stage(NamedTuple):
     seconds: float  # its time limit
     background: bool = False  # starts first and runs beside the others
     after: tuple[str, ...] = ()  # background stages it waits for
+    named: bool = False  # runs only where --stages names it
 
 
 #: In the order they run; what is worth most comes first, in case the time runs out.
@@ -52,6 +53,8 @@ STAGES = (
     Stage("benchmark", "benchmark", "benchmark", 180.0, after=("compile",)),
     Stage("sanitizer", "sanitizer", "sanitizer", 90.0),
     Stage("tests", "suite", "tests", 120.0, after=("build",)),  # as many as time allows
+    Stage("questions", "questions", "questions", 460.0, named=True),
+    Stage("profile", "profile", "profile", 200.0, named=True),
 )
 TOTAL_SECONDS = 470.0
 _SLOWER = 8  # the interpreter, on a busy machine: more time in a dry run
@@ -131,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out.resolve()
     for folder in ("stages", "logs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    chosen = [s for s in STAGES if not args.stages or s.name in args.stages]
+    chosen = [s for s in STAGES if (s.name in args.stages if args.stages else not s.named)]
     for stage in STAGES:  # of an earlier run
         (out / "stages" / f"{stage.name}.json").unlink(missing_ok=True)
     import torch  # noqa: F401 the stages are forked from here

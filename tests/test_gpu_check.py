@@ -38,7 +38,7 @@ def test_dry_run_goes_through_every_stage_and_passes(tmp_path):
     status, stages = run(tmp_path, "")
     failed = [(n, i) for n, s in stages.items() for i in s["items"] if i["status"] == "FAILED"]
     assert failed == [] and status == 0
-    assert set(stages) == {stage.name for stage in STAGES}
+    assert set(stages) == {stage.name for stage in STAGES if not stage.named}
     assert {n for n, s in stages.items() if s["status"] != "passed"} == {"compile"}
     assert all(s["finished"] and s["items"] for s in stages.values())
     assert {"python", "torch", "triton", "commit", "GPU"} <= set(
@@ -48,7 +48,7 @@ def test_dry_run_goes_through_every_stage_and_passes(tmp_path):
     assert [r["refused"] for r in rows] == [""] * len(rows) and rows
     assert {"kernel", "graph", "read", "eager", "compile"} <= set(rows[0]["times"])
     text = (tmp_path / "gpu.md").read_text()
-    assert all(f"| {stage.name} |" in text for stage in STAGES) and "## Benchmark" in text
+    assert all(f"| {name} |" in text for name in stages) and "## Benchmark" in text
 
 
 # The kernels' results after them: a token that moves on from call to call, or one log-probability
@@ -83,6 +83,56 @@ def test_wrong_log_probs_fail_the_matrix(tmp_path):
     status, stages = run(tmp_path, WRONG_LOG_PROBS, "--stages", "matrix")
     assert status == 1 and stages["matrix"]["status"] == "FAILED"
     assert any("total variation" in i["detail"] for i in stages["matrix"]["items"])
+
+
+def test_every_schedule_that_a_call_has_is_checked_timed_and_reported(tmp_path):
+    status, stages = run(tmp_path, "", "--stages", "questions", "profile")
+    failed = [(n, i) for n, s in stages.items() for i in s["items"] if i["status"] == "FAILED"]
+    assert failed == [] and status == 0
+    found = {r["label"]: r["schedules"] for r in stages["questions"]["data"]["schedules"]}
+    jsd, reverse_kl = found.values()
+    assert {"shipped", "a launch per phase", "resident", "1 evaluations"} <= set(jsd)
+    assert jsd["a launch per phase"]["launches"] == 6 and jsd["resident"]["launches"] == 1
+    assert set(reverse_kl) == {"shipped", "chunk 2", "chunk 4", "chunk 8"}
+    assert all(not s["refused"] and s["tv"] <= 2e-5 for s in (*jsd.values(), *reverse_kl.values()))
+    text = (tmp_path / "gpu.md").read_text()
+    assert "## Schedules" in text and "| resident |" in text and "## Log-linear" in text
+
+
+WRONG_SCHEDULE = """
+from bench.gpu import schedules
+right = schedules.resident
+def wrong(shipped):
+    launched = right(shipped)
+    if launched is None:
+        return None
+    m, r, w, seed, position = launched[0].arguments
+    return [launched[0]._replace(arguments=(m, r, w, seed + 1, position))]
+schedules.SCHEDULES["resident"] = wrong
+"""
+
+
+def test_a_schedule_with_other_tokens_is_refused(tmp_path):
+    status, stages = run(tmp_path, WRONG_SCHEDULE, "--stages", "questions")
+    assert status == 1
+    resident = stages["questions"]["data"]["schedules"][0]["schedules"]["resident"]
+    assert "tokens are not those of the shipped schedule" in resident["refused"]
+    assert "kernel" not in resident
+
+
+NCU = """
+"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","mixture_kernel","SpeedOfLight","Duration","us","9.5"
+"0","mixture_kernel","Occupancy","Something Else","","1"
+"1","mixture_kernel","SpeedOfLight","Duration","us","30.25"
+"""
+
+
+def test_a_profile_is_read_by_kernel():
+    from bench.gpu.profile import metrics
+
+    lines = ["==PROF== Connected", *NCU.splitlines(), "==PROF== Disconnected"]
+    assert metrics(lines) == [{"Duration": "9.5 us"}, {"Duration": "30.25 us"}]
 
 
 FAKE_STAGES = """

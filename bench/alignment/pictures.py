@@ -1,5 +1,5 @@
-"""Pareto pictures: for each divergence and pair of rewards, all methods in one panel; the pale marks
-are the same methods after other trainings."""
+"""Pareto pictures: for each divergence and pair of rewards, all methods in one panel; the pale
+marks are the same methods after other trainings."""
 
 from __future__ import annotations
 

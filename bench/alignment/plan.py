@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
     Attributes:
         train_prompts: prompts with `train.GROUP` answers each; 1800 is every training question.
         steps: of each policy.
-        train_seeds: trainings of every policy that MOD and the soup use and of the one retrained for
+        train_seeds: trainings of each policy that MOD and the soup use and of those retrained for
             equal weights, each on other answers in another order.
         prompts, samples: held-out prompts, answers to each (1 where greedy or mismatched).
         pool: answers of the reference to each prompt, for best-of-N and the optimum.

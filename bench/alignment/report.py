@@ -317,7 +317,7 @@ def markdown(result: Record, findings: Iterable[str]) -> str:
              f"{key}."),
         ("Findings", "\n".join(f"- {line}" for line in findings)),
         ("MOD's overall reward at equal weights, relative to others", t.headline()),
-        ("Over trainings (95% intervals of Student's t), equal weights unless said", t.over_seeds()),
+        ("Over trainings (95% intervals, Student's t), equal weights unless said", t.over_seeds()),
         ("The same with MOD's equal weights scaled to the other's KL", t.equal_kl()),
         ("At equal weights", t.equal_weights()),
         ("Weighted reward, mean over the weights off the corners", t.grid_means()),

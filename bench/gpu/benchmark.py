@@ -89,7 +89,8 @@ def inputs(device: Gpu, row: Row) -> list[Tensor]:
     return [x.to(device.device).repeat(repeats, 1)[: row.batch] for x in parts]
 
 
-def _ours(row: Row, tensors: list[Tensor], backend: str) -> Call:
+def ours(row: Row, tensors: list[Tensor], backend: str) -> Call:
+    """The call that is timed."""
     return functools.partial(
         mod_fused.sample,
         tensors[0],
@@ -108,7 +109,7 @@ def compile_row(device: Gpu, row: Row, name: str) -> None:
     if name == "compile":
         CPU.contestants["compile"].build(row.problem(), tensors)()
     else:
-        _ours(row, tensors, "triton")()
+        ours(row, tensors, "triton")()
         if not row.filters:  # for the check
             weights = list(row.problem().weights)
             mod_fused.log_probs(tensors[0], tensors[1:], weights, divergence=row.divergence)
@@ -131,10 +132,10 @@ def refusal(device: Gpu, row: Row, tensors: list[Tensor], backend: str) -> tuple
     if not found.passed or not row.filters:
         return found.tv, found.reason
     few = [x[:_DISTINCT] for x in tensors]
-    theirs = _ours(row, [x.cpu() for x in few], "torch" if device.dry else "cpu")
+    theirs = ours(row, [x.cpu() for x in few], "torch" if device.dry else "cpu")
     if mod_fused.backends()["cpu"] != "available":
-        theirs = _ours(row, few, "torch")
-    got = _ours(row, tensors, backend)().tokens[:_DISTINCT]
+        theirs = ours(row, few, "torch")
+    got = ours(row, tensors, backend)().tokens[:_DISTINCT]
     differ = int((got.cpu() != theirs().tokens.cpu()).sum())
     return found.tv, f"{differ} tokens are not those of another backend" if differ else ""
 
@@ -182,7 +183,7 @@ def time_row(device: Gpu, row: Row, index: int, bandwidth: float) -> dict[str, A
     if refused:
         return out
     time = functools.partial(device.microseconds, cold=out["cold"])
-    call = _ours(row, tensors, backend)
+    call = ours(row, tensors, backend)
     call()
     out["times"]["kernel"] = time(call)._asdict()
     try:

@@ -107,6 +107,11 @@ def build(device: Gpu, record: Record) -> None:
     record.item("C++ backend", PASSED if status == "available" else SKIPPED, status)
 
 
+def workers() -> int:
+    """Processes to compile in."""
+    return max(1, min(8, (os.cpu_count() or 2) // 2))
+
+
 def compile_one(job: tuple[str, tuple[Any, ...]]) -> float:
     """Compile what a later stage needs, into the caches on disk; seconds. A job is the name of a
     function of a stage's module, and its arguments after the device."""
@@ -130,13 +135,12 @@ def compile_ahead(device: Gpu, record: Record) -> None:
     jobs += [("correctness.warm", (divergence,)) for divergence in DIVERGENCES]
     jobs += [("benchmark.compile_row", (r, "compile")) for r in benchmark.compiled_rows(rows)]
     jobs += [("benchmark.compile_row", (r, "ours")) for r in rows]
-    workers = max(1, min(8, (os.cpu_count() or 2) // 2))
-    seconds = {}
-    for (name, arguments), took, error in device.map(compile_one, jobs, workers, record.left()):
+    seconds, processes = {}, workers()
+    for (name, arguments), took, error in device.map(compile_one, jobs, processes, record.left()):
         label = f"{name}{arguments}"
         if error:  # it will be compiled, or fail, when it is used
             record.item(label, SKIPPED, error)
         else:
             seconds[label] = took
-    record.put(workers=workers, seconds=seconds)
+    record.put(workers=processes, seconds=seconds)
     record.item("compiled ahead", PASSED if seconds else FAILED, f"{len(seconds)} of {len(jobs)}")

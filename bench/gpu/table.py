@@ -45,6 +45,32 @@ def _benchmark(data: Mapping[str, Any]) -> list[str]:
     return out
 
 
+def _questions(data: Mapping[str, Any]) -> list[str]:
+    out = ["", "## Schedules", ""]
+    lines = []
+    for row in data.get("schedules", []):
+        base = row["schedules"].get("shipped", {}).get("kernel", {}).get("median_us")
+        for name, found in row["schedules"].items():
+            if found["refused"]:
+                lines.append([row["label"], name, "refused: " + found["refused"], *[""] * 4])
+                continue
+            took = found["kernel"]["median_us"]
+            steps = ", ".join(f"{n}: {rows}" for n, rows in found.get("steps", {}).items())
+            cells = [number(took), number(took / base) if base else ""]
+            cells += [number(found["graph"]["median_us"]), str(found["launches"]), steps]
+            lines.append([row["label"], name, *cells])
+    header = ["call", "schedule", "kernel µs", "of the shipped", "graph µs", "launches"]
+    out += [markdown_table([*header, "rows by evaluations"], lines), "", "## Log-linear", ""]
+    lines = []
+    for row in data.get("scaling", []):
+        times = {name: t["median_us"] for name, t in row["times"].items()}
+        cells = [number(times[name]) for name in ("kernel", "graph", "read")]
+        cells += [number(row["bytes"] / times["kernel"] / 1e3)]
+        lines.append([row["label"], *cells, f"{times['read'] / times['kernel']:.0%}"])
+    header = ["call", "kernel µs", "graph µs", "read kernel µs", "GB/s", "of the read kernel"]
+    return [*out, markdown_table(header, lines)]
+
+
 def markdown(stages: Mapping[str, Any], dry: bool) -> str:
     """Header, what each stage came to, what failed or was left out and why, the table."""
     out = ["# GPU check" + (" (dry run: no GPU, its times mean nothing)" if dry else ""), ""]
@@ -67,10 +93,16 @@ def markdown(stages: Mapping[str, Any], dry: bool) -> str:
             if rest and status == FAILED:
                 out += ["", "  ```", *[f"  {line}" for line in [first, *rest][-25:]], "  ```", ""]
     details = [
-        (n, i) for n, s in stages.items() if n != "benchmark" for i in s["items"] if i["detail"]
+        (n, i)
+        for n, s in stages.items()
+        if n not in ("benchmark", "questions")
+        for i in s["items"]
+        if i["detail"]
     ]
     found = [f"- {n}: {i['name']}: {i['detail']}" for n, i in details if i["status"] == "passed"]
     out += ["", "## What was found", "", *found]
     if "benchmark" in stages and stages["benchmark"]["data"].get("rows"):
         out += _benchmark(stages["benchmark"]["data"])
+    if "questions" in stages:
+        out += _questions(stages["questions"]["data"])
     return "\n".join(out) + "\n"
