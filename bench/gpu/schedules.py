@@ -39,15 +39,16 @@ Schedule = Callable[[Launch], Sequence[Launch] | None]
 @triton.jit(do_not_specialize=["seed", "position"])
 def phase_kernel(m, r, w, seed: tl.int64, position: tl.int64, PHASE: tl.constexpr, C: tl.constexpr):
     """One phase of all rows, a program for each of their chunks; no program waits for another."""
+    phase = tl.full([], PHASE, tl.int32)  # folded all the same
     tiles = tl.cdiv(m.vocab, TILE)
     chunks = tl.cdiv(tiles, C.chunk)
     row = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
     again = tl.full([], 0, tl.int32)
-    again += run_task(m, r, w, row, chunk, PHASE, 0, tiles, chunks, seed, position, C)
+    again += run_task(m, r, w, row, chunk, phase, 0, tiles, chunks, seed, position, C)
     if PHASE == C.phases - 2 - C.finish:  # the last evaluation
         while again > 0:
-            again = run_task(m, r, w, row, chunk, PHASE, again, tiles, chunks, seed, position, C)
+            again = run_task(m, r, w, row, chunk, phase, again, tiles, chunks, seed, position, C)
 
 
 @triton.jit
