@@ -24,12 +24,7 @@ from mod_fused.triton_kernels.ahead_of_time import (  # noqa: E402
     compile_launch,
     machine_code,
 )
-from mod_fused.triton_kernels.tiles import (  # noqa: E402
-    LEAST,
-    POINT,
-    STATE_FIELDS,
-    STEPS,
-)
+from mod_fused.triton_kernels.tiles import POINT, STATE_FIELDS, STEPS  # noqa: E402
 
 import mod_fused  # noqa: E402
 from bench.gpu import moments  # noqa: E402
@@ -64,9 +59,10 @@ def distribution(divergence: str, logits: list[torch.Tensor], weights: list[floa
         deficits = [np.exp(ref - x) for x in policies]
     else:
         deficits = [np.logaddexp(0.0, ref - x) for x in policies]
-    distance = sum(w * q for w, q in zip(weights, deficits, strict=True)) - float(state[LEAST])
+    distance = sum(w * q for w, q in zip(weights, deficits, strict=True))
+    distance = distance - distance.min()
     x = distance if divergence == "forward_kl" else np.expm1(np.minimum(distance, 80.0))
-    key = ref - np.log(float(state[POINT]) + x)
+    key = ref - np.log(float(state[POINT.value]) + x)
     return reference.log_softmax(key)
 
 
