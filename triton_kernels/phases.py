@@ -118,7 +118,7 @@ def sums_of_tile(m, model_fields, row, tile, C: tl.constexpr):
 
 @triton.jit
 def store_bracket(m, w, fields, log_ref, q, broken, row, tile, tiles, C: tl.constexpr):
-    """What the bracket needs of a tile's deficits. Its p, least Q, and where that is in the tile."""
+    """What the bracket needs of a tile's deficits. Its p, least Q, and which token has that."""
     inside = q < EXCLUDED
     i = tl.arange(0, TILE)
     p = tl.where(inside, tl.exp(log_ref), 0.0)

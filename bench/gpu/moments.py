@@ -11,9 +11,8 @@ kernel does.
     DEFICITS  p, Q, what the bracket needs, moments; then the point
     KEYS      keys and the race, as shipped
 
-One launch a phase. Left out: alpha, whose order 1/a takes the nodes and weights themselves, Jeffrey,
-which has no such form, and whatever does not end with the draw in the mixture kernel: filters,
-log_probs.
+One launch a phase. Left out: alpha, whose order 1/a takes the nodes and weights themselves;
+Jeffrey, which has no such form; and calls that do not draw in the mixture kernel.
 
 With x = excess(D), a tile's least deficit at x_j and X = excess(Q - the tile's least Q),
 
