@@ -20,7 +20,7 @@ SANITIZED_TESTS := $(patsubst %,tests/test_%.py,combinations filters inputs log_
 	-k "cpu-cpu and not language_models and not 18_nats and not full_vocabulary"
 
 INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,triton_interpreter combinations filters inputs \
-	log_probs out sampling registration tune user_divergence)
+	log_probs out sampling registration tune user_divergence gpu_moments)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint fuzz sanitize gpu-check clean

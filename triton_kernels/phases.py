@@ -117,7 +117,8 @@ def sums_of_tile(m, model_fields, row, tile, C: tl.constexpr):
 
 
 @triton.jit
-def store_deficits(m, w, fields, log_ref, q, broken, row, tile, tiles, C: tl.constexpr):
+def store_bracket(m, w, fields, log_ref, q, broken, row, tile, tiles, C: tl.constexpr):
+    """What the bracket needs of a tile's deficits. Its p, least Q, and which token has that."""
     inside = q < EXCLUDED
     i = tl.arange(0, TILE)
     p = tl.where(inside, tl.exp(log_ref), 0.0)
@@ -129,9 +130,15 @@ def store_deficits(m, w, fields, log_ref, q, broken, row, tile, tiles, C: tl.con
     tl.store(fields + MASS * C.tiles + tile, tl.sum(tl.where(broken, float("nan"), p), 0))
     first = tl.sum(tl.where(inside, p * q.to(tl.float32), 0.0), 0)
     tl.store(fields + FIRST * C.tiles + tile, first)
-    h, slope = start_ratios(tl.where(inside, q, 1.0), m, row, C)
+    return p, least, best
+
+
+@triton.jit
+def store_deficits(m, w, fields, log_ref, q, broken, row, tile, tiles, C: tl.constexpr):
+    p, _, best = store_bracket(m, w, fields, log_ref, q, broken, row, tile, tiles, C)
+    h, slope = start_ratios(tl.where(q < EXCLUDED, q, 1.0), m, row, C)
     if C.excess is not None:
-        p = tl.where(i == best, 0.0, p)  # it may be s*
+        p = tl.where(tl.arange(0, TILE) == best, 0.0, p)  # it may be s*
     tl.store(fields + S1 * C.tiles + tile, tl.sum(p * h, 0))
     tl.store(fields + S2 * C.tiles + tile, tl.sum(p * slope, 0))
 

@@ -328,12 +328,9 @@ def secular_point(m, best, s1, s2, t, C: tl.constexpr):
 
 
 @triton.jit
-def step_stieltjes(m, state, s1, s2, C: tl.constexpr):
-    """The next point for a Stieltjes kernel. s1 and s2 leave s* out."""
-    t = tl.load(state + POINT)
-    lower = tl.load(state + LOWER)
-    upper = tl.load(state + UPPER)
-    best = tl.load(state + BEST_MASS)
+def secular_step(m, best, s1, s2, t, lower, upper, C: tl.constexpr):
+    """The next point for a Stieltjes kernel, the bracket, and whether that point is the solution.
+    s1 and s2 leave s* out."""
     g = s1 + best * power(t, m, C)
     if C.is_jsd:
         g = g * (1.0 - t)
@@ -346,10 +343,21 @@ def step_stieltjes(m, state, s1, s2, C: tl.constexpr):
     otherwise = tl.where(tl.abs(log_g) < TOLERANCE, t, tl.sqrt(lower * upper))
     following = tl.where(inside, following, otherwise)
     last = inside & (tl.abs(log_g) < LAST_STEP) & (tl.abs(following - t) < LAST_RATIO * t)
-    done = last | (following.to(tl.float32).to(tl.float64) == t)
+    following = following.to(tl.float32).to(tl.float64)
+    return following, lower, upper, last | (following == t)
+
+
+@triton.jit
+def step_stieltjes(m, state, s1, s2, C: tl.constexpr):
+    """The next point for a Stieltjes kernel. s1 and s2 leave s* out."""
+    t = tl.load(state + POINT)
+    lower = tl.load(state + LOWER)
+    upper = tl.load(state + UPPER)
+    best = tl.load(state + BEST_MASS)
+    following, lower, upper, done = secular_step(m, best, s1, s2, t, lower, upper, C)
     tl.store(state + LOWER, lower)
     tl.store(state + UPPER, upper)
-    tl.store(state + POINT, following.to(tl.float32).to(tl.float64))
+    tl.store(state + POINT, following)
     tl.store(state + SOLVED, tl.where(done, 1.0, 0.0))
     tl.store(state + STEPS, tl.load(state + STEPS) + 1.0)
 
