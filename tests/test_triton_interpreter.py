@@ -23,7 +23,7 @@ if not INTERPRETED:
 
 import triton
 import triton.language as tl
-from mod_fused.triton_kernels import divergences, elementary, launch, mixture, solver
+from mod_fused.triton_kernels import divergences, elementary, launch, mixture, phases, solver
 from mod_fused.triton_kernels.configurations import configuration
 from mod_fused.triton_kernels.tiles import STEPS
 from test_philox import KNOWN_ANSWERS
@@ -166,13 +166,13 @@ def test_rows_that_are_not_solved_in_time_finish_alone(divergence, monkeypatch):
     ref, policies = logits(204, 3, 2100, 2, kind="apart")
     steps = []
     name = "step_newton" if divergence == "jeffrey" else "step_stieltjes"
-    step = getattr(mixture, name)
+    step = getattr(phases, name)
 
     def count(m, state, s1, s2, C):
         steps.append(state)
         step(m, state, s1, s2, C)
 
-    monkeypatch.setattr(mixture, name, count)
+    monkeypatch.setattr(phases, name, count)
     check(OP, ref, policies, [0.5, 0.5], divergence=divergence)
     assert len(steps) > 3  # steps after the one that is spread
 

@@ -32,6 +32,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from mod_fused.triton_kernels.launch import Launch
+from mod_fused.triton_kernels.mixture import MAX_EVALUATIONS
 from mod_fused.triton_kernels.phases import (
     end_draw,
     end_evaluation,
@@ -78,7 +79,6 @@ RESIDUAL = tl.constexpr(1e-5)
 SMALLEST_RATIO = tl.constexpr(0.25)
 SMALLEST_VALUE = tl.constexpr(1e-6)  # of a fraction; it is positive but for rounding
 MODEL_STEPS = tl.constexpr(8)
-MAX_EVALUATIONS = tl.constexpr(32)
 
 
 @triton.jit
@@ -286,19 +286,14 @@ def moments_kernel(
         tl.atomic_xchg(w.arrivals + row, 0, sem="relaxed")  # as it was found
 
 
-def launches(shipped: list[Launch]) -> list[Launch]:
-    """This experiment's launches, with the inputs and outputs of those that `sample_launches`
-    returned.
-
-    Raises:
-        ValueError: if the call is none of those that the experiment covers.
-    """
-    call = shipped[0]
-    m, r, w, rows, _, seed, position = call.arguments
-    variant = call.variant
+def launches(shipped: Launch) -> list[Launch] | None:
+    """This experiment's launches in place of a call's first, with the same inputs and outputs; None
+    where it does not cover the call."""
+    m, r, w, rows, _, seed, position = shipped.arguments
+    variant = shipped.variant
     covered = variant.exact and variant.excess is not None and not variant.is_alpha
-    if len(shipped) != 1 or not covered or not variant.draw:
-        raise ValueError("expected forward_kl or jsd, exact, without filters, got another call")
+    if not covered or not variant.draw:
+        return None
     chunks = triton.cdiv(triton.cdiv(m.vocab, TILE.value), variant.chunk)
     moments = w.fields.new_empty((rows * MOMENTS.value * variant.tiles,))
     return [
@@ -307,7 +302,7 @@ def launches(shipped: list[Launch]) -> list[Launch]:
             (rows * chunks,),
             (m, r, w, moments, seed, position, phase.value),
             variant,
-            call.threads,
+            shipped.threads,
         )
         for phase in (SUMS, DEFICITS, KEYS)
     ]

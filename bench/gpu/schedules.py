@@ -29,6 +29,8 @@ from mod_fused.triton_kernels.phases import (
 from mod_fused.triton_kernels.solver import TILE_FIELDS, end_deficits, end_sums
 from mod_fused.triton_kernels.tiles import SOLVED, STATE_FIELDS, TILE, deficit_tile
 
+from . import moments
+
 #: Programs of 128 threads with up to 255 registers that a multiprocessor certainly holds at once.
 RESIDENT_PROGRAMS = 2
 
@@ -209,6 +211,7 @@ SCHEDULES: dict[str, Schedule] = {
     "shipped": shipped,
     "a launch per phase": launch_per_phase,
     "resident": resident,
+    "moments, a launch per phase": moments.launches,
     **{f"{n} evaluations": evaluations(n) for n in (1, 2, 3, 5)},
     **{f"rows in flight x {f:g}": rows_in_flight(f) for f in (0.25, 0.5, 2, 4)},
     **{f"programs x {f:g}": programs(f) for f in (0.5, 2)},
