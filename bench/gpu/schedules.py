@@ -31,8 +31,8 @@ from mod_fused.triton_kernels.tiles import SOLVED, STATE_FIELDS, TILE, deficit_t
 
 from . import moments
 
-#: Programs of 128 threads with up to 255 registers that a multiprocessor certainly holds at once.
-RESIDENT_PROGRAMS = 2
+#: Programs that a multiprocessor holds at once: 128 threads with up to 128 registers each.
+RESIDENT_PROGRAMS = 4
 
 Schedule = Callable[[Launch], Sequence[Launch] | None]
 
