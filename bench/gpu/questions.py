@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
-
 from mod_fused.triton_kernels.launch import Launch
 from mod_fused.triton_kernels.tiles import STATE_FIELDS, STEPS
+from torch import Tensor
 
 from ..measure import seconds_of
 from . import benchmark, prepare, reading, schedules

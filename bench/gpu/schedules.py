@@ -12,7 +12,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-
 from mod_fused.triton_kernels import launch
 from mod_fused.triton_kernels.configurations import processors
 from mod_fused.triton_kernels.launch import Launch
