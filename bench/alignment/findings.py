@@ -30,12 +30,11 @@ def _against(t: Tables, other: str) -> str:
     )
 
 
-def _over_seeds(t: Tables, what: str) -> str:
+def _over_seeds(t: Tables, what: str, sign: str = "") -> str:
     """The mean of a percentage over trainings with its interval, by divergence."""
     found = {r["tuned"]: r["mean"] for r in t.result["over_seeds"] if r["what"] == what}
-    each = _each(
-        list(found), lambda d: "{value:+.1f}% ({low:+.1f} to {high:+.1f})".format(**found[d])
-    )
+    form = "{value:S.1f}% ({low:S.1f} to {high:S.1f})".replace("S", sign)
+    each = _each(list(found), lambda d: form.format(**found[d]))
     return f"as a mean over {t.result['sizes']['train_seeds']} trainings: {each}"
 
 
@@ -44,7 +43,7 @@ def _headline(t: Tables) -> Iterator[str]:
         f"Equal weights on three objectives, overall reward of MOD over Rewarded Soups: "
         f"{_against(t, 'soup')}. The paper reports {PAPER}% over parameter merging, on its models."
     )
-    yield f"The same figure {_over_seeds(t, 'overall reward, mod over soup, %')}."
+    yield f"The same figure {_over_seeds(t, 'overall reward, mod over soup, %', '+')}."
     kl = _each(
         t.divergences,
         lambda d: " / ".join(
