@@ -35,7 +35,14 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTER
 compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 DIVERGENCES = ("forward_kl", "jsd")
 WEIGHTS = {"shared": [0.6, 0.3], "simplex": [0.5, 0.5], "signed": [1.4, -0.6]}
-VOCABULARIES = (33, 1024, 5000)
+CASES = [
+    ("model", "shared", 3, 5000),
+    ("model", "shared", 1, 1024),
+    ("model", "simplex", 3, 33),
+    ("model", "signed", 3, 2100),
+    ("far", "simplex", 1, 1024),
+    ("far", "signed", 3, 33),
+]
 
 
 @pytest.fixture
@@ -67,10 +74,9 @@ def distribution(divergence: str, logits: list[torch.Tensor], weights: list[floa
 
 
 @interpreted
-@pytest.mark.parametrize("vocab", VOCABULARIES)
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("setting", ["model", "far"])
+@pytest.mark.parametrize(
+    ("setting", "weights", "batch", "vocab"), CASES, ids=["-".join(map(str, c)) for c in CASES]
+)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_tokens_and_log_probabilities_are_the_oracle_s(
     divergence, setting, weights, batch, vocab, experiment
