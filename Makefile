@@ -23,7 +23,7 @@ INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,triton_interpreter combination
 	log_probs out sampling registration tune user_divergence gpu_moments)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fuzz sanitize gpu-check clean
+.PHONY: help setup demo test lint fuzz sanitize gpu-check gpu-questions clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -70,6 +70,10 @@ sanitize: $(READY)  ## tests and fuzzing of the C++ backend under address and un
 # .venv's Python if there is one, else PYTHON: needs torch, triton and numpy, installs nothing.
 gpu-check:  ## everything a machine with a GPU can show, in under 8 minutes; OUT=DIR
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu_check --out $(OUT)
+
+gpu-questions:  ## other schedules of the kernels, timed on a GPU in under 10 minutes; OUT=DIR
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu_check --stages questions profile \
+		--seconds 580 --out $(OUT)/questions
 
 clean:  ## remove .venv and everything that was built
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

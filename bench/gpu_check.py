@@ -53,8 +53,8 @@ STAGES = (
     Stage("benchmark", "benchmark", "benchmark", 180.0, after=("compile",)),
     Stage("sanitizer", "sanitizer", "sanitizer", 90.0),
     Stage("tests", "suite", "tests", 120.0, after=("build",)),  # as many as time allows
-    Stage("questions", "questions", "questions", 460.0, named=True),
-    Stage("profile", "profile", "profile", 200.0, named=True),
+    Stage("questions", "questions", "questions", 420.0, named=True),
+    Stage("profile", "profile", "profile", 150.0, named=True),
 )
 TOTAL_SECONDS = 470.0
 _SLOWER = 8  # the interpreter, on a busy machine: more time in a dry run

@@ -33,7 +33,12 @@ from . import moments
 #: Programs that a multiprocessor holds at once: 128 threads with up to 128 registers each.
 RESIDENT_PROGRAMS = 4
 
+#: What to launch in place of a call's first launch; None where there is no such form of the call.
 Schedule = Callable[[Launch], Sequence[Launch] | None]
+
+
+class Inapplicable(Exception):
+    """A schedule has no form of the call."""
 
 
 # What changes from call to call is not specialised on: it would compile the kernel again.
@@ -221,18 +226,14 @@ SCHEDULES: dict[str, Schedule] = {
 @contextmanager
 def using(name: str) -> Iterator[list[Launch]]:
     """Within it `mod_fused.sample` on Triton launches what this schedule makes of a call; yields
-    the launches of the last one.
-
-    Raises:
-        ValueError: from the call, where the schedule has no form of it.
-    """
+    the launches of the last one. A call that the schedule has no form of raises `Inapplicable`."""
     original, last = launch.sample_launches, []
 
     def replaced(*arguments: Any) -> Any:
         (first, *others), bad = original(*arguments)
         instead = SCHEDULES[name](first)
         if instead is None:
-            raise ValueError(f"there is no {name!r} of this call")
+            raise Inapplicable(name)
         last[:] = [*instead, *others]
         return list(last), bad
 
