@@ -158,6 +158,7 @@ def _tasks(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], loops.Tas
                 "threads": args.threads,
             }
             yield head, loops.Task(ensemble, prompts, tokens, divergence, WEIGHTS)
+        del ensemble  # there may be no room for the next one beside it
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -171,6 +172,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     try:
         for head, task in _tasks(args):
             row = {**head, **_row(task, rounds)}
+            del task  # and with it its models
             rows.append(row)
             rates = " ".join(f"{n} {x:.1f}" for n, x in row["tokens_per_s"].items())
             where = " ".join(str(head[k]) for k in ("models", "dtype", "batch", "divergence"))

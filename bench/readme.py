@@ -32,6 +32,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "filters": ("filters", tables.filters),
     "distributions": ("distributions", tables.distributions),
     "decoder": ("decoder", tables.decoder),
+    "decoder_1b": ("decoder_1b", tables.decoder),
     "host": ("host", tables.host),
 }
 

@@ -77,6 +77,8 @@ RESIDUAL = tl.constexpr(1e-5)
 #: Where 1 + z is below it, far right of the centre, what decides is 1 - w, lost in the rounding of
 #: the moments, and no difference of rules shows it. Weights of one sign never get there.
 SMALLEST_RATIO = tl.constexpr(0.25)
+#: Of a tile's moments: mass that it hides may lie right beside the pole, where no rule sees it.
+ROUNDING = tl.constexpr(1.2e-7)
 SMALLEST_VALUE = tl.constexpr(1e-6)  # of a fraction; it is positive but for rounding
 MODEL_STEPS = tl.constexpr(8)
 
@@ -226,7 +228,8 @@ def solve(m, w, state, fields, moments, row, tiles, C: tl.constexpr):
         factor -= t
     whole = factor * (tl.sum(h.to(tl.float64), 0) + near / t)
     right = (mass > 0.0) & (scale < SMALLEST_RATIO * (t.to(tl.float32) + x))
-    error = factor * tl.sum(tl.where(right, h, tl.abs(h - fewer)).to(tl.float64), 0)
+    error = tl.where(right, h, tl.abs(h - fewer)) + ROUNDING * mass / (t.to(tl.float32) + x)
+    error = factor * tl.sum(error.to(tl.float64), 0)
     return t, (error <= CERTIFICATE) & (tl.abs(whole - 1.0) <= RESIDUAL)
 
 
