@@ -46,5 +46,5 @@ def test_other_schedules_spill_nothing(
         code = machine_code(compile_launch(one, TARGETS[target]))
         print(f"{name} {one.kernel.__name__} {one.arguments[-1]}: {code}")
         assert (code.spills, code.stack) == (0, 0), code
-        # A program's share of 65536 registers, so that as many as `resident` counts on fit.
-        assert code.registers * one.threads * schedules.RESIDENT_PROGRAMS <= 65536, code
+        if name == "resident":  # as many programs as it counts on have room in 65536 registers
+            assert code.registers * one.threads * schedules.RESIDENT_PROGRAMS <= 65536, code
