@@ -97,7 +97,12 @@ def test_every_schedule_that_a_call_has_is_checked_timed_and_reported(tmp_path):
     assert set(reverse_kl) == {"shipped", "chunk 2", "chunk 4", "chunk 8"}
     assert all(not s["refused"] and s["tv"] <= 2e-5 for s in (*jsd.values(), *reverse_kl.values()))
     text = (tmp_path / "gpu.md").read_text()
-    assert "## Schedules" in text and "| resident |" in text and "## Log-linear" in text
+    assert (
+        "## Schedules" in text
+        and "| empty kernel, graph |" in text
+        and "| resident |" in text
+        and "## Log-linear" in text
+    )
 
 
 WRONG_SCHEDULE = """

@@ -46,7 +46,8 @@ def _benchmark(data: Mapping[str, Any]) -> list[str]:
 
 
 def _questions(data: Mapping[str, Any]) -> list[str]:
-    out = ["", "## Schedules", ""]
+    costs = [[name, number(x["median_us"])] for name, x in data.get("launch", {}).items()]
+    out = ["", "## Launch", "", markdown_table(["what", "µs"], costs), "", "## Schedules", ""]
     lines = []
     for row in data.get("schedules", []):
         base = row["schedules"].get("shipped", {}).get("kernel", {}).get("median_us")
