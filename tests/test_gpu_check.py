@@ -94,6 +94,8 @@ def test_every_schedule_that_a_call_has_is_checked_timed_and_reported(tmp_path):
     assert {"shipped", "a launch per phase", "resident", "moments, a launch per phase"} <= set(jsd)
     assert "1 evaluations" in jsd and jsd["moments, a launch per phase"]["launches"] == 3
     assert jsd["a launch per phase"]["launches"] == 6 and jsd["resident"]["launches"] == 1
+    for name in ("a launch per phase", "resident"):  # the same search, not only where it ends
+        assert jsd[name]["steps"] == jsd["shipped"]["steps"] != {"0": 2}
     assert set(reverse_kl) == {"shipped", "chunk 2", "chunk 4", "chunk 8"}
     assert all(not s["refused"] and s["tv"] <= 2e-5 for s in (*jsd.values(), *reverse_kl.values()))
     text = (tmp_path / "gpu.md").read_text()
