@@ -14,10 +14,11 @@ from ..outputs import new_log_probs, new_outputs
 from . import divergences
 from .configurations import Configuration, configuration, processors, rows_together
 from .filters import filter_kernel
+from .launching import Launch
 from .mixture import mixture_kernel
 from .parameters import Drawing, Mixing, dense, drawing_of, mixing_of
 from .tiles import TILE
-from .workspace import make_workspace, row_tiles
+from .workspace import cdiv, make_workspace, row_tiles
 
 #: The solver's evaluations that are spread over the GPU; rows that need more finish on one program.
 SECULAR_EVALUATIONS, NEWTON_EVALUATIONS = 3, 5
@@ -65,28 +66,6 @@ class Variant(NamedTuple):
     def cache_key(self) -> str:
         """Names the variant and the sources of its device functions."""
         return repr(tuple(x.cache_key if hasattr(x, "cache_key") else x for x in tuple(self)))
-
-
-class Launch(NamedTuple):
-    """One launch of a kernel; `ahead_of_time.py` compiles from it what `run` launches."""
-
-    kernel: Any
-    grid: tuple[int]
-    arguments: tuple[Any, ...]
-    variant: Variant
-    threads: int
-
-    def options(self, amd: bool, warp_size: int) -> dict[str, Any]:
-        """The compiler's options."""
-        options = {"C": self.variant, "num_warps": self.threads // warp_size}
-        if self.variant.general and not amd:
-            # Left to itself ptxas spills to make room for more programs on a multiprocessor.
-            options["maxnreg"] = 255
-        return options
-
-    def run(self) -> None:
-        amd = torch.version.hip is not None
-        self.kernel[self.grid](*self.arguments, **self.options(amd, 64 if amd else 32))
 
 
 def variant_of(
@@ -155,7 +134,7 @@ def variant_of(
 
 
 def _grid(mixing: Mixing, variant: Variant, rows: int, configured: Configuration) -> int:
-    tasks = rows * triton.cdiv(triton.cdiv(mixing.vocab, TILE.value), variant.chunk)
+    tasks = rows * cdiv(cdiv(mixing.vocab, TILE.value), variant.chunk)
     programs = configured.programs_per_processor * processors(mixing.logits[0].device)
     return tasks if variant.phases == 1 else min(tasks, programs)
 
@@ -188,7 +167,7 @@ def log_probs_out(mixing: MixtureArguments, out: Tensor, workspace: Tensor | Non
         return
     launches, bad = log_probs_launches(mixing, out, workspace)
     for launch in launches:
-        launch.run()
+        launch.run(out.device)
     if bad is not None:
         out.masked_fill_(bad[:, None], torch.nan)
 
@@ -248,7 +227,7 @@ def sample_out(
     outputs = (tokens, logprobs, valid, model_logprobs)
     launches, bad = sample_launches(mixing, drawing, outputs, workspace)
     for launch in launches:
-        launch.run()
+        launch.run(tokens.device)
     if bad is not None:
         valid &= ~bad
         tokens.masked_fill_(bad, 0)

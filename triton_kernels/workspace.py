@@ -7,7 +7,6 @@ different shapes may share a buffer one after another: none writes where another
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -36,58 +35,66 @@ class Workspace(NamedTuple):
     arrivals: Tensor  # int32 [B], chunks of the running phase that are done
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own costs a microsecond."""
+    return -(-a // b)
+
+
+@cache
 def row_tiles(vocab: int) -> int:
     """A power of two, at least the row's tiles."""
-    return triton.next_power_of_2(triton.cdiv(vocab, TILE.value))
+    return triton.next_power_of_2(cdiv(vocab, TILE.value))
 
 
 class _Layout(NamedTuple):
-    """Name to dtype, first byte and elements."""
+    """The parts of a buffer, one after the other."""
 
-    parts: Mapping[str, tuple[torch.dtype, int, int]]
+    dtypes: tuple[torch.dtype, ...]
+    sizes: tuple[int, ...]  # bytes of each part and of the gap behind it
     size: int  # bytes
 
     @classmethod
-    def of(cls, counts: Mapping[str, tuple[torch.dtype, int]]) -> _Layout:
-        """One part after the other."""
-        parts, end = {}, 0
-        for name, (dtype, count) in counts.items():
-            parts[name] = dtype, end, count
-            end += triton.cdiv(count * dtype.itemsize, ALIGNMENT) * ALIGNMENT
-        return cls(parts, end)
+    def of(cls, *parts: tuple[torch.dtype, int]) -> _Layout:
+        """Parts of so many elements."""
+        sizes: list[int] = []
+        for dtype, count in parts:
+            used = count * dtype.itemsize
+            sizes += used, -used % ALIGNMENT
+        return cls(tuple(dtype for dtype, _ in parts), tuple(sizes), sum(sizes))
+
+    def views(self, buffer: Tensor, begin: int) -> list[Tensor]:
+        """The parts in a buffer, from byte `begin` on."""
+        rest = buffer.numel() - begin - self.size
+        _, *pieces = buffer.split_with_sizes((begin, *self.sizes, rest))
+        return [x.view(dtype) for x, dtype in zip(pieces[::2], self.dtypes, strict=False)]
 
 
 @cache
 def _counters(rows: int) -> _Layout:
-    return _Layout.of(
-        {
-            "tickets": (torch.int32, 2),
-            "flags": (torch.int32, rows),
-            "arrivals": (torch.int32, rows),
-        }
-    )
+    """tickets, flags, arrivals."""
+    return _Layout.of((torch.int32, 2), (torch.int32, rows), (torch.int32, rows))
 
 
 @cache
 def _data(rows: int, vocab: int, models: int, keys: bool) -> _Layout:
-    tiles = triton.cdiv(vocab, TILE.value)
+    """states, fields, leasts, winners, keys."""
+    tiles = cdiv(vocab, TILE.value)
     fields = 2 * models + TILE_FIELDS.value
     return _Layout.of(
-        {
-            "states": (torch.float64, rows * STATE_FIELDS.value),
-            "fields": (torch.float32, rows * fields * row_tiles(vocab)),
-            "leasts": (torch.float64, rows * tiles),
-            "winners": (torch.int32, rows * tiles),
-        }
-        | ({"keys": (torch.float32, rows * vocab)} if keys else {})
+        (torch.float64, rows * STATE_FIELDS.value),
+        (torch.float32, rows * fields * row_tiles(vocab)),
+        (torch.float64, rows * tiles),
+        (torch.int32, rows * tiles),
+        *[(torch.float32, rows * vocab)] * keys,
     )
 
 
+@cache
 def workspace_bytes(rows: int, vocab: int, models: int, keys: bool) -> int:
     """Size of the buffer for launches of up to `rows` rows, `vocab` ids and `models` tensors of
     logits; `keys`: with room for a key per token, as the filters need."""
     # Both parts of so many units: ALIGNMENT bytes of counters each, and the others of the share.
-    data = triton.cdiv(_data(rows, vocab, models, keys).size, (COUNTER_SHARE - 1) * ALIGNMENT)
+    data = cdiv(_data(rows, vocab, models, keys).size, (COUNTER_SHARE - 1) * ALIGNMENT)
     units = max(data, _counters(rows).size // ALIGNMENT)
     return units * COUNTER_SHARE * ALIGNMENT
 
@@ -101,11 +108,8 @@ def make_workspace(
     if buffer is None:
         buffer = like.new_empty((workspace_bytes(rows, vocab, models, keys),), dtype=torch.uint8)
         buffer[: counters.size].zero_()
-    units = buffer.numel() // (COUNTER_SHARE * ALIGNMENT)
-    buffer = buffer[: units * COUNTER_SHARE * ALIGNMENT]
-    typed = {dtype: buffer.view(dtype) for dtype in (torch.int32, torch.float32, torch.float64)}
-    views: dict[str, Tensor | None] = {"keys": None}
-    for layout, begin in ((counters, 0), (data, units * ALIGNMENT)):
-        for name, (dtype, offset, count) in layout.parts.items():
-            views[name] = typed[dtype].narrow(0, (begin + offset) // dtype.itemsize, count)
-    return Workspace(**views)  # type: ignore[arg-type]
+    begin = buffer.numel() // (COUNTER_SHARE * ALIGNMENT) * ALIGNMENT
+    states, fields, leasts, winners, *rest = data.views(buffer, begin)
+    tickets, flags, arrivals = counters.views(buffer, 0)
+    kept = rest[0] if keys else None
+    return Workspace(states, fields, leasts, winners, kept, tickets, flags, arrivals)

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from mod_fused.triton_kernels.launch import Launch
+from mod_fused.triton_kernels.launching import Launch
 from mod_fused.triton_kernels.mixture import MAX_EVALUATIONS
 from mod_fused.triton_kernels.phases import (
     end_draw,

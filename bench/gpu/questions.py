@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 from mod_fused.triton_kernels.configurations import MANY_ROWS
-from mod_fused.triton_kernels.launch import Launch
+from mod_fused.triton_kernels.launching import Launch
 from mod_fused.triton_kernels.tiles import STATE_FIELDS, STEPS
 from torch import Tensor
 

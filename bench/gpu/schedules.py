@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from mod_fused.triton_kernels import launch
 from mod_fused.triton_kernels.configurations import processors
-from mod_fused.triton_kernels.launch import Launch
+from mod_fused.triton_kernels.launching import Launch
 from mod_fused.triton_kernels.mixture import MAX_EVALUATIONS, run_task, wait_for
 from mod_fused.triton_kernels.phases import (
     deficit_key,

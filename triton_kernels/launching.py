@@ -1,0 +1,75 @@
+"""A launch: what is compiled for it, and how it is run with as little work on the host as there
+can be."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+
+_AMD = torch.version.hip is not None
+#: Compiled kernels by what they were compiled for: Triton's own look-up costs three times as much.
+_compiled: dict[Any, Any] = {}
+#: More kernels than a process has. Old ones are in Triton's own cache still.
+_MOST = 4096
+
+
+def specialization(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a kernel is compiled for besides its variant. At least as fine as Triton's own: 1
+    becomes a constant, multiples of 16 are known as such, and on AMD tensors of less than 2 GB."""
+    found: list[Any] = []
+    for x in arguments:
+        kind = type(x)
+        if x is None:
+            found.append(None)
+        elif kind is int:
+            found.append(x == 1 or (x % 16 == 0, -(2**31) <= x < 2**31))
+        elif kind is float:
+            found.append(float)
+        elif isinstance(x, tuple):
+            found.append(specialization(x))
+        else:
+            large = _AMD and x.untyped_storage().nbytes() >= 2**31
+            found.append((x.dtype, x.data_ptr() % 16 == 0, large))
+    return tuple(found)
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel; `ahead_of_time.py` compiles from it what `run` launches."""
+
+    kernel: Any
+    grid: tuple[int]
+    arguments: tuple[Any, ...]
+    variant: Any  # `Variant` of launch.py
+    threads: int
+
+    def options(self, amd: bool, warp_size: int) -> dict[str, Any]:
+        """The compiler's options."""
+        options = {"C": self.variant, "num_warps": self.threads // warp_size}
+        if self.variant.general and not amd:
+            # Left to itself ptxas spills to make room for more programs on a multiprocessor.
+            options["maxnreg"] = 255
+        return options
+
+    def run(self, device: torch.device) -> None:
+        """On the current stream of `device`, where the arguments are."""
+        with _current(device):
+            options = self.options(_AMD, 64 if _AMD else 32)
+            key = (self.kernel, *options.items(), device, specialization(self.arguments))
+            compiled = _compiled.get(key)
+            if compiled is not None:
+                compiled[self.grid[0], 1, 1](*self.arguments, self.variant)
+                return
+            compiled = self.kernel[self.grid](*self.arguments, **options)
+            if compiled is not None:  # the interpreter compiles nothing
+                if len(_compiled) >= _MOST:
+                    _compiled.clear()
+                _compiled[key] = compiled
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a GPU the current one: Triton launches there, whatever the tensors' device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
