@@ -46,7 +46,7 @@ def test_dry_run_goes_through_every_stage_and_passes(tmp_path):
     )
     rows = stages["benchmark"]["data"]["rows"]
     assert [r["refused"] for r in rows] == [""] * len(rows) and rows
-    assert {"kernel", "graph", "read", "eager", "compile"} <= set(rows[0]["times"])
+    assert {"kernel", "graph", "allocating", "read", "eager", "compile"} <= set(rows[0]["times"])
     text = (tmp_path / "gpu.md").read_text()
     assert all(f"| {name} |" in text for name in stages) and "## Benchmark" in text
 

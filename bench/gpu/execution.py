@@ -48,9 +48,9 @@ def _same(x: Sample, y: Sample) -> bool:
     )
 
 
-def _owned(device: Gpu, batch: int, vocab: int) -> dict[str, Any]:
+def own_memory(device: Gpu, batch: int, vocab: int, policies: int = len(WEIGHTS)) -> dict[str, Any]:
     """Outputs and a workspace that are the caller's."""
-    size = mod_fused.workspace_size(batch, vocab, len(WEIGHTS))
+    size = mod_fused.workspace_size(batch, vocab, policies)
     out = Sample(
         torch.zeros(batch, dtype=torch.int64, device=device.device),
         torch.zeros(batch, device=device.device),
@@ -127,7 +127,7 @@ def graphs(device: Gpu, record: Record) -> None:
             call: Callable[[], Sample] = call,
             backend: str = backend,
         ) -> tuple[bool, str]:
-            owned = _owned(device, batch, vocab)
+            owned = own_memory(device, batch, vocab)
             whole = _call(logits, **options, seed=s, position=p, backend=backend, **owned)
             outputs, run = device.graph(whole)
             before = [x.data_ptr() for x in owned["out"] if x is not None]
@@ -178,7 +178,7 @@ def streams(device: Gpu, record: Record) -> None:
         calls = [_call(x, **options, backend=backend) for x in inputs]
         expected = [_kept(call()) for call in calls]
         if owned:  # outputs and a workspace for each stream
-            own = [_owned(device, *_shape(device)) for _ in inputs]
+            own = [own_memory(device, *_shape(device)) for _ in inputs]
             calls = [
                 _call(x, **options, backend=backend, **o) for x, o in zip(inputs, own, strict=True)
             ]

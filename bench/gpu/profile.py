@@ -67,7 +67,18 @@ def profile(device: Gpu, record: Record) -> None:
         return
     workload(device)  # compiles
     sections = [word for name in SECTIONS for word in ("--section", name)]
-    command = [tool, "--csv", "--page", "details", "--kernel-name", "mixture_kernel", *sections]
+    # The clocks are as they are: the machine may be shared.
+    command = [
+        tool,
+        "--clock-control",
+        "none",
+        "--csv",
+        "--page",
+        "details",
+        "--kernel-name",
+        "mixture_kernel",
+        *sections,
+    ]
     command += [sys.executable, "-m", "bench.gpu.profile"]
     limit = max(5.0, record.left())
     try:

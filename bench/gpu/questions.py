@@ -72,19 +72,19 @@ def _time_schedule(
     device: Gpu, row: Row, tensors: list[Tensor], name: str, expected: Tensor
 ) -> dict[str, Any] | None:
     """Check one schedule, then time it; None where the call has no such form."""
-    call = benchmark.ours(row, tensors, "triton")
-    launches = _made(device, name, call)
+    launches = _made(device, name, benchmark.ours(row, tensors, "triton"))
     if launches is None:
         return None
     with schedules.using(name):
         tv, refused = benchmark.refusal(device, row, tensors, "triton")
-        differ = int((call().tokens != expected).sum())
+        differ = int((benchmark.ours(row, tensors, "triton")().tokens != expected).sum())
         if not refused and differ:
             refused = f"{differ} tokens are not those of the shipped schedule"
         out: dict[str, Any] = {"refused": refused, "tv": tv, "launches": len(launches)}
         if refused:
             return out
         time = functools.partial(device.microseconds, cold=row.batch >= benchmark.COLD_FROM)
+        call = benchmark.in_own_memory(device, row, tensors, "triton")
         out["kernel"] = time(call)._asdict()
         out["graph"] = time(device.graph(call)[1])._asdict()
     if launches[0].variant.evaluations:
@@ -132,7 +132,7 @@ def scale(device: Gpu, record: Record) -> None:
         record.item(row.label(), FAILED if refused else PASSED, refused)
         if refused:
             continue
-        call = benchmark.ours(row, tensors, "triton")
+        call = benchmark.in_own_memory(device, row, tensors, "triton")
         time = functools.partial(device.microseconds, cold=row.batch >= benchmark.COLD_FROM)
         timed = {
             "kernel": time(call)._asdict(),
@@ -163,7 +163,7 @@ def launch_costs(device: Gpu, record: Record) -> None:
     }
     for divergence in ("reverse_kl", "jsd"):
         row = Row(divergence, 1, device.pick(4096, 64))
-        call = benchmark.ours(row, benchmark.inputs(device, row), "triton")
+        call = benchmark.in_own_memory(device, row, benchmark.inputs(device, row), "triton")
         call()
         device.synchronize()
         count = device.pick(_WARM_CALLS, 1)
