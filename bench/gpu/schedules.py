@@ -30,8 +30,8 @@ from mod_fused.triton_kernels.tiles import SOLVED, STATE_FIELDS, TILE, deficit_t
 
 from . import moments
 
-#: Programs that a multiprocessor holds at once: 128 threads with up to 128 registers each.
-RESIDENT_PROGRAMS = 4
+#: Programs that a multiprocessor holds at once: 128 threads with up to 168 registers each.
+RESIDENT_PROGRAMS = 3
 
 #: What to launch in place of a call's first launch; None where there is no such form of the call.
 Schedule = Callable[[Launch], Sequence[Launch] | None]
