@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ..divergence import Divergence
-from .elementary import expm1, log1p_unit, log_of, wright_omega
+from .elementary import exp, expm1, log1p_unit, log_of, wright_omega
 
 
 class TritonDivergence(NamedTuple):
@@ -44,7 +44,7 @@ def identity(x, a):
 
 @triton.jit
 def forward_kl_deficit(d, a):
-    return tl.exp(tl.minimum(-d, 87.0))
+    return exp(-d)
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def forward_kl_log_slope(q, a):
 @triton.jit
 def jsd_deficit(d, a):
     # softplus(-d)
-    return tl.maximum(-d, 0.0) + log1p_unit(tl.exp(-tl.abs(d)))
+    return tl.maximum(-d, 0.0) + log1p_unit(exp(-tl.abs(d)))
 
 
 @triton.jit
@@ -103,12 +103,12 @@ def jsd_unshift(t, a):
 
 @triton.jit
 def alpha_deficit(d, a):
-    return tl.exp(tl.minimum(-a * d, 87.0)) / a
+    return exp(-a * d) * (1.0 / a)
 
 
 @triton.jit
 def alpha_log_ratio(q, a):
-    return -log_of(a * q) / a
+    return -log_of(a * q) * (1.0 / a)
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def jeffrey_log_ratio(q, a):
 @triton.jit
 def jeffrey_log_slope(q, a):
     log_x = jeffrey_log_ratio(q, a)
-    return 2.0 * log_x - (tl.maximum(log_x, 0.0) + log1p_unit(tl.exp(-tl.abs(log_x))))
+    return 2.0 * log_x - (tl.maximum(log_x, 0.0) + log1p_unit(exp(-tl.abs(log_x))))
 
 
 FORWARD_KL = TritonDivergence(

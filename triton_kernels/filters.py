@@ -16,6 +16,7 @@ from .draw import (
     winner_tile,
     winner_token,
 )
+from .elementary import exp
 from .solver import DRAW_PEAK, DRAW_SUM, KEY_PEAK, TILE_FIELDS, tile_field
 from .tiles import INFINITY, LEVEL, MIX_LOG_NORM, STATE_FIELDS, TILE, VALID
 
@@ -47,7 +48,7 @@ def weights_of(keys, begin, vocab, peak, beta, least, MASS: tl.constexpr, BLOCK:
     key = tl.load(keys + offsets, mask=offsets < vocab, other=-INFINITY, cache_modifier=".cg")
     kept = (key > -INFINITY) & (key >= least)
     if MASS:
-        mass = tl.exp((tl.where(kept, key, peak) - peak) * beta) * FIXED_POINT
+        mass = exp((tl.where(kept, key, peak) - peak) * beta) * FIXED_POINT
         weight = tl.where(kept, mass.to(tl.int64), 0)
     else:
         weight = kept.to(tl.int64)
@@ -184,4 +185,4 @@ def filter_kernel(m, r, w, seed: tl.int64, position: tl.int64, top_k: tl.int64, 
 def kept_mass(key, peak, beta, least, log_min_p):
     scaled = (tl.where(key > -INFINITY, key, peak) - peak) * beta
     kept = (key > -INFINITY) & (key >= least) & (scaled >= log_min_p)
-    return tl.where(kept, tl.exp(scaled), 0.0)
+    return tl.where(kept, exp(scaled), 0.0)

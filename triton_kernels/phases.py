@@ -19,6 +19,7 @@ from .draw import (
     winner_tile,
     winner_token,
 )
+from .elementary import exp
 from .solver import (
     BEST_P,
     DRAW_PEAK,
@@ -57,20 +58,29 @@ from .tiles import (
 
 
 @triton.jit
+def above_least(state, q):
+    """D = Q - min Q, float32. A Q without values is float32, and so are all of its row."""
+    return (q - tl.load(state + LEAST).to(q.dtype)).to(tl.float32)
+
+
+@triton.jit
 def evaluate(m, state, log_ref, q, tile, C: tl.constexpr):
     """sum p H and sum p (-H') of a tile at the row's point; a Stieltjes kernel's leave s* out: next
     to its pole the others would drown in their rounding."""
-    distance = (q - tl.load(state + LEAST)).to(tl.float32)
-    inside = q < EXCLUDED
+    distance = above_least(state, q)
     point = tl.load(state + POINT).to(tl.float32)
     if C.excess is not None:
-        offsets = tile * TILE + tl.arange(0, TILE)
-        inside &= offsets != tl.load(state + BEST_TOKEN).to(tl.int32)
-        y = point + C.excess(tl.where(inside, distance, 0.0), m.alpha)
+        # Off the support Q is so large that H is 0.
+        best = tl.load(state + BEST_TOKEN).to(tl.int32) - tile * TILE
+        p = exp(log_ref)
+        if (best >= 0) & (best < TILE):
+            p = tl.where(tl.arange(0, TILE) == best, 0.0, p)
+        y = point + C.excess(distance, m.alpha)
     else:
+        inside = q < EXCLUDED
+        p = tl.where(inside, exp(log_ref), 0.0)
         y = point + tl.where(inside, distance, 0.0)
     h, slope = ratios(y, m, C)
-    p = tl.where(inside, tl.exp(log_ref), 0.0)
     return tl.sum(p * h, 0), tl.sum(p * slope, 0)
 
 
@@ -82,7 +92,7 @@ def deficit_key(m, state, log_ref, q, broken, row, C: tl.constexpr):
         point = tl.load(state + POINT).to(tl.float32)
         if C.unshift is not None:
             point = C.unshift(point, m.alpha)
-        y = point + (q - tl.load(state + LEAST)).to(tl.float32)
+        y = point + above_least(state, q)
     else:
         # Eq. 6 as printed: Z = 0, that is tau = c (1 - sum w) + min Q.
         y = (q + m.supremum * reference_weight(m, row, C)).to(tl.float32)
@@ -121,15 +131,14 @@ def store_bracket(m, w, fields, log_ref, q, broken, row, tile, tiles, C: tl.cons
     """What the bracket needs of a tile's deficits. Its p, least Q, and which token has that."""
     inside = q < EXCLUDED
     i = tl.arange(0, TILE)
-    p = tl.where(inside, tl.exp(log_ref), 0.0)
+    p = tl.where(inside, exp(log_ref), 0.0)
     least = tl.min(q, 0)
     best = tl.min(tl.where(inside & (q == least), i, TILE - 1), 0)
     tl.store(w.leasts + row.to(tl.int64) * tiles + tile, least.to(tl.float64))
     tl.store(w.winners + row.to(tl.int64) * tiles + tile, best + tile * TILE)
     tl.store(fields + BEST_P * C.tiles + tile, tl.sum(tl.where(i == best, p, 0.0), 0))
     tl.store(fields + MASS * C.tiles + tile, tl.sum(tl.where(broken, float("nan"), p), 0))
-    first = tl.sum(tl.where(inside, p * q.to(tl.float32), 0.0), 0)
-    tl.store(fields + FIRST * C.tiles + tile, first)
+    tl.store(fields + FIRST * C.tiles + tile, tl.sum(p * q.to(tl.float32), 0))
     return p, least, best
 
 
@@ -173,7 +182,7 @@ def store_keys(m, r, w, fields, key, broken, row, tile, C: tl.constexpr):
         peak = tl.max(key, 0)
         below = key - tl.where(peak == -INFINITY, 0.0, peak)
         tl.store(fields + DRAW_PEAK * C.tiles + tile, peak)
-        tl.store(fields + DRAW_SUM * C.tiles + tile, tl.sum(tl.exp(below * beta), 0))
+        tl.store(fields + DRAW_SUM * C.tiles + tile, tl.sum(exp(below * beta), 0))
     if C.store_keys:
         offsets = tile * TILE + tl.arange(0, TILE)
         keys = w.keys + row.to(tl.int64) * m.vocab
@@ -214,7 +223,7 @@ def draw(m, r, state, model_fields, fields, row, tiles, seed, position, C: tl.co
     peak = tl.max(peaks, 0)
     valid = (good > 0.0) & (tl.abs(peak) < INFINITY) & good_parameters(r, m, row, C)
     peak = tl.where(valid, peak, 0.0)
-    mass = tl.where(peaks == -INFINITY, 0.0, sums * tl.exp((peaks - peak) * beta))
+    mass = tl.where(peaks == -INFINITY, 0.0, sums * exp((peaks - peak) * beta))
     own_seed = row_seed(r, seed, row)
     own_position = row_parameter(position, r.position_pointer, r.position_stride, row, tl.int64)
     tile, found = winner_tile(mass, temperature, peaks, peak, own_seed, own_position, C)
@@ -222,7 +231,7 @@ def draw(m, r, state, model_fields, fields, row, tiles, seed, position, C: tl.co
     key, _ = key_tile(m, state, model_fields, row, tile, tiles, C)
     key = masked_key(r, m, key, row, tile, C)
     token, token_key, inside = winner_token(
-        key, tl.exp((key - peak) * beta), tile, temperature, peak, own_seed, own_position
+        key, exp((key - peak) * beta), tile, temperature, peak, own_seed, own_position
     )
     valid = valid & found & inside
     store_draw(r, m, state, model_fields, row, token, token_key - level - norm, valid, tiles, C)

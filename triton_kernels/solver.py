@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementary import log_of
+from .elementary import exp, log_of, reciprocal
 from .tiles import (
     BEST_MASS,
     BEST_TOKEN,
@@ -65,7 +65,7 @@ def log_sum_exp(fields, field, tiles, C: tl.constexpr):
     peaks = tile_field(fields, field, tiles, C, float("-inf"))
     sums = tile_field(fields, field + 1, tiles, C, 0.0)
     peak = tl.max(peaks, 0)
-    scaled = tl.exp(peaks - tl.where(peak == -INFINITY, 0.0, peak))
+    scaled = exp(peaks - tl.where(peak == -INFINITY, 0.0, peak))
     parts = tl.where(peaks == -INFINITY, 0.0, scaled).to(tl.float64) * sums.to(tl.float64)
     return peak.to(tl.float64), tl.log(tl.sum(parts, 0)) + peak
 
@@ -80,7 +80,7 @@ def store_model_norms(state, fields, tiles, C: tl.constexpr):
     peaks = tl.load(pointers, mask=there, other=-INFINITY, cache_modifier=".cg")
     sums = tl.load(pointers + C.tiles, mask=there, other=0.0, cache_modifier=".cg")
     peak = tl.max(peaks, 1)
-    scaled = tl.exp(peaks - tl.where(peak == -INFINITY, 0.0, peak)[:, None])
+    scaled = exp(peaks - tl.where(peak == -INFINITY, 0.0, peak)[:, None])
     parts = tl.where(peaks == -INFINITY, 0.0, scaled).to(tl.float64) * sums.to(tl.float64)
     norm = tl.log(tl.sum(parts, 1)) + peak
     tl.store(state + LOG_NORM + k, norm, mask=k < C.models)
@@ -140,14 +140,14 @@ def ratios(y, m, C: tl.constexpr):
     """H and -H' at y = tau + D; of a Stieltjes kernel y^(-1/order) and the same over y, where y is
     t + x."""
     if C.excess is not None:
-        fall = 1.0 / y
+        fall = reciprocal(y)
         h = fall
         if C.is_alpha:
-            h = tl.exp(-log_of(y) / m.alpha)
+            h = exp(-log_of(y) * (1.0 / m.alpha))
         slope = h * fall
     else:
-        h = tl.exp(C.log_ratio(y, m.alpha))
-        slope = tl.exp(C.log_slope(y, m.alpha))
+        h = exp(C.log_ratio(y, m.alpha))
+        slope = exp(C.log_slope(y, m.alpha))
     return h, slope
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .elementary import exp
+
 #: Tile of the race in token ids; part of the definition of the random numbers (design §3).
 TILE = tl.constexpr(1024)
 INFINITY = tl.constexpr(float("inf"))
@@ -104,7 +106,7 @@ def finite(x):
 def sum_exp(x, peak, broken):
     """sum exp(x - peak), NaN where some token is broken. (One reduction instead of two: each holds
     registers for as long as its program runs.)"""
-    terms = tl.exp(x - tl.where(peak == -INFINITY, 0.0, peak))
+    terms = exp(x - tl.where(peak == -INFINITY, 0.0, peak))
     return tl.sum(tl.where(broken, float("nan"), terms), 0)
 
 
@@ -112,7 +114,8 @@ def sum_exp(x, peak, broken):
 def peak_and_sum(x):
     """max x and sum exp(x - max) of a tile; the sum is NaN where NaN or +inf stands in it."""
     peak = tl.max(x, 0)
-    return peak, sum_exp(x, peak, (x < INFINITY) == 0)
+    # +inf becomes inf - inf; the maximum passes NaN over, the difference does not.
+    return peak, tl.sum(exp(x - tl.where(peak == -INFINITY, 0.0, peak)), 0)
 
 
 @triton.jit
@@ -188,22 +191,25 @@ def deficit_tile(m, state, row, tile, C: tl.constexpr):
     level = level_of(state, 0)
     ref = ref - level.to(tl.float32)
     log_ref = ref - (tl.load(state + LOG_NORM) - level).to(tl.float32)
-    inside = plausible & (log_ref >= SMALLEST_LOG_REF)
+    # log pi_ref where all that counts is finite, else NaN: eight comparisons need more predicates
+    # than there are.
+    support = log_ref
     zeros = tl.zeros([TILE], tl.float32)
     q = zeros
     for k in tl.static_range(1, MODELS):
         x = model_tile(m, k, row, tile)
         if k == C.plausible:
-            inside &= x - tl.load(state + PEAK + k).to(tl.float32) >= m.log_plausibility
+            plausible = x - tl.load(state + PEAK + k).to(tl.float32) >= m.log_plausibility
         x = x - level_of(state, k).to(tl.float32)
         w = zeros + weight(m, row, k - 1).to(tl.float32)
         counts = w != 0.0
-        inside &= finite(x) | (counts == 0)
+        support = tl.where(counts, tl.fma(x, 0.0, support), support)
         # Raw differences first: they are exact for logits of 16 bits.
-        d = tl.where(inside & counts, x - ref, 0.0) + tl.load(state + SHIFT + k).to(tl.float32)
+        d = (x - ref) + tl.load(state + SHIFT + k).to(tl.float32)
         if C.clamped:
             d = tl.maximum(d, SMALLEST_LOG_RATIO)
         q = tl.where(counts, q + w * C.deficit(d, m.alpha), q)
+    inside = plausible & (support >= SMALLEST_LOG_REF)
     inside &= q < EXCLUDED
     broken = tl.zeros([TILE], tl.int1)
     if VALUES > 0:
