@@ -10,11 +10,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from mod_fused.triton_kernels.launching import Launch
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
-
-import torch
 
 
 class Stuck(Exception):

@@ -332,3 +332,18 @@ def test_textbook_bisection_of_z_in_float32_fails_where_the_op_does_not(op, dive
     expected = np.exp(reference.log_probs(ref, policies, [0.5, 0.5], divergence=divergence))
     tv = 0.5 * np.abs(naive.numpy() - expected).sum(axis=-1)
     assert not tv.max() <= 0.1  # far off, or NaN, in a row
+
+
+@pytest.mark.parametrize("vocab", [300, 3000])
+def test_sums_that_overflow_downwards_exclude_a_token_and_no_row(op, vocab):
+    # Some mask tokens with the least float instead of -inf; weights that sum to more than one
+    # make it overflow.
+    ref, policies = logits(231, 2, vocab, 2, kind="typical")
+    for x in (ref, *policies):
+        x[0, 5::7] = -3.2e38
+    weights = [2.5, -0.5]
+    expected = reference.log_probs(ref, policies, weights)
+    found = op.log_probs(ref, policies, weights).double().numpy()
+    assert total_variation(found, expected).max() <= 2e-5
+    assert (found[0, 5::7] < -1e38).all()
+    assert op.sample(ref, policies, weights, seed=1).valid.all()

@@ -86,8 +86,10 @@ def launches(
 def logit_loads(variant: launch.Variant, logit_bytes: int, whole: int, last: int) -> Counter[int]:
     """Loads by bytes that a thread of the mixture kernel has for logits: every phase reads its tile
     of every model once, and so does the race in the winner's tile, each in a branch for whole tiles
-    and in one for a row's last tile; one branch runs."""
+    and in one for a row's last tile; one branch runs. Log-linear keys have a second form for tiles
+    in which some logit is not finite."""
     phases = 1 + variant.sums + (2 if variant.evaluations else 0)
+    phases += not (variant.general or variant.sums or variant.model_logprobs)
     tiles = variant.models * (phases + variant.draw)
     loads: Counter[int] = Counter()
     for width in (whole, last):

@@ -8,7 +8,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-from mod_fused.triton_kernels.configurations import TABLE, Configuration, read_table
+import torch  # noqa: E402
+from mod_fused.triton_kernels.configurations import (  # noqa: E402
+    TABLE,
+    Configuration,
+    read_table,
+    rows_together,
+)
+
+from mod_fused.checks import check_mixture  # noqa: E402
 
 
 def test_a_file_replaces_the_entries_that_it_has(tmp_path):
@@ -35,3 +43,14 @@ def test_what_is_no_table_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match="table.json"):
         read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "rows", "phases", "expected"),
+    # 3 tensors of 2 bytes, 40 MB over all phases, of which each has a group.
+    [(128256, 256, 6, 8), (128256, 256, 2, 25), (128256, 4, 2, 4), (10_000_000, 9, 6, 1)],
+)
+def test_what_is_read_again_fits_the_cache(vocab, rows, phases, expected):
+    x = torch.empty((rows, vocab), dtype=torch.bfloat16, device="meta")
+    mixing = check_mixture(x, [x, x], [0.6, 0.3], "jsd", "exact", *[None] * 7, 0)
+    assert rows_together(mixing, rows, phases) == expected

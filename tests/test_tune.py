@@ -293,7 +293,9 @@ def test_the_command_runs_in_the_interpreter(capsys, tmp_path, monkeypatch):
 def test_the_bench_runs_the_configuration_it_is_given(monkeypatch):
     seen = []
     run = launch.Launch.run
-    monkeypatch.setattr(launch.Launch, "run", lambda self, device: (seen.append(self), run(self, device))[1])
+    monkeypatch.setattr(
+        launch.Launch, "run", lambda self, device: (seen.append(self), run(self, device))[1]
+    )
     bench = Device([Shape("kl", 1, 2100, 1, "float32", {})])
     few = [bench.results(Configuration(threads=t, chunk=c)) for t, c in ((64, 1), (256, 2))]
     assert [(x.threads, x.variant.chunk) for x in seen] == [(64, 1)] * 2 + [(256, 2)] * 2

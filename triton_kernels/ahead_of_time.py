@@ -54,7 +54,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=options.__dict__)
 
 
-def _disassembled(cubin: bytes) -> tuple[str, str]:
+def disassembled(cubin: bytes) -> tuple[str, str]:
     """Resource usage and assembly of an NVIDIA kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -78,7 +78,7 @@ def machine_code(compiled: Any) -> MachineCode:
     """What the machine code of a compiled kernel says."""
     loads: Counter[int] = Counter()
     if "cubin" in compiled.asm:
-        usage, assembly = _disassembled(compiled.asm["cubin"])
+        usage, assembly = disassembled(compiled.asm["cubin"])
         for modifiers in re.findall(r"\bLDG\.E((?:\.\w+)*)", assembly):
             width = re.search(r"\.[US]?(8|16|64|128|256)\b", modifiers)
             loads[int(width[1]) // 8 if width else 4] += 1

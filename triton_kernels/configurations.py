@@ -23,8 +23,8 @@ from ..divergence import ReverseKL, get_divergence
 TABLE_VARIABLE = "MOD_FUSED_TRITON_TABLE"
 #: From this number of rows on, tasks are coarse: the rows fill the device.
 MANY_ROWS = 8
-#: Bytes of logits whose phases are interleaved: half of an H100's L2 cache.
-GROUP_BYTES = 25_000_000
+#: Bytes of logits between their first phase and their last: they fit an H100's L2 cache of 50 MB.
+BYTES_IN_FLIGHT = 40_000_000
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ def configuration(mixing: MixtureArguments, rows: int) -> Configuration:
     return table[regime(mixing.divergence, rows)]
 
 
-def rows_together(mixing: MixtureArguments, rows: int) -> int:
-    """Rows whose phases are interleaved with those of the next: what the L2 cache holds."""
+def rows_together(mixing: MixtureArguments, rows: int, phases: int) -> int:
+    """Rows whose phases are interleaved with those of the next: as many groups as there are phases
+    are in flight, and what a group reads again is to be in the L2 cache still."""
     row_bytes = sum(x.element_size() for x in mixing.tensors()) * mixing.vocab_size
-    return max(1, min(rows, GROUP_BYTES // row_bytes))
+    return max(1, min(rows, BYTES_IN_FLIGHT // (phases * row_bytes)))

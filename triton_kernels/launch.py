@@ -150,7 +150,7 @@ def log_probs_launches(
     m = mixing_of(mixing)
     w = make_workspace(out, rows, m.vocab, variant.models, False, workspace)._replace(keys=out)
     grid = (_grid(m, variant, rows, configured),)
-    arguments = (m, Drawing(), w, rows, rows_together(mixing, rows), 0, 0)
+    arguments = (m, Drawing(), w, rows, rows_together(mixing, rows, variant.phases), 0, 0)
     return [Launch(mixture_kernel, grid, arguments, variant, configured.threads)], bad
 
 
@@ -193,7 +193,7 @@ def sample_launches(
     w = make_workspace(logits, rows, m.vocab, variant.models, variant.store_keys, workspace)
     grid = (_grid(m, variant, rows, configured),)
     seed, position, top_k = drawing.seed, drawing.position[0], drawing.top_k[0]
-    arguments = (m, r, w, rows, rows_together(mixing, rows), seed, position)
+    arguments = (m, r, w, rows, rows_together(mixing, rows, variant.phases), seed, position)
     launches = [Launch(mixture_kernel, grid, arguments, variant, configured.threads)]
     if not variant.draw:
         filtering = (m, r, w, seed, position, top_k)

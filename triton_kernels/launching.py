@@ -11,6 +11,10 @@ import torch
 _AMD = torch.version.hip is not None
 #: Compiled kernels by what they were compiled for: Triton's own look-up costs three times as much.
 _compiled: dict[Any, Any] = {}
+#: Of a thread on NVIDIA: three programs of 128 threads fit a multiprocessor. With more ptxas keeps
+#: addresses in them that are cheaper made anew, with fewer or no limit it spills (Triton 3.6).
+MOST_REGISTERS = 168
+_REGISTERS = 65536  # of a multiprocessor
 #: More kernels than a process has. Old ones are in Triton's own cache still.
 _MOST = 4096
 
@@ -48,8 +52,7 @@ class Launch(NamedTuple):
         """The compiler's options."""
         options = {"C": self.variant, "num_warps": self.threads // warp_size}
         if self.variant.general and not amd:
-            # Left to itself ptxas spills to make room for more programs on a multiprocessor.
-            options["maxnreg"] = 255
+            options["maxnreg"] = min(MOST_REGISTERS, _REGISTERS // self.threads)
         return options
 
     def run(self, device: torch.device) -> None:

@@ -49,6 +49,7 @@ from .tiles import (
     TILE,
     VALID,
     deficit_tile,
+    finite_log_linear_tile,
     log_linear_tile,
     model_tile,
     reference_weight,
@@ -133,7 +134,7 @@ def store_bracket(m, w, fields, log_ref, q, broken, row, tile, tiles, C: tl.cons
     i = tl.arange(0, TILE)
     p = tl.where(inside, exp(log_ref), 0.0)
     least = tl.min(q, 0)
-    best = tl.min(tl.where(inside & (q == least), i, TILE - 1), 0)
+    best = tl.min(tl.where(q == least, i, TILE - 1), 0)
     tl.store(w.leasts + row.to(tl.int64) * tiles + tile, least.to(tl.float64))
     tl.store(w.winners + row.to(tl.int64) * tiles + tile, best + tile * TILE)
     tl.store(fields + BEST_P * C.tiles + tile, tl.sum(tl.where(i == best, p, 0.0), 0))
@@ -145,9 +146,11 @@ def store_bracket(m, w, fields, log_ref, q, broken, row, tile, tiles, C: tl.cons
 @triton.jit
 def store_deficits(m, w, fields, log_ref, q, broken, row, tile, tiles, C: tl.constexpr):
     p, _, best = store_bracket(m, w, fields, log_ref, q, broken, row, tile, tiles, C)
-    h, slope = start_ratios(tl.where(q < EXCLUDED, q, 1.0), m, row, C)
     if C.excess is not None:
         p = tl.where(tl.arange(0, TILE) == best, 0.0, p)  # it may be s*
+    else:
+        q = tl.where(q < EXCLUDED, q, 1.0)
+    h, slope = start_ratios(q, m, row, C)
     tl.store(fields + S1 * C.tiles + tile, tl.sum(p * h, 0))
     tl.store(fields + S2 * C.tiles + tile, tl.sum(p * slope, 0))
 
@@ -172,10 +175,9 @@ def evaluation_of_tile(m, state, fields, row, tile, C: tl.constexpr):
 
 
 @triton.jit
-def store_keys(m, r, w, fields, key, broken, row, tile, C: tl.constexpr):
-    peak = tl.max(key, 0)
+def store_key_sums(m, r, w, fields, key, peak, total, row, tile, C: tl.constexpr):
     tl.store(fields + KEY_PEAK * C.tiles + tile, peak)
-    tl.store(fields + KEY_SUM * C.tiles + tile, sum_exp(key, peak, broken))
+    tl.store(fields + KEY_SUM * C.tiles + tile, total)
     if C.mask or C.tempered:
         beta = inverse_temperature(temperature_of(r, row))
         key = masked_key(r, m, key, row, tile, C)
@@ -190,9 +192,46 @@ def store_keys(m, r, w, fields, key, broken, row, tile, C: tl.constexpr):
 
 
 @triton.jit
+def store_keys(m, r, w, fields, key, broken, row, tile, C: tl.constexpr):
+    peak = tl.max(key, 0)
+    store_key_sums(m, r, w, fields, key, peak, sum_exp(key, peak, broken), row, tile, C)
+
+
+@triton.jit
+def store_deficit_keys(m, r, w, state, fields, log_ref, q, broken, row, tile, C: tl.constexpr):
+    """`store_keys` off reverse KL, from a tile's deficits."""
+    if C.exact and C.excess is not None and not (C.mask or C.tempered or C.store_keys):
+        # Only sums are asked for, and a Stieltjes kernel has them without logarithms.
+        point = tl.load(state + POINT).to(tl.float32)
+        h, _ = ratios(point + C.excess(above_least(state, q), m.alpha), m, C)
+        if C.is_jsd:
+            h = h * (1.0 - point)
+        total = tl.sum(tl.where(broken, float("nan"), exp(log_ref) * h), 0)
+        tl.store(fields + KEY_PEAK * C.tiles + tile, 0.0)
+        tl.store(fields + KEY_SUM * C.tiles + tile, total)
+    else:
+        key, broken = deficit_key(m, state, log_ref, q, broken, row, C)
+        store_keys(m, r, w, fields, key, broken, row, tile, C)
+
+
+@triton.jit
 def keys_of_tile(m, r, w, state, model_fields, fields, row, tile, tiles, C: tl.constexpr):
-    key, broken = key_tile(m, state, model_fields, row, tile, tiles, C)
-    store_keys(m, r, w, fields, key, broken, row, tile, C)
+    if C.general:
+        log_ref, q, broken = deficit_tile(m, state, row, tile, C)
+        store_deficit_keys(m, r, w, state, fields, log_ref, q, broken, row, tile, C)
+    elif C.sums or C.model_logprobs:
+        key, broken = key_tile(m, state, model_fields, row, tile, tiles, C)
+        store_keys(m, r, w, fields, key, broken, row, tile, C)
+    else:
+        # Rarely is there a token that is excluded or broken: then the tile is read once more.
+        key = finite_log_linear_tile(m, row, tile, C)
+        peak = tl.max(key, 0)
+        total = tl.sum(exp(key - peak), 0)
+        if (total != total) | ((tile + 1) * TILE > m.vocab):
+            key, broken = key_tile(m, state, model_fields, row, tile, tiles, C)
+            peak = tl.max(key, 0)
+            total = sum_exp(key, peak, broken)
+        store_key_sums(m, r, w, fields, key, peak, total, row, tile, C)
 
 
 @triton.jit

@@ -166,8 +166,29 @@ def log_linear_tile(
         broken |= counts & ((x < INFINITY) == 0)
         inside &= finite(x) | (counts == 0)
         key = tl.fma(v, tl.where(finite(x) & counts, x, 0.0), key)
-    broken |= inside & (finite(key) == 0)  # the sum itself overflowed
+    broken |= inside & ((key < INFINITY) == 0)  # the sum itself overflowed; to -inf it may
     return tl.where(inside, key, -INFINITY), broken
+
+
+@triton.jit
+def finite_log_linear_tile(m, row, tile, C: tl.constexpr):
+    """`log_linear_tile` to the bit where all that counts is finite, NaN elsewhere, in half the
+    instructions."""
+    MODELS: tl.constexpr = C.models
+    VALUES: tl.constexpr = C.scores
+    FIRST_POLICY: tl.constexpr = C.first_policy
+    key = tl.zeros([TILE], tl.float32)
+    for k in tl.static_range(MODELS):
+        x = model_tile(m, k, row, tile)
+        if k < FIRST_POLICY:
+            key = tl.fma(x, reference_weight(m, row, C), key)
+        else:
+            c = weight(m, row, k - FIRST_POLICY).to(tl.float32)
+            key = tl.where(c != 0.0, tl.fma(x, c, key), key)
+    for j in tl.static_range(VALUES):
+        v = value_weight(m, row, j).to(tl.float32)
+        key = tl.where(v != 0.0, tl.fma(value_tile(m, j, row, tile), v, key), key)
+    return tl.fma(key, 0.0, key)
 
 
 @triton.jit

@@ -17,12 +17,11 @@ from mod_fused.triton_kernels.configurations import processors
 from mod_fused.triton_kernels.launching import Launch
 from mod_fused.triton_kernels.mixture import MAX_EVALUATIONS, run_task, wait_for
 from mod_fused.triton_kernels.phases import (
-    deficit_key,
     end_draw,
     end_evaluation,
+    store_deficit_keys,
     store_deficits,
     store_evaluation,
-    store_keys,
     sums_of_tile,
 )
 from mod_fused.triton_kernels.solver import TILE_FIELDS, end_deficits, end_sums
@@ -106,8 +105,7 @@ def resident_kernel(m, r, w, seed: tl.int64, position: tl.int64, C: tl.constexpr
             end_evaluation(m, state, fields, tiles, C)
             let_go(w, row, over)
         wait_for(w.flags + row, over)
-    key, broken = deficit_key(m, state, log_ref, q, broken, row, C)
-    store_keys(m, r, w, fields, key, broken, row, tile, C)
+    store_deficit_keys(m, r, w, state, fields, log_ref, q, broken, row, tile, C)
     if last_to_arrive(w, row, tiles):
         tl.debug_barrier()
         end_draw(m, r, state, model_fields, fields, row, tiles, seed, position, C)
@@ -119,6 +117,22 @@ class Cooperative(Launch):
 
     def options(self, amd: bool, warp_size: int) -> dict[str, Any]:
         return super().options(amd, warp_size) | {"launch_cooperative_grid": True}
+
+
+def registers(most: int) -> Schedule:
+    """At most so many registers a thread, which decides how many programs run at once."""
+
+    class Limited(Launch):
+        def options(self, amd: bool, warp_size: int) -> dict[str, Any]:
+            options = super().options(amd, warp_size)
+            return options | {"maxnreg": most} if "maxnreg" in options else options
+
+    def change(shipped: Launch) -> list[Launch] | None:
+        limited = Limited(*shipped)
+        same = limited.options(False, 32) == shipped.options(False, 32)
+        return None if same else [limited]
+
+    return change
 
 
 def _chunks(shipped: Launch) -> int:
@@ -219,6 +233,7 @@ SCHEDULES: dict[str, Schedule] = {
     **{f"{n} evaluations": evaluations(n) for n in (1, 2, 3, 5)},
     **{f"rows in flight x {f:g}": rows_in_flight(f) for f in (0.25, 0.5, 2, 4)},
     **{f"programs x {f:g}": programs(f) for f in (0.5, 2)},
+    **{f"registers {n}": registers(n) for n in (128, 255)},
     **{f"chunk {n}": chunk(n) for n in (1, 2, 4, 8)},
 }
 

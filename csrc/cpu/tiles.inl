@@ -219,7 +219,7 @@ TileMix log_linear(const Term* terms, int count, int64_t begin, int n, float* __
   float peak = -kInfinity;
 #pragma omp simd reduction(max : peak) reduction(| : broken)
   for (int i = 0; i < n; ++i) {
-    broken |= excluded[i] == 0.0f && !(fabsf(key[i]) < kInfinity);  // the sum itself overflowed
+    broken |= excluded[i] == 0.0f && !(key[i] < kInfinity);  // the sum itself overflowed; to -inf it may
     key[i] = excluded[i] == 0.0f ? key[i] : -kInfinity;
     peak = key[i] > peak ? key[i] : peak;
   }

@@ -1,0 +1,193 @@
+"""What the kernels cost in machine code, without a GPU: registers, and the instructions that each
+phase issues for a token, from the shortest way through its loop over tiles.
+
+    python -m bench.gpu.instructions --out bench/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from mod_fused.checks import check_draw, check_mixture
+
+from .. import report
+from ..problem import DIVERGENCES, WEIGHTS
+
+VOCAB, ROWS = 128256, 64
+#: An H100 or H200 (SXM) at its highest clock; other clocks scale.
+PROCESSORS, LANES, GHZ = 132, 128, 1.98
+_BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
+
+
+class Loop(NamedTuple):
+    """The shortest way through an innermost loop."""
+
+    instructions: int
+    special: int  # of them for the unit of special functions: exponentials and roots
+    wide_loads: int  # 16 bytes
+
+
+def _shortest(code: Sequence[str], targets: Sequence[int | None], first: int, last: int) -> Loop:
+    """From a loop's first instruction to the jump back."""
+    best = {first: 0}
+    came: dict[int, int] = {}
+    queue = [(0, first)]
+    while queue:
+        length, i = heapq.heappop(queue)
+        if i == last:
+            break
+        if length > best[i]:
+            continue
+        target = targets[i]
+        following = [] if target is not None and code[i].startswith("BRA 0x") else [i + 1]
+        if target is not None:
+            following.append(target)
+        for j in following:
+            if first <= j <= last and length + 1 < best.get(j, 1 << 30):
+                best[j], came[j] = length + 1, i
+                heapq.heappush(queue, (length + 1, j))
+    way = [last]
+    while way[-1] != first:
+        way.append(came[way[-1]])
+    text = [code[i] for i in way]
+    return Loop(
+        len(way),
+        sum("MUFU" in x for x in text),
+        sum("LDG.E.128" in x for x in text),
+    )
+
+
+def loops(assembly: str) -> list[Loop]:
+    """The innermost loops of an NVIDIA kernel's assembly, in their order."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", assembly)
+    at = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    code = [text for _, text in lines]
+    found = [_BRANCH.search(text) for text in code]
+    targets = [at.get(int(m[1], 16)) if m else None for m in found]
+    spans = [(t, i) for i, t in enumerate(targets) if t is not None and t < i]
+    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    return [_shortest(code, targets, *span) for span in inner]
+
+
+def launched(divergence: str) -> Any:
+    """What a call with two policies in bfloat16 launches."""
+    from mod_fused.triton_kernels import launch
+
+    logits = torch.empty((ROWS, VOCAB), dtype=torch.bfloat16, device="meta")
+    mixing = check_mixture(logits, [logits] * 2, list(WEIGHTS), divergence, "exact", *[None] * 7, 0)
+    drawing = check_draw(mixing, 1.0, None, None, None, None, 1, 0, False)
+    outputs = (
+        logits.new_empty((ROWS,), dtype=torch.int64),
+        logits.new_empty((ROWS,), dtype=torch.float32),
+        logits.new_empty((ROWS,), dtype=torch.bool),
+        None,
+    )
+    (made,), _ = launch.sample_launches(mixing, drawing, outputs)
+    return made
+
+
+def phase_names(variant: Any) -> list[str]:
+    """The phases of a variant in their order."""
+    evaluations = ["evaluation"] * variant.evaluations
+    return ["sums"] * variant.sums + ["deficits"] * bool(evaluations) + evaluations + ["keys"]
+
+
+def measure(divergence: str) -> dict[str, Any]:
+    """Registers of the kernel, and what each kind of phase costs a token."""
+    from mod_fused.triton_kernels.ahead_of_time import (
+        TARGETS,
+        compile_launch,
+        disassembled,
+        machine_code,
+    )
+    from mod_fused.triton_kernels.tiles import TILE
+
+    from . import schedules
+
+    made = launched(divergence)
+    whole = machine_code(compile_launch(made, TARGETS["sm_90"]))
+    tokens = TILE.value // made.threads
+    # Each phase in a kernel of its own shows which loop is whose.
+    parts = schedules.launch_per_phase(made) or [made]
+    phases: dict[str, Any] = {}
+    for name, part in zip(phase_names(made.variant), parts, strict=True):
+        if name in phases:
+            continue
+        compiled = compile_launch(part, TARGETS["sm_90"])
+        found = loops(disassembled(compiled.asm["cubin"])[1])
+        loop = max((x for x in found if x.wide_loads), key=lambda x: x.instructions)
+        phases[name] = {
+            "instructions": loop.instructions / tokens,
+            "special": loop.special / tokens,
+        }
+    return {"registers": whole.registers, "spills": whole.spills, "phases": phases}
+
+
+def microseconds(found: dict[str, Any], evaluations: int) -> float:
+    """What issuing takes for a row, once the GPU is full."""
+    count = {"evaluation": evaluations}
+    each = sum(x["instructions"] * count.get(n, 1) for n, x in found["phases"].items())
+    return each * VOCAB / (PROCESSORS * LANES * GHZ * 1e3)
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """The table."""
+    header = ["divergence", "registers", "sums", "deficits", "an evaluation", "keys"]
+    header += ["µs a row, 1 evaluation", "µs a row, 2"]
+    lines = []
+    for name, found in data["divergences"].items():
+        cells = [name, str(found["registers"])]
+        for phase in ("sums", "deficits", "evaluation", "keys"):
+            own = found["phases"].get(phase)
+            cells.append(f"{own['instructions']:.1f} ({own['special']:.1f})" if own else "")
+        iterates = "evaluation" in found["phases"]
+        cells += [f"{microseconds(found, 1):.2f}", f"{microseconds(found, 2):.2f}" * iterates]
+        lines.append(cells)
+    text = [
+        "# Instructions a token",
+        "",
+        f"sm_90 machine code of Triton {data['triton']}, two policies in bfloat16, V = {VOCAB}, "
+        "many rows: instructions issued for a token (special functions among them) on the shortest way "
+        "through a phase's loop; registers of the whole kernel. The last columns are what issuing "
+        f"them takes on {PROCESSORS} multiprocessors at {GHZ} GHz, full: a prediction, no "
+        "measurement.",
+        "",
+        report.markdown_table(header, lines),
+        "",
+        "`python -m bench.gpu.instructions`",
+        "",
+    ]
+    return "\n".join(text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.instructions", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, metavar="DIR", help="writes instructions.json and .md")
+    args = parser.parse_args(argv)
+    from . import prepare
+
+    prepare.link_kernels()
+    data = {
+        "triton": triton.__version__,
+        "divergences": {name: measure(name) for name in DIVERGENCES},
+    }
+    print(markdown(data))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "instructions.json").write_text(json.dumps(data, indent=1) + "\n")
+        (args.out / "instructions.md").write_text(markdown(data))
+
+
+if __name__ == "__main__":
+    main()
