@@ -101,24 +101,31 @@ def mixture_kernel(
                 if phase > 0:
                     wait_for(w.flags + row, phase)
                 chunk = inside % chunks
-                alone = run_task(
+                result = run_task(
                     m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C
                 )
+                alone = tl.maximum(result, 0)
+                if result < 0:
+                    tl.atomic_xchg(w.flags + row, -result, sem="release")
             if alone == 0:
                 ticket = tl.atomic_add(w.tickets, 1, sem="relaxed")
-        # The last program out leaves the counters as it found them.
+        # The last program out leaves the counters as it found them; before, another may still be
+        # waiting for a phase that is long over.
         leaving = tl.atomic_add(w.tickets + 1, 1, sem="acq_rel")
         if leaving == tl.num_programs(0) - 1:
             tl.atomic_xchg(w.tickets, 0, sem="relaxed")
             tl.atomic_xchg(w.tickets + 1, 0, sem="relaxed")
+            for begin in range(0, rows, TILE):
+                i = begin + tl.arange(0, TILE)
+                tl.store(w.flags + i, 0, mask=i < rows)
 
 
 @triton.jit
 def run_task(m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C: tl.constexpr):
-    """One phase of one chunk of a row, and what ends the phase if it is the row's last chunk. A
-    row that the last evaluation leaves unsolved is returned to: the result is not 0 then, and is
-    `alone` of the next call, which evaluates the whole row."""
-    PHASES: tl.constexpr = C.phases
+    """One phase of one chunk of a row, and what ends the phase if it is the row's last chunk: then
+    the result is less the row's next phase. A row that the last evaluation leaves unsolved is
+    returned to: the result is positive then, and is `alone` of the next call, which evaluates the
+    whole row."""
     KEYS: tl.constexpr = C.phases - 1 - C.finish
     MODEL_FIELDS: tl.constexpr = 2 * C.models
     FIELDS: tl.constexpr = TILE_FIELDS + 2 * C.models
@@ -131,6 +138,10 @@ def run_task(m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C
         if alone > 0:
             begin = 0
             end = tiles
+    skipped = tl.full([], False, tl.int1)  # an evaluation of a row that is solved
+    if C.evaluations > 0:
+        if (phase > 1) & (phase < KEYS):
+            skipped = tl.load(state + SOLVED, cache_modifier=".cg") != 0.0
     # A loop per phase: what one loop keeps in registers for all tiles is not kept in another.
     if phase == KEYS:
         for tile in range(begin, end):
@@ -144,7 +155,7 @@ def run_task(m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C
             for tile in range(begin, end):
                 deficits_of_tile(m, w, state, fields, row, tile, tiles, C)
         elif (phase > 1) & (phase < KEYS):
-            if tl.load(state + SOLVED, cache_modifier=".cg") == 0.0:
+            if skipped == 0:
                 for tile in range(begin, end):
                     evaluation_of_tile(m, state, fields, row, tile, C)
     if C.finish:
@@ -153,10 +164,13 @@ def run_task(m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C
                 finish_tile(m, w, state, row, tile)
     tl.debug_barrier()
     arrived = chunks - 1
-    if alone == 0:
+    if skipped:
+        arrived = -1
+    elif alone == 0:
         arrived = tl.atomic_add(w.arrivals + row, 1, sem="acq_rel")
-    again = 0
+    result = 0
     if arrived == chunks - 1:
+        result = -(phase + 1)
         tl.debug_barrier()
         if phase == KEYS:
             end_draw(m, r, state, model_fields, fields, row, tiles, seed, position, C)
@@ -169,11 +183,11 @@ def run_task(m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C
             elif (phase > 1) & (phase < KEYS):
                 end_evaluation(m, state, fields, tiles, C)
                 tl.debug_barrier()
-                if (phase == KEYS - 1) & (alone < MAX_EVALUATIONS):
-                    again = tl.where(tl.load(state + SOLVED) == 0.0, alone + 1, 0)
+                if tl.load(state + SOLVED) != 0.0:
+                    result = -KEYS  # nobody waits for the evaluations that are left
+                elif (phase == KEYS - 1) & (alone < MAX_EVALUATIONS):
+                    result = alone + 1
         tl.debug_barrier()
-        if again == 0:
-            # Counters are left as they were found.
+        if result < 0:
             tl.atomic_xchg(w.arrivals + row, 0, sem="relaxed")
-            tl.atomic_xchg(w.flags + row, (phase + 1) % PHASES, sem="release")
-    return again
+    return result

@@ -156,9 +156,9 @@ def markdown(data: dict[str, Any]) -> str:
         "# Instructions a token",
         "",
         f"sm_90 machine code of Triton {data['triton']}, two policies in bfloat16, V = {VOCAB}, "
-        "many rows: instructions issued for a token (special functions among them) on the shortest way "
-        "through a phase's loop; registers of the whole kernel. The last columns are what issuing "
-        f"them takes on {PROCESSORS} multiprocessors at {GHZ} GHz, full: a prediction, no "
+        "many rows: instructions issued for a token (special functions among them) on the shortest "
+        "way through a phase's loop; registers of the whole kernel. The last columns are what "
+        f"issuing them takes on {PROCESSORS} multiprocessors at {GHZ} GHz, full: a prediction, no "
         "measurement.",
         "",
         report.markdown_table(header, lines),
