@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import combinations, product
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from interpreter import INTERPRETED
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not installed
 
 pytest.importorskip("triton")
 if INTERPRETED:
@@ -19,6 +24,8 @@ from mod_fused.triton_kernels.launching import Launch, specialization  # noqa: E
 from test_triton_compile import launches  # noqa: E402
 from triton.compiler.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+from bench.gpu.schedules import phase_kernel  # noqa: E402
 
 BYTES = torch.zeros(4096, dtype=torch.uint8)
 #: What may stand in an argument's place: each may be compiled for.
@@ -83,8 +90,9 @@ class Compiled:
 class Kernel:
     """A kernel that has to be compiled each time it is called by its own name."""
 
-    def __init__(self) -> None:
+    def __init__(self, constant: int = -1) -> None:
         self.compiled: list[tuple[dict[str, Any], Compiled]] = []
+        self.params = [SimpleNamespace(is_constexpr=i == constant) for i in range(8)]
 
     def __getitem__(self, grid: Any) -> Any:
         def run(*arguments: Any, **options: Any) -> Compiled:
@@ -123,6 +131,15 @@ def test_a_kernel_is_compiled_once_for_all_calls_that_may_share_it(launch):
         other.run(CPU)
     assert len(launch.kernel.compiled) == 4
     assert [len(c.calls) for _, c in launch.kernel.compiled] == [1, 1, 1, 1]
+
+
+def test_constants_among_the_arguments_count_as_they_are(launch):
+    kernel = Kernel(constant=3)
+    for constant in (2, 3, 2, 3):  # alike as numbers: neither 1 nor multiples of 16
+        arguments = (*launch.arguments[:3], constant)
+        launch._replace(kernel=kernel, arguments=arguments).run(CPU)
+    assert [len(c.calls) for _, c in kernel.compiled] == [1, 1]
+    assert phase_kernel.params[5].is_constexpr  # a name that Triton's kernels have
 
 
 def test_kernels_are_not_kept_for_ever(launch, monkeypatch):

@@ -59,7 +59,11 @@ class Launch(NamedTuple):
         """On the current stream of `device`, where the arguments are."""
         with _current(device):
             options = self.options(_AMD, 64 if _AMD else 32)
-            key = (self.kernel, *options.items(), device, specialization(self.arguments))
+            # What is a constant there counts as it is; the interpreter's kernels have no such list.
+            parameters = zip(self.arguments, getattr(self.kernel, "params", ()), strict=False)
+            constants = tuple([x for x, p in parameters if p.is_constexpr])
+            own = specialization(self.arguments)
+            key = (self.kernel, *options.items(), constants, device, own)
             compiled = _compiled.get(key)
             if compiled is not None:
                 compiled[self.grid[0], 1, 1](*self.arguments, self.variant)
