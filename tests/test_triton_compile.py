@@ -86,14 +86,13 @@ def launches(
 def logit_loads(variant: launch.Variant, logit_bytes: int, whole: int, last: int) -> Counter[int]:
     """Loads by bytes that a thread of the mixture kernel has for logits: every phase reads its tile
     of every model once, and so does the race in the winner's tile, each in a branch for whole tiles
-    and in one for a row's last tile; one branch runs. Log-linear keys have a second form for tiles
-    in which some logit is not finite."""
+    and in one for a row's last tile; one branch runs. Log-linear keys have a second form, for whole
+    tiles in which all logits are finite."""
     phases = 1 + variant.sums + (2 if variant.evaluations else 0)
-    phases += not (variant.general or variant.sums or variant.model_logprobs)
-    tiles = variant.models * (phases + variant.draw)
+    finite = not (variant.general or variant.sums or variant.model_logprobs)
     loads: Counter[int] = Counter()
-    for width in (whole, last):
-        loads[width] += tiles * (TILE // THREADS) * logit_bytes // width
+    for width, forms in ((whole, phases + variant.draw + finite), (last, phases + variant.draw)):
+        loads[width] += variant.models * forms * (TILE // THREADS) * logit_bytes // width
     return loads
 
 

@@ -46,11 +46,19 @@ def test_what_is_no_table_is_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("vocab", "rows", "phases", "expected"),
-    # 3 tensors of 2 bytes, 40 MB over all phases, of which each has a group.
-    [(128256, 256, 6, 8), (128256, 256, 2, 25), (128256, 4, 2, 4), (10_000_000, 9, 6, 1)],
+    ("vocab", "rows", "phases", "programs", "expected"),
+    # 3 tensors of 2 bytes, 40 MB over all phases, of which each has a group. 32 tasks a row.
+    [
+        (128256, 256, 6, 528, 8),
+        (128256, 256, 2, 528, 25),
+        (128256, 4, 2, 528, 4),
+        (128256, 256, 6, 1000, 11),  # 192 tasks a row in all, half of them to do something
+        (10_000_000, 9, 6, 96, 1),
+    ],
 )
-def test_what_is_read_again_fits_the_cache(vocab, rows, phases, expected):
+def test_what_is_read_again_fits_the_cache_and_all_programs_have_work(
+    vocab, rows, phases, programs, expected
+):
     x = torch.empty((rows, vocab), dtype=torch.bfloat16, device="meta")
     mixing = check_mixture(x, [x, x], [0.6, 0.3], "jsd", "exact", *[None] * 7, 0)
-    assert rows_together(mixing, rows, phases) == expected
+    assert rows_together(mixing, rows, phases, 32, programs) == expected

@@ -187,6 +187,15 @@ def test_log_linear_tiles_are_read_again_where_a_logit_that_counts_is_not_finite
     assert again[:-1] == [1] * tiles + [5]
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha:0.5"])
+def test_a_value_as_large_as_floats_are_forces_its_token(divergence):
+    ref, policies = logits(219, 1, 300, 2, kind="typical")
+    values = torch.zeros(1, 1, 300)
+    values[0, 0, 7], values[0, 0, 9] = torch.finfo(torch.float32).max, -math.inf
+    drawn = OP.sample(ref, policies, [0.6, 0.3], divergence=divergence, values=values, seed=1)
+    assert drawn.valid.all() and drawn.tokens == 7 and -2e-6 <= drawn.logprobs <= 0.0
+
+
 def test_where_no_tensor_counts_the_tokens_of_the_vocabulary_are_alike():
     _, policies = logits(218, 64, 3, 2, kind="typical")
     drawn = mod_fused.sample(None, policies, [0.0, 0.0], seed=1, backend="triton")

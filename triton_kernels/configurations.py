@@ -139,8 +139,12 @@ def configuration(mixing: MixtureArguments, rows: int) -> Configuration:
     return table[regime(mixing.divergence, rows)]
 
 
-def rows_together(mixing: MixtureArguments, rows: int, phases: int) -> int:
+def rows_together(
+    mixing: MixtureArguments, rows: int, phases: int, row_tasks: int, programs: int
+) -> int:
     """Rows whose phases are interleaved with those of the next: as many groups as there are phases
-    are in flight, and what a group reads again is to be in the L2 cache still."""
+    are in flight, and what a group reads again is to be in the L2 cache still; but `programs` must
+    find work, of which half may be evaluations that are skipped."""
     row_bytes = sum(x.element_size() for x in mixing.tensors()) * mixing.vocab_size
-    return max(1, min(rows, BYTES_IN_FLIGHT // (phases * row_bytes)))
+    cached = BYTES_IN_FLIGHT // (phases * row_bytes)
+    return min(rows, max(1, cached, -(-2 * programs // (phases * row_tasks))))

@@ -16,7 +16,7 @@ from .configurations import Configuration, configuration, processors, rows_toget
 from .filters import filter_kernel
 from .launching import Launch
 from .mixture import mixture_kernel
-from .parameters import Drawing, Mixing, dense, drawing_of, mixing_of
+from .parameters import Drawing, dense, drawing_of, mixing_of
 from .tiles import TILE
 from .workspace import cdiv, make_workspace, row_tiles
 
@@ -133,10 +133,15 @@ def variant_of(
     )
 
 
-def _grid(mixing: Mixing, variant: Variant, rows: int, configured: Configuration) -> int:
-    tasks = rows * cdiv(cdiv(mixing.vocab, TILE.value), variant.chunk)
-    programs = configured.programs_per_processor * processors(mixing.logits[0].device)
-    return tasks if variant.phases == 1 else min(tasks, programs)
+def _cut(
+    mixing: MixtureArguments, variant: Variant, rows: int, configured: Configuration
+) -> tuple[tuple[int], int]:
+    """Grid, and rows whose phases are interleaved with those of the next."""
+    row_tasks = cdiv(cdiv(mixing.vocab_size, TILE.value), variant.chunk)
+    programs = configured.programs_per_processor * processors(mixing.batch_tensor().device)
+    group = rows_together(mixing, rows, variant.phases, row_tasks, programs)
+    tasks = rows * row_tasks
+    return (tasks if variant.phases == 1 else min(tasks, programs),), group
 
 
 def log_probs_launches(
@@ -149,8 +154,8 @@ def log_probs_launches(
     variant = variant_of(mixing, None, configured)
     m = mixing_of(mixing)
     w = make_workspace(out, rows, m.vocab, variant.models, False, workspace)._replace(keys=out)
-    grid = (_grid(m, variant, rows, configured),)
-    arguments = (m, Drawing(), w, rows, rows_together(mixing, rows, variant.phases), 0, 0)
+    grid, group = _cut(mixing, variant, rows, configured)
+    arguments = (m, Drawing(), w, rows, group, 0, 0)
     return [Launch(mixture_kernel, grid, arguments, variant, configured.threads)], bad
 
 
@@ -191,9 +196,9 @@ def sample_launches(
     m = mixing_of(mixing)
     r = drawing_of(drawing, logits, outputs)
     w = make_workspace(logits, rows, m.vocab, variant.models, variant.store_keys, workspace)
-    grid = (_grid(m, variant, rows, configured),)
+    grid, group = _cut(mixing, variant, rows, configured)
     seed, position, top_k = drawing.seed, drawing.position[0], drawing.top_k[0]
-    arguments = (m, r, w, rows, rows_together(mixing, rows, variant.phases), seed, position)
+    arguments = (m, r, w, rows, group, seed, position)
     launches = [Launch(mixture_kernel, grid, arguments, variant, configured.threads)]
     if not variant.draw:
         filtering = (m, r, w, seed, position, top_k)

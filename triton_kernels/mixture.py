@@ -91,6 +91,13 @@ def mixture_kernel(
             # Step s runs phase p on group s - p.
             s = 0
             active = 1
+            most = tl.minimum(groups, PHASES)  # active in the steps between two ramps
+            ramp = most * (most - 1) // 2
+            if slot >= ramp:
+                over = tl.minimum((slot - ramp) // most, tl.maximum(groups, PHASES) - most)
+                s = most - 1 + over
+                slot -= ramp + over * most
+                active = most
             while slot >= active:
                 slot -= active
                 s += 1

@@ -59,16 +59,19 @@ from .tiles import (
 
 
 @triton.jit
-def above_least(state, q):
+def above_least(state, q, C: tl.constexpr):
     """D = Q - min Q, float32. A Q without values is float32, and so are all of its row."""
-    return (q - tl.load(state + LEAST).to(q.dtype)).to(tl.float32)
+    distance = (q - tl.load(state + LEAST).to(q.dtype)).to(tl.float32)
+    if C.scores > 0:
+        distance = tl.minimum(distance, EXCLUDED)  # the value of another token may be that large
+    return distance
 
 
 @triton.jit
 def evaluate(m, state, log_ref, q, tile, C: tl.constexpr):
     """sum p H and sum p (-H') of a tile at the row's point; a Stieltjes kernel's leave s* out: next
     to its pole the others would drown in their rounding."""
-    distance = above_least(state, q)
+    distance = above_least(state, q, C)
     point = tl.load(state + POINT).to(tl.float32)
     if C.excess is not None:
         # Off the support Q is so large that H is 0.
@@ -93,7 +96,7 @@ def deficit_key(m, state, log_ref, q, broken, row, C: tl.constexpr):
         point = tl.load(state + POINT).to(tl.float32)
         if C.unshift is not None:
             point = C.unshift(point, m.alpha)
-        y = point + above_least(state, q)
+        y = point + above_least(state, q, C)
     else:
         # Eq. 6 as printed: Z = 0, that is tau = c (1 - sum w) + min Q.
         y = (q + m.supremum * reference_weight(m, row, C)).to(tl.float32)
@@ -203,7 +206,7 @@ def store_deficit_keys(m, r, w, state, fields, log_ref, q, broken, row, tile, C:
     if C.exact and C.excess is not None and not (C.mask or C.tempered or C.store_keys):
         # Only sums are asked for, and a Stieltjes kernel has them without logarithms.
         point = tl.load(state + POINT).to(tl.float32)
-        h, _ = ratios(point + C.excess(above_least(state, q), m.alpha), m, C)
+        h, _ = ratios(point + C.excess(above_least(state, q, C), m.alpha), m, C)
         if C.is_jsd:
             h = h * (1.0 - point)
         total = tl.sum(tl.where(broken, float("nan"), exp(log_ref) * h), 0)
@@ -224,10 +227,14 @@ def keys_of_tile(m, r, w, state, model_fields, fields, row, tile, tiles, C: tl.c
         store_keys(m, r, w, fields, key, broken, row, tile, C)
     else:
         # Rarely is there a token that is excluded or broken: then the tile is read once more.
-        key = finite_log_linear_tile(m, row, tile, C)
-        peak = tl.max(key, 0)
-        total = tl.sum(exp(key - peak), 0)
-        if (total != total) | ((tile + 1) * TILE > m.vocab):
+        key = tl.zeros([TILE], tl.float32)
+        peak = tl.full([], 0.0, tl.float32)
+        total = tl.full([], float("nan"), tl.float32)
+        if (tile + 1) * TILE <= m.vocab:
+            key = finite_log_linear_tile(m, row, tile, C)
+            peak = tl.max(key, 0)
+            total = tl.sum(exp(key - peak), 0)
+        if total != total:
             key, broken = key_tile(m, state, model_fields, row, tile, tiles, C)
             peak = tl.max(key, 0)
             total = sum_exp(key, peak, broken)
@@ -273,7 +280,9 @@ def draw(m, r, state, model_fields, fields, row, tiles, seed, position, C: tl.co
         key, exp((key - peak) * beta), tile, temperature, peak, own_seed, own_position
     )
     valid = valid & found & inside
-    store_draw(r, m, state, model_fields, row, token, token_key - level - norm, valid, tiles, C)
+    # Keys and masses are rounded apart: no token is likelier than certain.
+    logprob = tl.minimum(token_key - level - norm, 0.0)
+    store_draw(r, m, state, model_fields, row, token, logprob, valid, tiles, C)
 
 
 @triton.jit

@@ -225,7 +225,7 @@ def end_deficits(m, w, state, fields, row, tiles, C: tl.constexpr):
     if C.excess is not None:
         # The best token of each tile is missing in its sums: all but s* are added.
         others = (i < tiles) & (i != best_tile) & (least_of < EXCLUDED)
-        h, slope = start_ratios(tl.where(others, least_of, 1.0), m, row, C)
+        h, slope = start_ratios(tl.where(others, least_of, least), m, row, C)
         p = tl.where(others, tile_field(fields, BEST_P, tiles, C, 0.0), 0.0).to(tl.float64)
         s1 += tl.sum(p * h.to(tl.float64), 0)
         s2 += tl.sum(p * slope.to(tl.float64), 0)
