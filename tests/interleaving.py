@@ -48,13 +48,14 @@ class _Interleaved:
             self.running = self.order[0]
             self.turns[self.running].release()
 
-    def after_atomic(self, waiting: bool) -> None:
-        """Of the running program: it waits, or now and then all priorities are drawn again."""
+    def after_atomic(self, waiting: bool, released: bool) -> None:
+        """Of the running program: it goes last while it waits, and often when it has let others go
+        on, which is where what it does next comes too late; now and then all is drawn again."""
         me = self.running
         self.left -= 1
         if self.left < 0 or self.errors:
             raise Stuck
-        if waiting:
+        if waiting or (released and self.random.random() < 0.75):
             self.order.remove(me)
             self.order.append(me)
         elif self.random.random() < 0.25:
@@ -88,7 +89,8 @@ def interleave(launch: Launch, seed: int, monkeypatch: Any, most: int = 20000) -
 
     def create_atomic_rmw(op: Any, pointer: Any, value: Any, *rest: Any) -> Any:
         result = atomic(op, pointer, value, *rest)
-        state.after_atomic(op == ir.ATOMIC_OP.ADD and not value.data.any())
+        waiting = op == ir.ATOMIC_OP.ADD and not value.data.any()
+        state.after_atomic(waiting, op == ir.ATOMIC_OP.XCHG)
         return result
 
     def program(index: int) -> Callable[[], None]:

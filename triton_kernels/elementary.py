@@ -78,9 +78,8 @@ def wright_omega(z):
     v - z no longer shows it."""
     z = tl.maximum(z, -80.0)
     exp_z = exp(tl.minimum(z, 1.0))
-    log_z = log_of(tl.maximum(z, 1.0))
     high = tl.maximum(z, 1.0)
-    start = high - log_z * (high * reciprocal(1.0 + high))
+    start = high - log_of(high) * (high * reciprocal(1.0 + high))
     v = tl.where(z > 1.0, start, exp_z * reciprocal(1.0 + 0.6 * exp_z))
     for _ in tl.static_range(2):
         step = (z - v - log_of(v)) * reciprocal(1.0 + v)

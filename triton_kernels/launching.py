@@ -11,8 +11,8 @@ import torch
 _AMD = torch.version.hip is not None
 #: Compiled kernels by what they were compiled for: Triton's own look-up costs three times as much.
 _compiled: dict[Any, Any] = {}
-#: Of a thread on NVIDIA: three programs of 128 threads fit a multiprocessor. With more ptxas keeps
-#: addresses in them that are cheaper made anew, with fewer or no limit it spills (Triton 3.6).
+#: Of a thread on NVIDIA: three programs of 128 threads fit a multiprocessor. Allowed 255, kernels
+#: take up to 217 and issue as much; with 128, or no limit, they spill (all with Triton 3.6).
 MOST_REGISTERS = 168
 _REGISTERS = 65536  # of a multiprocessor
 #: More kernels than a process has. Old ones are in Triton's own cache still.
