@@ -22,7 +22,7 @@ from cases import logits, normal
 
 import mod_fused
 from mod_fused import cpu_backend
-from mod_fused.divergence import get_divergence
+from mod_fused.divergence import alpha_of, get_divergence, number_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "alpha:0.5", "alpha:0.25", "jeffrey")
@@ -211,8 +211,11 @@ def test_divergences_equal_those_of_python(name, function):
         inputs = JEFFREY_QS if name == "jeffrey" else QS
         inputs = inputs[inputs < 1e4] if name == "jsd" else inputs
     x = torch.from_numpy(inputs).float()
-    got = torch.ops.mod_fused.divergence_cpu(name, function, x).double()
-    expected = getattr(get_divergence(name), function)(x.double())
+    divergence = get_divergence(name)
+    which = ("deficit", "log_ratio", "log_slope").index(function)
+    numbers = number_of(divergence), alpha_of(divergence), which
+    got = torch.ops.mod_fused.divergence_cpu(*numbers, x).double()
+    expected = getattr(divergence, function)(x.double())
     error = (got - expected).abs() / expected.abs().clamp(min=0.5)
     assert error.max() <= 4e-6, f"at {x[error.argmax()]}: {got[error.argmax()]}"
 
@@ -235,7 +238,7 @@ for divergence in inputs["divergences"]:
         results.append(mod_fused.sample(rows[0], rows[1:], [0.5, 0.4], divergence=divergence,
                                         backend="cpu", seed=5, temperature=0.9).tokens)
 torch.save(results, sys.argv[2])
-print(torch.ops.mod_fused.instruction_set_cpu())
+print(mod_fused.cpu_backend.instruction_set())
 """
 
 
@@ -271,11 +274,32 @@ def test_every_instruction_set_of_this_machine_gives_the_same_results(tmp_path):
         assert (x != y).sum() <= len(x) // 10_000
 
 
-@pytest.mark.parametrize("integers", [[], [1, 2, 4, 0, 1, 99, 0, 0], [1, 2, 4, 0, 1, -1, 0, 0]])
-def test_arguments_that_pack_did_not_write_are_refused(integers):
-    ref, policies = logits(131, 1, 4, 2)
-    with pytest.raises(RuntimeError):
-        torch.ops.mod_fused.log_probs_cpu([ref, *policies], integers, [0.0, 0.5, 0.5], "jsd")
+ROW = torch.zeros(1, 4)
+PACKED = {
+    "logits": [ROW] * 3, "tensors": [None] * 5, "integers": [1, 4, 0, 1, 2],
+    "numbers": [0.0, 1.0, 0.5, 0.5],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"logits": [ROW] * 10},
+        {"logits": [ROW] * 2},
+        {"tensors": [], "integers": []},
+        {"tensors": [None] * 12},
+        {"integers": [1, 4, 0, 1, 5]},  # no such divergence
+        {"integers": [1, 4, 0, 1, -1]},
+        {"numbers": []},
+        {"numbers": [0.0, 1.0, 0.5]},  # a weight is missing
+        {"numbers": [0.0, 1.0, 0.5, 0.5, 1.0]},  # of three scales, two
+    ],
+)
+def test_arguments_that_pack_did_not_write_are_refused(changed):
+    op = torch.ops.mod_fused.log_probs_cpu
+    assert op(**PACKED).isfinite().all()
+    with pytest.raises(RuntimeError, match="not what mod_fused/arguments.py packs"):
+        op(**{**PACKED, **changed})
 
 
 def test_an_unknown_instruction_set_is_reported():
