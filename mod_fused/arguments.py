@@ -11,7 +11,7 @@ string is among them: torch's stable ABI loses the memory of every one that cros
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -85,7 +85,6 @@ class DrawArguments(NamedTuple):
 
 #: Slots of the mixture; those of the draw follow.
 _TENSORS, _INTEGERS, _NUMBERS = 5, 5, 2
-_HOST = frozenset((int, float, tuple))
 
 
 def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Packed:
@@ -98,29 +97,33 @@ def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Pack
         ref, policies, weights, divergence, normalizer, values, value_ids, value_weights, prefix,
         scales, vocab, plausibility, plausible,
     ) = mixing  # fmt: skip
+    # Fields are of these very types, and asking for them is faster than asking for tensors.
+    w, v = type(weights) is tuple, type(value_weights) is tuple
     logits = list(policies) if ref is None else [ref, *policies]
-    tensors = [_tensor(weights), values, value_ids, _tensor(value_weights), prefix]
+    tensors: list[Any] = [
+        None if w else weights,
+        values,
+        value_ids,
+        None if v else value_weights,
+        prefix,
+    ]
     exact = int(normalizer == "exact")
-    integers = [int(ref is not None), vocab, plausible, exact, number_of(divergence)]
-    numbers = [plausibility, alpha_of(divergence)]
+    integers: list[Any] = [int(ref is not None), vocab, plausible, exact, number_of(divergence)]
+    numbers: list[Any] = [plausibility, alpha_of(divergence)]
     if drawing is not None:
         temperature, top_k, top_p, min_p, mask, seed, position, with_logprobs = drawing
-        tensors.append(mask)
-        tensors += [_tensor(x) for x in (temperature, top_k, top_p, min_p, seed, position)]
-        integers += [x if type(x) is int else 0 for x in (top_k, seed, position)]
-        integers.append(int(with_logprobs))
-        numbers += [x if type(x) is float else 0.0 for x in (temperature, top_p, min_p)]
-    if type(weights) is tuple:
+        t, p, m = type(temperature) is float, type(top_p) is float, type(min_p) is float
+        k, s, n = type(top_k) is int, type(seed) is int, type(position) is int
+        tensors += (mask, None if t else temperature, None if k else top_k, None if p else top_p)
+        tensors += (None if m else min_p, None if s else seed, None if n else position)
+        integers += (top_k if k else 0, seed if s else 0, position if n else 0, int(with_logprobs))
+        numbers += (temperature if t else 0.0, top_p if p else 0.0, min_p if m else 0.0)
+    if w:
         numbers += weights
-    if type(value_weights) is tuple:
+    if v:
         numbers += value_weights
     numbers += scales
     return logits, tensors, integers, numbers
-
-
-def _tensor(field: object) -> Tensor | None:
-    """A field that is a tensor; testing for the others is faster."""
-    return None if type(field) in _HOST else field  # type: ignore[return-value]
 
 
 def unpack(

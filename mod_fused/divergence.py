@@ -138,10 +138,15 @@ class AlphaDivergence(Divergence):
                 f"alpha must be at least {SMALLEST_ALPHA} (float32 holds no less), got {alpha}; "
                 "the limit of smaller ones is reverse_kl"
             )
-        alpha = float(alpha)
-        fields = {"alpha": alpha, "name": f"alpha:{alpha!r}", "supremum": 1.0 / alpha}
-        for field, value in fields.items():
-            object.__setattr__(self, field, value)
+        object.__setattr__(self, "alpha", float(alpha))
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"alpha:{self.alpha!r}"
+
+    @property
+    def supremum(self) -> float:  # type: ignore[override]
+        return 1.0 / self.alpha
 
     def deficit(self, d: Tensor) -> Tensor:
         return torch.exp(-self.alpha * d) / self.alpha
@@ -294,15 +299,15 @@ def _same(one: Divergence, other: Divergence) -> bool:
 
 def _equal(x: Any, y: Any) -> bool:
     """x == y; containers entry by entry, tensors and arrays whole."""
-    if x is y:
-        return True
-    if type(x) is not type(y) or getattr(x, "shape", None) != getattr(y, "shape", None):
+    if type(x) is not type(y):
         return False
+    if isinstance(x, (float, int, str)):
+        return x == y
     if isinstance(x, (tuple, list)):
         return len(x) == len(y) and all(map(_equal, x, y))
     if isinstance(x, dict):
         return x.keys() == y.keys() and all(_equal(x[key], y[key]) for key in x)
-    equal = x == y
+    equal = getattr(x, "shape", None) == getattr(y, "shape", None) and x == y
     return bool(equal.all() if hasattr(equal, "all") else equal)
 
 
@@ -314,7 +319,7 @@ def is_built_in(divergence: Divergence) -> bool:
 def number_of(divergence: Divergence) -> int:
     """The number by which the ops know a divergence that `get_divergence` returned. A registered
     one's comes from its name: a saved graph means the same in every process."""
-    return _NUMBERS.get(divergence.name, _ALPHA)
+    return _ALPHA if type(divergence) is AlphaDivergence else _NUMBERS[divergence.name]
 
 
 def alpha_of(divergence: Divergence) -> float:
