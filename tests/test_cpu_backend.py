@@ -8,10 +8,12 @@ backend takes 1 to 5 ms a draw).
 
 from __future__ import annotations
 
+import locale
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -191,6 +193,57 @@ def test_strided_masks_values_and_parameters_give_the_same_bits(divergence):
             **moved, **{name: strided(x) for name, x in parameters.items()},
         )  # fmt: skip
         assert_identical(plain, drawn)
+
+
+# --- what a call leaves behind, and what it does not depend on ----------------------------------
+
+STATM = Path("/proc/self/statm")
+ROWS = [torch.randn(1, 64, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+ONE, OUT = torch.ones(1), torch.empty(1, 64)
+LEAVING: dict[str, Callable[[], object]] = {
+    "out": lambda: log_probs(ROWS[0], ROWS[1:], [0.5, 0.4], out=OUT),
+    "fresh": lambda: log_probs(ROWS[0], ROWS[1:], [0.5, 0.4], divergence="alpha:0.5"),
+    "tensors": lambda: sample(
+        ROWS[0], ROWS[1:], torch.ones(1, 2), seed=ONE.long(), temperature=ONE, position=ONE.long()
+    ),
+}
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="resident memory is read as Linux tells it")
+@pytest.mark.parametrize("call", LEAVING.values(), ids=LEAVING)
+def test_calls_leave_no_memory_behind(call):
+    def resident() -> int:
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    count = 50_000
+    for _ in range(count // 5):
+        call()
+    before = resident()
+    for _ in range(count):
+        call()
+    assert (resident() - before) / count < 10  # bytes; a lost string takes 48
+
+
+@pytest.mark.skipif(shutil.which("localedef") is None, reason="no localedef to make a locale with")
+def test_a_decimal_comma_changes_nothing(tmp_path, monkeypatch):
+    made = subprocess.run(
+        ["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8"], capture_output=True
+    )
+    if made.returncode != 0:
+        pytest.skip("localedef has no sources")
+    names = ("alpha:0.25", "alpha:0.9", "jsd")
+    arguments = *logits(150, 2, 300, 2, kind="typical"), [0.5, 0.4]
+    expected = [log_probs(*arguments, divergence=name) for name in names]
+    monkeypatch.setenv("LOCPATH", str(tmp_path))
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        locale.setlocale(locale.LC_ALL, "de_DE.UTF-8")
+        assert locale.localeconv()["decimal_point"] == ","
+        found = [log_probs(*arguments, divergence=name) for name in names]
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
+    assert_identical(found, expected)
+    assert all(x.isfinite().all() for x in found)
 
 
 # --- divergence.h against divergence.py ---------------------------------------------------------
