@@ -30,6 +30,8 @@ def test_triton_is_interpreted_exactly_if_triton_says_so(monkeypatch, value):
 
 def test_a_knob_that_was_set_before_counts(monkeypatch):
     triton = pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton.knobs, "propagate_env", False)  # it would set the variable
     for value in (True, False):
         with triton.knobs.runtime.scope():
             triton.knobs.runtime.interpret = value
