@@ -19,6 +19,7 @@ from .commands import UsageError, run_demo, run_doctor, run_generate, run_sweep,
 from .divergence import get_divergence
 from .doctor import DIVERGENCES
 from .guiding import STRENGTHS, numbers
+from .loading import missing_folder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -56,9 +57,7 @@ def _device(text: str) -> str:
 
 
 def _model(text: str) -> str:
-    # Names on the hub are NAME or OWNER/NAME; about anything else it would speak of those rules.
-    is_path = text.startswith((".", "/", "~")) or text.count("/") > 1
-    if is_path and not Path(text).is_dir():
+    if missing_folder(text):
         raise argparse.ArgumentTypeError(f"the folder {text} does not exist")
     return text
 

@@ -58,7 +58,8 @@ def policy_names(args: argparse.Namespace) -> list[str]:
 def load_models(args: argparse.Namespace) -> Ensemble:
     """The models that the arguments name: own ones, or embedded ones."""
     _quiet_transformers()
-    options = {"device": args.device, "dtype": args.dtype}
+    # Said here, or transformers would ask on the terminal.
+    options = {"device": args.device, "dtype": args.dtype, "trust_remote_code": False}
     if _own(args):
         return Ensemble.from_pretrained(args.reference, args.policy, **options)
     _use_one_thread()

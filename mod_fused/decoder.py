@@ -164,6 +164,8 @@ def generate(
     pad = ensemble.pad_token_id if pad_token_id is None else pad_token_id
     pad = _count("pad_token_id", pad, 0, ensemble.vocab_size)
     _check_vocab_size(vocab_size, ensemble)
+    if vocab_size is None and ensemble.common_ids is not None:
+        vocab_size = ensemble.vocab_size
     if value_fn is None and value_weights is not None:
         raise ValueError("value_weights were given without value_fn")
     if resample_fn is not None and streamer is not None:
