@@ -13,6 +13,7 @@ from torch import Tensor
 from .check_helpers import check_tensor
 from .divergence import Divergence, get_divergence
 from .ensemble import Ensemble
+from .memory import check_decoding
 from .ops import sample
 from .philox import continuation_seeds, split_mix
 from .rows import placed, repeated
@@ -175,6 +176,8 @@ def generate(
         prompts, input_ids=input_ids, attention_mask=attention_mask, pad_token_id=pad
     )
     batch, width, device = *ids[0].shape, ids[0].device
+    present = [model for model in ensemble.models if model is not None]
+    check_decoding(present, ids, copies=copies, max_new_tokens=max_new_tokens, use_cache=use_cache)
     stream = streaming(streamer, batch * copies)
     if seed is None:
         # Once, not per step: position tells the steps apart.

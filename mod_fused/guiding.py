@@ -15,6 +15,7 @@ from .guidance import (
     prefix_score,
     response_score,
 )
+from .terminal import working
 
 STRENGTHS = (0.0, 2.0, 5.0, 10.0, 20.0)  # a sweep's
 
@@ -111,7 +112,8 @@ def load_guidance(args: argparse.Namespace) -> dict[str, Any]:
     """value_fn of `generate`; empty without --values."""
     if not args.values:
         return {}
-    scorers = load_scorers(args.values, **_options(args))
+    with working("loading " + ", ".join(args.values)):
+        scorers = load_scorers(args.values, **_options(args))
     return {"value_fn": Guidance(scorers, candidates=args.candidates)}
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+PATIENCE = 3.0  # seconds; what is over sooner needs no word
 
 
 def _rich_console(stream: Any) -> Any:
@@ -64,6 +67,21 @@ def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]
         if 10 * done // total > reported:
             reported = 10 * done // total
             print(f"{description}: {done}/{total}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def working(description: str, patience: float | None = None) -> Iterator[None]:
+    """Say on stderr what is going on, once it has taken `patience` seconds (None: `PATIENCE`)."""
+    timer = threading.Timer(
+        PATIENCE if patience is None else patience,
+        lambda: print(f"{description} ...", file=sys.stderr, flush=True),
+    )
+    timer.daemon = True  # it never keeps the process alive
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class TextStream:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..check_helpers import number, shape_of
 from ..decoder import FINISH_REASONS, generate
 from ..ensemble import Ensemble
+from ..memory import check_decoding
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 _INVALID = FINISH_REASONS.index("invalid")
@@ -125,6 +126,14 @@ def blockwise_best_of_k(
         input_ids=input_ids,
         attention_mask=attention_mask,
         pad_token_id=options.get("pad_token_id"),
+    )
+    present = [model for model in ensemble.models if model is not None]
+    check_decoding(
+        present,
+        ids,
+        copies=k,
+        max_new_tokens=max_new_tokens,
+        use_cache=options.get("use_cache", True),
     )
     known = [torch.ones_like(i) if m is None else m for i, m in zip(ids, masks, strict=True)]
     choice = _Choice(score_fn, known[0], k, block_length, max_new_tokens)

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from ..fitting import Sequences
+from ..model_state import embedded_ids
 from .blockwise import ScoreFunction
 from .scorers import Scorer
 from .trainer import Reward, prefix_values
+
+_VALUES = 2**28  # a dense scorer says one for each token of the vocabulary: 1 GiB at a time
 
 
 def prefix_score(scorers: Sequence[Any], strengths: Sequence[float] | None = None) -> ScoreFunction:
@@ -40,11 +43,14 @@ def prefix_score(scorers: Sequence[Any], strengths: Sequence[float] | None = Non
     def score(sequences: Tensor, mask: Tensor) -> Tensor:
         columns = torch.arange(mask.shape[1], device=mask.device)
         last = (columns * mask).argmax(1, keepdim=True)  # of the prefix; padding may follow
-        batch = Sequences(sequences, mask, mask)
         total = torch.zeros(len(sequences), device=sequences.device)
         for weight, scorer in zip(weights, known, strict=True):
-            values = scorer.finish(prefix_values(scorer.model, batch))
-            total += weight * values.gather(1, last - 1)[:, 0]
+            width = embedded_ids(scorer.model) if scorer.dense else 1
+            rows = max(1, _VALUES // (width * mask.shape[1]))
+            for part in torch.arange(len(sequences), device=mask.device).split(rows):
+                batch = Sequences(sequences[part], mask[part], mask[part])
+                values = scorer.finish(prefix_values(scorer.model, batch))
+                total[part] += weight * values.gather(1, last[part] - 1)[:, 0]
         return total
 
     return score
