@@ -147,6 +147,7 @@ def run_generate(args: argparse.Namespace) -> int:
         "top_p": args.top_p,
         "min_p": args.min_p,
         "seed": args.seed,
+        "return_model_logprobs": args.json,
     }
     out: GenerateOutput | BlockwiseOutput
     if args.best_of:
