@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .loading import load_model, load_tokenizer
 from .model_state import CallableState, CausalLMState, EnsembleState, embedded_ids, is_causal_lm
-from .prompts import encode_prompts
+from .prompts import Prompts, encode_prompts
 
 
 class Ensemble:
@@ -166,6 +166,11 @@ class Ensemble:
         return f"Ensemble(reference={names[0]}, policies=[{', '.join(names[1:])}])"
 
     @property
+    def present(self) -> list[Any]:
+        """The models that are not None, the reference first."""
+        return [model for model in self.models if model is not None]
+
+    @property
     def num_policies(self) -> int:
         """M, the number of policies."""
         return len(self.models) - 1
@@ -212,21 +217,27 @@ class Ensemble:
     @property
     def pad_token_id(self) -> int:
         """A padding id that all models can read: a tokenizer's or model's, an eos, or 0."""
+        return self.padding_id(())
+
+    def padding_id(self, eos_token_ids: Sequence[int]) -> int:
+        """The same where other ids than the models' own may end a row: of the eos the first of
+        those, before the models'."""
         sources = [*self.tokenizers, *(getattr(m, "generation_config", None) for m in self.models)]
         candidates = [getattr(source, "pad_token_id", None) for source in sources]
         limit = self.vocab_size
-        for token in (*candidates, *self.eos_token_ids):
+        for token in (*candidates, *eos_token_ids, *self.eos_token_ids):
             if token is not None and 0 <= token and (limit is None or token < limit):
                 return token
         return 0
 
     def encode(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        prompts: Prompts | None = None,
         *,
         input_ids: Tensor | Sequence[Tensor] | None = None,
         attention_mask: Tensor | Sequence[Tensor] | None = None,
         pad_token_id: int | None = None,
+        add_special_tokens: bool | None = None,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Token ids [B, n_k] and left-padding masks [B, n_k] (None: no padding) of each model's
         prompts.
@@ -242,6 +253,7 @@ class Ensemble:
             labels=[_label(i) for i in present],
             pad_token_id=self.pad_token_id if pad_token_id is None else pad_token_id,
             device=self.device,
+            add_special_tokens=add_special_tokens,
         )
 
     def start(

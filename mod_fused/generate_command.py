@@ -49,6 +49,7 @@ def run_generate(args: argparse.Namespace) -> int:
         "top_p": args.top_p,
         "min_p": args.min_p,
         "seed": args.seed,
+        "return_model_logprobs": args.json,
     }
     if not args.best_of:
         options |= guiding.load_guidance(args) | {"value_weights": values}

@@ -23,7 +23,6 @@ from .model_state import embedded_ids, is_causal_lm
 def check_decoding(
     models: Sequence[Any],
     input_ids: Sequence[Tensor],
-    *,
     copies: int,
     max_new_tokens: int,
     use_cache: bool = True,
