@@ -65,7 +65,7 @@ def run_generate(args: argparse.Namespace) -> int:
                 record["rewards"] = {name: world.reward(name, prompt, text) for name in rewards}
             write(json.dumps(_finite(record), allow_nan=False))
         elif not single:
-            write(prompt if isinstance(prompt, str) else prompt[-1]["content"], style="dim", end="")
+            write(_shown(prompt), style="dim", end="")
             write((out.texts or [""])[row], end="\n\n")
     if not out.valid.all():
         raise ValueError("no valid distribution at some step: NaN logits, or no Z = 0 solution")
@@ -127,6 +127,11 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
     if is_own(args):
         return with_roles(args, prompts)
     return as_conversations(prompts)
+
+
+def _shown(prompt: Any) -> str:
+    """A prompt above its answer; of a conversation the last message."""
+    return prompt if isinstance(prompt, str) else f"{prompt[-1].get('content') or ''}\n"
 
 
 def _given(prompt: Any) -> dict[str, Any]:

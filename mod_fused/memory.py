@@ -4,7 +4,7 @@
                           rows x vocabulary x bytes                       the logits of one step
     the responses         rows x tokens x (8 + 4 + 4 x models) bytes      ids and log-probabilities
 
-with tokens = prompt + new ones (no more than its window, in a layer that slides). Weights and what
+with tokens = prompt + new ones (fewer than its window, in a layer that slides). Weights and what
 a model needs between its layers are left out, so that nothing that fits is refused.
 """
 
@@ -80,7 +80,7 @@ def cached_numbers(model: Any, tokens: int) -> int:
     held = {
         "attention": tokens,
         "full_attention": tokens,
-        "sliding_attention": min(tokens, window or tokens),
+        "sliding_attention": min(tokens, window - 1) if window else tokens,
     }
     return 2 * heads * size * sum(held.get(kind, 0) for kind in kinds)
 
@@ -90,7 +90,7 @@ def _key_heads(config: Any) -> Any:
         config, "new_decoder_architecture", False
     ):
         return 1
-    names = ("num_key_value_heads", "num_kv_heads", "num_attention_heads")
+    names = ("num_key_value_heads", "num_attention_heads")
     return next((x for name in names if (x := getattr(config, name, None)) is not None), 0)
 
 
@@ -118,4 +118,4 @@ def in_words(count: int) -> str:
     """A number of bytes: "1.5 GiB"."""
     units = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
     power = min(max(count.bit_length() - 1, 0) // 10, len(units) - 1)
-    return f"{count / 1024**power:,.1f} {units[power]}"
+    return f"{min(count, 2**100) / 1024**power:,.1f} {units[power]}"

@@ -39,9 +39,11 @@ def read_conversations(data: bytes, source: str) -> list[list[Message]]:
         messages = value.get("messages") if isinstance(value, dict) else value
         if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise ValueError(
-                f'{where} must be a list of {{"role": ..., "content": ...}}, both strings, or an '
-                'object with such a list as "messages"'
+                f'{where} must be a list of {{"role": ..., "content": ...}}, or an object with '
+                'such a list as "messages"'
             )
+        if not _is_unicode(messages):
+            raise ValueError(f"{where} holds half of a surrogate pair, which is no character")
         found.append(messages)
     return found
 
@@ -82,12 +84,16 @@ def _lines(data: bytes, source: str) -> Iterator[tuple[str, str]]:
             yield where, text
 
 
-def _is_message(value: object) -> bool:
-    if not isinstance(value, dict):
+def _is_unicode(value: object) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
         return False
-    texts = value.get("role"), value.get("content")
-    return all(isinstance(text, str) and _is_unicode(text) for text in texts)
+    return True
 
 
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def _is_message(value: object) -> bool:
+    """What stands in it is checked where it is rendered."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), (str, list)) or "tool_calls" in value

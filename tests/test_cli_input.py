@@ -203,13 +203,97 @@ def test_what_cannot_fit_is_refused_with_the_memory_it_would_take(argv, capsys):
         ('{"role": "user", "content": "a"}', "line 2 of x must be a list"),
         ('[{"role": "user"}]', "line 2 of x must be a list"),
         ('[{"role": "user", "content": 3}]', "line 2 of x must be a list"),
-        ('[{"role": "user", "content": "\\ud800"}]', "line 2 of x must be a list"),
+        ('[{"role": "user", "content": "\\ud800"}]', "line 2 of x holds half of a surrogate"),
     ],
 )
 def test_a_line_that_is_no_conversation_is_named(line, said):
     one = '[{"role": "user", "content": "a"}]'
     with pytest.raises(ValueError, match=said):
         read_conversations(f"{one}\n{line}\n".encode(), "x")
+
+
+# Each model its own: the second one calls a system message a user's.
+TEMPLATES = [
+    "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}then{% endif %}",
+    "{% for m in messages %}user {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}it is{% endif %}",
+]
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    root = tmp_path_factory.mktemp("chats")
+    vocab = {**tiny.VOCAB, "user": tiny.V, "system": tiny.V + 1}
+    for name, seed, template in zip(("ref", "pol"), (0, 1), TEMPLATES, strict=True):
+        tiny.llama(seed, tiny.V + 2, eos=None).save_pretrained(root / name)
+        tokenizer = tiny.tokenizer(vocab)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(root / name)
+    return ["--reference", str(root / "ref"), "--policy", str(root / "pol")]
+
+
+@pytest.mark.parametrize("greedy_corner", [0, 1])
+def test_a_conversation_is_rendered_by_each_models_own_template(
+    greedy_corner, chats, tmp_path, capsys, monkeypatch
+):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = chats[1 + 2 * greedy_corner]
+    model, tokenizer = (
+        kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    messages = [{"role": "system", "content": "it is"}, {"role": "user", "content": "fox ran"}]
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=3, pad_token_id=0)
+    expected = tokens[0, inputs["input_ids"].shape[1] :].tolist()
+
+    corner = [*chats, "--greedy", "--weights", str(greedy_corner)]
+    chat = ["--chat", "--system", "it is"]
+    (record,) = generated(capsys, *corner, *chat, "--prompt", "fox ran")
+    assert record["tokens"] == expected and record["messages"] == messages
+    give(monkeypatch, b"\xef\xbb\xbffox ran\r\n")
+    assert generated(capsys, *corner, *chat) == [record]
+    give(monkeypatch, json.dumps(messages).encode())
+    assert generated(capsys, *corner, "--messages", "-") == [record]
+    lines = [json.dumps({"messages": messages[1:]}), json.dumps(messages[1:])]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    conversations = ["--messages", str(tmp_path / "m.jsonl")]
+    records = generated(capsys, *corner, *conversations, "--system", "it is")
+    assert [r["tokens"] for r in records] == [expected] * 2
+    (other,) = generated(capsys, *corner, "--chat", "--prompt", "fox ran")
+    assert other["messages"] == messages[1:] and other["logprobs"] != record["logprobs"]
+
+
+def test_conversations_are_answered_one_below_the_other_and_swept(
+    chats, tmp_path, capsys, monkeypatch
+):
+    argv = ["generate", *chats, "--chat", "--max-new-tokens", "2", "--prompt", "fox"]
+    assert main([*argv, "--prompt", "dog"]) == 0
+    assert capsys.readouterr().out.startswith("fox\n")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("fox\ndog\n")
+    (tmp_path / "seen.py").write_text("def prompt(prompt, response):\n    return len(prompt)\n")
+    sweep = ["sweep", *chats, "--points", "2", "--prompt-file", "p.txt", "--max-new-tokens", "2"]
+    assert main([*sweep, "--chat", "--system", "it is", "--reward", "seen:prompt"]) == 0
+    header, line = (tmp_path / "mod_fused_sweep.csv").read_text().splitlines()
+    assert float(line.split(",")[header.split(",").index("reward_policy_1")]) == 3.0
+
+
+def test_a_model_without_a_chat_template_is_named(folders, capsys):
+    assert main(["generate", *folders, "--chat", "--prompt", "fox"]) == 2
+    err = capsys.readouterr().err
+    assert "the reference's tokenizer has no chat template" in err and err.count("\n") == 1
+
+
+def test_a_system_message_is_not_put_before_another(chats, tmp_path, capsys):
+    lines = ['[{"role": "user", "content": "a"}]', '[{"role": "system", "content": "a"}]']
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    argv = ["generate", *chats, "--messages", str(tmp_path / "m.jsonl"), "--system", "x"]
+    assert main(argv) == 2
+    assert "conversation 2 has a system message already" in capsys.readouterr().err
 
 
 def test_conversations_are_lists_of_messages_or_objects_with_them():
