@@ -396,7 +396,7 @@ def register_divergence(divergence: Divergence) -> Divergence:
 
 def _check_functions(divergence: Divergence) -> None:
     """Refuses functions that are not each other's inverse and slope."""
-    d = torch.linspace(-8.0, 8.0, 33, dtype=torch.float64)
+    d = torch.linspace(-8.0, 8.0, 33, dtype=torch.float64, device="cpu")
     q = divergence.deficit(d)
     if not bool((q[1:] < q[:-1]).all()):
         raise ValueError(f"the deficit of {divergence.name!r} must decrease with d")

@@ -34,16 +34,13 @@ def placed(name: str, value: Any, device: torch.device) -> Any:
     """A parameter with one entry per row on the device: as a list it would be copied every step."""
     if isinstance(value, Tensor):
         return value.to(device)
-    if hasattr(value, "tolist"):  # NumPy's
-        value = value.tolist()
     if not isinstance(value, (list, tuple)) or not value:
         return value
     if name == "seed":
-        numbers = map(int, value)  # NumPy's unsigned ones would overflow below
-        signed = [x - 2**64 if x >= 2**63 else x for x in numbers]  # int64 of the same 64 bits
+        signed = [x - 2**64 if x >= 2**63 else x for x in value]  # int64 of the same 64 bits
         return torch.tensor(signed, dtype=torch.int64, device=device)
     if name == "top_k":
-        fitting = [min(int(k), 2**63 - 1) for k in value]  # any integer, however large, is fine
+        fitting = [min(k, 2**63 - 1) for k in value]  # any integer, however large, is fine
         return torch.tensor(fitting, dtype=torch.int64, device=device)
     if name in ("temperature", "top_p", "min_p") or isinstance(value[0], (list, tuple)):
         return torch.tensor(value, dtype=torch.float64, device=device)
