@@ -25,14 +25,9 @@ def encode_conversation(messages: Conversation, tokenizer: Any, label: str) -> l
         label: the model's name, for messages.
 
     Raises:
-        TypeError, ValueError: no template, a message without a role, parts other than text or for a
-            template that takes none, and whatever the template itself refuses.
+        TypeError, ValueError: a message without a role, parts other than text or for a template
+            that takes none, no template, and whatever the template itself refuses.
     """
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            f"{label}'s tokenizer has no chat template: render the conversation yourself and pass "
-            "a string, or set tokenizer.chat_template"
-        )
     _check_messages(messages)
     goes_on = messages[-1]["role"] == "assistant"
     options = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
@@ -45,7 +40,7 @@ def encode_conversation(messages: Conversation, tokenizer: Any, label: str) -> l
     except ImportError:  # no jinja2
         raise
     except Exception as error:  # a template may raise whatever Python raises
-        raise ValueError(f"{label}'s chat template refuses the conversation: {error}") from error
+        raise ValueError(f"{label}'s tokenizer cannot render the conversation: {error}") from error
     for message in messages:
         if any(_as_python(part) in text for part in _parts(message)):
             raise ValueError(

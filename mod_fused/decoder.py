@@ -202,10 +202,7 @@ def generate(
             values.fork(copies)
         responses = Responses(
             ids[0].repeat_interleave(copies, dim=0),
-            max_new_tokens=limits.max_new_tokens,
-            pad_token_id=limits.pad_token_id,
-            eos_token_ids=limits.eos_token_ids,
-            stop_strings=limits.stop_strings,
+            limits,
             tokenizer=ensemble.tokenizer,
             columns=len(ids) if return_model_logprobs else 0,
             history=history,

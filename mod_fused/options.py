@@ -174,9 +174,12 @@ def first_history(
     it is not needed; `shape` is [B, columns]."""
     if prefix_logprobs is not None and not sequence_history:
         raise ValueError("prefix_logprobs were given without sequence_history=True")
+    needed = sequence_history and get_divergence(divergence).name != "reverse_kl"
     if prefix_logprobs is None:
-        prefix_logprobs = torch.zeros(shape, dtype=torch.float64, device=device)
-    elif not isinstance(prefix_logprobs, Tensor):
+        rows, columns = shape
+        whole: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        return torch.zeros(rows * copies, columns, **whole) if needed else None
+    if not isinstance(prefix_logprobs, Tensor):
         try:
             prefix_logprobs = torch.tensor(prefix_logprobs, dtype=torch.float64, device=device)
         except (TypeError, ValueError) as error:
@@ -185,9 +188,7 @@ def first_history(
     check_tensor("prefix_logprobs", prefix, FLOATS, device, {"[B, models]": shape})
     if not bool(prefix.isfinite().all()):
         raise ValueError("prefix_logprobs must be finite, got NaN or infinity")
-    if not sequence_history or get_divergence(divergence).name == "reverse_kl":
-        return None
-    return prefix.detach().to(torch.float64).repeat_interleave(copies, dim=0)
+    return prefix.to(torch.float64).repeat_interleave(copies, dim=0) if needed else None
 
 
 def _count(name: str, value: Any, least: int, limit: int | None = None) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .options import Limits
 from .outputs import Sample
 from .streaming import Stream
 from .text import Decoder, StopStrings
@@ -67,10 +68,7 @@ class Responses:
 
     Args:
         prompts: int64 [B, n], of the first model.
-        max_new_tokens: T, room for the responses.
-        pad_token_id: stands behind their ends.
-        eos_token_ids: what ends them.
-        stop_strings: what ends them, as text; needs the tokenizer.
+        limits: room for the responses, and what ends them.
         tokenizer: decodes them; None: no texts.
         columns: how many model log-probabilities to record; 0: none.
         history: float64 [B, columns], log-probability of the response so far under each model, to
@@ -85,36 +83,32 @@ class Responses:
     def __init__(
         self,
         prompts: Tensor,
+        limits: Limits,
         *,
-        max_new_tokens: int,
-        pad_token_id: int,
-        eos_token_ids: Sequence[int],
-        stop_strings: Sequence[str],
         tokenizer: Any,
         columns: int,
         history: Tensor | None,
     ) -> None:
+        room = len(prompts), limits.max_new_tokens
         batch, device = len(prompts), prompts.device
         floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
         whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
         self.history = history
         self.tokens: Tensor | None = None
         self.done = False
-        self._step, self._width, self._pad = 0, prompts.shape[1], pad_token_id
+        self._step, self._width, self._pad = 0, prompts.shape[1], limits.pad_token_id
         self._tokenizer = tokenizer
-        self._eos = torch.tensor(list(eos_token_ids), **whole)
-        room = torch.full((batch, max_new_tokens), pad_token_id, **whole)
-        self._sequences = torch.cat([prompts, room], dim=1)
-        self._logprobs = torch.zeros(batch, max_new_tokens, **floats)
-        self._model_logprobs = (
-            torch.zeros(batch, max_new_tokens, columns, **floats) if columns else None
-        )
+        self._eos = torch.tensor(limits.eos_token_ids, **whole)
+        behind = torch.full(room, limits.pad_token_id, **whole)
+        self._sequences = torch.cat([prompts, behind], dim=1)
+        self._logprobs = torch.zeros(room, **floats)
+        self._model_logprobs = torch.zeros(*room, columns, **floats) if columns else None
         self._lengths = torch.zeros(batch, **whole)
         self._reason = torch.full((batch,), _RUNNING, **whole)
         self._stops: list[StopStrings] = []
-        if stop_strings:
+        if limits.stop_strings:
             decoder = Decoder(tokenizer, skip_special_tokens=False)
-            self._stops = [StopStrings(stop_strings, decoder) for _ in range(batch)]
+            self._stops = [StopStrings(limits.stop_strings, decoder) for _ in range(batch)]
 
     @property
     def wants_model_logprobs(self) -> bool:
@@ -161,7 +155,7 @@ class Responses:
             self._reason = reason.to(self._reason.device)
         self.done = bool((reason != _RUNNING).all())
 
-    def resample(self, choose: Any) -> Tensor | None:
+    def resample(self, choose: Callable[..., Tensor | None]) -> Tensor | None:
         """What `resample_fn` chooses of the responses so far."""
         return choose(self._step - 1, self.sequences, self._lengths, self._reason)
 

@@ -1,5 +1,5 @@
-"""The arguments of `generate`: checked without a draw, independent of torch's defaults, from NumPy as
-from Python."""
+"""The arguments of `generate`: checked without a draw, whatever torch's defaults are, and NumPy's
+numbers taken where Python's are."""
 
 from __future__ import annotations
 

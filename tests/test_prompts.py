@@ -113,9 +113,19 @@ def test_parts_are_rendered_where_the_template_takes_them() -> None:
 @pytest.mark.parametrize(
     ("prompts", "options", "error", "message"),
     [
-        ([{"role": "system", "content": "x"}], {}, ValueError, "policy 1's chat template refuses"),
+        (
+            [{"role": "system", "content": "x"}],
+            {},
+            ValueError,
+            "policy 1's tokenizer cannot render",
+        ),
         ([{"role": "system", "content": "x"}], {}, ValueError, "no system messages here"),
-        ([{"role": "assistant", "content": None}], {}, ValueError, "the reference's chat template"),
+        (
+            [{"role": "assistant", "content": None}],
+            {},
+            ValueError,
+            "the reference's tokenizer cannot",
+        ),
         ([{"content": "x"}], {}, ValueError, "message 0 has no role"),
         ([*HI, "x"], {}, TypeError, "message 1 must be a dict, got str"),
         ([*HI, {"role": "user", "content": 3}], {}, TypeError, "content of message 1 must be"),
@@ -147,7 +157,9 @@ def test_what_cannot_be_rendered_is_refused_before_any_model_runs(
 
 def test_a_conversation_needs_a_tokenizer_with_a_template() -> None:
     step = tiny.bigram(0)
-    with pytest.raises(ValueError, match="policy 1's tokenizer has no chat template"):
+    with pytest.raises(
+        ValueError, match="policy 1's tokenizer cannot render.*chat_template is not set"
+    ):
         Ensemble([None, step], tiny.tokenizer()).encode(HI)
     with pytest.raises(ValueError, match="the reference has no tokenizer"):
         Ensemble([step]).encode(HI)

@@ -131,6 +131,25 @@ def test_the_space_in_front_of_the_first_word_belongs_to_the_response(kind: str)
     assert tokenizer.decode(prompt) + out.texts[0] == tokenizer.decode(out.sequences[0])
 
 
+def test_special_tokens_are_text_for_stop_strings_alone() -> None:
+    tokenizer = tiny_tokenizers.byte_level()
+    script = iter(tokenizer("hi</s>there", add_special_tokens=False)["input_ids"])
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        return 100.0 * torch.eye(len(tokenizer))[[next(script)]]
+
+    out = generate(
+        Ensemble([None, step], tokenizer),
+        "a",
+        weights=[1.0],
+        seed=0,
+        eos_token_id=[],
+        stop_strings="i</s>t",
+    )
+    assert out.finish_reasons == ["stop"] and out.lengths.tolist() == [4]
+    assert out.texts == ["hit"]
+
+
 @KINDS
 def test_streamed_text_is_the_final_text(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tiny_tokenizers.ALL[kind]()
