@@ -139,7 +139,7 @@ def _check(
         position=position,
         return_model_logprobs=False,
     )
-    choose(name, device, get_divergence(given["divergence"]).name)
+    choose(name, device, mixing.divergence)
 
 
 def check_position(position: Any, batch: int, max_new_tokens: int) -> int | Tensor:
