@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .model_state import CallableState, CausalLMState, EnsembleState, embedded_ids, is_causal_lm
+from .architectures import check_causal_lm, embedded_ids, input_device, is_transformers_model
+from .model_state import CallableState, CausalLMState, EnsembleState
 from .prompts import encode_prompts
 
 # Options that say where files come from: models and tokenizers need them alike.
@@ -74,10 +75,8 @@ class Ensemble:
                     f"{_label(index)} must be a causal language model or a callable "
                     f"step(tokens) -> logits, got {type(model).__name__}"
                 )
-            if is_causal_lm(model) and getattr(model.config, "is_encoder_decoder", False):
-                raise TypeError(
-                    f"{_label(index)} is an encoder-decoder model, expected a causal one"
-                )
+            if is_transformers_model(model):
+                check_causal_lm(model, _label(index))
         self.models = list(models)
         if not isinstance(tokenizers, (list, tuple)):
             tokenizers = [tokenizers] * len(models)
@@ -171,25 +170,15 @@ class Ensemble:
 
     @property
     def device(self) -> torch.device | None:
-        """The device that all language models are on; None when all models are plain callables.
-
-        Raises:
-            ValueError: if they are on different devices.
-        """
-        devices = {
-            _label(i): next(m.parameters()).device
-            for i, m in enumerate(self.models)
-            if is_causal_lm(m)
-        }
-        if len(set(devices.values())) > 1:
-            places = ", ".join(f"{name} on {device}" for name, device in devices.items())
-            raise ValueError(f"all models must be on one device, got {places}")
-        return next(iter(devices.values()), None)
+        """Where prompts go and logits are mixed: the first language model's device; None when all
+        models are plain callables."""
+        models = filter(is_transformers_model, self.models)
+        return next((input_device(model) for model in models), None)
 
     @property
     def vocab_size(self) -> int | None:
         """How many token ids all language models can read; None when all are plain callables."""
-        return min((embedded_ids(m) for m in self.models if is_causal_lm(m)), default=None)
+        return min((embedded_ids(m) for m in self.models if is_transformers_model(m)), default=None)
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -259,7 +248,7 @@ class Ensemble:
         states: list[CallableState] = []
         present = [(i, model) for i, model in enumerate(self.models) if model is not None]
         for (index, model), ids, mask in zip(present, input_ids, attention_mask, strict=True):
-            kind = CausalLMState if is_causal_lm(model) else CallableState
+            kind = CausalLMState if is_transformers_model(model) else CallableState
             states.append(kind(model, _label(index), ids, mask, use_cache))
             states[-1].check(max_new_tokens)
         if self.models[0] is None:
