@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapters import check_adapter, unwrapped
+
 # The names under which models return their caches, and take them again.
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 
@@ -22,11 +24,19 @@ CACHE_NAMES = ("past_key_values", "cache_params", "state")
 _PADDING_WITHOUT_POSITIONS = frozenset({"bloom", "falcon_mamba", "mamba", "mamba2", "mpt"})
 
 # Padding reaches the tokens behind it although forward takes positions and a mask.
-_NO_PADDING: Mapping[str, str] = MappingProxyType({})
+_NO_PADDING: Mapping[str, str] = MappingProxyType(
+    {"recurrent_gemma": "its convolutions read the padding"}
+)
+
+# Batches that a model's own cached step mixes up.
+_NO_CACHED_BATCH: Mapping[str, str] = MappingProxyType(
+    {"rwkv": "its cached step mixes the rows of a batch"}
+)
 
 # Caches whose rows cannot be picked by what transformers offers.
 _NO_SELECTION: Mapping[str, str] = MappingProxyType(
     {
+        **_NO_CACHED_BATCH,
         "minimax": "its cache reorders the attention layers only",
         "xlstm": "its cache cannot be reordered",
         "reformer": "its cache cannot be reordered",
@@ -34,7 +44,7 @@ _NO_SELECTION: Mapping[str, str] = MappingProxyType(
 )
 
 # Caches that are plain lists of tensors, and the dimension of their rows.
-_SELECTED: Mapping[str, int] = MappingProxyType({"rwkv": 0, "xlnet": 1})
+_SELECTED: Mapping[str, int] = MappingProxyType({"xlnet": 1})
 
 # These attend both ways unless their config has is_decoder=True.
 _ENCODERS = frozenset(
@@ -67,12 +77,6 @@ _POSITION_TABLES = frozenset(
     {"embed_positions", "pos_encoding", "position_embeddings", "positions_embed", "wpe"}
 )
 
-# PEFT methods that put tokens or keys in front of the prompt and are known to work.
-_PROMPT_METHODS = frozenset({"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"})
-
-# PEFT methods whose forward must see whole sequences, or something that no decoder has.
-_WHOLE_CALLS = frozenset({"POLY", "XLORA"})
-
 
 def is_transformers_model(model: Any) -> bool:
     """Whether to call it as transformers does; every other callable is step(tokens) -> logits."""
@@ -83,13 +87,7 @@ def is_transformers_model(model: Any) -> bool:
 
 def accepted_arguments(model: Any) -> frozenset[str]:
     """Names of the arguments that the model's forward takes: not all take positions."""
-    return frozenset(inspect.signature(_unwrapped(model).forward).parameters)
-
-
-def _unwrapped(model: Any) -> Any:
-    """The module whose forward names its arguments: torch.compile and PEFT hide it behind *args."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return frozenset(inspect.signature(unwrapped(model).forward).parameters)
 
 
 def text_config(model: Any) -> Any:
@@ -105,7 +103,7 @@ def embedded_ids(model: Any) -> int:
 
 def input_device(model: Any) -> torch.device:
     """Where a model takes its token ids, also when its weights are spread or offloaded."""
-    embedding = _unwrapped(model).get_input_embeddings()
+    embedding = unwrapped(model).get_input_embeddings()
     for module in (embedding, model):
         # accelerate's hooks bring weights here for the time of a call; until then they are "meta".
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
@@ -116,7 +114,7 @@ def input_device(model: Any) -> torch.device:
 
 def check_causal_lm(model: Any, label: str) -> None:
     """Raise TypeError for a transformers model that gives no logits of the next token."""
-    config, name = model.config, type(_unwrapped(model)).__name__
+    config, name = model.config, type(unwrapped(model)).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise TypeError(f"{label} is an encoder-decoder model ({name}), expected a causal one")
     can_generate = getattr(model, "can_generate", None)
@@ -125,7 +123,7 @@ def check_causal_lm(model: Any, label: str) -> None:
             f"{label} is a {name}, which has no head for the next token: expected a causal "
             "language model, as AutoModelForCausalLM loads it"
         )
-    if "text" not in getattr(_unwrapped(model), "output_modalities", ("text",)):
+    if "text" not in getattr(unwrapped(model), "output_modalities", ("text",)):
         raise TypeError(f"{label} is a {name}, which generates no text")
     text = text_config(model)
     flags = {
@@ -151,7 +149,7 @@ def check_causal_lm(model: Any, label: str) -> None:
 
 def _is_encoder(model: Any) -> bool:
     """Whether the class attends both ways unless config.is_decoder is set; unknown ones may."""
-    known = type(_unwrapped(model)).__module__.startswith("transformers.")
+    known = type(unwrapped(model)).__module__.startswith("transformers.")
     return not known or model.config.model_type in _ENCODERS
 
 
@@ -178,7 +176,7 @@ def check_run(
     if low < 0 or high >= size:
         bad = low if low < 0 else high
         raise ValueError(f"{label} has a vocabulary of {size} ids, its prompt holds the id {bad}")
-    _check_adapter(model, label, attention_mask, use_cache)
+    check_adapter(model, label, attention_mask, use_cache)
     length = sequences.shape[1] + new_tokens
     limit = _positions(model)
     if limit is not None and length > limit:
@@ -188,6 +186,12 @@ def check_run(
         )
     if attention_mask is not None:
         _check_padding(model, label, length)
+    reason = _NO_CACHED_BATCH.get(text_config(model).model_type)
+    if reason is not None and use_cache and len(sequences) > 1:
+        raise ValueError(
+            f"{label} ({type(unwrapped(model)).__name__}) cannot continue {len(sequences)} rows: "
+            f"{reason}. Pass one prompt at a time, or use_cache=False"
+        )
 
 
 def _check_padding(model: Any, label: str, length: int) -> None:
@@ -207,7 +211,7 @@ def _check_padding(model: Any, label: str, length: int) -> None:
             )
     if reason is not None:
         raise ValueError(
-            f"{label} ({type(_unwrapped(model)).__name__}) cannot read padded prompts: {reason}. "
+            f"{label} ({type(unwrapped(model)).__name__}) cannot read padded prompts: {reason}. "
             "Pass prompts of equal length, or one at a time"
         )
 
@@ -215,7 +219,7 @@ def _check_padding(model: Any, label: str, length: int) -> None:
 def _position_tables(model: Any) -> list[torch.nn.Embedding]:
     return [
         module
-        for name, module in _unwrapped(model).get_decoder().named_modules()
+        for name, module in unwrapped(model).get_decoder().named_modules()
         if name.rpartition(".")[2] in _POSITION_TABLES and isinstance(module, torch.nn.Embedding)
     ]
 
@@ -223,7 +227,7 @@ def _position_tables(model: Any) -> list[torch.nn.Embedding]:
 def _positions(model: Any) -> int | None:
     """How many positions the model's tables have; None if they are computed, however many."""
     sizes = [len(table.weight) - getattr(table, "offset", 0) for table in _position_tables(model)]
-    for module in _unwrapped(model).get_decoder().modules():
+    for module in unwrapped(model).get_decoder().modules():
         for name in _POSITION_TABLES & {*vars(module), *module._buffers}:
             sizes.append(len(getattr(module, name)))
     return min(sizes, default=None)
@@ -241,31 +245,6 @@ def _rope_switch(model: Any) -> int | None:
     return min(switches, default=None)
 
 
-def _check_adapter(model: Any, label: str, attention_mask: Tensor | None, use_cache: bool) -> None:
-    """Refuse what PEFT's adapters cannot do step by step."""
-    config = getattr(model, "active_peft_config", None)
-    if config is None:
-        return
-    method = str(getattr(config.peft_type, "value", config.peft_type))
-    if getattr(config, "alora_invocation_tokens", None):
-        raise ValueError(f"{label} has an activated LoRA, which is found in whole sequences only")
-    if method == "PREFIX_TUNING" and not use_cache:
-        raise ValueError(f"{label} keeps its prefix ({method}) in the cache: pass use_cache=True")
-    if config.is_prompt_learning and method not in _PROMPT_METHODS or method in _WHOLE_CALLS:
-        raise ValueError(f"{label} has an adapter of the kind {method}, which is not supported")
-    if config.is_prompt_learning and attention_mask is not None:
-        raise ValueError(
-            f"{label} puts virtual tokens ({method}) in front of the padding, which shifts them: "
-            "pass prompts of equal length, or one at a time"
-        )
-
-
-def forward_module(model: Any) -> Any:
-    """What to call with prepared inputs: they hold PEFT's virtual tokens already."""
-    config = getattr(model, "active_peft_config", None)
-    return model.base_model if config is not None and config.is_prompt_learning else model
-
-
 def new_cache(model: Any) -> dict[str, Any]:
     """The empty cache that transformers' `generate` would give the model, under its name."""
     if not model._supports_default_dynamic_cache():
@@ -273,7 +252,12 @@ def new_cache(model: Any) -> dict[str, Any]:
     from transformers import DynamicCache
 
     name = "cache_params" if "cache_params" in accepted_arguments(model) else "past_key_values"
-    return {name: DynamicCache(config=text_config(model))}
+    config = text_config(model)
+    # num_hidden_layers of an encoder-decoder's config may count the encoder's: layers are added
+    # when they are met.
+    if hasattr(config, "decoder_layers"):
+        return {name: DynamicCache()}
+    return {name: DynamicCache(config=config)}
 
 
 def check_selection(model: Any, label: str) -> None:
@@ -285,7 +269,7 @@ def check_selection(model: Any, label: str) -> None:
             reason = "its cache is its own"
     if reason is not None:
         raise ValueError(
-            f"the rows of {label} ({type(_unwrapped(model)).__name__}) cannot be copied: {reason}. "
+            f"the rows of {label} ({type(unwrapped(model)).__name__}) cannot be copied: {reason}. "
             "Pass use_cache=False, which recomputes whole sequences"
         )
 
@@ -299,7 +283,7 @@ def check_candidates(model: Any, label: str) -> None:
     if layers - {DynamicLayer}:
         raise ValueError(
             f"{label} must attend to the whole sequence in every layer to score candidates in one "
-            f"pass; {type(_unwrapped(model)).__name__} does not"
+            f"pass; {type(unwrapped(model)).__name__} does not"
         )
     if _rope_switch(model) is not None:
         raise ValueError(f"{label} changes its rotary frequencies on the way: no candidates")

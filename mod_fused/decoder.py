@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapters import check_shared
 from .check_helpers import check_tensor
 from .divergence import Divergence, get_divergence
 from .ensemble import Ensemble
@@ -157,6 +158,7 @@ def generate(
     """
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be a mod_fused.Ensemble, got {type(ensemble).__name__}")
+    check_shared({**ensemble.places, **getattr(value_fn, "places", {})})
     max_new_tokens = _count("max_new_tokens", max_new_tokens, 1)
     copies = _count("num_return_sequences", num_return_sequences, 1)
     stops = _stop_strings(stop_strings, ensemble.tokenizer)

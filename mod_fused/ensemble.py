@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapters import check_shared
 from .architectures import check_causal_lm, embedded_ids, input_device, is_transformers_model
 from .model_state import CallableState, CausalLMState, EnsembleState
 from .prompts import encode_prompts
@@ -78,6 +79,7 @@ class Ensemble:
             if is_transformers_model(model):
                 check_causal_lm(model, _label(index))
         self.models = list(models)
+        check_shared(self.places)
         if not isinstance(tokenizers, (list, tuple)):
             tokenizers = [tokenizers] * len(models)
         if len(tokenizers) != len(models):
@@ -162,6 +164,11 @@ class Ensemble:
     def num_policies(self) -> int:
         """M, the number of policies."""
         return len(self.models) - 1
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """The models that are there, by what messages call them."""
+        return {_label(i): m for i, m in enumerate(self.models) if m is not None}
 
     @property
     def tokenizer(self) -> Any:

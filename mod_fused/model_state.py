@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import architectures
+from .adapters import forward_module
 
 
 class EnsembleState:
@@ -104,7 +105,10 @@ class CallableState:
         self.copies = copies
 
     def select(self, rows: Tensor) -> None:
-        self.sequences = self.sequences[rows.to(self.sequences.device)]
+        rows = rows.to(self.sequences.device)
+        self.sequences = self.sequences[rows]
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[rows]
 
     def forward(self) -> Tensor:
         only_new = self.started and self.use_cache
@@ -172,7 +176,7 @@ class CausalLMState(CallableState):
             **self.options,
         )
         with self.module_state:
-            output = architectures.forward_module(self.model)(**inputs, return_dict=True)
+            output = forward_module(self.model)(**inputs, return_dict=True)
         self.options = self.model._update_model_kwargs_for_generation(
             output, self.options, is_encoder_decoder=False
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters import check_shared
 from ..architectures import embedded_ids
 from ..model_state import CallableState
 from ..values import Scores
@@ -37,6 +38,7 @@ class Guidance:
         if not scorers:
             raise ValueError("scorers must hold at least one model, got none")
         self.scorers = [s if isinstance(s, Scorer) else Scorer(s) for s in scorers]
+        check_shared(self.places)
         if candidates is not None:
             if isinstance(candidates, bool) or not isinstance(candidates, int):
                 raise TypeError(f"candidates must be an int, got {type(candidates).__name__}")
@@ -62,6 +64,11 @@ class Guidance:
         names = world.OBJECTIVES if objectives is None else objectives
         folders = [world.scorer(name) for name in names]
         return cls([AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders])
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """The scorers' models, by what messages call them."""
+        return {f"scorer {i}": scorer.model for i, scorer in enumerate(self.scorers)}
 
     @property
     def num_values(self) -> int:

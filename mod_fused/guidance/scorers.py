@@ -130,7 +130,7 @@ class ScalarState(CausalLMState):
         assert self.attention_mask is not None
         drawn = self.sequences.shape[1] - self.attention_mask.shape[1]
         seen = F.pad(self.attention_mask, (0, drawn), value=1)
-        cache = self.options.get("past_key_values")
+        cache: Any = self.options.get("past_key_values")
         unread = self.sequences if cache is None else self.sequences[:, -1:]
         batch, count = candidates.shape
         new, total = unread.shape[1], seen.shape[1]
