@@ -23,6 +23,14 @@ CACHE_NAMES = ("past_key_values", "cache_params", "state")
 # positions count distances, state-space models blank the padding out.
 _PADDING_WITHOUT_POSITIONS = frozenset({"bloom", "falcon_mamba", "mamba", "mamba2", "mpt"})
 
+# Models whose tokens depend on how they are cut into calls, or on chance.
+_UNSUPPORTED: Mapping[str, str] = MappingProxyType(
+    {
+        "moshi": "it gives other tokens with a cache than without",
+        "reformer": "its attention hashes at random, so a row depends on its batch",
+    }
+)
+
 # Padding reaches the tokens behind it although forward takes positions and a mask.
 _NO_PADDING: Mapping[str, str] = MappingProxyType(
     {"recurrent_gemma": "its convolutions read the padding"}
@@ -33,13 +41,15 @@ _NO_CACHED_BATCH: Mapping[str, str] = MappingProxyType(
     {"rwkv": "its cached step mixes the rows of a batch"}
 )
 
+# Models whose prompt is read otherwise without a cache.
+_NO_RECOMPUTING: Mapping[str, str] = MappingProxyType({"cpmant": "it reads its prompt both ways"})
+
 # Caches whose rows cannot be picked by what transformers offers.
 _NO_SELECTION: Mapping[str, str] = MappingProxyType(
     {
         **_NO_CACHED_BATCH,
         "minimax": "its cache reorders the attention layers only",
         "xlstm": "its cache cannot be reordered",
-        "reformer": "its cache cannot be reordered",
     }
 )
 
@@ -123,6 +133,8 @@ def check_causal_lm(model: Any, label: str) -> None:
             f"{label} is a {name}, which has no head for the next token: expected a causal "
             "language model, as AutoModelForCausalLM loads it"
         )
+    if (reason := _UNSUPPORTED.get(config.model_type)) is not None:
+        raise TypeError(f"{label} is a {name}, which is not supported: {reason}")
     if "text" not in getattr(unwrapped(model), "output_modalities", ("text",)):
         raise TypeError(f"{label} is a {name}, which generates no text")
     text = text_config(model)
@@ -186,7 +198,14 @@ def check_run(
         )
     if attention_mask is not None:
         _check_padding(model, label, length)
-    reason = _NO_CACHED_BATCH.get(text_config(model).model_type)
+    kind = text_config(model).model_type
+    reason = _NO_RECOMPUTING.get(kind)
+    if reason is not None and not use_cache:
+        raise ValueError(
+            f"{label} ({type(unwrapped(model)).__name__}) gives other tokens without its cache: "
+            f"{reason}. Pass use_cache=True"
+        )
+    reason = _NO_CACHED_BATCH.get(kind)
     if reason is not None and use_cache and len(sequences) > 1:
         raise ValueError(
             f"{label} ({type(unwrapped(model)).__name__}) cannot continue {len(sequences)} rows: "

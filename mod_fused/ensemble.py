@@ -21,6 +21,9 @@ from .adapters import check_shared
 from .architectures import check_causal_lm, embedded_ids, input_device, is_transformers_model
 from .model_state import CallableState, CausalLMState, EnsembleState
 from .prompts import encode_prompts
+from .transformers_version import check_transformers_version
+
+check_transformers_version()
 
 # Options that say where files come from: models and tokenizers need them alike.
 _HUB_OPTIONS = (

@@ -1,4 +1,4 @@
-"""Every causal architecture of transformers, built small and compared with its own `generate`.
+"""Every causal architecture of transformers compared with its own `generate`.
 
 The command fills the table of docs/architectures.md; the test suite runs a dozen of the same rows:
 
@@ -7,149 +7,25 @@ The command fills the table of docs/architectures.md; the test suite runs a doze
 
 from __future__ import annotations
 
+import argparse
 import functools
-import inspect
+import json
+import multiprocessing
+import resource
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from small_models import VOCAB, kinds, small_model
 
 from mod_fused import Ensemble, generate
 
-VOCAB, NEW = 99, 12
+NEW = 12
 LENGTHS = (9, 5, 2)
-
-# Read by every config that has a field of the name; sub-configs of the text too.
-SMALL: dict[str, Any] = {
-    **{"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
-    **{"sliding_window": 8, "num_experts": 4, "num_experts_per_tok": 2, "n_routed_experts": 4},
-    **{"num_local_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
-    **{"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
-    **{"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48},
-    **{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "is_decoder": True},
-}
-_DECODERS = (
-    "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet "
-    "trocr whisper"
-).split()
-_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
-
-# What a kind needs beside SMALL.
-EXTRA: dict[str, dict[str, Any]] = {
-    **{kind: {"is_encoder_decoder": False} for kind in _DECODERS},
-    "bamba": {**_MAMBA, "mamba_n_groups": 1, "attn_layer_indices": [1]},
-    "falcon_mamba": {"state_size": 8, "time_step_rank": 4},
-    "granitemoehybrid": {**_MAMBA, "mamba_n_groups": 1, "layer_types": ["mamba", "attention"]},
-    "mamba": {"state_size": 8, "time_step_rank": 4},
-    "mamba2": {"state_size": 8, "head_dim": 8, "num_heads": 8, "n_groups": 1, "chunk_size": 8},
-    "recurrent_gemma": {
-        **{"num_hidden_layers": 3, "lru_width": 32, "num_key_value_heads": 1},
-        "attention_window_size": 8,
-    },
-    "rwkv": {"attention_hidden_size": 32, "context_length": 64},
-}
-
-# The same classes with other positions, and models with images that are given text alone.
-_ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 12}
-_LONG = {**_ROPE, "short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 3.0, 4.0]}
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "falcon (ALiBi)": ("falcon", {"alibi": True, "new_decoder_architecture": False}),
-    "llama (dynamic RoPE)": (
-        "llama",
-        {
-            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-            "max_position_embeddings": 12,
-        },
-    ),
-    "llama (linear RoPE)": (
-        "llama",
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-    ),
-    "phi3 (LongRoPE)": (
-        "phi3",
-        {
-            "rope_parameters": {"rope_type": "longrope", **_LONG},
-            "original_max_position_embeddings": 12,
-        },
-    ),
-    "qwen2 (YaRN)": ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **_ROPE}}),
-}
-_VISION = {
-    **{"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48},
-    **{"out_hidden_size": 32, "num_hidden_layers": 1, "fullatt_block_indexes": [0]},
-    "deepstack_visual_indexes": [0],
-}
-_MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
-for _kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-    VARIANTS[f"{_kind} (text alone)"] = (_kind, {"text_config": _MROPE, "vision_config": _VISION})
-
-
-def kinds() -> list[str]:
-    """Every model type that AutoModelForCausalLM knows, then the variants."""
-    return [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]
-
-
-def _fields(config_class: Any) -> set[str]:
-    names = set(inspect.signature(config_class.__init__).parameters)
-    try:
-        names |= set(config_class().to_dict())
-    except Exception:  # some cannot be made without arguments
-        pass
-    return names - set(getattr(config_class, "attribute_map", {}))
-
-
-def small_config(kind: str, **options: Any) -> Any:
-    """The smallest config of a model type or variant that a test of ten tokens can tell from
-    others; options are fields of the text's config."""
-    name, extra = VARIANTS.get(kind, (kind, EXTRA.get(kind, {})))
-    config_class = CONFIG_MAPPING[name]
-
-    def small(of: Any, more: dict[str, Any]) -> dict[str, Any]:
-        values = {**SMALL, **more, **options}
-        known = _fields(of)
-        return {key: value for key, value in values.items() if key in known or key in more}
-
-    parts = getattr(config_class, "sub_configs", None) or {}
-    if "text_config" not in parts:
-        return config_class(**small(config_class, extra))
-    fields = small(config_class, {k: v for k, v in extra.items() if k not in parts})
-    fields["text_config"] = small(parts["text_config"], extra.get("text_config", {}))
-    given = {part: extra[part] for part in parts if part in extra and part != "text_config"}
-    for part, values in given.items():
-        known = _fields(parts[part])
-        fields[part] = {key: value for key, value in values.items() if key in known}
-    return config_class(**fields)
-
-
-def small_model(kind: str, seed: int, **options: Any) -> Any:
-    """A small model of random weights that ends no text by itself.
-
-    Raises:
-        ValueError: it has more than 60 million parameters.
-    """
-    config = small_config(kind, **options)
-    auto = AutoModelForCausalLM
-    if kind.endswith("(text alone)"):
-        auto = AutoModelForImageTextToText
-    with torch.device("meta"):
-        size = sum(p.numel() for p in auto.from_config(config).parameters())
-    if size > 6e7:
-        raise ValueError(f"{size / 1e6:.0f} million parameters")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = auto.from_config(config).eval()
-        for parameter in model.parameters():
-            if parameter.ndim > 1:  # large, so that predictions depend on the context
-                torch.nn.init.normal_(parameter, std=0.15)
-    model.generation_config = transformers.GenerationConfig(pad_token_id=0)
-    return model
 
 
 class Small:
@@ -291,10 +167,108 @@ def examine(kind: str) -> dict[str, str]:
     except Exception as error:
         return {"unbuilt": f"{type(error).__name__}: {error}"}
     try:
-        small.alone
+        small.own(small.prompt(0))
     except Exception as error:
         return {"unbuilt": f"its own generate raises {type(error).__name__}: {error}"}
     models = [small.policy, small.reference]
     found = {name: _outcome(functools.partial(c, small), models) for name, c in CHECKS.items()}
     found["beyond"] = _outcome(functools.partial(_beyond, kind), [])
     return found
+
+
+_HEAD = """# Architectures
+
+What `python tests/architectures.py --out docs/architectures.md` (`make architectures`) found: every
+causal architecture of transformers, built small with random weights, decoded at a corner of the
+mixture, where pi* is one policy. A cell says `equal` (greedy tokens equal those of transformers'
+own `generate`), `refused` with the reason before any model ran, or `wrong`.
+
+- alone: one prompt.
+- recomputed: without a cache, equal to `generate` with and without one.
+- padded: a left-padded batch, each row as alone, log-probabilities within 1e-3 nats.
+- permuted: a batch in another order, each row as alone.
+- copied: two responses to a prompt, and rows that go on with the state of others.
+- shared: one model in two places, after another batch has gone through it.
+- beyond: a sequence longer than max_position_embeddings.
+
+"""
+
+
+def _report(kind: str, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+    pipe.send(examine(kind))
+
+
+def _examined(kind: str, seconds: int = 180) -> dict[str, str]:
+    """`examine` in a process of its own, so that one architecture cannot end the run."""
+    context = multiprocessing.get_context("fork")
+    end, pipe = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(kind, pipe), daemon=True)
+    process.start()
+    pipe.close()
+    try:
+        return end.recv() if end.poll(seconds) else {"unbuilt": f"longer than {seconds} s"}
+    except EOFError:
+        return {"unbuilt": "its process died"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def _table(found: dict[str, dict[str, str]]) -> Iterator[str]:
+    """Markdown: a line per architecture, and the reasons below."""
+    reasons: dict[str, int] = {}
+
+    def cell(text: str) -> str:
+        word, _, reason = text.partition(": ")
+        # The model's place and the lengths are the test's, not the architecture's.
+        return f"{word} [{reasons.setdefault(reason, len(reasons) + 1)}]" if reason else word
+
+    built = {kind: outcome for kind, outcome in found.items() if "unbuilt" not in outcome}
+    yield "| Architecture | " + " | ".join(COLUMNS) + " |"
+    yield "|---" * (len(COLUMNS) + 1) + "|"
+    for kind, outcome in built.items():
+        yield f"| {kind} | " + " | ".join(cell(outcome[column]) for column in COLUMNS) + " |"
+    yield ""
+    yield from (f"[{number}] {' '.join(reason.split())}  " for reason, number in reasons.items())
+    yield ""
+    yield "Not compared:"
+    yield ""
+    for kind, outcome in found.items():
+        if "unbuilt" in outcome:
+            yield f"- {kind}: {' '.join(outcome['unbuilt'].split())[:160]}"
+
+
+def main() -> int:
+    """Write the table; exit status 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kinds", nargs="*", help="model types; all of them by default")
+    parser.add_argument("--out", type=Path, help="the Markdown file; without it: printed")
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    found = {}
+    for kind in arguments.kinds or kinds():
+        found[kind] = _examined(kind)
+        print(kind, json.dumps(found[kind]), file=sys.stderr, flush=True)
+    cells = [text.partition(": ")[0] for outcome in found.values() for text in outcome.values()]
+    counts = {word: cells.count(word) for word in ("equal", "refused", "wrong")}
+    text = "\n".join(
+        [
+            f"transformers {transformers.__version__}, torch {torch.__version__}: "
+            f"{len(found)} architectures, {counts['equal']} comparisons equal, "
+            f"{counts['refused']} refused, {counts['wrong']} wrong.",
+            "",
+            *_table(found),
+            "",
+        ]
+    )
+    if arguments.out is None:
+        print(text)
+    else:
+        arguments.out.write_text(_HEAD + text)
+    return 1 if counts["wrong"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
