@@ -325,12 +325,14 @@ class ModuleState:
     """
 
     def __init__(self, model: Any) -> None:
-        self._values = [
-            (module, name, None)
-            for module in model.modules()
-            for name in _MODULE_STATE
-            if name in vars(module)
-        ]
+        self._values: list[tuple[Any, str, Any]] = []
+        for module in model.modules():
+            self._values += [(module, n, None) for n in _MODULE_STATE if n in vars(module)]
+            # Dynamic rotary frequencies stay those of the longest text so far.
+            if "dynamic" in str(getattr(module, "rope_type", "")):
+                first = module.original_inv_freq.to(module.inv_freq.device)
+                self._values.append((module, "inv_freq", first))
+                self._values.append((module, "max_seq_len_cached", module.original_max_seq_len))
         self._others: list[tuple[Any, str, Any]] = []
 
     def __enter__(self) -> None:
@@ -348,6 +350,6 @@ class ModuleState:
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, int64 [N]."""
         self._values = [
-            (m, name, value[rows] if isinstance(value, Tensor) else value)
+            (m, name, value[rows] if name in _MODULE_STATE and value is not None else value)
             for m, name, value in self._values
         ]

@@ -156,16 +156,16 @@ def small_config(kind: str, **options: Any) -> Any:
     return config_class(**fields)
 
 
-def small_model(kind: str, seed: int, **options: Any) -> Any:
+def small_model(kind: str, seed: int, auto: Any = None, **options: Any) -> Any:
     """A small model of random weights that ends no text by itself.
 
     Raises:
         ValueError: it has more than 60 million parameters.
     """
     config = small_config(kind, **options)
-    auto = AutoModelForCausalLM
-    if kind.endswith("(text alone)"):
-        auto = AutoModelForImageTextToText
+    if auto is None:
+        images = kind.endswith("(text alone)")
+        auto = AutoModelForImageTextToText if images else AutoModelForCausalLM
     with torch.device("meta"):
         size = sum(p.numel() for p in auto.from_config(config).parameters())
     if size > 6e7:
