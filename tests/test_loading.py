@@ -131,12 +131,16 @@ class Bomb:
         return open, (str(self.path), "w")
 
 
+@pytest.mark.parametrize("indexed", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "value"])
-def test_a_pickle_is_not_loaded(folders: Path, tmp_path: Path, kind: str) -> None:
+def test_a_pickle_is_not_loaded(folders: Path, tmp_path: Path, kind: str, indexed: bool) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(folders / kind, bad)
     (bad / WEIGHTS).unlink()
     torch.save({"x": Bomb(tmp_path / "exploded")}, bad / "pytorch_model.bin")
+    if indexed:  # safetensors by its name alone
+        names = {"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}}
+        (bad / f"{WEIGHTS}.index.json").write_text(json.dumps(names))
     load: Callable[[], Any] = lambda: guiding.load_scorers([str(bad)])  # noqa: E731
     for attempt in (load, lambda: Ensemble.from_pretrained(bad, [])):
         with pytest.raises(OSError, match="pickle.*save it as safetensors"):
@@ -242,6 +246,10 @@ def kinds_of_adapters() -> dict[str, Any]:
         "head too": lora(modules_to_save=["lm_head"]),
         "dora": lora(use_dora=True),
         "vera": peft.VeraConfig(r=2, target_modules=["q_proj"], **causal),
+        "vb-lora": peft.VBLoRAConfig(
+            r=2, num_vectors=8, vector_length=8, target_modules=["q_proj"], **causal
+        ),
+        "adalora": peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, **causal),
         "ia3": peft.IA3Config(
             target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **causal
         ),
