@@ -40,15 +40,23 @@ def check_decoding(
         ValueError: says what it would take.
     """
     rows = len(input_ids[0]) * copies
-    needed = rows * (input_ids[0].shape[1] + max_new_tokens) * (8 + 4 + 4 * len(models))
+    tokens = input_ids[0].shape[1] + max_new_tokens
+    needed = {input_ids[0].device: rows * tokens * (8 + 4 + 4 * len(models))}
     for model, ids in zip(models, input_ids, strict=True):
-        if is_transformers_model(model):
-            size = next(model.parameters()).element_size()
-            needed += rows * embedded_ids(model) * size
+        # The layers of a model that is spread over devices are nobody's to count.
+        if (
+            is_transformers_model(model)
+            and len({*getattr(model, "hf_device_map", {}).values()}) < 2
+        ):
+            parameter = next(model.parameters())
+            numbers = embedded_ids(model)
             if use_cache:
-                needed += rows * cached_numbers(model, ids.shape[1] + max_new_tokens) * size
-    what = f"decoding {rows} rows of up to {max_new_tokens} new tokens"
-    check_memory(needed, what, input_ids[0].device)
+                numbers += cached_numbers(model, ids.shape[1] + max_new_tokens)
+            needed.setdefault(parameter.device, 0)
+            needed[parameter.device] += rows * numbers * parameter.element_size()
+    for device, count in needed.items():
+        what = f"decoding {rows} rows of up to {max_new_tokens} new tokens"
+        check_memory(count, what, device)
 
 
 def check_memory(needed: int, what: str, device: torch.device | None = None) -> None:
