@@ -307,7 +307,7 @@ def _equal(x: Any, y: Any) -> bool:
         return len(x) == len(y) and all(map(_equal, x, y))
     if isinstance(x, dict):
         return x.keys() == y.keys() and all(_equal(x[key], y[key]) for key in x)
-    equal = getattr(x, "shape", None) == getattr(y, "shape", None) and x == y
+    equal: Any = getattr(x, "shape", None) == getattr(y, "shape", None) and x == y
     return bool(equal.all() if hasattr(equal, "all") else equal)
 
 

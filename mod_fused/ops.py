@@ -36,6 +36,7 @@ from .outputs import (
     new_outputs,
     workspace_size,
 )
+from .tracing import draw_without_symbols, mixture_without_symbols
 
 __all__ = ["Sample", "backends", "log_probs", "sample", "workspace_size"]
 
@@ -136,6 +137,8 @@ def log_probs(
         plausibility,
         plausibility_tensor,
     )
+    if torch.compiler.is_compiling():
+        mixing = mixture_without_symbols(mixing)
     name = choose(backend, mixing.batch_tensor().device, mixing.divergence)
     if out is None and workspace is None:
         return _log_probs[name](*pack(mixing))
@@ -263,6 +266,9 @@ def sample(
     drawing = check_draw(
         mixing, temperature, top_k, top_p, min_p, mask, seed, position, return_model_logprobs
     )
+    if torch.compiler.is_compiling():
+        mixing = mixture_without_symbols(mixing)
+        drawing = draw_without_symbols(drawing, mixing.batch_tensor())
     name = choose(backend, mixing.batch_tensor().device, mixing.divergence)
     if out is None and workspace is None:
         outputs = _sample[name](*pack(mixing, drawing))
