@@ -184,7 +184,8 @@ def sample(
 
     then, in this order, mask, temperature, top-k, top-p and min-p, each renormalising before the
     next. No gradient flows: inputs are detached. B rows, M policies (at most 8), V = `vocab_size`,
-    J value tensors.
+    J value tensors. Numbers, and lists of them, may be NumPy's; what is scalar or [B] may be a
+    tensor [] too, which all rows share (a seed may not).
 
     Args:
         ref_logits: [B, V0] float32, float16 or bfloat16, contiguous in the last dimension. None
@@ -193,7 +194,8 @@ def sample(
             `values`: pure value guidance.
         weights: [M] or [B, M], any sign and sum: list (finite) or float32/float64 tensor. A tensor
             of weight 0 is ignored.
-        divergence: name or `Divergence`: reverse_kl, forward_kl, jsd, alpha:A, jeffrey.
+        divergence: name or `Divergence`: reverse_kl, forward_kl, jsd, alpha:A, jeffrey, or a
+            registered one. A subclass of these has to be registered itself.
         normalizer: "exact" solves Z; "zero" is eq. 6 as printed, Z = 0 and rescaled to sum to one.
             Off reverse KL the two may differ even in their most likely token; a row for which Z = 0
             has no inverse is invalid.
@@ -237,7 +239,7 @@ def sample(
             for what goes by row (weights for all rows may be a list), a call on a GPU allocates
             nothing and can be captured in a CUDA graph; candidates (`value_ids`) still allocate,
             and so do seed=None, which draws them, and lists per row, which are copied to the device
-            and cannot be captured.
+            and refused while a graph is captured.
 
     Returns:
         `Sample`, `out` where it is given. A row is invalid, and disturbs no other, when NaN or +inf
