@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: For smaller ones the mixture depends on digits of e^(-alpha d) that float32 does not have.
+#: The smallest that is tested; the limit of smaller ones is reverse KL.
 SMALLEST_ALPHA = 1e-3
+#: Below it q is measured from f'(1) = 0: next to 1 / alpha float32 would lose its differences.
+SMALL_ALPHA = 0.03
 
 
 class Divergence:
@@ -115,8 +117,6 @@ class AlphaDivergence(Divergence):
         ValueError: if `alpha` is not strictly between 0 and 1, or below 0.001.
     """
 
-    bounded = True
-
     def __init__(self, alpha: float = 0.5) -> None:
         if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
             raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
@@ -124,21 +124,24 @@ class AlphaDivergence(Divergence):
             raise ValueError(f"alpha must lie strictly between 0 and 1, got {alpha}")
         if alpha < SMALLEST_ALPHA:
             raise ValueError(
-                f"alpha must be at least {SMALLEST_ALPHA} (float32 holds no less), got {alpha}; "
+                f"alpha must be at least {SMALLEST_ALPHA}, got {alpha}; "
                 "the limit of smaller ones is reverse_kl"
             )
         self.alpha: float = float(alpha)
         self.name = f"alpha:{self.alpha!r}"
-        self.supremum = 1.0 / self.alpha
+        self.bounded = self.alpha >= SMALL_ALPHA
+        self.supremum = 1.0 / self.alpha if self.bounded else 0.0
 
     def deficit(self, d: Tensor) -> Tensor:
-        return torch.exp(-self.alpha * d) / self.alpha
+        exp = torch.exp if self.bounded else torch.expm1
+        return exp(-self.alpha * d) / self.alpha
 
     def log_ratio(self, q: Tensor) -> Tensor:
-        return torch.log(self.alpha * q) / -self.alpha
+        log = torch.log if self.bounded else torch.log1p
+        return log(self.alpha * q) / -self.alpha
 
     def log_slope(self, q: Tensor) -> Tensor:
-        return -(1.0 + 1.0 / self.alpha) * torch.log(self.alpha * q)
+        return (1.0 + self.alpha) * self.log_ratio(q)
 
 
 class JeffreyDivergence(Divergence):

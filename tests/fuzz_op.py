@@ -327,7 +327,7 @@ def cases(draw: Any) -> Case:
     reference = policies == 0 or one(st.integers(0, 3)) > 0
     divergence = one(
         pick("reverse_kl", "forward_kl", "jsd", "alpha:0.5", "alpha:0.25", "alpha:0.9",
-             "alpha:0.05", "jeffrey")
+             "alpha:0.05", "alpha:0.02", "alpha:0.001", "jeffrey")
     ) if reference else "reverse_kl"  # fmt: skip
     values = one(st.integers(0 if policies else 1, 2))
     magnitudes = [1e30, -1e38, 1e300] if wild else []

@@ -269,7 +269,11 @@ Tensor divergence_function(const std::string& divergence, const std::string& fun
   if (divergence == "forward_kl") apply(ForwardKL(), function, from, to, n);
   else if (divergence == "jsd") apply(JensenShannon(), function, from, to, n);
   else if (divergence == "jeffrey") apply(Jeffrey(), function, from, to, n);
-  else apply(Alpha<false>(std::stod(divergence.substr(divergence.find(':') + 1))), function, from, to, n);
+  else {
+    const double alpha = std::stod(divergence.substr(divergence.find(':') + 1));
+    if (alpha < kSmallAlpha) apply(SmallAlpha(alpha), function, from, to, n);
+    else apply(Alpha<false>(alpha), function, from, to, n);
+  }
   return y;
 }
 

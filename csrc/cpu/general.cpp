@@ -23,7 +23,6 @@ constexpr double kLeastExponent = -1.0, kMostExponent = 30.0;  // of min Q where
 constexpr double kLog2E = 1.4426950216293335;  // what the loops' float32 constant holds
 constexpr double kWiden = 1e-4;
 constexpr double kRounding = 1e-5;  // of float32 sums over a row
-constexpr double kLeastAlpha = 0.02;
 constexpr double kLeastTau = 1e-36;  // below it stand the floors of exponentials, not sums of them
 }  // namespace
 
@@ -34,6 +33,7 @@ bool Row::mix_general() {
     case Kind::jsd:
       return mix(JensenShannon(), loops_.jsd);
     case Kind::alpha:
+      if (request_.alpha < kSmallAlpha) return mix(SmallAlpha(request_.alpha), loops_.small_alpha);
       if (request_.alpha == 0.5) return mix(Alpha<true>(0.5), loops_.alpha_half);
       return mix(Alpha<false>(request_.alpha), loops_.alpha);
     case Kind::jeffrey:
@@ -284,7 +284,7 @@ double Row::solve(const D& divergence, const DivergenceLoops& loops, const Defic
       const double middle = between(left, right);
       (log_g(middle, weight * power(middle + distance)) > 0.0 ? left : right) = middle;
     }
-    const double end = between(left, right);
+    const double end = (float)between(left, right);  // as the keys will have it: a small alpha shows what is rounded off
     residual = log_g(end, weight * power(end + distance));
     return end;
   };
@@ -331,9 +331,7 @@ double Row::solve(const D& divergence, const DivergenceLoops& loops, const Defic
 
 template <class D> bool Row::mix(D divergence, const DivergenceLoops& loops) {
   Deficits total;
-  // A small alpha's exponent 1 / alpha magnifies what a Q without min Q taken off has lost.
-  const bool in_one_loop = request_.kind != Kind::alpha || request_.alpha >= kLeastAlpha;
-  if (!collect_deficits(divergence, loops, in_one_loop, &total)) return false;
+  if (!collect_deficits(divergence, loops, true, &total)) return false;
   divergence.measure_from(total.base);
   double tau;
   if (request_.exact) {

@@ -110,7 +110,7 @@ bool Row::sum_models() {
 void Row::sum_tile(int64_t tile) {
   const PeakSum part = loops_.peak_sum({scratch_.first + tile * kTile, DType::float32, 1.0f}, 0, tile_size(tile));
   scratch_.mixes[tile].peak = part.peak;
-  scratch_.sums[tile] = part.peak > -kInfinity ? part.sum : 0.0f;
+  scratch_.sums[tile] = part.sum;
 }
 
 bool Row::sum_keys() {

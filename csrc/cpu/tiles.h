@@ -135,7 +135,7 @@ struct TileLoops {
   // (key - level) - log_norm
   void (*normalised)(const float* key, int n, double level, double log_norm, float* out);
   FilterLoops filters;
-  DivergenceLoops forward_kl, jsd, alpha, alpha_half, jeffrey;
+  DivergenceLoops forward_kl, jsd, alpha, alpha_half, small_alpha, jeffrey;
 };
 
 const TileLoops* baseline_loops();

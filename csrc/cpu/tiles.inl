@@ -328,6 +328,7 @@ const TileLoops kLoops = {
     Loops<JensenShannon>::table(),
     Loops<Alpha<false>>::table(),
     Loops<Alpha<true>>::table(),
+    Loops<SmallAlpha>::table(),
     Loops<Jeffrey>::table(),
 };
 
