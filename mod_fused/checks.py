@@ -138,8 +138,10 @@ def check_mixture(
             )
         scales = [number("logit_scales", x) for x in logit_scales]
         for x in scales:
-            if not (math.isfinite(x) and x > 0):
-                raise ValueError(f"logit_scales must be positive and finite, got {x}")
+            if not torch.finfo(torch.float32).tiny <= x <= torch.finfo(torch.float32).max:
+                raise ValueError(
+                    f"logit_scales must be positive normal float32 numbers (from 2^-126), got {x}"
+                )
 
     return MixtureArguments(
         ref_logits,

@@ -47,8 +47,8 @@ Row::Row(const Request& request, int64_t index, Scratch& scratch, const TileRunn
 bool Row::read_parameters() {
   bool good = true;
   const int policies = request_.models - (request_.reference ? 1 : 0);
-  for (int i = 0; i < policies; ++i) good &= std::isfinite(request_.weights[b_][i]);
-  for (size_t j = 0; j < request_.values.size(); ++j) good &= std::isfinite(value_weight(j));
+  for (int i = 0; i < policies; ++i) good &= std::isfinite((float)request_.weights[b_][i]);
+  for (size_t j = 0; j < request_.values.size(); ++j) good &= std::isfinite((float)value_weight(j));
   for (int64_t k = 0; k < request_.candidates; ++k) good &= candidate(k) >= -1 && candidate(k) < request_.vocab;
   if (sampling()) {
     temperature_ = request_.temperature[b_];

@@ -118,7 +118,7 @@ template <class D> struct Loops {
       float d = (policy[i] - ref[i]) + shift;
       if (D::clamped) d = d < kSmallestLogRatio ? kSmallestLogRatio : d;
       const float sum = q[i] + w * divergence.deficit(d);
-      q[i] = (policy[i] > -kInfinity) & (q[i] < kExcluded) ? sum : kExcluded;
+      q[i] = policy[i] > -kInfinity ? sum : __builtin_nanf("");
     }
   }
 
