@@ -140,7 +140,10 @@ struct SmallAlpha {
   explicit SmallAlpha(double a) : alpha((float)a), inverse((float)(1.0 / a)) {}
   double supremum() const { return 0.0; }
 
-  template <class Real> MOD_FUSED_MEMBER Real deficit(Real d) const { return expm1_of(-Real(alpha) * d) * Real(inverse); }
+  template <class Real> MOD_FUSED_MEMBER Real deficit(Real d) const {
+    const Real y = -Real(alpha) * d;
+    return expm1_of(y < -87 ? Real(-87) : y) * Real(inverse);
+  }
   template <class Real> MOD_FUSED_MEMBER Real log_ratio(Real q) const { return -Real(inverse) * log1p_of(Real(alpha) * q); }
   template <class Real> MOD_FUSED_MEMBER Real log_slope(Real q) const {
     return -(1 + Real(inverse)) * log1p_of(Real(alpha) * q);

@@ -284,7 +284,6 @@ def _general(
     log_norms = [normalizer.row_logsumexp(x) for x in logits]
     log_ref = (logits[0] - log_norms[0][:, None, None]).float()
     support = support & (log_ref >= _SMALLEST_LOG_REF)
-    log_ref = torch.where(support, log_ref, -torch.inf)
     solvable = torch.ones_like(support[:, 0, 0])
 
     shifts = torch.stack(log_norms, 1)
@@ -319,6 +318,7 @@ def _general(
         deficit = torch.where(v == 0, deficit, deficit - v * x.double())
 
     support = support & (deficit < _LARGEST_DEFICIT)
+    log_ref = torch.where(support, log_ref, -torch.inf)
     excess, least, best = normalizer.excess_deficit(deficit, support)
     solvable = solvable & (least > -_LARGEST_DEFICIT)
     if mixing.normalizer == "exact":
