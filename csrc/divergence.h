@@ -130,6 +130,44 @@ template <bool half> struct Alpha {
   double pole(double y) const { return y; }
 };
 
+// Alpha below kSmallAlpha: q lies so close around 1/a that float32 would lose the differences, and 1/a magnifies what is lost.
+// Here it is measured from f'(1) = 0, q = -f', and H = (1 + a q)^(-1/a).
+constexpr double kSmallAlpha = 0.03;
+
+struct SmallAlpha {
+  static constexpr bool bounded = false, clamped = true, stieltjes = false;
+  float alpha, inverse;  // a, 1/a
+  explicit SmallAlpha(double a) : alpha((float)a), inverse((float)(1.0 / a)) {}
+  double supremum() const { return 0.0; }
+
+  template <class Real> MOD_FUSED_MEMBER Real deficit(Real d) const {
+    const Real y = -Real(alpha) * d;
+    return expm1_of(y < -87 ? Real(-87) : y) * Real(inverse);
+  }
+  template <class Real> MOD_FUSED_MEMBER Real log_ratio(Real q) const { return -Real(inverse) * log1p_of(Real(alpha) * q); }
+  template <class Real> MOD_FUSED_MEMBER Real log_slope(Real q) const {
+    return -(1 + Real(inverse)) * log1p_of(Real(alpha) * q);
+  }
+
+  double factor() const { return -alpha; }
+  MOD_FUSED_MEMBER float term(float y) const { return expm1_of(y * 0.693147181f) * inverse; }
+  MOD_FUSED_MEMBER float close(float q) const { return q; }
+  MOD_FUSED_MEMBER float excess(float d) const { return d; }
+  MOD_FUSED_MEMBER void ratio(float y, float* h, float* fall) const {
+    *h = exp2_near(not_above(not_below(1.44269504f * log_ratio(y), -126.0f), 127.0f));
+    *fall = reciprocal(multiply_add(alpha, y, 1.0f));
+  }
+  MOD_FUSED_MEMBER float log_power(float y) const { return log_ratio(y); }
+  double least_deficit(double u) const { return u; }
+  double mean_deficit(double q) const { return q; }
+  double pole(double one_plus_aq) const { return (one_plus_aq - 1.0) / alpha; }
+  void measure_from(double) {}
+  double shift(double tau) const { return tau; }
+  double unshift(double t) const { return t; }
+  double constant(double) const { return 0.0; }
+  double order() const { return 1.0; }
+};
+
 // f' is unbounded: sup f' counts as 0, q = -f' takes any sign, and there is no pole.
 struct Jeffrey {
   static constexpr bool bounded = false, clamped = true, stieltjes = false;

@@ -165,6 +165,13 @@ MOD_FUSED_INLINE float log_of(float x) {
   return multiply_add(n, 0.693145751953125f, low + f);
 }
 
+// log(1 + x), relatively exact; NaN from -1 down.
+MOD_FUSED_INLINE float log1p_of(float x) {
+  const float rounded = 1.0f + x;
+  const float result = log_of(rounded) + (x - (rounded - 1.0f)) / rounded;
+  return rounded > 0.0f ? result : __builtin_nanf("");
+}
+
 // log(1 + x) for 0 <= x <= 1, relatively exact.
 MOD_FUSED_INLINE float log1p_unit(float x) {
   float p = 0.005232692696154118f;
@@ -182,6 +189,7 @@ MOD_FUSED_INLINE float log1p_unit(float x) {
 MOD_FUSED_INLINE double exp_of(double x) { return exp(x); }
 MOD_FUSED_INLINE double expm1_of(double x) { return expm1(x); }
 MOD_FUSED_INLINE double log_of(double x) { return log(x); }
+MOD_FUSED_INLINE double log1p_of(double x) { return log1p(x); }
 MOD_FUSED_INLINE double log1p_unit(double x) { return log1p(x); }
 
 }  // namespace mod_fused

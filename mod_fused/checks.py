@@ -7,7 +7,6 @@ and Python numbers are checked here, and each error says what was expected and w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,6 +29,7 @@ from .divergence import Divergence, ReverseKL, get_divergence
 
 MAX_POLICIES = 8
 NORMALIZERS = ("exact", "zero")
+_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-126, torch.finfo(torch.float32).max
 _POLICY_NAMES = tuple(f"policy_logits[{i}]" for i in range(MAX_POLICIES))
 
 
@@ -154,8 +154,10 @@ def _check_scales(scales: object, models: int) -> tuple[float, ...]:
         )
     checked = tuple([number("logit_scales", x) for x in scales])
     for x in checked:
-        if not 0.0 < x < math.inf:
-            raise ValueError(f"logit_scales must be positive and finite, got {x}")
+        if not _SMALLEST_SCALE <= x <= _LARGEST_SCALE:
+            raise ValueError(
+                f"logit_scales must be positive normal float32 numbers (from 2^-126), got {x}"
+            )
     return checked
 
 

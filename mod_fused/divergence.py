@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: For smaller ones the mixture depends on digits of e^(-alpha d) that float32 does not have.
+#: The smallest that is tested; the limit of smaller ones is reverse KL.
 SMALLEST_ALPHA = 1e-3
+#: Below it q is measured from f'(1) = 0: next to 1 / alpha float32 would lose its differences.
+SMALL_ALPHA = 0.03
 
 
 class Divergence:
@@ -126,7 +128,6 @@ class AlphaDivergence(Divergence):
     """
 
     alpha: float
-    bounded = True
 
     def __init__(self, alpha: float = 0.5) -> None:
         if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
@@ -135,7 +136,7 @@ class AlphaDivergence(Divergence):
             raise ValueError(f"alpha must lie strictly between 0 and 1, got {alpha}")
         if alpha < SMALLEST_ALPHA:
             raise ValueError(
-                f"alpha must be at least {SMALLEST_ALPHA} (float32 holds no less), got {alpha}; "
+                f"alpha must be at least {SMALLEST_ALPHA}, got {alpha}; "
                 "the limit of smaller ones is reverse_kl"
             )
         object.__setattr__(self, "alpha", float(alpha))
@@ -145,17 +146,23 @@ class AlphaDivergence(Divergence):
         return f"alpha:{self.alpha!r}"
 
     @property
+    def bounded(self) -> bool:  # type: ignore[override]
+        return self.alpha >= SMALL_ALPHA
+
+    @property
     def supremum(self) -> float:  # type: ignore[override]
-        return 1.0 / self.alpha
+        return 1.0 / self.alpha if self.bounded else 0.0
 
     def deficit(self, d: Tensor) -> Tensor:
-        return torch.exp(-self.alpha * d) / self.alpha
+        exp = torch.exp if self.bounded else torch.expm1
+        return exp(-self.alpha * d) / self.alpha
 
     def log_ratio(self, q: Tensor) -> Tensor:
-        return torch.log(self.alpha * q) / -self.alpha
+        log = torch.log if self.bounded else torch.log1p
+        return log(self.alpha * q) / -self.alpha
 
     def log_slope(self, q: Tensor) -> Tensor:
-        return -(1.0 + 1.0 / self.alpha) * torch.log(self.alpha * q)
+        return (1.0 + self.alpha) * self.log_ratio(q)
 
 
 class JeffreyDivergence(Divergence):

@@ -14,6 +14,23 @@ s* with the largest u: everything else follows from it through differences of u,
 
 no r(s) moves faster than rho does, and rho lies between -log P (all ratios equal, P the reference's
 mass on the support) and -log pi_ref(s*) (s* takes everything), whatever the weights.
+
+Which rows are valid, and which tokens have a probability, follows from the range of float32, the
+same on every backend. "Counts" means: the reference, a tensor or value whose weight is not 0, and
+the tensor that plausibility names.
+
+- A number beyond the largest float32 is infinite: a scaled logit, a coefficient (weight, value
+  weight, and 1 - sum w under reverse KL), a partial sum of the products under reverse KL or of
+  w_i q_i otherwise, in the order of the arguments. A weight smaller than the smallest normal
+  float32 is 0.
+- A row is invalid if a coefficient is not finite, or a logit or value that counts is NaN or +inf.
+- A token leaves the support if a logit or value that counts is -inf. Under reverse KL it also does
+  if its sum is -inf, and the row is invalid if a token's sum is +inf or NaN.
+- Off reverse KL a token also leaves if log pi_ref < -80, if log pi_i of a tensor that counts is
+  beyond float32, or if Q = sum w_i q_i, before or after the tilt, is not below 1e37 (q = c - f').
+  The row is invalid if min Q <= -1e37, if a prefix that counts is not finite, or with Z = 0 if
+  tau is beyond float32, or not above 1e-36 where sup f' is finite.
+- A row whose support is empty is invalid. log pi* beyond float32 is -inf.
 """
 
 from __future__ import annotations
@@ -28,6 +45,9 @@ Array = np.ndarray
 LOG_REF_FLOOR = -80.0  # off reverse KL, tokens with log pi_ref below this leave the support
 LOG_RATIO_FLOOR = -80.0  # d is clamped below here
 PREFIX_FLOOR = -40.0  # the smallest prefix difference, after all are shifted up together
+LARGEST_DEFICIT = 1e37  # Q of a token reaches it neither up (it leaves) nor down (invalid)
+LEAST_TAU = 1e-36  # of Z = 0 where sup f' is finite
+SMALLEST_WEIGHT = 2.0**-126  # the smallest normal float32
 
 
 class Slope(NamedTuple):
@@ -85,6 +105,18 @@ def to_float64(x: Any) -> Array:
     return np.asarray(x, dtype=np.float64)
 
 
+def float32_range(x: Array) -> Array:
+    """x, infinite where it is beyond the largest float32."""
+    with np.errstate(over="ignore"):
+        return np.where(np.isinf(x.astype(np.float32)), np.copysign(np.inf, x), x)
+
+
+def _coefficients(weights: Any) -> Array:
+    """Weights in the range of float32: infinite beyond it, 0 below its normal numbers."""
+    w = float32_range(to_float64(weights).reshape(-1))
+    return np.where(np.abs(w) < SMALLEST_WEIGHT, 0.0, w)
+
+
 def log_softmax(logits: Array) -> Array:
     """log softmax over the last axis in float64; all NaN where no entry is finite."""
     peak = logits.max(axis=-1, keepdims=True)
@@ -120,37 +152,50 @@ def log_ratios_at_zero(u: Array, weight_sum: float, slope: Slope) -> Array | Non
     `u` is sum_i w_i (f' - c)(d_i) + tilt, so f' - c of the answer is u + c (sum w - 1).
     """
     y = u + slope.supremum * (weight_sum - 1.0)
-    if not slope.unbounded and not (y < 0.0).all():
+    if not np.isfinite(float32_range(y.max())) or not (slope.unbounded or y.max() < -LEAST_TAU):
         return None
     return slope.inverse(y)
 
 
 def _read_values(
     values: Any, value_ids: Any, value_weights: Any, vocab: int
-) -> tuple[Array, Array] | None:
-    """The tilt sum_j v_j V_j [V] (-inf excludes) and the candidate set [V]; None if invalid."""
-    tilt = np.zeros(vocab)
+) -> tuple[list[Array], Array] | None:
+    """The terms v_j V_j [V] of the tilt and the tokens [V] that they leave; None if invalid."""
+    terms: list[Array] = []
     if values is None:
-        return tilt, np.ones(vocab, dtype=bool)
+        return terms, np.ones(vocab, dtype=bool)
     scores = to_float64(values)
-    v = to_float64(value_weights if value_weights is not None else np.ones(len(scores)))
+    v = _coefficients(value_weights if value_weights is not None else np.ones(len(scores)))
     at = np.arange(vocab)
     if value_ids is not None:
         at = to_float64(value_ids).astype(np.int64)
         if (at < -1).any() or (at >= vocab).any():
             return None
         scores, at = scores[:, at >= 0], at[at >= 0]
-    candidates = np.zeros(vocab, dtype=bool)
-    candidates[at] = True
+    left = np.zeros(vocab, dtype=bool)
+    left[at] = True
     for weight, score in zip(v, scores, strict=True):
         if weight == 0.0:
             continue  # ignored entirely
         if not np.isfinite(weight) or np.isnan(score).any() or (score == np.inf).any():
             return None
         finite = score > -np.inf
-        tilt[at[finite]] += weight * score[finite]
-        tilt[at[~finite]] = -np.inf
-    return tilt, candidates
+        left[at[~finite]] = False
+        terms.append(np.zeros(vocab))
+        terms[-1][at[finite]] = weight * score[finite]
+    return terms, left
+
+
+def _log_linear(coefficients: list[float], rows: list[Array], terms: list[Array]) -> Array | None:
+    """Reverse KL's sum of coefficients times logits, and of the terms of values, over the support;
+    -inf where float32 overflows, None where it does upwards. In differences from the largest."""
+    total = np.zeros(len(rows[0]))
+    for term in [c * row for c, row in zip(coefficients, rows, strict=True)] + terms:
+        total = float32_range(total + term)
+    if not (total < np.inf).all():
+        return None
+    score = sum(c * (row - row.max()) for c, row in zip(coefficients, rows, strict=True))
+    return np.where(total > -np.inf, score + sum(terms), -np.inf)
 
 
 def log_probs_row(
@@ -176,13 +221,13 @@ def log_probs_row(
     `value_weights` [J], `prefix_logprobs` and `logit_scales` [M+1] (reference first).
     """
     slope = slope_of(divergence)
-    w = to_float64(weights).reshape(-1)
+    w = _coefficients(weights)
     rows = ([] if ref_logits is None else [to_float64(ref_logits)]) + [
         to_float64(p) for p in policy_logits
     ]
     vocab = vocab_size if vocab_size is not None else min(len(row) for row in rows)
     scales = to_float64(logit_scales) if logit_scales is not None else np.ones(len(rows))
-    rows = [row[:vocab] * scale for row, scale in zip(rows, scales, strict=True)]
+    rows = [float32_range(row[:vocab] * x) for row, x in zip(rows, scales, strict=True)]
     if ref_logits is None:
         if slope is not None:
             raise ValueError("a divergence other than reverse_kl needs a reference")
@@ -192,54 +237,71 @@ def log_probs_row(
     # A tensor of weight zero is not looked at, unless plausibility names it.
     used = [i for i in range(1, len(rows)) if w[i - 1] != 0.0]
     read = {0, *used} | ({plausibility_tensor} if plausibility is not None else set())
-    tilt_and_candidates = _read_values(values, value_ids, value_weights, vocab)
-    if tilt_and_candidates is None or not np.isfinite(w).all() or not (scales > 0).all():
+    read_values = _read_values(values, value_ids, value_weights, vocab)
+    if read_values is None or not np.isfinite(w).all() or not (scales > 0).all():
         return invalid
     if any(np.isnan(rows[k]).any() or (rows[k] == np.inf).any() for k in read):
         return invalid
 
-    tilt, support = tilt_and_candidates
-    support = support & (tilt > -np.inf)
+    terms, support = read_values
     for k in [0, *used]:
         support &= rows[k] > -np.inf
     if plausibility is not None:
         named = rows[plausibility_tensor]
         support &= (named > -np.inf) & (named >= named.max() + np.log(plausibility))
-    logs = {k: log_softmax(rows[k]) for k in read}
-    if slope is not None:
-        support &= ~(logs[0] < LOG_REF_FLOOR)
     if not support.any():
         return invalid
-    at = np.flatnonzero(support)
-    lr = logs[0][at]
-
-    if slope is None:  # log-linear: Z is whatever makes it sum to one
-        score = tilt[at] + sum(w[k - 1] * logs[k][at] for k in used)
-        if ref_logits is not None:
-            score = score + (1.0 - w.sum()) * lr
+    if slope is None:
+        coefficients = [0.0 if ref_logits is None else 1.0 - w.sum(), *(w[k - 1] for k in used)]
+        at = np.flatnonzero(support)
+        score = _log_linear(coefficients, [rows[k][at] for k in [0, *used]], [t[at] for t in terms])
     else:
+        logs = {k: float32_range(log_softmax(rows[k])) for k in [0, *used]}
         shift = np.zeros(len(rows))  # prefix_i - prefix_ref
         if prefix_logprobs is not None:
             prefix = to_float64(prefix_logprobs)
-            shift = prefix - prefix[0]
             if not np.isfinite(prefix[[0, *used]]).all():
                 return invalid
+            shift = prefix - prefix[0]
             if slope.floors and used:
                 shift = shift + max(0.0, PREFIX_FLOOR - shift[used].min())
-        u = tilt[at]
+        support &= logs[0] >= LOG_REF_FLOOR
         for k in used:
-            d = logs[k][at] - lr + shift[k]
-            u = u + w[k - 1] * slope.slope(np.maximum(d, LOG_RATIO_FLOOR) if slope.floors else d)
-        if normalizer == "exact":
-            ratios: Array | None = solve_log_ratios(lr, u, slope)
-        else:
-            ratios = log_ratios_at_zero(u, w.sum(), slope)
-        if ratios is None:
-            return invalid
-        score = lr + ratios
+            support &= logs[k] > -np.inf
+        at, score = _general(
+            slope, logs, w, shift, support, sum(terms, np.zeros(vocab)), normalizer
+        )
+    if score is None or not (score > -np.inf).any():
+        return invalid
     result = np.full(vocab, -np.inf)
-    result[at] = log_softmax(score)
+    result[at] = float32_range(log_softmax(score))
     return result
+
+
+def _general(
+    slope: Slope, logs: dict[int, Array], w: Array, shift: Array, support: Array, tilt: Array,
+    normalizer: str,
+) -> tuple[Array, Array | None]:  # fmt: skip
+    """The support that is left off reverse KL, and log pi* there; None if the row is invalid.
+
+    `logs` [V] are log pi of the models that count, `shift` the differences of their prefixes.
+    """
+    at = np.flatnonzero(support)
+    negative_q = np.zeros(len(at))  # sum w (f' - c)
+    for k in sorted(logs.keys() - {0}):
+        d = logs[k][at] - logs[0][at] + shift[k]
+        d = np.maximum(d, LOG_RATIO_FLOOR) if slope.floors else d
+        negative_q = float32_range(negative_q + w[k - 1] * slope.slope(d))
+    u = negative_q + tilt[at]
+    inside = (negative_q > -LARGEST_DEFICIT) & (u > -LARGEST_DEFICIT)
+    at, u = at[inside], u[inside]
+    lr = logs[0][at]
+    if not len(at) or not u.max() < LARGEST_DEFICIT:
+        return at, None
+    if normalizer == "exact":
+        return at, lr + solve_log_ratios(lr, u, slope)
+    ratios = log_ratios_at_zero(u, w.sum(), slope)
+    return at, None if ratios is None else lr + ratios
 
 
 def log_probs(

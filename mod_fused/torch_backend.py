@@ -29,6 +29,8 @@ CHUNK_TOKENS = 1 << 22
 _SMALLEST_LOG_REF = -80.0
 _SMALLEST_LOG_RATIO = -80.0
 _SMALLEST_PREFIX_DIFFERENCE = -40.0
+_LARGEST_DEFICIT = 1e37
+_LEAST_TAU = 1e-36
 
 
 class Mixture(NamedTuple):
@@ -128,6 +130,13 @@ def _float32(x: float) -> float:
     return torch.tensor(x, dtype=torch.float32).item()
 
 
+def _normal(weights: Tensor) -> Tensor:
+    """Weights [b, n] in the range of float32: infinite beyond it, 0 below its normal numbers."""
+    overflows = weights.float().isinf()
+    weights = torch.where(weights.abs() < torch.finfo(torch.float32).tiny, 0.0, weights)
+    return torch.where(overflows, torch.inf, weights)
+
+
 def _fma(c: Tensor, x: Tensor, total: Tensor) -> Tensor:
     """fma(c, x, total) with one rounding to float32, c [b] against [b, T, TILE]; `total` where c is
     0.
@@ -172,7 +181,7 @@ def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
     policies = logits[mixing.ref_logits is not None :]
     count, device = logits[0].shape[0], logits[0].device
 
-    weights = row_vector(mixing.weights, rows, device)
+    weights = _normal(row_vector(mixing.weights, rows, device))
     valid = weights.isfinite().all(1)
     columns = torch.arange(logits[0][0].numel(), device=device).view(logits[0].shape[1:])
     support = (columns < vocab_size).expand(count, -1, -1)
@@ -181,7 +190,7 @@ def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
     value_weights = weights.new_zeros((count, 0))
     if mixing.values is not None:
         values, candidates, ids_ok = _dense_values(mixing, rows)
-        value_weights = row_vector(mixing.value_weights, rows, device)
+        value_weights = _normal(row_vector(mixing.value_weights, rows, device))
         valid = valid & ids_ok & value_weights.isfinite().all(1)
         if candidates is not None:
             support = support & candidates
@@ -254,7 +263,6 @@ def _general(
     log_norms = [normalizer.row_logsumexp(x) for x in logits]
     log_ref = (logits[0] - log_norms[0][:, None, None]).float()
     support = support & (log_ref >= _SMALLEST_LOG_REF)
-    log_ref = torch.where(support, log_ref, -torch.inf)
     solvable = torch.ones_like(support[:, 0, 0])
 
     shifts = torch.stack(log_norms, 1)
@@ -278,6 +286,9 @@ def _general(
             d = d.clamp(min=_SMALLEST_LOG_RATIO)
         w = weights[:, i, None, None].float()
         deficit = torch.where(w == 0, deficit, deficit + w * divergence.deficit(d))
+        log_policy = x - log_norms[i + 1].float()[:, None, None]  # may be beyond float32
+        support = support & ((w == 0) | (log_policy > -torch.inf))
+    support = support & (deficit < _LARGEST_DEFICIT)
     if values:
         # A tilt moves min Q away from 0, and D would keep only its rounding: in float64 until then.
         deficit = deficit.double()
@@ -285,11 +296,14 @@ def _general(
         v = value_weights[:, j, None, None].float().double()
         deficit = torch.where(v == 0, deficit, deficit - v * x.double())
 
+    support = support & (deficit < _LARGEST_DEFICIT)
+    log_ref = torch.where(support, log_ref, -torch.inf)
     excess, least, best = normalizer.excess_deficit(deficit, support)
+    solvable = solvable & (least > -_LARGEST_DEFICIT)
     if mixing.normalizer == "exact":
         tau = normalizer.solve(divergence, log_ref, excess, best)
     else:
         tau = (divergence.supremum * (1.0 - weights.sum(1)) + least.double()).float()
         if divergence.bounded:
-            solvable = solvable & (tau > 0)
+            solvable = solvable & (tau > _LEAST_TAU)
     return log_ref + divergence.log_ratio(tau[:, None, None] + excess), support, solvable

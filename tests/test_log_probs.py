@@ -54,6 +54,25 @@ def test_golden_identity_mixed_bandits_reach_the_oracle(op, divergence):
             assert total_variation(mixed, direct).max() <= 1e-3
 
 
+@pytest.mark.parametrize("alpha", [0.001, 0.01, 0.029, 0.03, 0.05, 0.95, 0.999])
+def test_extreme_alpha_is_the_oracle_s_to_the_same_bounds(op, alpha):
+    # 1/alpha magnifies whatever the deficits and their sums round off.
+    divergence = f"alpha:{alpha}"
+    ref, policies = logits(25, 4, 1100, 2, kind="typical")
+    values = normal(25, 1, 4, 1100)
+    prefix = torch.tensor([[0.0, 3.0, -2.0], [-90.0, -95.0, -85.0], [0.0] * 3, [-5.0, 60.0, -60.0]])
+    calls = [
+        ([0.625, 0.375], {}),
+        ([1.5, -0.75], {"prefix_logprobs": prefix}),
+        ([-0.5, 0.25], {"values": values}),
+        ([0.5, 0.25], {"prefix_logprobs": prefix, "normalizer": "zero"}),
+    ]
+    for weights, options in calls:
+        log_p = check(op, ref, policies, weights, divergence=divergence, **options)
+        drawn = op.sample(ref, policies, weights, divergence=divergence, seed=1, **options)
+        assert (drawn.logprobs - log_p[torch.arange(4), drawn.tokens]).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_and_mixed_dtypes(op, dtype, divergence):
@@ -253,7 +272,8 @@ def test_zero_normalizer_is_equation_6_as_printed(op, kind, divergence):
 def test_zero_normalizer_rows_without_an_inverse_are_invalid(op):
     ref, policies = logits(18, 2, 500, 1, kind="typical")
     weights = torch.tensor([[8.0], [0.5]])
-    for divergence in ("jsd", "alpha:0.5"):
+    for divergence, first in (("jsd", 8.0), ("alpha:0.5", 8.0), ("alpha:0.01", 500.0)):
+        weights[0] = first
         result = check(op, ref, policies, weights, divergence=divergence, normalizer="zero")
         assert result[0].isnan().all() and not result[1].isnan().any()
 

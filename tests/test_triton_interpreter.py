@@ -293,13 +293,15 @@ def apply(function: Any, x: np.ndarray, a: float = 0.0) -> np.ndarray:
 
 
 RATIOS = np.concatenate([-np.geomspace(1e-6, 80, 60), [0.0], np.geomspace(1e-6, 80, 60)])
+SMALL_ALPHAS = ("alpha:0.001", "alpha:0.02")  # measured from f'(1) = 0
 QS = np.geomspace(1e-30, 1e30, 400)  # of a bounded divergence
 JEFFREY_QS = np.concatenate([-np.geomspace(1e-4, 1e3, 100), [0.0], np.geomspace(1e-4, 1e30, 300)])
 
 
 @pytest.mark.parametrize("function", ["deficit", "log_ratio", "log_slope"])
 @pytest.mark.parametrize(
-    "name", ["forward_kl", "jsd", "alpha:0.1", "alpha:0.5", "alpha:0.9", "jeffrey"]
+    "name",
+    ["forward_kl", "jsd", "alpha:0.1", "alpha:0.5", "alpha:0.9", *SMALL_ALPHAS, "jeffrey"],
 )
 def test_divergences_equal_those_of_python(name, function):
     if function == "deficit":
@@ -307,6 +309,8 @@ def test_divergences_equal_those_of_python(name, function):
     else:
         inputs = JEFFREY_QS if name == "jeffrey" else QS
         inputs = inputs[inputs < 1e4] if name == "jsd" else inputs
+        if name in SMALL_ALPHAS:  # from just above -1/alpha
+            inputs = np.concatenate([-np.geomspace(1e-4, 0.9 / float(name[6:]), 99), inputs])
     divergence = get_divergence(name)
     ours = getattr(divergences.device_functions(divergence), function)
     got = apply(ours, inputs, getattr(divergence, "alpha", 0.0))

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..divergence import Divergence
-from .elementary import exp, expm1, log1p_unit, log_of, wright_omega
+from ..divergence import AlphaDivergence, Divergence
+from .elementary import exp, expm1, log1p_unit, log_of, reciprocal, wright_omega
 
 
 class TritonDivergence(NamedTuple):
@@ -128,6 +128,26 @@ def alpha_unscaled(t, a):
 
 
 @triton.jit
+def small_alpha_deficit(d, a):
+    # Measured from f'(1) = 0: next to 1/a float32 would lose the differences.
+    return expm1(-a * d) * (1.0 / a)
+
+
+@triton.jit
+def small_alpha_log_ratio(q, a):
+    # log(1 + x), and what rounding took from 1 + x
+    x = a * q
+    rounded = 1.0 + x
+    log = log_of(rounded) + (x - (rounded - 1.0)) * reciprocal(rounded)
+    return tl.where(rounded > 0.0, log * (-1.0 / a), float("nan"))
+
+
+@triton.jit
+def small_alpha_log_slope(q, a):
+    return (1.0 + a) * small_alpha_log_ratio(q, a)
+
+
+@triton.jit
 def jeffrey_deficit(d, a):
     return expm1(-d) - d
 
@@ -169,6 +189,9 @@ ALPHA = TritonDivergence(
     alpha_scaled,
     alpha_unscaled,
 )
+SMALL_ALPHA = TritonDivergence(
+    small_alpha_deficit, small_alpha_log_ratio, small_alpha_log_slope, True, False
+)
 JEFFREY = TritonDivergence(jeffrey_deficit, jeffrey_log_ratio, jeffrey_log_slope, True, False)
 
 _TABLE = {
@@ -184,4 +207,6 @@ def device_functions(divergence: Divergence) -> TritonDivergence:
     """The device functions of a built-in or registered divergence."""
     if divergence.triton is not None:
         return TritonDivergence(*divergence.triton, divergence.clamped, divergence.bounded)
+    if isinstance(divergence, AlphaDivergence) and not divergence.bounded:
+        return SMALL_ALPHA
     return _TABLE[divergence.name.split(":")[0]]

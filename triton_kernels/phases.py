@@ -42,6 +42,7 @@ from .tiles import (
     EXCLUDED,
     INFINITY,
     LEAST,
+    LEAST_TAU,
     LEVEL,
     MIX_LOG_NORM,
     POINT,
@@ -101,7 +102,9 @@ def deficit_key(m, state, log_ref, q, broken, row, C: tl.constexpr):
         # Eq. 6 as printed: Z = 0, that is tau = c (1 - sum w) + min Q.
         y = (q + m.supremum * reference_weight(m, row, C)).to(tl.float32)
         if C.bounded:
-            broken |= inside & ((y > 0.0) == 0)
+            broken |= inside & (((y > LEAST_TAU) & (y < INFINITY)) == 0)
+        else:
+            broken |= q <= -EXCLUDED
     key = log_ref + C.log_ratio(tl.where(inside, y, 1.0), m.alpha)
     return tl.where(inside, key, -INFINITY), broken
 

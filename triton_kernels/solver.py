@@ -180,7 +180,7 @@ def end_deficits(m, w, state, fields, row, tiles, C: tl.constexpr):
     best = tl.load(fields + BEST_P * C.tiles + best_tile, cache_modifier=".cg").to(tl.float64)
     mass = tl.sum(tile_field(fields, MASS, tiles, C, 0.0).to(tl.float64), 0)
     first = tl.sum(tile_field(fields, FIRST, tiles, C, 0.0).to(tl.float64), 0)
-    good = (least < EXCLUDED) & (mass > 0.0) & (best > 0.0)
+    good = (tl.abs(least) < EXCLUDED) & (mass > 0.0) & (best > 0.0)
     mass = tl.where(good, mass, 1.0)
     best = tl.where(good, best, 1.0)
 

@@ -13,6 +13,8 @@ TILE = tl.constexpr(1024)
 INFINITY = tl.constexpr(float("inf"))
 #: Q of a token outside the support: its ratio is 0 in float32, and it is still finite.
 EXCLUDED = tl.constexpr(1e37)
+SMALLEST_WEIGHT = tl.constexpr(2.0**-126)  # a normal float32
+LEAST_TAU = tl.constexpr(1e-36)  # of Z = 0 where sup f' is finite
 SMALLEST_LOG_REF = tl.constexpr(-80.0)  # the range of float32, design §2
 SMALLEST_LOG_RATIO = tl.constexpr(-80.0)
 FAR_LEVEL = tl.constexpr(128.0)  # of a model's log-sum-exp
@@ -65,23 +67,29 @@ def value_tile(m, j: tl.constexpr, row, tile):
 
 
 @triton.jit
+def normal(weight):
+    """A weight; 0 where float32 holds no normal number for it."""
+    return tl.where(tl.abs(weight) < SMALLEST_WEIGHT, 0.0, weight)
+
+
+@triton.jit
 def weight(m, row, i: tl.constexpr):
     """w of policy i (counted from 0), float64."""
     if m.weights_pointer is None:
-        return tl.full([], m.weights[i], tl.float64)
+        return normal(tl.full([], m.weights[i], tl.float64))
     else:
         offset = row.to(tl.int64) * m.weights_strides[0] + i * m.weights_strides[1]
-        return tl.load(m.weights_pointer + offset).to(tl.float64)
+        return normal(tl.load(m.weights_pointer + offset).to(tl.float64))
 
 
 @triton.jit
 def value_weight(m, row, j: tl.constexpr):
     """v of value j, float64."""
     if m.value_weights_pointer is None:
-        return tl.full([], m.value_weights[j], tl.float64)
+        return normal(tl.full([], m.value_weights[j], tl.float64))
     else:
         offset = row.to(tl.int64) * m.value_weights_strides[0] + j * m.value_weights_strides[1]
-        return tl.load(m.value_weights_pointer + offset).to(tl.float64)
+        return normal(tl.load(m.value_weights_pointer + offset).to(tl.float64))
 
 
 @triton.jit

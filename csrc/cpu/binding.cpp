@@ -275,7 +275,8 @@ Tensor divergence_function(int64_t divergence, double alpha, int64_t function, c
       apply(JensenShannon(), function, from, to, n);
       break;
     case Kind::alpha:
-      apply(Alpha<false>(alpha), function, from, to, n);
+      if (alpha < kSmallAlpha) apply(SmallAlpha(alpha), function, from, to, n);
+      else apply(Alpha<false>(alpha), function, from, to, n);
       break;
     case Kind::jeffrey:
       apply(Jeffrey(), function, from, to, n);

@@ -21,10 +21,11 @@ constexpr double kLastStep = 1e-3;
 constexpr int kModelSteps = 60;
 constexpr double kLeastExponent = -1.0, kMostExponent = 30.0;  // of min Q where Jensen-Shannon keeps e^Q
 constexpr double kLog2E = 1.4426950216293335;  // what the loops' float32 constant holds
+constexpr double kMostFusedWeight = 100.0;  // times e^80 it is below kExcluded
 constexpr double kWiden = 1e-4;
 constexpr double kRounding = 1e-5;  // of float32 sums over a row
-constexpr double kLeastAlpha = 0.02;
-constexpr double kLeastTau = 1e-36;  // below it stand the floors of exponentials, not sums of them
+constexpr double kLeastTau = 1e-36;  // design §2: with Z = 0, where sup f' is finite
+constexpr double kLeastRest = 1e-30;  // of tokens but s*: less may be the floors of exponentials
 }  // namespace
 
 bool Row::mix_general() {
@@ -34,6 +35,7 @@ bool Row::mix_general() {
     case Kind::jsd:
       return mix(JensenShannon(), loops_.jsd);
     case Kind::alpha:
+      if (request_.alpha < kSmallAlpha) return mix(SmallAlpha(request_.alpha), loops_.small_alpha);
       if (request_.alpha == 0.5) return mix(Alpha<true>(0.5), loops_.alpha_half);
       return mix(Alpha<false>(request_.alpha), loops_.alpha);
     case Kind::jeffrey:
@@ -129,7 +131,7 @@ template <class D> bool Row::collect_deficits(const D& divergence, const Diverge
       // Ratios above e^80 take a prefix: pi_ref is larger than e^-80.
       fused.careful |= std::fabs(shift - (norms[0] - norms[model])) > 4.0;
     }
-  fusable &= fused.count > 0;
+  fusable &= fused.count > 0 && weight_sum <= kMostFusedWeight;
   fused.dtype = request_.logits[0].dtype;
   fused.log_norm = (float)norms[0];
   fused.log_norm_offset = (float)(-norms[0] * kLog2E);
@@ -276,7 +278,7 @@ double Row::solve(const D& divergence, const DivergenceLoops& loops, const Defic
   const auto between = [](double a, double b) { return D::bounded ? std::sqrt(a * b) : 0.5 * (a + b); };
   double residual = 0.0;  // log G of the model where a step ends; not 0 where the bracket is inverted by rounding
   const auto step = [&](const RowSums& rest, double t) {
-    const bool pole = rest.s1 > 0.0 && rest.s2 > 0.0;
+    const bool pole = rest.s1 > kLeastRest && rest.s2 > 0.0;
     const double distance = pole ? std::max(divergence.pole(rest.s1 / rest.s2) - t, 0.0) : 0.0;
     const double weight = pole ? rest.s1 / power(t + distance) : 0.0;
     double left = low, right = high;
@@ -284,7 +286,7 @@ double Row::solve(const D& divergence, const DivergenceLoops& loops, const Defic
       const double middle = between(left, right);
       (log_g(middle, weight * power(middle + distance)) > 0.0 ? left : right) = middle;
     }
-    const double end = between(left, right);
+    const double end = (float)between(left, right);  // as the keys will have it: a small alpha shows what is rounded off
     residual = log_g(end, weight * power(end + distance));
     return end;
   };
@@ -331,9 +333,7 @@ double Row::solve(const D& divergence, const DivergenceLoops& loops, const Defic
 
 template <class D> bool Row::mix(D divergence, const DivergenceLoops& loops) {
   Deficits total;
-  // A small alpha's exponent 1 / alpha magnifies what a Q without min Q taken off has lost.
-  const bool in_one_loop = request_.kind != Kind::alpha || request_.alpha >= kLeastAlpha;
-  if (!collect_deficits(divergence, loops, in_one_loop, &total)) return false;
+  if (!collect_deficits(divergence, loops, true, &total)) return false;
   divergence.measure_from(total.base);
   double tau;
   if (request_.exact) {
@@ -343,7 +343,7 @@ template <class D> bool Row::mix(D divergence, const DivergenceLoops& loops) {
     double sum = 0.0;
     for (int model = 1; model < request_.models; ++model) sum += policy_weight(model);
     tau = (float)(divergence.supremum() * (1.0 - sum) + total.sums.least);
-    if (D::bounded && !(tau > kLeastTau)) return false;
+    if (!std::isfinite(tau) || (D::bounded && !(tau > kLeastTau))) return false;
   }
 
   const float t = (float)divergence.shift(tau), alpha = (float)request_.alpha, base = total.base;

@@ -47,8 +47,8 @@ Row::Row(const Request& request, int64_t index, Scratch& scratch, const TileRunn
 bool Row::read_parameters() {
   bool good = true;
   const int policies = request_.models - (request_.reference ? 1 : 0);
-  for (int i = 0; i < policies; ++i) good &= std::isfinite(request_.weights[b_][i]);
-  for (size_t j = 0; j < request_.values.size(); ++j) good &= std::isfinite(value_weight(j));
+  for (int i = 0; i < policies; ++i) good &= std::isfinite((float)request_.weights[b_][i]);
+  for (size_t j = 0; j < request_.values.size(); ++j) good &= std::isfinite((float)value_weight(j));
   for (int64_t k = 0; k < request_.candidates; ++k) good &= candidate(k) >= -1 && candidate(k) < request_.vocab;
   if (sampling()) {
     temperature_ = request_.temperature[b_];
@@ -110,7 +110,7 @@ bool Row::sum_models() {
 void Row::sum_tile(int64_t tile) {
   const PeakSum part = loops_.peak_sum({scratch_.first + tile * kTile, DType::float32, 1.0f}, 0, tile_size(tile));
   scratch_.mixes[tile].peak = part.peak;
-  scratch_.sums[tile] = part.peak > -kInfinity ? part.sum : 0.0f;
+  scratch_.sums[tile] = part.sum;
 }
 
 bool Row::sum_keys() {

@@ -2,6 +2,7 @@
 // the next needs in the scratch and in the members below.
 #pragma once
 
+#include <cmath>
 #include <functional>
 
 #include "request.h"
@@ -109,9 +110,11 @@ class Row {
   }
   Source logits(int model) const { return request_.logits[model].row(b_, request_.scales[model]); }
   Source values(size_t j) const { return request_.values[j].row(b_, 1.0f); }
-  double policy_weight(int model) const { return request_.weights[b_][model - (request_.reference ? 1 : 0)]; }
+  // What float32 holds no normal number for counts as 0.
+  static double normal(double weight) { return std::fabs(weight) < 0x1p-126 ? 0.0 : weight; }
+  double policy_weight(int model) const { return normal(request_.weights[b_][model - (request_.reference ? 1 : 0)]); }
   bool counts(int model) const { return (request_.reference && model == 0) || policy_weight(model) != 0.0; }
-  double value_weight(size_t j) const { return request_.value_weights[b_][j]; }
+  double value_weight(size_t j) const { return normal(request_.value_weights[b_][j]); }
   int64_t candidate(int64_t k) const {
     return request_.value_ids[b_ * request_.value_ids_row + k * request_.value_ids_column];
   }

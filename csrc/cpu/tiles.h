@@ -75,7 +75,7 @@ struct RaceResult {
 struct DivergenceLoops {
   // p and u of a tile in one loop.
   DeficitSums (*deficits)(const DeficitTile& tile, int n, float alpha, float* p, float* u);
-  // Q += w * deficit((policy - ref) + shift); kExcluded where the policy excludes the token.
+  // Q += w * deficit((policy - ref) + shift); NaN where the policy excludes the token.
   void (*add_deficit)(const float* ref, const float* policy, int n, float alpha, float shift, float w, float* q);
   // Q becomes u = excess(Q + tilt - least), whose base is 0; tilt may be null.
   void (*excesses)(float* q, const double* tilt, int n, float alpha, double least);
@@ -135,7 +135,7 @@ struct TileLoops {
   // (key - level) - log_norm
   void (*normalised)(const float* key, int n, double level, double log_norm, float* out);
   FilterLoops filters;
-  DivergenceLoops forward_kl, jsd, alpha, alpha_half, jeffrey;
+  DivergenceLoops forward_kl, jsd, alpha, alpha_half, small_alpha, jeffrey;
 };
 
 const TileLoops* baseline_loops();

@@ -52,26 +52,30 @@ void load(const Source& x, int64_t begin, int n, float* out) {
   load_as<float>(x, begin, n, out);
 }
 
-template <class T> PeakSum peak_sum_as(const Source& x, int64_t begin, int n) {
-  const T* __restrict from = at<T>(x, begin);
-  const float scale = x.scale;
+template <class T> PeakSum peak_sum_of(const T* __restrict x, int n) {
   float peak = -kInfinity;
 #pragma omp simd reduction(max : peak)
   for (int i = 0; i < n; ++i) {
-    const float y = widen(from[i]) * scale;
+    const float y = widen(x[i]);
     peak = y > peak ? y : peak;
   }
   const float from_peak = peak == -kInfinity ? 0.0f : peak;
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; ++i) sum += exp_of(widen(from[i]) * scale - from_peak);
+  for (int i = 0; i < n; ++i) sum += exp_of(widen(x[i]) - from_peak);
   return {peak, sum};
 }
 
 PeakSum peak_sum(const Source& x, int64_t begin, int n) {
-  if (x.dtype == DType::bfloat16) return peak_sum_as<BFloat16>(x, begin, n);
-  if (x.dtype == DType::float16) return peak_sum_as<Float16>(x, begin, n);
-  return peak_sum_as<float>(x, begin, n);
+  if (x.scale != 1.0f) {
+    // Scaled apart: a fused product less the rounded peak would leave the peak's rounding.
+    alignas(64) float scaled[kTile];
+    load(x, begin, n, scaled);
+    return peak_sum_of(scaled, n);
+  }
+  if (x.dtype == DType::bfloat16) return peak_sum_of(at<BFloat16>(x, begin), n);
+  if (x.dtype == DType::float16) return peak_sum_of(at<Float16>(x, begin), n);
+  return peak_sum_of(at<float>(x, begin), n);
 }
 
 template <class T> float sum_from_as(const Source& x, int64_t begin, int n, float from) {
@@ -328,6 +332,7 @@ const TileLoops kLoops = {
     Loops<JensenShannon>::table(),
     Loops<Alpha<false>>::table(),
     Loops<Alpha<true>>::table(),
+    Loops<SmallAlpha>::table(),
     Loops<Jeffrey>::table(),
 };
 

@@ -55,7 +55,7 @@ template <class D> struct Loops {
             q = multiply_add(weights[k], divergence.term(near) + (y < -120.0f ? (-120.0f - y) * 0.693147181f : 0.0f), q);
             continue;
           }
-          if (!D::bounded) q = multiply_add(weights[k], y < -126.0f ? (y + 126.0f) * 0.693147181f : 0.0f, q);  // Jeffrey's linear part
+          if (__is_same(D, Jeffrey)) q = multiply_add(weights[k], y < -126.0f ? (y + 126.0f) * 0.693147181f : 0.0f, q);  // its linear part
           y = y > limit ? limit : y < -126.0f ? -126.0f : y;
         }
         q = multiply_add(weights[k], divergence.term(y), q);
@@ -118,7 +118,7 @@ template <class D> struct Loops {
       float d = (policy[i] - ref[i]) + shift;
       if (D::clamped) d = d < kSmallestLogRatio ? kSmallestLogRatio : d;
       const float sum = q[i] + w * divergence.deficit(d);
-      q[i] = (policy[i] > -kInfinity) & (q[i] < kExcluded) ? sum : kExcluded;
+      q[i] = policy[i] > -kInfinity ? sum : __builtin_nanf("");
     }
   }
 
