@@ -10,7 +10,8 @@ from cases import logits, normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mod_fused
-from mod_fused import AlphaDivergence
+from mod_fused import AlphaDivergence, tracing
+from mod_fused.checks import check_draw, check_mixture
 
 B, V = 3, 1100
 REF, POLICIES = logits(71, B, V, 2, kind="typical")
@@ -292,3 +293,12 @@ def test_compiled_code_refuses_a_number_that_leaves_the_range():
     for bad in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="temperature must be in"):
             compiled(REF, POLICIES, bad)
+
+
+def test_symbols_that_are_off_switch_no_filter_on(monkeypatch):
+    monkeypatch.setattr(tracing, "any_symbol", lambda numbers: True)
+    mixing = check_mixture(REF, POLICIES, WEIGHTS)
+    off = tracing.draw_without_symbols(check_draw(mixing, seed=1), REF)
+    assert (off.temperature, *off.filters()) == (1.0, False, False, False)
+    on = check_draw(mixing, seed=1, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1)
+    assert tracing.draw_without_symbols(on, REF).filters() == (True, True, True)

@@ -7,6 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mod_fused
+from mod_fused.divergence import get_divergence, number_of
+
+NAMES = {number_of(get_divergence(name)): name for name in ("jsd", "reverse_kl")}
 
 
 class Calls(TorchDispatchMode):
@@ -18,9 +21,9 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "mod_fused":
-            tensors, _, _, divergence = args
-            x = tensors[0]
-            self.seen.append((func.__name__, *x.shape, x.dtype, len(tensors), divergence))
+            logits, _, integers, _ = args
+            x, divergence = logits[0], NAMES[integers[4]]
+            self.seen.append((func.__name__, *x.shape, x.dtype, len(logits), divergence))
         return func(*args, **(kwargs or {}))
 
 
