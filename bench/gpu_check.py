@@ -39,7 +39,8 @@ def started(words: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver
+            process.wait(10.0)
 
 
 def run(name: str, words: Sequence[str], log: Path, seconds: float) -> bool:
@@ -54,8 +55,8 @@ def run(name: str, words: Sequence[str], log: Path, seconds: float) -> bool:
     output = log.read_bytes()[offset:].decode(errors="replace")
     print(f"{name}: {said}, {time.monotonic() - start:.0f} s", flush=True)
     _, summary, rest = output.rpartition(" short test summary info ")
-    shown = rest if summary else output[-1500:] if status != 0 else output.rstrip()[-80:]
-    print(textwrap.indent(shown.strip("=\n"), "    "), flush=True)
+    shown = rest if summary else output[-1500:] if status != 0 else output.rstrip().split("\n")[-1]
+    print(textwrap.indent(shown.strip("=\n "), "    "), flush=True)
     return status == 0
 
 
