@@ -20,7 +20,6 @@ from .. import report
 from ..measure import Call, Timing, seconds_of, timing
 
 T = TypeVar("T")
-#: Also what `tests/gpu` run by, dry.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -58,7 +58,6 @@ def markdown(report: Mapping[str, Any]) -> str:
             *(f"- {what} ({count} rows)" for what, count in skipped.items()),
             *(f"- not timed: {label}" for label in report["not_timed"]),
             *(f"- {label} failed:\n\n```\n{why}```\n" for label, why in report["failed"].items()),
-            "`python -m bench.gpu.benchmark`",
-            "",
+            "`python -m bench.gpu.benchmark`\n",
         ]
     )
