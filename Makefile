@@ -3,6 +3,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 
 MINUTES ?= 2
+VERSIONS ?= 5.3.0 5.19.0 5.24.0
 OUT ?= bench/results/gpu
 
 BIN := .venv/bin
@@ -20,12 +21,10 @@ SANITIZED_TESTS := $(patsubst %,tests/test_%.py,combinations filters inputs log_
 	-k "cpu-cpu and not language_models and not 18_nats and not full_vocabulary"
 
 INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,triton_interpreter combinations filters inputs \
-	log_probs out sampling registration tune user_divergence gpu_moments)
+	log_probs out sampling registration tune user_divergence)
 
 .DEFAULT_GOAL := help
-VERSIONS ?= 5.3.0 5.19.0 5.24.0
-
-.PHONY: help setup demo test test-transformers architectures lint fuzz sanitize gpu-check gpu-questions clean
+.PHONY: help setup demo test test-transformers architectures lint fuzz sanitize gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -76,13 +75,9 @@ sanitize: $(READY)  ## tests and fuzzing of the C++ backend under address and un
 	cd $(SANITIZED) && $(SANITIZED_RUN) -m pytest -q -s -p no:cacheprovider $(SANITIZED_TESTS)
 	cd $(SANITIZED) && $(SANITIZED_RUN) tests/fuzz_op.py --minutes $(MINUTES)
 
-# .venv's Python if there is one, else PYTHON: needs torch, triton and numpy, installs nothing.
-gpu-check:  ## everything a machine with a GPU can show, in under 8 minutes; OUT=DIR
+# .venv's Python if there is one, else PYTHON: needs torch, triton, numpy, pytest; installs nothing.
+gpu-check:  ## the tests and the benchmark of a machine with a GPU, in under 8 minutes; OUT=DIR
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu_check --out $(OUT)
-
-gpu-questions:  ## other schedules of the kernels, timed on a GPU in under 10 minutes; OUT=DIR
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu_check --stages questions profile \
-		--seconds 580 --out $(OUT)/questions
 
 clean:  ## remove .venv and everything that was built
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,180 +1,115 @@
-"""`python -m bench.gpu_check --out DIR`: everything there is to show on a machine with one GPU.
+"""`python -m bench.gpu_check --out DIR`: the tests under tests/gpu, then the benchmark's table
+(DIR/gpu.json, DIR/gpu.md), on a machine with a GPU in under 8 minutes.
 
-Each stage is a process of its own with a time limit, so that neither an exception nor an illegal
-access, a dead lock or a crash in one keeps the next from running; `DIR/gpu.json` and `DIR/gpu.md`
-are rewritten after every stage. The exit status is 0 when no stage failed.
-
-`--dry-run` runs the same code on CPU tensors, the kernels in Triton's interpreter, on tiny shapes.
+Each file of tests and the benchmark are a process of their own with a time limit: neither a crash
+nor a dead lock keeps the next from running. DIR/gpu.log has what they say, DIR/NAME.xml pytest's
+report. The exit status is 0 when everything passed. `--dry-run` runs the same on the CPU, the
+kernels in Triton's interpreter, on tiny shapes.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import multiprocessing
+import contextlib
+import importlib.util
 import os
 import signal
+import subprocess
 import sys
+import textwrap
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from .gpu.record import FAILED, PASSED, SKIPPED, TIMED_OUT, Record, read_all, status_of, write
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests" / "gpu"
+TOTAL_SECONDS, TEST_SECONDS, BENCHMARK_SECONDS = 465.0, 110.0, 240.0
+_SLOWER = 8  # the interpreter, on a busy machine
 
 
-class Stage(NamedTuple):
-    """`function` of module `bench.gpu.MODULE`, called with the device and the record."""
-
-    name: str
-    module: str
-    function: str
-    seconds: float  # its time limit
-    background: bool = False  # starts first and runs beside the others
-    after: tuple[str, ...] = ()  # background stages it waits for
-    named: bool = False  # runs only where --stages names it
-
-
-#: In the order they run; what is worth most comes first, in case the time runs out.
-STAGES = (
-    Stage("build", "prepare", "build", 240.0, background=True),
-    Stage("machine", "prepare", "machine", 40.0),
-    Stage("compile", "prepare", "compile_ahead", 150.0, background=True),
-    Stage("matrix", "correctness", "matrix", 110.0),
-    Stage("graphs", "execution", "graphs", 50.0),
-    Stage("streams", "execution", "streams", 60.0),
-    Stage("statistics", "correctness", "statistics", 60.0),
-    Stage("poison", "execution", "poison", 40.0),
-    Stage("large", "execution", "large", 60.0),
-    Stage("tokens", "correctness", "tokens", 90.0, after=("build",)),
-    Stage("benchmark", "benchmark", "benchmark", 180.0, after=("compile",)),
-    Stage("sanitizer", "sanitizer", "sanitizer", 90.0),
-    Stage("tests", "suite", "tests", 120.0, after=("build",)),  # as many as time allows
-    Stage("questions", "questions", "questions", 420.0, named=True),
-    Stage("profile", "profile", "profile", 150.0, named=True),
-)
-TOTAL_SECONDS = 470.0
-_SLOWER = 8  # the interpreter, on a busy machine: more time in a dry run
-
-
-def _run(stage: Stage, out: Path, dry: bool, seconds: float) -> None:
-    """In the stage's own process: its output goes to a log, its result to a file."""
-    os.setsid()  # so that what it starts can be ended with it
-    log = os.open(out / "logs" / f"{stage.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    record = Record(out, stage.name, deadline=time.monotonic() + 0.9 * seconds)
+@contextlib.contextmanager
+def started(words: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`python WORDS` in a process group of its own, of which nothing is left behind."""
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-u", *words], cwd=ROOT, stdout=out, stderr=out, start_new_session=True
+        )
     try:
-        from .gpu import device, prepare
-
-        prepare.link_kernels()
-        function = getattr(importlib.import_module(f"bench.gpu.{stage.module}"), stage.function)
-        function(device.make(dry), record)
-    except BaseException:
-        record.item("the stage itself", FAILED, traceback.format_exc())
-    record.finish()
-    sys.stdout.flush()
-    os._exit(0)  # a broken CUDA context must not hang the way out
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver
+            process.wait(10.0)
 
 
-class _Running:
-    """A started stage."""
-
-    def __init__(self, stage: Stage, out: Path, dry: bool, seconds: float) -> None:
-        self.stage, self.out, self.seconds = stage, out, seconds
-        self.start = time.monotonic()
-        # Forked: torch is imported once. Nothing in this process may touch CUDA before.
-        context = multiprocessing.get_context("fork")
-        self.process = context.Process(target=_run, args=(stage, out, dry, seconds))
-        self.process.start()
-
-    def wait(self) -> None:
-        """Until it ends or its time is up; notes what became of it."""
-        self.process.join(max(0.0, self.start + self.seconds - time.monotonic()))
-        late = self.process.is_alive()
-        try:  # whatever it has left behind, too
-            os.killpg(self.process.pid or 0, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
-        self.process.join()
-        record = Record.resume(self.out, self.stage.name)
-        if late:
-            why = f"not over after {self.seconds:.0f} s and ended; the log has what it said"
-            record.item("the stage itself", TIMED_OUT, why)
-        elif not record.finished:
-            code = self.process.exitcode
-            record.item("the stage itself", FAILED, f"the process died with exit status {code}")
-        record.finish(seconds=time.monotonic() - self.start)
+def run(name: str, words: Sequence[str], log: Path, seconds: float) -> bool:
+    """Run `python WORDS` for so many seconds at most, say how it ended; whether it passed."""
+    start, offset = time.monotonic(), log.stat().st_size if log.exists() else 0
+    with started(words, log) as process:
+        try:
+            status = process.wait(seconds)
+            said = "passed" if status == 0 else f"FAILED, exit status {status}"
+        except subprocess.TimeoutExpired:
+            status, said = None, "OUT OF TIME"
+    output = log.read_bytes()[offset:].decode(errors="replace")
+    print(f"{name}: {said}, {time.monotonic() - start:.0f} s", flush=True)
+    _, summary, rest = output.rpartition(" short test summary info ")
+    shown = rest if summary else output[-1500:] if status != 0 else output.rstrip().split("\n")[-1]
+    print(textwrap.indent(shown.strip("=\n "), "    "), flush=True)
+    return status == 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    out = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
-    out.formatter_class = argparse.RawDescriptionHelpFormatter
-    names = [stage.name for stage in STAGES]
-    out.add_argument("--out", type=Path, required=True, metavar="DIR", help="results go here")
-    out.add_argument("--dry-run", action="store_true", help="without a GPU, in the interpreter")
-    out.add_argument("--stages", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
-    out.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all stages together")
-    out.add_argument("--commit", help="to be noted where the tree is a copy without its history")
-    return out
+def run_tests(files: Mapping[str, Path], out: Path, seconds: float, processes: int) -> bool:
+    """Each file by pytest, in so many processes; whether all passed."""
+    words = ["-m", "pytest", "-m", "gpu", "-v", "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
+    words += ["-o", f"faulthandler_timeout={0.5 * seconds}"]  # says where a test is stuck
+    if processes > 1 and importlib.util.find_spec("xdist"):
+        words += ["-n", str(processes), "--dist", "worksteal"]
+    passed = [
+        run(name, [*words, f"--junitxml={out / name}.xml", str(file)], out / "gpu.log", seconds)
+        for name, file in files.items()
+    ]
+    return all(passed) and bool(passed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages; 0 if none failed."""
-    args = parser().parse_args(argv)
-    os.chdir(ROOT)
-    if args.commit:
-        os.environ["MOD_FUSED_COMMIT"] = args.commit
-    if args.dry_run:  # before triton and mod_fused are imported
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results go here")
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU, in the interpreter")
+    args = parser.parse_args(argv)
+    if args.dry_run:
         os.environ.update(TRITON_INTERPRET="1", MOD_FUSED_BENCH_COMPILER="eager")
-    out = args.out.resolve()
-    for folder in ("stages", "logs"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    chosen = [s for s in STAGES if (s.name in args.stages if args.stages else not s.named)]
-    for stage in STAGES:  # of an earlier run
-        (out / "stages" / f"{stage.name}.json").unlink(missing_ok=True)
-    import torch  # noqa: F401 the stages are forked from here
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes share the cores
+    from .gpu import device  # after TRITON_INTERPRET is set
 
-    end = time.monotonic() + args.seconds * (_SLOWER if args.dry_run else 1)
-    running: dict[str, _Running] = {}
-    if args.dry_run:  # one at a time: what runs beside others is hard to time and to read
-        chosen = [s._replace(background=False, seconds=_SLOWER * s.seconds) for s in chosen]
-
-    def left(stage: Stage) -> float:
-        return max(1.0, min(stage.seconds, end - time.monotonic()))
-
-    def finish(name: str) -> None:
-        if name in running:
-            running.pop(name).wait()
-            _report(name, out, chosen, args.dry_run)
-
-    for stage in (s for s in chosen if s.background):
-        running[stage.name] = _Running(stage, out, args.dry_run, left(stage))
-    for stage in (s for s in chosen if not s.background):
-        for name in stage.after:
-            finish(name)
-        if time.monotonic() > end:
-            record = Record(out, stage.name)
-            record.item("the stage itself", TIMED_OUT, "not begun: the time was up")
-            record.finish()
-            _report(stage.name, out, chosen, args.dry_run)
-            continue
-        running[stage.name] = _Running(stage, out, args.dry_run, left(stage))
-        finish(stage.name)
-    for name in list(running):
-        finish(name)
-    results = read_all(out, [s.name for s in chosen])
-    return int(any(status_of(r) not in (PASSED, SKIPPED) for r in results.values()))
-
-
-def _report(name: str, out: Path, chosen: Sequence[Stage], dry: bool) -> None:
-    results = read_all(out, [s.name for s in chosen])
-    write(out, results, dry)
-    print(f"{name}: {status_of(results[name])}, {results[name]['seconds']:.0f} s", flush=True)
+    try:
+        device.make()
+        device.link_kernels()
+    except (RuntimeError, ImportError) as error:
+        print(f"bench.gpu_check: {error}", file=sys.stderr)
+        return 2
+    begin, out = time.monotonic(), args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for old in (*out.glob("gpu.*"), *out.glob("*.xml")):
+        old.unlink()
+    slower, processes = (_SLOWER, 1) if args.dry_run else (1, device.workers())
+    benchmark = ["-m", "bench.gpu.benchmark", "--out", str(out)]
+    files = {file.stem.removeprefix("test_"): file for file in sorted(TESTS.glob("test_*.py"))}
+    with contextlib.ExitStack() as stack:
+        if not args.dry_run:  # compiles while the tests run
+            stack.enter_context(started([*benchmark, "--compile"], out / "gpu.log"))
+        passed = importlib.util.find_spec("pytest") is not None
+        if passed:
+            passed = run_tests(files, out, slower * TEST_SECONDS, processes)
+        else:
+            print("pytest is not installed: no test was run", flush=True)
+    left = slower * TOTAL_SECONDS - (time.monotonic() - begin)
+    seconds = min(slower * BENCHMARK_SECONDS, left)
+    benchmark += ["--seconds", str(seconds - 15.0)]
+    return 0 if run("benchmark", benchmark, out / "gpu.log", seconds) and passed else 1
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """The interpreter runs its own tests and some of those of the op, the rest as usual."""
     if INTERPRETED:
         chosen = {*map(id, affordable(items))}
-        own = ("test_triton_", "test_tune.", "test_gpu_moments.")
+        own = ("test_triton_", "test_tune.")
+        chosen |= {id(x) for x in items if x.get_closest_marker("gpu")}
         keep = [x for x in items if id(x) in chosen or x.path.name.startswith(own)]
         config.hook.pytest_deselected(items=[x for x in items if x not in keep])
         items[:] = keep

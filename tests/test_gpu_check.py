@@ -1,187 +1,137 @@
-"""The GPU check without a GPU: the dry run goes through every stage, wrong results fail."""
+"""The GPU check without a GPU: its dry run passes, wrong results fail it, and neither a crash nor a
+test that hangs keeps the rest from being run and noted."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
-import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench is not installed
 
 pytest.importorskip("triton")
 
-
-def run(out: Path, code: str, *words: str) -> tuple[int, dict]:
-    """Exit status and results of a run that does `code` first."""
-    script = f"import sys\nfrom bench import gpu_check\n{code}\nsys.exit(gpu_check.main())"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, "--dry-run", "--out", str(out), *words],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert (out / "gpu.json").exists(), done.stderr
-    return done.returncode, json.loads((out / "gpu.json").read_text())["stages"]
+from bench import gpu_check  # noqa: E402
+from bench.gpu import device  # noqa: E402
 
 
-def test_dry_run_goes_through_every_stage_and_passes(tmp_path):
-    from bench.gpu_check import STAGES
+def outcomes(folder: Path) -> dict[tuple[str, str], list[str]]:
+    """What pytest's reports say of each test, by file and name; nothing where it passed."""
+    return {
+        (file.stem, case.get("name")): [child.tag for child in case]
+        for file in folder.glob("*.xml")
+        for case in ElementTree.parse(file).iter("testcase")
+    }
 
-    status, stages = run(tmp_path, "")
-    failed = [(n, i) for n, s in stages.items() for i in s["items"] if i["status"] == "FAILED"]
-    assert failed == [] and status == 0
-    assert set(stages) == {stage.name for stage in STAGES if not stage.named}
-    assert {n for n, s in stages.items() if s["status"] != "passed"} == {"compile"}
-    assert all(s["finished"] and s["items"] for s in stages.values())
-    assert {"python", "torch", "triton", "commit", "GPU"} <= set(
-        stages["machine"]["data"]["header"]
-    )
-    rows = stages["benchmark"]["data"]["rows"]
-    assert [r["refused"] for r in rows] == [""] * len(rows) and rows
-    assert {"kernel", "graph", "allocating", "read", "eager", "compile"} <= set(rows[0]["times"])
+
+def test_the_dry_run_passes(tmp_path):
+    words = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "bench.gpu_check",
+        "--dry-run",
+        "--out",
+        tmp_path,
+    ]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = outcomes(tmp_path)
+    assert {file for file, _ in found} == {"oracle", "execution", "sanitizer"}
+    skipped = [name for (_, name), tags in found.items() if tags]
+    assert skipped == ["test_a_call_runs_on_the_device_of_its_tensors"]  # there is one
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert {"python", "torch", "triton", "commit", "GPU"} <= set(report["header"])
+    assert [r["refused"] for r in report["rows"]] == [""] * 2 and report["not_timed"] == []
+    times = report["rows"][0]["times"]
+    assert {"kernel", "graph", "allocating", "eager", "compile"} <= set(times)
     text = (tmp_path / "gpu.md").read_text()
-    assert all(f"| {name} |" in text for name in stages) and "## Benchmark" in text
+    assert "| jsd | 1 | 1024 | 2 |" in text and "| reverse_kl | 1 | 1024 | 1 | top_k=50 |" in text
 
 
-# The kernels' results after them: a token that moves on from call to call, or one log-probability
-# that is off by a thousandth part.
-WRONG_TOKENS = """
+# The kernels' results after them: a token that moves on from call to call, log-probabilities that
+# are off by a thousandth part.
+WRONG = """
 import itertools
 from mod_fused.triton_kernels import launch
-right, calls = launch.sample, itertools.count(1)
-def wrong(mixing, drawing):
-    tokens, *others = right(mixing, drawing)
+calls, sample, log_probs = itertools.count(1), launch.sample, launch.log_probs
+def moved(mixing, drawing):
+    tokens, *others = sample(mixing, drawing)
     return (tokens + next(calls)) % mixing.vocab_size, *others
-launch.sample = wrong
-"""
-WRONG_LOG_PROBS = """
-from mod_fused.triton_kernels import launch
-right = launch.log_probs
-launch.log_probs = lambda mixing: right(mixing) * 1.001
+launch.sample, launch.log_probs = moved, lambda mixing: 1.001 * log_probs(mixing)
 """
 
 
-def test_wrong_tokens_fail_every_stage_that_draws(tmp_path):
-    names = ["matrix", "graphs", "streams", "poison", "tokens", "benchmark"]
-    status, stages = run(tmp_path, WRONG_TOKENS, "--stages", *names)
-    assert status == 1
-    assert {n: s["status"] for n, s in stages.items()} == dict.fromkeys(names, "FAILED")
-    rows = stages["benchmark"]["data"]["rows"]
-    assert rows[0]["refused"] and rows[0]["times"] == {}
-    assert "log-probability of a drawn token" in (tmp_path / "gpu.md").read_text()
+def test_wrong_results_fail_every_test_that_compares_and_refuse_the_rows(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(WRONG)  # each process does that first
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-k 'triton or another or jsd or different or beyond'")
+    files = {name: gpu_check.TESTS / f"test_{name}.py" for name in ("oracle", "execution")}
+    assert not gpu_check.run_tests(files, tmp_path, 880.0, 1)
+    found = outcomes(tmp_path)
+    passed = {name for (_, name), tags in found.items() if not tags}
+    by_torch = {name for name in passed if "torch-jsd" in name or "millions" in name}
+    assert passed == by_torch | {"test_no_call_makes_the_host_wait[jsd]"}
+    assert len(found) >= len(passed) + 14
+    words = ["-m", "bench.gpu.benchmark", "--out", str(tmp_path)]
+    assert not gpu_check.run("benchmark", words, tmp_path / "gpu.log", 880.0)
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert all("total variation" in row["refused"] and "times" not in row for row in rows)
+    assert "refused: total variation" in (tmp_path / "gpu.md").read_text()
 
 
-def test_wrong_log_probs_fail_the_matrix(tmp_path):
-    status, stages = run(tmp_path, WRONG_LOG_PROBS, "--stages", "matrix")
-    assert status == 1 and stages["matrix"]["status"] == "FAILED"
-    assert any("total variation" in i["detail"] for i in stages["matrix"]["items"])
-
-
-def test_every_schedule_that_a_call_has_is_checked_timed_and_reported(tmp_path):
-    status, stages = run(tmp_path, "", "--stages", "questions", "profile")
-    failed = [(n, i) for n, s in stages.items() for i in s["items"] if i["status"] == "FAILED"]
-    assert failed == [] and status == 0
-    found = {r["label"]: r["schedules"] for r in stages["questions"]["data"]["schedules"]}
-    jsd, reverse_kl = found.values()
-    assert {"shipped", "a launch per phase", "resident", "moments, a launch per phase"} <= set(jsd)
-    assert "1 evaluations" in jsd and jsd["moments, a launch per phase"]["launches"] == 3
-    assert jsd["a launch per phase"]["launches"] == 6 and jsd["resident"]["launches"] == 1
-    for name in ("a launch per phase", "resident"):  # the same search, not only where it ends
-        assert jsd[name]["steps"] == jsd["shipped"]["steps"] != {"0": 2}
-    assert set(reverse_kl) == {"shipped", "chunk 2", "chunk 4", "chunk 8"}
-    assert all(not s["refused"] and s["tv"] <= 2e-5 for s in (*jsd.values(), *reverse_kl.values()))
-    text = (tmp_path / "gpu.md").read_text()
-    assert (
-        "## Schedules" in text
-        and "| empty kernel, graph |" in text
-        and "| resident |" in text
-        and "## Log-linear" in text
-    )
-
-
-WRONG_SCHEDULE = """
-from bench.gpu import schedules
-right = schedules.resident
-def wrong(shipped):
-    launched = right(shipped)
-    if launched is None:
-        return None
-    m, r, w, seed, position = launched[0].arguments
-    return [launched[0]._replace(arguments=(m, r, w, seed + 1, position))]
-schedules.SCHEDULES["resident"] = wrong
+TWO_TESTS = """
+import os, signal, pytest
+pytestmark = pytest.mark.gpu
+def test_before(): pass
+def test_it(): {}
 """
+FILES = {
+    "hangs": "signal.pause()",
+    "dies": "os.kill(os.getpid(), signal.SIGSEGV)",
+    "fails": "assert 1 == 2",
+    "works": "assert 1 == 1",
+}
 
 
-def test_a_schedule_with_other_tokens_is_refused(tmp_path):
-    status, stages = run(tmp_path, WRONG_SCHEDULE, "--stages", "questions")
-    assert status == 1
-    resident = stages["questions"]["data"]["schedules"][0]["schedules"]["resident"]
-    assert "tokens are not those of the shipped schedule" in resident["refused"]
-    assert "kernel" not in resident
+def test_a_file_that_hangs_dies_or_fails_is_noted_and_the_next_one_runs(tmp_path, capfd):
+    files = {name: tmp_path / f"test_{name}.py" for name in FILES}
+    for name, line in FILES.items():
+        files[name].write_text(TWO_TESTS.format(line))
+    hangs = {"hangs": files.pop("hangs")}
+    assert not gpu_check.run_tests(hangs, tmp_path, 10.0, 1)
+    assert not gpu_check.run_tests(files, tmp_path, 300.0, 1)
+    said = capfd.readouterr().out
+    for words in ("hangs: OUT OF TIME", "dies: FAILED", "fails: FAILED", "works: passed"):
+        assert words in said
+    log = (tmp_path / "gpu.log").read_text()
+    assert log.count("test_before PASSED") == 4  # also of those that came to no end
+    assert "Timeout" in log and "Segmentation fault" in log  # with the line where they were
+    assert {x.stem for x in tmp_path.glob("*.xml")} == {"fails", "works"}
+    works = {"works": files["works"]}
+    assert gpu_check.run_tests(works, tmp_path, 300.0, 2)  # by several processes
+    assert "created: 2/2 workers" in (tmp_path / "gpu.log").read_text()
 
 
-NCU = """
-"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
-"0","mixture_kernel","SpeedOfLight","Duration","us","9.5"
-"0","mixture_kernel","Occupancy","Something Else","","1"
-"1","mixture_kernel","SpeedOfLight","Duration","us","30.25"
-"""
-
-
-def test_a_profile_is_read_by_kernel():
-    from bench.gpu.profile import metrics
-
-    lines = ["==PROF== Connected", *NCU.splitlines(), "==PROF== Disconnected"]
-    assert metrics(lines) == [{"Duration": "9.5 us"}, {"Duration": "30.25 us"}]
-
-
-FAKE_STAGES = """
-import os, signal, sys, time, types
-fakes = types.ModuleType("bench.gpu.fakes")
-def raises(device, record): record.expect("before", True); 1 / 0
-def dies(device, record): record.expect("before", True); os.kill(os.getpid(), signal.SIGSEGV)
-def hangs(device, record): record.expect("before", True); signal.pause()
-def nothing(device, record): pass
-def works(device, record): record.expect("fine", True)
-vars(fakes).update(raises=raises, dies=dies, hangs=hangs, nothing=nothing, works=works)
-sys.modules["bench.gpu.fakes"] = fakes
-names = ("raises", "dies", "hangs", "nothing", "works")
-limits = {"hangs": 1.0}
-gpu_check.STAGES = tuple(gpu_check.Stage(n, "fakes", n, limits.get(n, 9.0)) for n in names)
-"""
-
-
-def test_a_stage_that_raises_dies_or_hangs_is_noted_and_the_next_one_runs(tmp_path):
-    status, stages = run(tmp_path, FAKE_STAGES)
-    assert status == 1
-    assert {n: s["status"] for n, s in stages.items()} == {
-        "raises": "FAILED", "dies": "FAILED", "hangs": "OUT OF TIME", "nothing": "FAILED",
-        "works": "passed",
-    }  # fmt: skip
-    assert "ZeroDivisionError" in stages["raises"]["items"][1]["detail"]
-    assert all(stages[n]["items"][0]["name"] == "before" for n in ("raises", "dies", "hangs"))
-    assert "-11" in stages["dies"]["items"][1]["detail"]
-
-
-def test_chi_squared_accepts_the_distribution_and_sees_a_bias():
-    from bench.gpu.correctness import FALSE_ALARMS, chi_squared
-
-    rng = np.random.default_rng(1)
-    p = rng.gamma(0.2, size=2500)
-    p /= p.sum()
-    biased = p * np.where(np.arange(2500) < 1024, 1.03, 1.0)
-    counts = rng.multinomial(1 << 22, p)
-    assert chi_squared(counts, p)[2] > FALSE_ALARMS
-    assert chi_squared(rng.multinomial(1 << 22, biased / biased.sum()), p)[2] < FALSE_ALARMS
-    p = np.array([0.5, 0.45, 0.03, 0.02])  # the last two are merged
-    statistic, freedom, value = chi_squared(np.array([60, 36, 1, 3]), p)
-    assert freedom == 2 and statistic == pytest.approx(100 / 50 + 81 / 45 + 1 / 5)
-    assert value == pytest.approx(np.exp(-statistic / 2))  # at two degrees of freedom
+def test_it_says_what_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(device, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main(["--out", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "torch sees no GPU" in err and err.count("\n") == 1
+    monkeypatch.setattr(device, "make", device.DryRun)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_check, "run", lambda name, *rest: name == "benchmark")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # set by the dry run: taken back after the test
+    monkeypatch.setenv("MOD_FUSED_BENCH_COMPILER", "eager")
+    assert gpu_check.main(["--dry-run", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "pytest is not installed: no test was run\n"

@@ -1,31 +1,59 @@
-"""The device under test: everything that is CUDA's own, and its stand-in for a dry run."""
+"""The device under test: its clock, its memory, what it is; and its stand-in for a dry run."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures import TimeoutError as OutOfTime  # the built-in one from Python 3.11 on
-from multiprocessing import get_context
+import importlib
+import os
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+import mod_fused
+
+from .. import report
 from ..measure import Call, Timing, seconds_of, timing
 
 T = TypeVar("T")
-Context = contextlib.AbstractContextManager[Any]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _leaves(result: Any) -> list[Tensor]:
-    """The tensors of a result: a tensor, or a tuple of tensors and None."""
-    parts = [result] if isinstance(result, Tensor) else list(result)
-    return [x for x in parts if isinstance(x, Tensor)]
+def link_kernels() -> None:
+    """Make `mod_fused.triton_kernels` importable where the package is not installed: pyproject
+    maps it to a folder that lies elsewhere."""
+    try:
+        importlib.import_module("mod_fused.triton_kernels")
+    except ModuleNotFoundError as error:
+        if error.name != "mod_fused.triton_kernels":
+            raise
+        link = Path(mod_fused.__file__).parent / "triton_kernels"
+        with contextlib.suppress(FileExistsError):  # processes do it side by side
+            link.symlink_to(Path("..", "triton_kernels"))
+        importlib.invalidate_caches()
+
+
+def workers() -> int:
+    """Processes to compile in."""
+    return max(1, min(14, (os.cpu_count() or 2) - 2))
+
+
+def smi(field: str) -> str:
+    """A field of nvidia-smi, empty where it is not to be had."""
+    query = ("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "-i", "0")
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 class Gpu:
-    """The one CUDA device."""
+    """The current CUDA device."""
 
     dry = False
     device = torch.device("cuda")
@@ -34,26 +62,31 @@ class Gpu:
         """A size for the GPU, or a tiny one for the dry run."""
         return real
 
-    def backend(self, index: int = 0) -> str:
-        """The backend to check item number `index` with."""
-        return "triton"
-
     def synchronize(self) -> None:
         """Wait for all streams; errors of earlier kernels show here."""
         torch.cuda.synchronize()
 
-    def free_bytes(self) -> int:
-        """Device memory that can be allocated."""
-        return torch.cuda.mem_get_info()[0]
+    def card(self) -> dict[str, str]:
+        """What a figure depends on besides the code and the host."""
+        properties = torch.cuda.get_device_properties(self.device)
+        l2 = getattr(properties, "L2_cache_size", 0)
+        return {
+            "GPU": properties.name,
+            "compute capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": str(properties.multi_processor_count),
+            "L2 cache": f"{l2 / 2**20:.0f} MiB" if l2 else "unknown",
+            "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+            "highest SM clock": f"{smi('clocks.max.sm') or 'unknown'} MHz",
+            "driver": smi("driver_version") or "unknown",
+            "CUDA of torch": str(torch.version.cuda),
+        }
 
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Operations that make the host wait raise."""
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    def header(self) -> dict[str, str]:
+        """GPU, host, versions and backends. MOD_FUSED_COMMIT names the commit of a tree that is a
+        copy without its history."""
+        header = self.card() | report.machine() | {"triton": metadata.version("triton")}
+        header["commit"] = os.environ.get("MOD_FUSED_COMMIT", header["commit"])
+        return header | {f"backend {name}": x for name, x in mod_fused.backends().items()}
 
     def graph(self, call: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         """A call as a CUDA graph: its outputs, and the function that replays it into them."""
@@ -68,26 +101,17 @@ class Gpu:
             outputs = call()
         return outputs, graph.replay
 
-    def streams(self, count: int) -> list[Context]:
-        """Contexts of streams that begin after the work so far."""
-        streams = [torch.cuda.Stream() for _ in range(count)]
-        for stream in streams:
-            stream.wait_stream(torch.cuda.current_stream())
-        return [torch.cuda.stream(stream) for stream in streams]
-
-    def poison(self) -> None:
-        """Fill the memory that the next allocations get with NaN (and -1 as integers)."""
-        torch.cuda.synchronize()
-        small = [512 << (i % 11) for i in range(4000)]  # 512 B to 512 KB
-        blocks = [1 << 20, 2 << 20, 5 << 20, 12 << 20, 40 << 20, 150 << 20, 600 << 20] * 3
-        limit = self.free_bytes() // 64
-        held = [
-            torch.full((n,), 255, dtype=torch.uint8, device="cuda")
-            for n in small + blocks
-            if n < limit
-        ]
-        del held  # back to the caching allocator, which hands them out again
-        torch.cuda.synchronize()
+    def own_memory(self, batch: int, vocab: int, policies: int) -> dict[str, Any]:
+        """Outputs and a workspace of the caller's, as arguments of `mod_fused.sample`."""
+        out = mod_fused.Sample(
+            torch.zeros(batch, dtype=torch.int64, device=self.device),
+            torch.zeros(batch, device=self.device),
+            torch.zeros(batch, dtype=torch.bool, device=self.device),
+            None,
+        )
+        size = mod_fused.workspace_size(batch, vocab, policies)
+        workspace = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        return {"out": out, "workspace": workspace}
 
     def microseconds(self, call: Call, *, cold: bool, budget: float = 0.15) -> Timing:
         """Device time of a call by events. Warm: blocks of calls one after another. Cold: each call
@@ -117,27 +141,17 @@ class Gpu:
             seconds += [begin.elapsed_time(end) * 1e-3 / each for begin, end in marks]
         return timing(seconds)
 
-    def map(
-        self, function: Callable[[Any], T], items: Sequence[Any], workers: int, seconds: float
-    ) -> Iterator[tuple[Any, T | None, str]]:
-        """(item, result, error) as they come, from several processes: what takes time is
-        compiling. `function` is a module's, its results are plain data."""
-        pool = ProcessPoolExecutor(min(workers, len(items)), mp_context=get_context("spawn"))
-        futures = {pool.submit(function, item): item for item in items}
-        try:
-            for future in as_completed(futures, timeout=max(1.0, seconds)):
-                error = future.exception()
-                found = None if error else future.result()
-                yield futures.pop(future), found, "" if error is None else repr(error)
-        except OutOfTime:
-            for item in futures.values():
-                yield item, None, "out of time"
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    def copy_bandwidth(self) -> float:
+        """Bytes a second, read and written, of a copy far larger than any cache."""
+        size = self.pick(1 << 30, 1 << 20)
+        source = torch.zeros(size, dtype=torch.int8, device=self.device)
+        target = torch.empty_like(source)
+        took = self.microseconds(lambda: target.copy_(source), cold=False, budget=0.3)
+        return 2 * size / took.median_us * 1e6
 
 
 class DryRun(Gpu):
-    """CPU tensors; the kernels in Triton's interpreter, as far as that is quick enough."""
+    """CPU tensors, the kernels in Triton's interpreter."""
 
     dry = True
     device = torch.device("cpu")
@@ -145,53 +159,34 @@ class DryRun(Gpu):
     def pick(self, real: T, dry: T) -> T:
         return dry
 
-    def backend(self, index: int = 0) -> str:
-        return "triton" if index == 0 else "torch"
-
     def synchronize(self) -> None:
         pass
 
-    def free_bytes(self) -> int:
-        return 1 << 30
-
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        yield
+    def card(self) -> dict[str, str]:
+        return {"GPU": "none (dry run: CPU tensors, Triton's interpreter)"}
 
     def graph(self, call: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         outputs = call()
 
         def replay() -> None:
-            for old, new in zip(_leaves(outputs), _leaves(call()), strict=True):
-                old.copy_(new)
+            for old, new in zip(outputs, call(), strict=True):  # type: ignore[call-overload]
+                if isinstance(old, Tensor):
+                    old.copy_(new)
 
         return outputs, replay
-
-    def streams(self, count: int) -> list[Context]:
-        return [contextlib.nullcontext() for _ in range(count)]
-
-    def poison(self) -> None:
-        torch.use_deterministic_algorithms(True, warn_only=True)  # the fill is off without it
-        torch.utils.deterministic.fill_uninitialized_memory = True
 
     def microseconds(self, call: Call, *, cold: bool, budget: float = 0.15) -> Timing:
         return timing([seconds_of(call)])
 
-    def map(
-        self, function: Callable[[Any], T], items: Sequence[Any], workers: int, seconds: float
-    ) -> Iterator[tuple[Any, T | None, str]]:
-        for item in items:
-            yield item, function(item), ""
 
-
-def make(dry: bool) -> Gpu:
-    """The device to check.
+def make() -> Gpu:
+    """The device to check; its stand-in where TRITON_INTERPRET=1.
 
     Raises:
         RuntimeError: if torch sees no GPU.
     """
-    if dry:
+    if INTERPRETED:
         return DryRun()
     if not torch.cuda.is_available():
-        raise RuntimeError("torch sees no GPU; --dry-run works without")
+        raise RuntimeError("torch sees no GPU; --dry-run, or TRITON_INTERPRET=1, needs none")
     return Gpu()

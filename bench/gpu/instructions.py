@@ -16,11 +16,26 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 
 from mod_fused.checks import check_draw, check_mixture
 
 from .. import report
 from ..problem import DIVERGENCES, WEIGHTS
+from .device import link_kernels
+
+link_kernels()
+
+from mod_fused.triton_kernels import launch  # noqa: E402
+from mod_fused.triton_kernels.ahead_of_time import (  # noqa: E402
+    TARGETS,
+    compile_launch,
+    disassembled,
+    machine_code,
+)
+from mod_fused.triton_kernels.launching import Launch  # noqa: E402
+from mod_fused.triton_kernels.mixture import run_task  # noqa: E402
+from mod_fused.triton_kernels.tiles import TILE  # noqa: E402
 
 VOCAB, ROWS = 128256, 64
 #: An H100 or H200 (SXM) at its highest clock; other clocks scale.
@@ -59,11 +74,8 @@ def _shortest(code: Sequence[str], targets: Sequence[int | None], first: int, la
     while way[-1] != first:
         way.append(came[way[-1]])
     text = [code[i] for i in way]
-    return Loop(
-        len(way),
-        sum("MUFU" in x for x in text),
-        sum("LDG.E.128" in x for x in text),
-    )
+    special, wide = (sum(name in x for x in text) for name in ("MUFU", "LDG.E.128"))
+    return Loop(len(way), special, wide)
 
 
 def loops(assembly: str) -> list[Loop]:
@@ -78,10 +90,19 @@ def loops(assembly: str) -> list[Loop]:
     return [_shortest(code, targets, *span) for span in inner]
 
 
-def launched(divergence: str) -> Any:
-    """What a call with two policies in bfloat16 launches."""
-    from mod_fused.triton_kernels import launch
+@triton.jit(do_not_specialize=["seed", "position"])
+def phase_kernel(m, r, w, seed: tl.int64, position: tl.int64, PHASE: tl.constexpr, C: tl.constexpr):
+    """One phase of the shipped kernel, alone: which loop is whose shows."""
+    phase = tl.full([], PHASE, tl.int32)  # folded all the same
+    tiles = tl.cdiv(m.vocab, TILE)
+    chunks = tl.cdiv(tiles, C.chunk)
+    row = tl.program_id(0) // chunks
+    chunk = tl.program_id(0) % chunks
+    run_task(m, r, w, row, chunk, phase, 0, tiles, chunks, seed, position, C)
 
+
+def launched(divergence: str) -> Launch:
+    """What a call with two policies in bfloat16 launches."""
     logits = torch.empty((ROWS, VOCAB), dtype=torch.bfloat16, device="meta")
     mixing = check_mixture(logits, [logits] * 2, list(WEIGHTS), divergence=divergence)
     drawing = check_draw(mixing, seed=1)
@@ -101,34 +122,31 @@ def phase_names(variant: Any) -> list[str]:
     return ["sums"] * variant.sums + ["deficits"] * bool(evaluations) + evaluations + ["keys"]
 
 
+def launch_per_phase(made: Launch) -> list[Launch]:
+    """Its phases, each as a launch of its own; the launch itself where it has no more than one."""
+    if made.variant.phases == 1:
+        return [made]
+    m, r, w, _, _, seed, position = made.arguments
+    return [
+        made._replace(kernel=phase_kernel, arguments=(m, r, w, seed, position, phase))
+        for phase in range(made.variant.phases)
+    ]
+
+
 def measure(divergence: str) -> dict[str, Any]:
     """Registers of the kernel, and what each kind of phase costs a token."""
-    from mod_fused.triton_kernels.ahead_of_time import (
-        TARGETS,
-        compile_launch,
-        disassembled,
-        machine_code,
-    )
-    from mod_fused.triton_kernels.tiles import TILE
-
-    from . import schedules
-
     made = launched(divergence)
     whole = machine_code(compile_launch(made, TARGETS["sm_90"]))
     tokens = TILE.value // made.threads
-    # Each phase in a kernel of its own shows which loop is whose.
-    parts = schedules.launch_per_phase(made) or [made]
     phases: dict[str, Any] = {}
-    for name, part in zip(phase_names(made.variant), parts, strict=True):
+    for name, part in zip(phase_names(made.variant), launch_per_phase(made), strict=True):
         if name in phases:
             continue
         compiled = compile_launch(part, TARGETS["sm_90"])
         found = loops(disassembled(compiled.asm["cubin"])[1])
         loop = max((x for x in found if x.wide_loads), key=lambda x: x.instructions)
-        phases[name] = {
-            "instructions": loop.instructions / tokens,
-            "special": loop.special / tokens,
-        }
+        cost = {"instructions": loop.instructions, "special": loop.special}
+        phases[name] = {what: count / tokens for what, count in cost.items()}
     return {"registers": whole.registers, "spills": whole.spills, "phases": phases}
 
 
@@ -175,9 +193,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, metavar="DIR", help="writes instructions.json and .md")
     args = parser.parse_args(argv)
-    from . import prepare
-
-    prepare.link_kernels()
     data = {
         "triton": triton.__version__,
         "divergences": {name: measure(name) for name in DIVERGENCES},
