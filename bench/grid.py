@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +12,11 @@ from typing import Any
 
 import torch
 
-from . import base, check, measure, memory, report
+from . import check, measure, memory, other_commit, report
+from .case import Case, Contestant, Grid, NotTimed, Refused, ours, set_threads
+from .logits import RECORDED, SETTINGS
 from .problem import DIVERGENCES, FILTERS, WEIGHTS, Problem, logits
-from .registry import Case, Contestant, Grid, NotTimed, Refused, ours, set_threads
-from .settings import RECORDED, SETTINGS
+from .report import note
 
 #: Seconds for all repetitions of one contestant in one cell, and the fewest rounds.
 BUDGET, ROUNDS = 0.15, 5
@@ -81,7 +81,7 @@ def _contestants(case: Case, args: argparse.Namespace) -> tuple[list[str], dict[
         chosen = {
             name: c
             for name, c in case.contestants.items()
-            if c.default and not (c.slow_to_compile and args.quick)
+            if not (c.slow_to_compile and args.quick)
         }
     return backends, {name: ours(name) for name in backends} | chosen
 
@@ -99,7 +99,7 @@ def _foreseen(name: str, problem: Problem, rows: list[dict[str, Any]]) -> float:
         return 0.0
     largest = max(like, key=lambda r: r["batch"] * r["vocab"])
     scale = problem.batch * problem.vocab / (largest["batch"] * largest["vocab"])
-    return largest["timings"][name]["median_us"] * 1e-6 * scale
+    return largest["timings"][name].median_us * 1e-6 * scale
 
 
 class Timer:
@@ -115,7 +115,6 @@ class Timer:
         self.backends, self.contestants = backends, contestants
         self.largest_batch, self.budget = largest_batch, budget
         self.rows: list[dict[str, Any]] = []
-        self._tv_of_peer: dict[tuple[str, Problem], float | None] = {}
 
     def row(self, problem: Problem) -> dict[str, Any]:
         """Check, then time one problem."""
@@ -123,7 +122,6 @@ class Timer:
         inputs = logits(problem, self.largest_batch)
         row: dict[str, Any] = {
             **problem.shown(),
-            "logits_bytes": problem.bytes,
             "refused": "",
             "tv": {},
             "timings": {},
@@ -144,12 +142,13 @@ class Timer:
         if row["refused"]:
             return row
         for name in calls:
-            if self.contestants[name].log_probs is not None and problem.weights == WEIGHTS:
-                row["tv"][name] = self._tv(name, self.contestants[name], problem, inputs)
+            of = self.contestants[name].log_probs
+            if of is not None and problem.weights == WEIGHTS:
+                log_p = of([x[:1] for x in inputs], problem.divergence)[0]
+                tv = check.total_variation(log_p, expected)
+                row["tv"][name] = tv if tv == tv else None  # NaN
         rounds, row["other_cores"] = self._least_disturbed(calls)
-        timings = measure.timings(rounds)
-        row["timings"] = {name: timing._asdict() for name, timing in timings.items()}
-
+        timings = row["timings"] = measure.timings(rounds)
         mine = timings[self.backends[0]].median_us
         peers = {n: t.median_us for n, t in timings.items() if not self.contestants[n].floor}
         floor = [t.median_us for n, t in timings.items() if self.contestants[n].floor]
@@ -163,25 +162,12 @@ class Timer:
 
     def _least_disturbed(self, calls: dict[str, measure.Call]) -> tuple[measure.Rounds, float]:
         """The times, and how many cores others kept busy meanwhile."""
-        processes = [c.pid for c in calls.values() if isinstance(c, base.Process)]
+        processes = [c.pid for c in calls.values() if isinstance(c, other_commit.Process)]
         tries: list[tuple[measure.Rounds, float]] = []
         while len(tries) < TRIES and not (tries and tries[-1][1] <= report.DISTURBED):
             others = measure.Others(processes)
             tries.append((measure.rounds(calls, self.budget, ROUNDS), others.cores()))
         return min(tries, key=lambda one: one[1])
-
-    def _tv(
-        self, name: str, contestant: Contestant, problem: Problem, inputs: list[torch.Tensor]
-    ) -> float | None:
-        """A peer's distance from the oracle on the first row; None for NaN."""
-        assert contestant.log_probs is not None
-        key = (name, problem._replace(batch=1, threads=0))
-        if key not in self._tv_of_peer:
-            expected = check.oracle(problem, self.largest_batch)
-            log_p = contestant.log_probs([x[:1] for x in inputs], problem.divergence)[0]
-            distance = check.total_variation(log_p, expected)
-            self._tv_of_peer[key] = distance if distance == distance else None
-        return self._tv_of_peer[key]
 
     def _build(
         self, problem: Problem, inputs: list[torch.Tensor], row: dict[str, Any]
@@ -216,8 +202,10 @@ def _beside_base(
     process of its own, then what --contestants names."""
     if len(backends) > 1:
         raise SystemExit(f"--base compares one backend, got {backends}")
-    with base.checkout(args.base) as tree:
-        processes = [base.Process(t, backends[0], largest) for t in (base.ROOT, tree)]
+    with other_commit.checkout(args.base) as tree:
+        processes = [
+            other_commit.Process(t, backends[0], largest) for t in (other_commit.ROOT, tree)
+        ]
         try:
             named = {n: others[n] for n in args.contestants or ()}
             two = zip((backends[0], BASE), processes, strict=True)
@@ -235,7 +223,7 @@ def time_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     backends = backends if args.backends else backends[:1]
     largest = max(p.batch for p in _problems(case, args))
     with _beside_base(args, backends, contestants, largest) as beside:
-        return {"base": base.commit(args.base), **_time(case, args, backends, beside)}
+        return {"base": other_commit.commit(args.base), **_time(case, args, backends, beside)}
 
 
 def _time(
@@ -255,7 +243,7 @@ def _time(
                 left_out.append(f"{problem.label()}: {error.name} not installed")
                 note(left_out[-1])
                 continue
-            times = {n: round(t["median_us"]) for n, t in row["timings"].items()}
+            times = {n: round(t.median_us) for n, t in row["timings"].items()}
             shown = row["refused"] or " ".join(f"{n} {us}" for n, us in times.items())
             if report.disturbed(row):
                 shown += f"  DISTURBED: others kept {row['other_cores']:.2f} cores busy"
@@ -278,10 +266,11 @@ def measure_memory(case: Case, name: str, args: argparse.Namespace) -> dict[str,
     if args.base:
         raise SystemExit("--base compares times, --memory measures none")
     backends, contestants = _contestants(case, args)
-    kept = [n for n, c in contestants.items() if not c.floor and not c.slow_to_compile]
     rows = []
     for problem in _problems(case, args):
-        for contestant in kept:
+        for contestant, its in contestants.items():
+            if its.floor or its.slow_to_compile:
+                continue
             try:
                 grown = memory.growth(name, contestant, problem)
             except RuntimeError as error:
@@ -292,9 +281,4 @@ def measure_memory(case: Case, name: str, args: argparse.Namespace) -> dict[str,
             row = {**problem.shown(), "contestant": contestant, "growth_bytes": grown}
             rows.append({**row, "logits_bytes": problem.bytes})
             note(f"{problem.label()}: {contestant} {grown / 1e6:.2f} MB")
-    return {"what": "peak memory of one call", "contestants": kept, "rows": rows}
-
-
-def note(text: str) -> None:
-    """Progress goes to the standard error."""
-    print(text, file=sys.stderr, flush=True)
+    return {"what": "peak memory of one call", "rows": rows}

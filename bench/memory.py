@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from .case import Case, ours, set_threads
 from .problem import Problem
-from .registry import Case, cases, ours, set_threads
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +46,9 @@ def _reset_peak() -> None:
 
 
 def _measure(case: str, contestant: str, problem: Problem) -> int:
-    chosen = cases()[case]
+    from .cases import CASES
+
+    chosen = CASES[case]
     known = chosen.contestants if isinstance(chosen, Case) else {}
     build = (known[contestant] if contestant in known else ours(contestant)).build
     set_threads(problem.threads)

@@ -10,9 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not installed
 
-from bench.host import HOST
+from bench.case import ours, set_threads
+from bench.cases.host import HOST
 from bench.problem import Problem, logits
-from bench.registry import ours, set_threads
 
 CONTESTANTS = {"sample": ours("cpu"), **HOST.contestants}
 

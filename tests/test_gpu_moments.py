@@ -28,7 +28,7 @@ from mod_fused.triton_kernels.tiles import POINT, STATE_FIELDS, STEPS  # noqa: E
 
 import mod_fused  # noqa: E402
 from bench.gpu import moments  # noqa: E402
-from bench.settings import generated  # noqa: E402
+from bench.logits import generated  # noqa: E402
 from mod_fused import reference  # noqa: E402
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1")

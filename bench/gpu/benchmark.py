@@ -14,7 +14,7 @@ from torch import Tensor
 import mod_fused
 
 from .. import check
-from ..cpu import CPU
+from ..cases.cpu import CPU
 from ..measure import Call
 from ..problem import DIVERGENCES, WEIGHTS, Problem, logits
 from . import execution, prepare, reading

@@ -1,5 +1,5 @@
-"""What can be benchmarked: a table of cases. Most are grids of problems and the contestants timed
-on them (`Case`); what does not fit into that runs itself (`Procedure`)."""
+"""What a benchmark is: a grid of problems and the contestants timed on them (`Case`), or what does
+not fit into that and runs itself (`Procedure`)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import mod_fused
 
+from . import report
 from .measure import Call
 from .problem import DIVERGENCES, POLICIES, Problem, filters, mixture, weights_of
 
@@ -32,7 +33,6 @@ class Contestant(NamedTuple):
 
     build: Builder
     floor: bool = False  # a bound on what is possible, not an implementation
-    default: bool = True  # timed unless --contestants says otherwise
     slow_to_compile: bool = False  # left out of --quick
     call_limit: float = 2.0  # seconds: a call foreseen to take longer is not made
     # log-probabilities of one row's logits up to a constant: float [1, V], for its distance from
@@ -81,23 +81,40 @@ class Grid(NamedTuple):
         ]
 
 
+Table = Callable[[dict[str, Any]], str]  # of a result, as a README shows it
+Picture = Callable[[Any, dict[str, Any]], None]  # draws a result into a matplotlib figure
+
+
+def shown(columns: Mapping[str, str], **where: Any) -> Table:
+    """A table of the rows whose fields have these values; columns as `report.table` takes them."""
+
+    def table(result: dict[str, Any]) -> str:
+        rows = [r for r in result["rows"] if all(r[k] == v for k, v in where.items())]
+        return report.table(rows, columns)
+
+    return table
+
+
 class Case(NamedTuple):
-    """A benchmark: `python -m bench.run NAME`."""
+    """A benchmark of the op on problems: `python -m bench.run NAME`."""
 
     help: str
     backends: tuple[str, ...]  # ours, timed by default; ratios are those of the first
     contestants: Mapping[str, Contestant]
     grids: tuple[Grid, ...]  # a problem of several is timed once
     quick: tuple[Grid, ...]
+    table: Table
+    picture: Picture | None = None
 
 
 class Procedure(NamedTuple):
-    """A benchmark that is no grid of problems: it adds its own options, runs, and shows."""
+    """A benchmark that is no grid of problems: it adds its own options and runs."""
 
     help: str
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], dict[str, Any]]  # "what", "rows" and what else there is
-    markdown: Callable[[dict[str, Any]], str]
+    table: Table
+    picture: Picture | None = None
 
 
 def ours(backend: str) -> Contestant:
@@ -122,25 +139,6 @@ def mixtures_only(build: Builder) -> Builder:
         return build(problem, logits)
 
     return checked
-
-
-def cases() -> dict[str, Case | Procedure]:
-    """All cases by name."""
-    from .cpu import CPU
-    from .decoder import DECODER
-    from .distributions import DISTRIBUTIONS
-    from .filters import FILTERS
-    from .host import HOST
-    from .scaling import SCALING
-
-    return {
-        "cpu": CPU,
-        "scaling": SCALING,
-        "filters": FILTERS,
-        "distributions": DISTRIBUTIONS,
-        "decoder": DECODER,
-        "host": HOST,
-    }
 
 
 def set_threads(threads: int) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from mod_fused import reference, reference_sampling
 
-from . import loops, measure, models, report
-from .grid import note
-from .problem import DIVERGENCES, POLICIES, WEIGHTS
-from .registry import Procedure, set_threads
+from .. import measure
+from ..case import Procedure, set_threads, shown
+from ..contestants import loops, models
+from ..problem import DIVERGENCES, POLICIES, WEIGHTS
+from ..report import note
 
 ROUNDS = 3
 #: Of a drawn token's log-probability from the oracle, on the logits that the loop saw. Peers work
@@ -128,8 +129,7 @@ def _row(task: loops.Task, rounds: int) -> dict[str, Any]:
             loop(task, clock := Clock(synchronise))
             seconds_of[name].append(clock.seconds() / (task.tokens - 1))
     row["other_cores"] = others.cores()
-    timings = {name: measure.timing(s) for name, s in seconds_of.items()}
-    row["timings"] = {name: t._asdict() for name, t in timings.items()}  # of a step
+    timings = row["timings"] = {n: measure.timing(s) for n, s in seconds_of.items()}  # of a step
     rows = task.prompts.shape[0]
     row["tokens_per_s"] = {n: 1e6 * rows / t.median_us for n, t in timings.items()}
     mine = timings[OURS[0]].median_us
@@ -186,26 +186,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"what": "tokens per second", "device": device, "contestants": names, "rows": rows}
 
 
-def cells(result: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of a table: tokens per second, share of the time in drawing."""
-    names = result["contestants"]
-    heading = ["models", "V", "dtype", "divergence", "B", "threads"]
-    heading += [f"{n} tok/s" for n in names] + [f"{n} draws" for n in names]
-    out = []
-    for row in rows:
-        cell = [f"{row['models']} ({row['parameters'] / 1e6:.3g} M)"]
-        cell += [str(row[k]) for k in ("vocab", "dtype", "divergence", "batch", "threads")]
-        if row["refused"]:
-            out.append([*cell, "refused: " + row["refused"], *[""] * (2 * len(names) - 1)])
-            continue
-        rates, shares = row["tokens_per_s"], row["draw_share"]
-        cell += [report.number(rates[n]) if n in rates else "" for n in names]
-        cell[6] += " \\*" * report.disturbed(row)
-        cell += [f"{shares[n]:.1%}" if n in shares else "" for n in names]
-        out.append(cell)
-    return heading, out
-
-
 def draw(figure: Any, result: dict[str, Any]) -> None:
     """A group of bars for each row: tokens per second, relative to the eager loop."""
     names = result["contestants"]
@@ -225,28 +205,20 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     figure.legend(loc="outside upper center", ncols=len(names))
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The report: one table, then what was left out."""
-    out = [*report.head(result), f"- device: {result['device']}", ""]
-    out += [
-        "Decoding alone, from the first token on. `draws`: the share of that time between logits "
-        "and token. \\*: other processes were busy meanwhile.",
-        "",
-        report.markdown_table(*cells(result, result["rows"])),
-    ]
-    skipped = sorted(
-        f"- {name}, {row['models']}, {row['dtype']}, {row['divergence']}: {why}"
-        for row in result["rows"]
-        for name, why in row["skipped"].items()
-    )
-    if skipped:
-        out += ["", "## Not timed", "", *skipped]
-    return "\n".join(out) + "\n"
-
+_LABELS = {
+    "models": "size", "V": "vocab", "dtype": "dtype", "divergence": "divergence", "B": "batch",
+    "threads": "threads",
+}  # fmt: skip
+_LOOPS = ("generate", "generate_torch", "op", "eager", "release")
 
 DECODER = Procedure(
     help="tokens per second of decoding loops: the fused op, torch ops, a loop as is usual",
     options=options,
     run=run,
-    markdown=markdown,
+    table=shown(
+        _LABELS
+        | {f"{name} tok/s": f"{name} tok/s" for name in _LOOPS}
+        | {f"{name} draws": f"{name} draws" for name in _LOOPS}
+    ),
+    picture=draw,
 )

@@ -38,10 +38,10 @@ class Task(NamedTuple):
 @contextmanager
 def _replaced(around: Around) -> Iterator[None]:
     original, watched = decoder.sample, around(decoder.sample)
-    first = iter([original])  # `generate` tries its options on two tokens before it begins
 
-    def sample(*args: Any, **kwargs: Any) -> Any:
-        return next(first, watched)(*args, **kwargs)
+    def sample(ref: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # `generate` may try its options on two tokens first: that is no step of the loop.
+        return (original if ref.shape[-1] == 2 else watched)(ref, *args, **kwargs)
 
     decoder.sample = sample
     try:

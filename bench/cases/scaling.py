@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .registry import Case, Grid
+from .. import report
+from ..case import Case, Grid
 
 _BASE = Grid(
     dtypes=("bfloat16",),
@@ -55,8 +56,14 @@ def crossings(rows: list[dict[str, Any]]) -> dict[str, str]:
     return out
 
 
+def table(result: dict[str, Any]) -> str:
+    """From where on the C++ backend is faster than torch; the sizes are in the picture."""
+    header = ["divergence", "cpu is faster than torch (B = 1)"]
+    return report.markdown_table(header, crossings(result["rows"]).items())
+
+
 def draw(figure: Any, result: dict[str, Any]) -> None:
-    """A panel for each size, a line for each divergence and backend, log-log."""
+    """A panel for each size, a line for each divergence and backend."""
     rows = result["rows"]
     figure.set_size_inches(11, 6)
     panels = figure.subplots(2, 3)
@@ -67,13 +74,13 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
             line = [r for r in sweep(rows, name) if r["divergence"] == divergence]
             for backend, style in zip(result["contestants"], ("o-", "x:"), strict=False):
                 points = [
-                    (r[field], r["timings"][backend]["median_us"])
-                    for r in line
-                    if backend in r["timings"]
+                    (r[field], r["timings"][backend][0]) for r in line if backend in r["timings"]
                 ]
                 if points:
                     label = f"{divergence}, {backend}"
-                    axes.loglog(*zip(*points, strict=True), style, color=colour, label=label)
+                    axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
+        axes.set_xscale("log" if field in ("vocab", "batch") else "linear")
+        axes.set_yscale("log")
         axes.set_xlabel(name)
         axes.set_ylabel("µs")
     handles, names = panels.flat[0].get_legend_handles_labels()
@@ -90,4 +97,6 @@ SCALING = Case(
         _BASE._replace(shapes=((1, 64), (1, 1024), (2, 1024)), divergences=("jsd",)),
         _BASE._replace(shapes=((1, 1024),), divergences=("jsd",), policies=(0,), values=(1,)),
     ),
+    table=table,
+    picture=draw,
 )
