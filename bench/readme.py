@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from . import report
+from .alignment import plots, tables
 from .case import Picture, shown
 from .cases import CASES
 
@@ -29,9 +29,12 @@ _BLOCK = re.compile(
 #: By the stem of the JSON and of the picture: draws a result into a figure.
 PICTURES: dict[str, dict[str, Picture]] = {
     name: {name: case.picture} for name, case in CASES.items() if case.picture
-}
+} | plots.PICTURES
 #: By the stem of the JSON: the report beside it; `report.markdown` for all others.
-REPORTS: dict[str, Callable[[report.Result], str]] = {}
+REPORTS: dict[str, Callable[[report.Result], str]] = {
+    "alignment": tables.alignment,
+    "control": tables.control,
+}
 _MEMORY = shown(
     {
         "divergence": "divergence",
@@ -62,7 +65,7 @@ def block(name: str, file: Path, results: Path = RESULTS) -> str:
     source = results / f"{name}.json"
     if not source.exists():
         raise ValueError(f"{file.name} has a block {name!r}, expected {name}.json in bench/results")
-    result = json.loads(source.read_text())
+    result = report.load(source)
     parts = [(_MEMORY if name.endswith("_memory") else CASES[result["case"]].table)(result)]
     absent = [why.split(": ")[1] for why in report.missing(result) if why.endswith("not installed")]
     if absent:
@@ -104,26 +107,32 @@ def draw(picture: Path, source: Path) -> None:
     from PIL import Image, PngImagePlugin
 
     figure = Figure(layout="constrained")
-    PICTURES[source.stem][picture.stem](figure, json.loads(source.read_text()))
+    PICTURES[source.stem][picture.stem](figure, report.load(source))
     figure.savefig(buffer := io.BytesIO(), dpi=72)
     about = PngImagePlugin.PngInfo()
     about.add_text("Description", digest(source))
-    few = Image.open(buffer).convert("RGB").quantize(32, dither=Image.Dither.NONE)
+    image, method = Image.open(buffer).convert("RGB"), Image.Quantize.MAXCOVERAGE
+    few = image.quantize(64, method=method, dither=Image.Dither.NONE)
     few.save(picture, optimize=True, pnginfo=about)
 
 
-def reports(results: Path = RESULTS) -> Iterator[tuple[Path, str]]:
+def sources(results: Path = RESULTS) -> list[Path]:
+    """All JSON of a folder."""
+    return sorted(results.rglob("*.json"))
+
+
+def reports(sources: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     """The reports that lie beside the JSON, and what they should say."""
-    for source in sorted(results.rglob("*.json")):
-        result = json.loads(source.read_text())
+    for source in sources:
+        result = report.load(source)
         if source.stem in REPORTS or result.get("case") in CASES:
             make = REPORTS.get(source.stem, report.markdown)
             yield source.with_suffix(".md"), make(result)
 
 
-def stale_pictures(results: Path = RESULTS) -> Iterator[tuple[Path, Path]]:
+def stale_pictures(sources: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
     """Pictures that are missing or were drawn from other results, each with its JSON."""
-    for source in sorted(results.rglob("*.json")):
+    for source in sources:
         for name in PICTURES.get(source.stem, ()):
             picture = source.with_name(f"{name}.png")
             if not picture.exists() or digest(source).encode() not in picture.read_bytes():
@@ -132,9 +141,11 @@ def stale_pictures(results: Path = RESULTS) -> Iterator[tuple[Path, Path]]:
 
 def stale(files: Sequence[Path] = FILES, results: Path = RESULTS) -> list[str]:
     """Names of READMEs, reports and pictures that are not what the results say."""
-    wanted = [(f, rewritten(f.read_text(), f, results)) for f in files] + list(reports(results))
+    wanted = [(f, rewritten(f.read_text(), f, results)) for f in files] + list(
+        reports(sources(results))
+    )
     old = [f.name for f, text in wanted if not f.exists() or f.read_text() != text]
-    return old + [picture.name for picture, _ in stale_pictures(results)]
+    return old + [picture.name for picture, _ in stale_pictures(sources(results))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,9 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(bool(old))
     for file in FILES:
         file.write_text(rewritten(file.read_text(), file))
-    for file, text in reports():
+    for file, text in reports(sources()):
         file.write_text(text)
-    for picture, source in stale_pictures():
+    for picture, source in stale_pictures(sources()):
         draw(picture, source)
     return 0
 

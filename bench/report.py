@@ -190,21 +190,35 @@ def markdown(result: Result) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _rounded(x: Any) -> Any:
+def rounded(x: Any) -> Any:
+    """Six digits of every number; tuples become lists, as JSON has them."""
     if isinstance(x, float):
         return float(f"{x:.6g}")
     if isinstance(x, dict):
-        return {name: _rounded(y) for name, y in x.items()}
-    return [_rounded(y) for y in x] if isinstance(x, (list, tuple)) else x
+        return {name: rounded(y) for name, y in x.items()}
+    return [rounded(y) for y in x] if isinstance(x, (list, tuple)) else x
 
 
-def json_text(result: Result) -> str:
-    """A result as JSON: a line for each record of a list, six digits of a number."""
+def save(result: Result, file: Path) -> None:
+    """Write a result as JSON. A list of records becomes a table of its own: the names of the fields
+    once, then a line for each record."""
     parts = []
-    for name, value in _rounded(result).items():
+    for name, value in rounded(result).items():
         text = json.dumps(value, allow_nan=False)
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            lines = ",\n".join(json.dumps(record, allow_nan=False) for record in value)
-            text = f"[\n{lines}\n]"
+            fields = list(dict.fromkeys(field for record in value for field in record))
+            rows = [[record.get(field) for field in fields] for record in value]
+            lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
+            text = f'{{"fields": {json.dumps(fields)}, "records": [\n{lines}\n]}}'
         parts.append(f"{json.dumps(name)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+    file.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def load(file: Path) -> Result:
+    """What `save` wrote; a field that a record did not have is None."""
+    result = json.loads(file.read_text())
+    for name, value in result.items():
+        if isinstance(value, dict) and value.keys() == {"fields", "records"}:
+            fields = value["fields"]
+            result[name] = [dict(zip(fields, row, strict=True)) for row in value["records"]]
+    return result

@@ -68,14 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = report.machine()  # first: a later commit is not what was measured
     head = {"schema": SCHEMA, "case": args.case, "command": _command(argv), "machine": machine}
     result = {**head, **_run(case, args)}
-    text, written = report.markdown(result), report.json_text(result)
+    text = report.markdown(result)
     print(text)
     if args.json:
-        args.json.write_text(written)
+        report.save(result, args.json)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         stem = args.case + "_memory" * getattr(args, "memory", False)
-        (args.out / f"{stem}.json").write_text(written)
+        report.save(result, args.out / f"{stem}.json")
         (args.out / f"{stem}.md").write_text(text)
     refused = [r for r in result["rows"] if r.get("refused")]
     if refused:

@@ -1,7 +1,6 @@
 """The benchmark runner: it runs, refuses wrong results, and its contestants compute what they
 claim."""
 
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not installed
 
 import mod_fused
-from bench import case, check, grid, measure, memory, run
+from bench import case, check, grid, measure, memory, report, run
 from bench.cases import CASES
 from bench.contestants import compiled, eager, floors
 from bench.problem import DIVERGENCES, POLICIES, WEIGHTS, Problem, logits
@@ -30,7 +29,7 @@ def run_json(tmp_path: Path, *words: str) -> tuple[int, dict]:
     """Exit status and results of a run on tiny shapes, by the torch backend (always there)."""
     file = tmp_path / "result.json"
     status = run.main([*TINY, "--backends", "torch", "--json", str(file), *words])
-    return status, json.loads(file.read_text())
+    return status, report.load(file)
 
 
 def inputs(divergence: str, dtype: str = "float32", batch: int = 2, vocab: int = 1280):
@@ -58,7 +57,7 @@ def test_runner_writes_every_divergence_with_machine_and_command(tmp_path, capsy
         assert row["ratios"] == pytest.approx({"eager": theirs / ours}, rel=1e-4)
         assert row["gb_per_s"] == pytest.approx(3 * 2 * 512 * 4 / ours / 1e3, rel=1e-4)
     written = (tmp_path / "out" / "cpu.md").read_text()
-    assert json.loads((tmp_path / "out" / "cpu.json").read_text()) == result
+    assert report.load(tmp_path / "out" / "cpu.json") == result
     assert written.strip() in capsys.readouterr().out
     assert all(f"| {name} | 2 | 512 |" in written for name in DIVERGENCES)
 

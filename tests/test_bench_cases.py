@@ -1,6 +1,5 @@
 """The cases beside `cpu`: each runs end to end on a tiny grid and refuses what is wrong."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not ins
 
 import mod_fused
 from bench import case as bench_case
-from bench import grid, measure, readme, run
+from bench import grid, measure, readme, report, run
 from bench import problem as problems
 from bench import test_host as host_entries
 from bench.cases import CASES, decoder, filters, scaling
@@ -27,7 +26,7 @@ from mod_fused import reference, reference_sampling, world
 def run_json(tmp_path: Path, *words: str) -> tuple[int, dict]:
     file = tmp_path / "result.json"
     status = run.main([*words, "--json", str(file)])
-    return status, json.loads(file.read_text())
+    return status, report.load(file)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """`--base`: another commit beside the working tree, each in a process of its own."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not installed
 
-from bench import measure, other_commit, run
+from bench import measure, other_commit, report, run
 
 ROOT = other_commit.ROOT
 HISTORY = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True)
@@ -31,7 +30,7 @@ def is_gone(tree: Path) -> bool:
 def run_json(tmp_path: Path, *words: str) -> tuple[int, dict]:
     file = tmp_path / "result.json"
     status = run.main([*WORDS, *words, "--json", str(file)])
-    return status, json.loads(file.read_text())
+    return status, report.load(file)
 
 
 def test_both_are_timed_and_the_ratio_is_of_their_medians(tmp_path, monkeypatch):

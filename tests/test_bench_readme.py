@@ -1,6 +1,5 @@
 """The tables, reports and pictures are what bench/results says."""
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not installed
 
-from bench import readme
+from bench import readme, report
 
 README = readme.ROOT / "README.md"
 
@@ -17,18 +16,18 @@ README = readme.ROOT / "README.md"
 def test_readmes_reports_and_pictures_are_what_the_committed_results_say():
     assert readme.stale() == [], "python -m bench.readme"
     assert "<!-- bench: cpu -->" in README.read_text()
-    assert len(list(readme.reports())) >= 8
+    assert len(list(readme.reports(readme.sources()))) >= 8
 
 
 def test_a_changed_result_changes_the_block_and_nothing_else(tmp_path):
-    result = json.loads((readme.RESULTS / "cpu.json").read_text())
+    result = report.load(readme.RESULTS / "cpu.json")
     for row in result["rows"]:
         row["other_cores"] = 0.0
-    (tmp_path / "cpu.json").write_text(json.dumps(result))
+    report.save(result, tmp_path / "cpu.json")
     before = readme.rewritten(README.read_text(), README, tmp_path)
     row = next(r for r in result["rows"] if (r["dtype"], r["vocab"]) == ("bfloat16", 128256))
     row["timings"]["cpu"][0], row["other_cores"] = 123456.0, 0.5
-    (tmp_path / "cpu.json").write_text(json.dumps(result))
+    report.save(result, tmp_path / "cpu.json")
     after = readme.rewritten(before, README, tmp_path)
     new, old = (set(x.split("\n")) for x in (after, before))
     assert any("| 123456 \\* |" in line for line in new - old)
@@ -56,11 +55,11 @@ def test_a_picture_is_stale_until_it_is_drawn_from_the_results(tmp_path, monkeyp
 
     monkeypatch.setattr(readme, "PICTURES", {"cpu": {"cpu": line}})
     shutil.copy(readme.RESULTS / "cpu.json", tmp_path)
-    ((picture, source),) = readme.stale_pictures(tmp_path)
+    ((picture, source),) = readme.stale_pictures([tmp_path / "cpu.json"])
     readme.draw(picture, source)
     assert picture == tmp_path / "cpu.png" and picture.stat().st_size < 20_000
-    assert list(readme.stale_pictures(tmp_path)) == []
+    assert list(readme.stale_pictures([tmp_path / "cpu.json"])) == []
     text = readme.rewritten("<!-- bench: cpu -->\n<!-- /bench -->\n", README, tmp_path)
     assert "![cpu](bench/results/cpu.png)" in text
     source.write_text(source.read_text() + " ")
-    assert [p for p, _ in readme.stale_pictures(tmp_path)] == [picture]
+    assert [p for p, _ in readme.stale_pictures([tmp_path / "cpu.json"])] == [picture]
