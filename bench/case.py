@@ -13,7 +13,6 @@ from torch import Tensor
 
 import mod_fused
 
-from . import report
 from .measure import Call
 from .problem import DIVERGENCES, POLICIES, Problem, filters, mixture, weights_of
 
@@ -81,18 +80,7 @@ class Grid(NamedTuple):
         ]
 
 
-Table = Callable[[dict[str, Any]], str]  # of a result, as a README shows it
 Picture = Callable[[Any, dict[str, Any]], None]  # draws a result into a matplotlib figure
-
-
-def shown(columns: Mapping[str, str], **where: Any) -> Table:
-    """A table of the rows whose fields have these values; columns as `report.table` takes them."""
-
-    def table(result: dict[str, Any]) -> str:
-        rows = [r for r in result["rows"] if all(r[k] == v for k, v in where.items())]
-        return report.table(rows, columns)
-
-    return table
 
 
 class Case(NamedTuple):
@@ -103,7 +91,6 @@ class Case(NamedTuple):
     contestants: Mapping[str, Contestant]
     grids: tuple[Grid, ...]  # a problem of several is timed once
     quick: tuple[Grid, ...]
-    table: Table
     picture: Picture | None = None
 
 
@@ -113,8 +100,6 @@ class Procedure(NamedTuple):
     help: str
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], dict[str, Any]]  # "what", "rows" and what else there is
-    table: Table
-    picture: Picture | None = None
 
 
 def ours(backend: str) -> Contestant:

@@ -1,7 +1,7 @@
 """`python -m bench.readme`: rewrites what is made from the committed JSON of bench/results: the
-tables of the READMEs, the reports beside the JSON, and the pictures.
+table of the README, the reports beside the JSON, and the pictures.
 
-A table stands between `<!-- bench: NAME -->` and `<!-- /bench -->`, made from results/NAME.json.
+The table stands between `<!-- bench: NAME -->` and `<!-- /bench -->`, made from results/NAME.json.
 A picture carries the digest of its JSON: two versions of matplotlib do not draw the same bytes.
 `--check` writes nothing; the exit status says whether all is up to date.
 """
@@ -17,35 +17,40 @@ from pathlib import Path
 
 from . import report
 from .alignment import plots, tables
-from .case import Picture, shown
+from .case import Case, Picture
 from .cases import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
-FILES = (ROOT / "README.md", ROOT / "bench/README.md")
+FILES = (ROOT / "README.md",)
 _BLOCK = re.compile(
     r"(?P<head>^<!-- bench: (?P<name>\S+) -->\n).*?(?P<tail>^<!-- /bench -->)", re.S | re.M
 )
 #: By the stem of the JSON and of the picture: draws a result into a figure.
 PICTURES: dict[str, dict[str, Picture]] = {
-    name: {name: case.picture} for name, case in CASES.items() if case.picture
+    name: {name: case.picture}
+    for name, case in CASES.items()
+    if isinstance(case, Case) and case.picture
 } | plots.PICTURES
 #: By the stem of the JSON: the report beside it; `report.markdown` for all others.
 REPORTS: dict[str, Callable[[report.Result], str]] = {
     "alignment": tables.alignment,
     "control": tables.control,
 }
-_MEMORY = shown(
-    {
-        "divergence": "divergence",
-        "contestant": "contestant",
-        "B": "batch",
-        "V": "vocab",
-        "MB": "MB",
-        "of the logits": "of the logits",
-    },
-    threads=1,
-)
+#: By the name of a block, which is the stem of its JSON: rows by their fields, and columns.
+BLOCKS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
+    "cpu": (
+        {"dtype": "bfloat16", "vocab": 128256, "threads": 1},
+        {
+            "divergence": "divergence",
+            "B": "batch",
+            "µs": "cpu µs",
+            "torch.compile / ours": "compile / ours",
+            "eager / ours": "eager / ours",
+            "ours / floor": "ours / floor",
+        },
+    )
+}
 
 
 def _origin(result: report.Result, marked: bool) -> str:
@@ -57,23 +62,17 @@ def _origin(result: report.Result, marked: bool) -> str:
 
 
 def block(name: str, file: Path, results: Path = RESULTS) -> str:
-    """The text of a block in a file: table, what is missing, picture, and where they come from.
+    """The text of a block in a file: the table, and where it comes from.
 
     Raises:
-        ValueError: if there are no such results.
+        ValueError: if there is no such block.
     """
-    source = results / f"{name}.json"
-    if not source.exists():
-        raise ValueError(f"{file.name} has a block {name!r}, expected {name}.json in bench/results")
-    result = report.load(source)
-    parts = [(_MEMORY if name.endswith("_memory") else CASES[result["case"]].table)(result)]
-    absent = [why.split(": ")[1] for why in report.missing(result) if why.endswith("not installed")]
-    if absent:
-        parts.append(f"Not timed: {', '.join(absent)}.")
-    if name in PICTURES:
-        place = "bench/results" if file.parent == ROOT else "results"
-        parts.append(f"![{name}]({place}/{name}.png)")
-    return "\n\n".join([*parts, _origin(result, marked="\\*" in parts[0])]) + "\n"
+    if name not in BLOCKS:
+        raise ValueError(f"{file.name} has a block {name!r}, expected one of {list(BLOCKS)}")
+    result, (wanted, columns) = report.load(results / f"{name}.json"), BLOCKS[name]
+    rows = [row for row in result["rows"] if wanted.items() <= row.items()]
+    table = report.table(rows, columns)
+    return f"{table}\n\n{_origin(result, marked=any(map(report.disturbed, rows)))}\n"
 
 
 def rewritten(text: str, file: Path, results: Path = RESULTS) -> str:
@@ -126,8 +125,10 @@ def reports(sources: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     for source in sources:
         result = report.load(source)
         if source.stem in REPORTS or result.get("case") in CASES:
-            make = REPORTS.get(source.stem, report.markdown)
-            yield source.with_suffix(".md"), make(result)
+            text = REPORTS.get(source.stem, report.markdown)(result)
+            for name in PICTURES.get(source.stem, ()):
+                text += f"\n![{name}]({name}.png)\n"
+            yield source.with_suffix(".md"), text
 
 
 def stale_pictures(sources: Sequence[Path]) -> Iterator[tuple[Path, Path]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mod_fused.divergence import get_divergence
 
-from ..case import Case, Contestant, Grid, NotTimed, mixtures_only, shown
+from ..case import Case, Contestant, Grid, NotTimed, mixtures_only
 from ..contestants import compiled, eager, floors
 from ..measure import Call
 from ..problem import POLICIES, WEIGHTS, Problem
@@ -56,17 +56,4 @@ CPU = Case(
         ),
     ),
     quick=(Grid(dtypes=_DTYPES, shapes=((1, 2048), (2, 4096)), threads=(1,)),),
-    table=shown(
-        {
-            "divergence": "divergence",
-            "B": "batch",
-            "µs": "cpu µs",
-            "torch.compile / ours": "compile / ours",
-            "eager / ours": "eager / ours",
-            "ours / floor": "ours / floor",
-        },
-        dtype="bfloat16",
-        vocab=128256,
-        threads=1,
-    ),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from mod_fused import reference, reference_sampling
 
 from .. import measure
-from ..case import Procedure, set_threads, shown
+from ..case import Procedure, set_threads
 from ..contestants import loops, models
 from ..problem import DIVERGENCES, POLICIES, WEIGHTS
 from ..report import note
@@ -186,39 +186,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"what": "tokens per second", "device": device, "contestants": names, "rows": rows}
 
 
-def draw(figure: Any, result: dict[str, Any]) -> None:
-    """A group of bars for each row: tokens per second, relative to the eager loop."""
-    names = result["contestants"]
-    rows = [row for row in result["rows"] if "eager" in row["timings"]]
-    figure.set_size_inches(9, 1.0 + 0.7 * len(rows))
-    axes = figure.subplots()
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        bars = [(at + i * height, row) for at, row in enumerate(rows) if name in row["timings"]]
-        rates = [row["tokens_per_s"][name] / row["tokens_per_s"]["eager"] for _, row in bars]
-        axes.barh([at for at, _ in bars], rates, height, label=name)
-    keys = ("models", "dtype", "divergence")
-    what = [", ".join(row[k] for k in keys) + f", B={row['batch']}" for row in rows]
-    axes.set_yticks([at + 0.4 - height / 2 for at in range(len(rows))], what)
-    axes.invert_yaxis()
-    axes.set_xlabel("tokens per second, relative to the eager loop")
-    figure.legend(loc="outside upper center", ncols=len(names))
-
-
-_LABELS = {
-    "models": "size", "V": "vocab", "dtype": "dtype", "divergence": "divergence", "B": "batch",
-    "threads": "threads",
-}  # fmt: skip
-_LOOPS = ("generate", "generate_torch", "op", "eager", "release")
-
 DECODER = Procedure(
     help="tokens per second of decoding loops: the fused op, torch ops, a loop as is usual",
     options=options,
     run=run,
-    table=shown(
-        _LABELS
-        | {f"{name} tok/s": f"{name} tok/s" for name in _LOOPS}
-        | {f"{name} draws": f"{name} draws" for name in _LOOPS}
-    ),
-    picture=draw,
 )

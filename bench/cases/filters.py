@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..case import Case, Contestant, Grid, NotTimed, shown
+from ..case import Case, Contestant, Grid, NotTimed
 from ..contestants import eager
 from ..measure import Call
 from ..problem import FILTERS as NAMED
@@ -92,16 +92,4 @@ FILTERS = Case(
     },
     grids=(_SINGLE, _MIXTURE),
     quick=tuple(grid._replace(shapes=((2, 2048),)) for grid in (_SINGLE, _MIXTURE)),
-    table=shown(
-        {
-            "divergence": "divergence",
-            "B": "batch",
-            "V": "vocab",
-            "models": "mixture",
-            "filters": "filters",
-            "µs": "cpu µs",
-            "transformers / ours": "transformers / ours",
-        },
-        batch=8,
-    ),
 )

@@ -18,7 +18,7 @@ from mod_fused.arguments import DrawArguments, MixtureArguments, pack
 from mod_fused.checks import check_draw, check_mixture
 from mod_fused.dispatch import choose
 
-from ..case import Case, Contestant, Grid, mixtures_only, shown
+from ..case import Case, Contestant, Grid, mixtures_only
 from ..measure import Call
 from ..problem import DIVERGENCES, Problem
 
@@ -85,7 +85,6 @@ _PARTS = {
     "add_out": Contestant(_out),
 }
 _GRID = Grid(dtypes=("bfloat16",), shapes=((1, 64), (8, 64)), threads=(1,), divergences=DIVERGENCES)
-_LABELS = {"divergence": "divergence", "B": "batch", "V": "vocab"}
 
 HOST = Case(
     help="what a call costs on tiny inputs: checks, packing, op; beside a bare C++ op of torch",
@@ -93,5 +92,4 @@ HOST = Case(
     contestants=_PARTS,
     grids=(_GRID,),
     quick=(_GRID._replace(shapes=((1, 64),), divergences=("reverse_kl",)),),
-    table=shown(_LABELS | {"sample": "cpu µs"} | {name: f"{name} µs" for name in _PARTS}),
 )

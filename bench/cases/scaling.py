@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .. import report
 from ..case import Case, Grid
 
 _BASE = Grid(
@@ -38,28 +37,6 @@ def sweep(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     still = {k: first[k] for k in ("batch", "vocab", "threads", "policies", "values") if k != field}
     chosen = [r for r in rows if r["timings"] and all(r[k] == v for k, v in still.items())]
     return sorted(chosen, key=lambda r: r[field])
-
-
-def crossings(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """By divergence: from which vocabulary on `cpu` is faster than `torch` at B = 1."""
-    out = {}
-    for divergence in dict.fromkeys(r["divergence"] for r in rows):
-        faster = {
-            r["vocab"]: r["ratios"]["torch"] > 1.0
-            for r in sweep(rows, "vocabulary V")
-            if r["divergence"] == divergence and "torch" in r["ratios"]
-        }
-        slower = [v for v, yes in faster.items() if not yes]
-        if faster:
-            smallest = f"at every V from {min(faster)}"
-            out[divergence] = f"above V = {max(slower)}" if slower else smallest
-    return out
-
-
-def table(result: dict[str, Any]) -> str:
-    """From where on the C++ backend is faster than torch; the sizes are in the picture."""
-    header = ["divergence", "cpu is faster than torch (B = 1)"]
-    return report.markdown_table(header, crossings(result["rows"]).items())
 
 
 def draw(figure: Any, result: dict[str, Any]) -> None:
@@ -97,6 +74,5 @@ SCALING = Case(
         _BASE._replace(shapes=((1, 64), (1, 1024), (2, 1024)), divergences=("jsd",)),
         _BASE._replace(shapes=((1, 1024),), divergences=("jsd",), policies=(0,), values=(1,)),
     ),
-    table=table,
     picture=draw,
 )
