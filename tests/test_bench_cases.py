@@ -13,8 +13,8 @@ import mod_fused
 from bench import case as bench_case
 from bench import grid, measure, report, run
 from bench import problem as problems
-from bench import test_host as host_entries
 from bench.cases import CASES, decoder, filters, scaling
+from bench.cases.host import HOST
 from bench.contestants import loops, models
 from bench.logits import RECORDED, SETTINGS
 from bench.problem import FILTERS, Problem, logits
@@ -165,16 +165,13 @@ def test_scaling_sweeps_hold_all_other_sizes_still():
             assert len({r[other] for r in rows}) == 1
 
 
-@pytest.mark.parametrize("name", list(host_entries.CONTESTANTS))
-def test_host_entry_points_run_without_the_plugin_too(name):
-    called = []
-    host_entries.test_host(lambda call: called.append(call()), name, "jsd")
-    assert len(called) == 1
-    one = Problem("jsd", "bfloat16", 1, 64, 1)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_the_op_of_the_host_case_does_what_its_parts_add_up_to(divergence):
+    one = Problem(divergence, "bfloat16", 1, 64, 1)
     rows = logits(one, 1)
-    if name == "op":  # what the parts add up to
-        out = mod_fused.sample(rows[0], rows[1:], list(one.weights), divergence="jsd", seed=1)
-        assert torch.equal(called[0][0], out.tokens) and torch.equal(called[0][1], out.logprobs)
+    tokens, logprobs, *_ = HOST.contestants["op"].build(one, rows)()
+    out = mod_fused.sample(rows[0], rows[1:], list(one.weights), divergence=divergence, seed=1)
+    assert torch.equal(tokens, out.tokens) and torch.equal(logprobs, out.logprobs)
 
 
 DECODER = ["decoder", "--quick", "--models", "tiny", "--dtypes", "float32"]

@@ -76,12 +76,6 @@ class Clock:
         return self._now() - self._begin
 
 
-def _logits(args: tuple[Any, ...]) -> list[Tensor]:
-    """The logits that a drawing function was given, reference first: `sample(ref, policies)` or
-    `draw(logits, weights)`."""
-    return [args[0], *args[1]] if isinstance(args[0], Tensor) else args[0]
-
-
 def refusal(name: str, task: loops.Task, clock: Clock, drawn: loops.Drawn) -> str:
     """Why a loop may not be timed; empty if what it drew in the first row, first and last step, has
     the oracle's log-probability, and is the token of the oracle's race where the op drew it."""
@@ -89,7 +83,9 @@ def refusal(name: str, task: loops.Task, clock: Clock, drawn: loops.Drawn) -> st
     if len(tokens) != task.tokens:
         return f"drew {len(tokens)} tokens, expected {task.tokens}"
     for step in (0, task.tokens - 1):
-        ref, *policies = (x[0].float().cpu() for x in _logits(clock.given[step]))
+        given = clock.given[step]  # of `sample(ref, policies)` or `draw(logits, weights)`
+        logits = [given[0], *given[1]] if isinstance(given[0], Tensor) else given[0]
+        ref, *policies = (x[0].float().cpu() for x in logits)
         expected = reference.log_probs_row(ref, policies, task.weights, divergence=task.divergence)
         error = abs(expected[tokens[step]] - logprobs[step])
         if not error <= (_TOLERANCE if name in OURS else _PEERS_TOLERANCE):
@@ -147,16 +143,11 @@ def _tasks(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], loops.Tas
         for batch, divergence in itertools.product(batches, args.divergences):
             prompts = models.prompts(name, ensemble, batch)
             head = {
-                "models": name,
-                "parameters": models.parameters(ensemble),
-                "vocab": ensemble.vocab_size,
-                "dtype": dtype,
-                "batch": batch,
-                "prompt": prompts.shape[1],
-                "tokens": tokens,
-                "divergence": divergence,
+                "models": name, "parameters": models.parameters(ensemble),
+                "vocab": ensemble.vocab_size, "dtype": dtype, "batch": batch,
+                "prompt": prompts.shape[1], "tokens": tokens, "divergence": divergence,
                 "threads": args.threads,
-            }
+            }  # fmt: skip
             yield head, loops.Task(ensemble, prompts, tokens, divergence, WEIGHTS)
         del ensemble  # there may be no room for the next one beside it
 

@@ -44,7 +44,8 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     rows = result["rows"]
     figure.set_size_inches(11, 6)
     panels = figure.subplots(2, 3)
-    colours = {d: f"C{i}" for i, d in enumerate(result["divergences"])}
+    names = dict.fromkeys(row["divergence"] for row in rows)
+    colours = {d: f"C{i}" for i, d in enumerate(names)}
     for axes, name in zip(panels.flat, SWEEPS, strict=False):
         field = SWEEPS[name][0]
         for divergence, colour in colours.items():
@@ -60,9 +61,9 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
         axes.set_yscale("log")
         axes.set_xlabel(name)
         axes.set_ylabel("µs")
-    handles, names = panels.flat[0].get_legend_handles_labels()
+    handles, labels = panels.flat[0].get_legend_handles_labels()
     panels.flat[-1].axis("off")
-    panels.flat[-1].legend(handles, names, loc="center")
+    panels.flat[-1].legend(handles, labels, loc="center")
 
 
 SCALING = Case(
