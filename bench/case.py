@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -56,28 +57,17 @@ class Grid(NamedTuple):
         """Batches of one apart from the others, then small vocabularies first: problems that share
         a compiled graph are neighbours, and the time of a large one is foreseen from a smaller."""
         shapes = sorted(self.shapes, key=lambda shape: (shape[0] > 1, shape[1], shape[0]))
-        return [
-            Problem(
-                divergence,
-                dtype,
-                *shape,
-                threads,
-                weights_of(policies) if self.reference else (1.0 / policies,) * policies,
-                values,
-                self.reference,
-                name,
-                setting,
-            )
-            for dtype in self.dtypes
-            for threads in self.threads
-            for setting in self.settings
-            for policies in self.policies
-            for values in self.values
-            for name in self.filters
-            for divergence in self.divergences
-            for shape in shapes
-            if self.reference or divergence == "reverse_kl"
-        ]
+        divergences = [d for d in self.divergences if self.reference or d == "reverse_kl"]
+        axes = (self.dtypes, self.threads, self.settings, self.policies, self.values, self.filters)
+        out = []
+        for dtype, threads, setting, m, values, name in itertools.product(*axes):
+            weights = weights_of(m) if self.reference else (1.0 / m,) * m
+            out += [
+                Problem(d, dtype, b, v, threads, weights, values, self.reference, name, setting)
+                for d in divergences
+                for b, v in shapes
+            ]
+        return out
 
 
 Picture = Callable[[Any, dict[str, Any]], None]  # draws a result into a matplotlib figure

@@ -54,13 +54,13 @@ def test_case_runs_on_every_problem_of_its_quick_grid(tmp_path, words):
         assert {row[field] for row in result["rows"]} == wanted
 
 
-def test_missing_samplers_and_mixtures_are_said_to_be_left_out(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
+def test_peers_that_are_not_installed_are_said_to_be_left_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
     words = ["filters", "--quick", "--budget", "0.001", "--divergences", "reverse_kl"]
     _, result = run_json(tmp_path, *words, "--filters", "top_k=50", "--out", str(tmp_path))
     for row in result["rows"]:
-        assert row["skipped"] == {"vllm": "vllm not installed"}
-    assert "- vllm: vllm not installed" in (tmp_path / "filters.md").read_text()
+        assert row["skipped"] == {"transformers": "transformers not installed"}
+    assert "- transformers: transformers not installed" in (tmp_path / "filters.md").read_text()
 
 
 @pytest.mark.parametrize(

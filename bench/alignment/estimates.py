@@ -11,33 +11,11 @@ import numpy as np
 
 from mod_fused import world
 
-from . import tabular
+from . import policies, statistics, tabular
 from .decoding import Array
 from .loop import load
-from .policies import (
-    CENTRE,
-    CORNERS,
-    EQUAL,
-    MIDPOINTS,
-    POOL_PART,
-    Cell,
-    Sizes,
-    Weights,
-    cells,
-    load_answers,
-    policies,
-)
-from .statistics import (
-    REWARD_SCALE,
-    best_of,
-    best_of_kl,
-    divergence_terms,
-    hypervolume,
-    interval,
-    mean,
-    over_seeds,
-    reweighted,
-)
+from .policies import CENTRE, CORNERS, EQUAL, MIDPOINTS, Cell, Sizes, Weights, cells
+from .statistics import REWARD_SCALE, best_of, hypervolume, interval, mean, over_seeds, reweighted
 from .training import least_loss
 
 BEST_OF = (4, 16)
@@ -63,7 +41,7 @@ class Study:
 
     def __init__(self, work: Path, sizes: Sizes) -> None:
         self.work, self.sizes = work, sizes
-        parts = [load(work, f"pool-{part}") for part in range(-(-sizes.pool // POOL_PART))]
+        parts = [load(work, f"pool-{part}") for part in range(-(-sizes.pool // policies.POOL_PART))]
         self.pool = np.concatenate(parts, axis=1).astype(float)
         self.nowhere = np.full(len(self.pool), np.nan)
         self.optima: dict[tuple[str, Weights], Scored] = {}
@@ -77,7 +55,7 @@ class Study:
         rewards, kl = found["rewards"].mean(0), found["kl"]
         if cell.greedy or not found["valid"].all():
             return Scored(rewards, self.nowhere, self.nowhere)
-        terms = kl if cell.method == "reference" else divergence_terms(cell.tuned, kl)
+        terms = kl if cell.method == "reference" else statistics.divergence_terms(cell.tuned, kl)
         return Scored(rewards, kl.mean(0), terms.mean(0))
 
     def method(self, name: str, tuned: str, weights: Weights, seed: int = 0) -> Scored:
@@ -85,7 +63,7 @@ class Study:
         if name.startswith("best of "):
             n = int(name.removeprefix("best of "))
             rewards = best_of(self.pool, np.array(weights), n)
-            return Scored(rewards, np.full(len(rewards), best_of_kl(n)), self.nowhere)
+            return Scored(rewards, np.full(len(rewards), statistics.best_of_kl(n)), self.nowhere)
         if name == "optimum":
             if (tuned, weights) not in self.optima:
                 rewards, terms = reweighted(self.pool, np.array(weights), tuned)
@@ -283,9 +261,9 @@ def _over_seeds(study: Study) -> Iterator[Record]:
 
 
 def _trainings(study: Study) -> Iterator[Record]:
-    for policy in policies(study.sizes):
+    for policy in policies.policies(study.sizes):
         record = load(study.work, policy.name)["record"]
-        least = least_loss(load_answers(study.work, policy.seed), policy.weights)
+        least = least_loss(policies.load_answers(study.work, policy.seed), policy.weights)
         yield policy._asdict() | record | {"least_loss": least}
 
 

@@ -33,66 +33,35 @@ ONE_STRENGTH = 10.0  # at which the divergences are compared
 
 
 class Sizes(NamedTuple):
-    """How much is trained and drawn.
+    """How much is trained and drawn."""
 
-    Attributes:
-        prompts: held-out prompts, one answer to each with every method.
-        strengths: of tokenwise control; fudge: the same for FUDGE's log-probability.
-        candidates: the reference's tokens that FUDGE scores.
-        blocks: K of the blockwise choice; block_length: tokens of a block.
-        best_of: N, the largest is also the number of answers drawn for each prompt.
-        mod: weights of the one DPO policy.
-        train_prompts: prompts with `train.GROUP` answers each, for all trainings but MAVIS.
-        steps: of CD-Q and of CD-FUDGE beside it; fudge_steps, policy_steps, mavis_steps (each
-            iteration) likewise.
-        batch: answers in a step of a scorer.
-        mavis_prompts, iterations: of MAVIS.
-        weights: of helpful and humorous; policies are retrained for the mixes among them.
-    """
-
-    prompts: int = 200
-    strengths: tuple[float, ...] = (1.0, 2.5, 5.0, 10.0, 20.0, 40.0)
-    fudge: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
-    candidates: int = 50
-    blocks: tuple[int, ...] = (4, 8, 16)
+    prompts: int = 200  # held out; one answer to each with every method
+    strengths: tuple[float, ...] = (1.0, 2.5, 5.0, 10.0, 20.0, 40.0)  # of tokenwise control
+    fudge: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)  # of FUDGE's log-probability
+    candidates: int = 50  # the reference's tokens that FUDGE scores
+    blocks: tuple[int, ...] = (4, 8, 16)  # K
     block_length: int = 8
-    best_of: tuple[int, ...] = (4, 16)
-    mod: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0)
-    train_prompts: int = 800
-    steps: int = 200
+    best_of: tuple[int, ...] = (4, 16)  # N; the largest is also the number of answers drawn
+    mod: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0)  # weights of the one DPO policy
+    train_prompts: int = 800  # with `train.GROUP` answers each, for all trainings but MAVIS
+    steps: int = 200  # of CD-Q and of CD-FUDGE beside it
     fudge_steps: int = 120
     policy_steps: int = 80
-    mavis_steps: int = 80
-    batch: int = 32
+    mavis_steps: int = 80  # each iteration
+    batch: int = 32  # answers in a step of a scorer
     mavis_prompts: int = 500
     iterations: int = 3
+    # Of helpful and humorous; policies are retrained for the mixes among them.
     weights: tuple[tuple[float, float], ...] = (
-        (1.0, 0.0),
-        (0.75, 0.25),
-        (0.5, 0.5),
-        (0.25, 0.75),
-        (0.0, 1.0),
-    )
+        (1.0, 0.0), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.0, 1.0),
+    )  # fmt: skip
 
 
 TINY = Sizes(
-    prompts=6,
-    strengths=(2.0, 20.0),
-    fudge=(1.0,),
-    blocks=(2,),
-    block_length=32,
-    best_of=(2,),
-    mod=(1.0,),
-    train_prompts=4,
-    steps=2,
-    fudge_steps=1,
-    policy_steps=1,
-    mavis_steps=1,
-    batch=4,
-    mavis_prompts=4,
-    iterations=1,
-    weights=((1.0, 0.0), (0.5, 0.5)),
-)
+    prompts=6, strengths=(2.0, 20.0), fudge=(1.0,), blocks=(2,), block_length=32, best_of=(2,),
+    mod=(1.0,), train_prompts=4, steps=2, fudge_steps=1, policy_steps=1, mavis_steps=1, batch=4,
+    mavis_prompts=4, iterations=1, weights=((1.0, 0.0), (0.5, 0.5)),
+)  # fmt: skip
 
 
 class Point(NamedTuple):

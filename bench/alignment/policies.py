@@ -40,48 +40,29 @@ POOL_PART = 64  # answers to each prompt in one job
 
 
 class Sizes(NamedTuple):
-    """How much is trained and drawn.
+    """How much is trained and drawn."""
 
-    Attributes:
-        train_prompts: prompts with `train.GROUP` answers each; 1800 is every training question.
-        steps: of each policy.
-        train_seeds: trainings of each policy that MOD and the soup use and of those retrained for
-            equal weights, each on other answers in another order.
-        prompts, samples: held-out prompts, answers to each (1 where greedy or mismatched).
-        pool: answers of the reference to each prompt, for best-of-N and the optimum.
-        divergences: tuned and mixed with.
-        grid: weights of MOD and the soups.
-        key: weights at which policies are retrained and all variants measured.
-        outside: weights off the simplex.
-        worlds: tabular ones.
-    """
-
-    train_prompts: int = 1800
-    steps: int = 200
+    train_prompts: int = 1800  # with `train.GROUP` answers each; all training questions
+    steps: int = 200  # of each policy
+    # Trainings of the policies that MOD and the soup use and of those retrained for equal weights,
+    # each on other answers in another order.
     train_seeds: int = 3
-    prompts: int = 200
-    samples: int = 2
-    pool: int = 256
-    divergences: tuple[str, ...] = DIVERGENCES
-    grid: tuple[Weights, ...] = GRID
-    key: tuple[Weights, ...] = KEY
-    outside: tuple[Weights, ...] = OUTSIDE
-    worlds: int = 40
+    prompts: int = 200  # held out
+    samples: int = 2  # answers to each, 1 where greedy or mismatched
+    pool: int = 256  # answers of the reference to each, for best-of-N and the optimum
+    divergences: tuple[str, ...] = DIVERGENCES  # tuned and mixed with
+    grid: tuple[Weights, ...] = GRID  # of MOD and the soups
+    key: tuple[Weights, ...] = KEY  # where policies are retrained and all variants measured
+    outside: tuple[Weights, ...] = OUTSIDE  # off the simplex
+    worlds: int = 40  # tabular ones
 
 
 #: A run of every kind of job in half a minute, to see that it runs.
 TINY = Sizes(
-    train_prompts=8,
-    steps=2,
-    train_seeds=2,
-    prompts=6,
-    pool=16,
-    divergences=("reverse_kl", "jsd"),
-    grid=(*CORNERS[:2], MIDPOINTS[0], CENTRE),
-    key=(CENTRE, MIDPOINTS[0]),
-    outside=OUTSIDE[-1:],
-    worlds=2,
-)
+    train_prompts=8, steps=2, train_seeds=2, prompts=6, pool=16, worlds=2,
+    divergences=("reverse_kl", "jsd"), grid=(*CORNERS[:2], MIDPOINTS[0], CENTRE),
+    key=(CENTRE, MIDPOINTS[0]), outside=OUTSIDE[-1:],
+)  # fmt: skip
 
 
 class Policy(NamedTuple):
@@ -99,28 +80,17 @@ class Policy(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One method at one weight vector.
-
-    Attributes:
-        method: "mod", "soup" (Rewarded Soups, arXiv 2306.04488: the policies' parameters averaged),
-            "retrained" (one policy tuned for the mixed reward), or "reference".
-        tuned: the divergence that the policies were tuned with.
-        weights: [3]; corners are the single policies.
-        mixed_by: the divergence to mix with; "mod" only, as are the next two.
-        normalizer, history: see `mod_fused.generate`.
-        greedy: the most likely token instead of a draw.
-        seed: of the training.
-        samples: answers to each prompt.
-    """
+    """One method at one weight vector. Methods: "mod", "soup" (Rewarded Soups, arXiv 2306.04488:
+    the policies' parameters averaged), "retrained" (one policy tuned for the mix), "reference"."""
 
     method: str
-    tuned: str
-    weights: Weights
-    mixed_by: str = ""
+    tuned: str  # the divergence that the policies were tuned with
+    weights: Weights  # corners are the single policies
+    mixed_by: str = ""  # the divergence to mix with; "mod" only, as are the next two
     normalizer: str = "exact"
     history: bool = False
     greedy: bool = False
-    seed: int = 0
+    seed: int = 0  # of the training
     samples: int = 2
 
     @property

@@ -13,6 +13,7 @@ from . import policies, tabular
 from .guided import ONE_STRENGTH, PAIR, PANELS
 
 Record = dict[str, Any]
+Section = tuple[str, Iterable[Record], str]  # title, rows, columns
 METHODS = ("mod", "soup", "retrained")
 _COLUMN = re.compile(
     r"(?P<field>.+?) (?P<interval>\(?)(?P<sign>\+?)(?P<digits>\d)(?P<percent>%?)\)?"
@@ -159,9 +160,8 @@ def _across(records: Iterable[Record], *labels: str) -> list[Record]:
     return list(out.values())
 
 
-def _document(
-    title: str, result: Record, intro: str, sections: Iterable[tuple[str, Iterable[Record], str]]
-) -> str:
+def _document(title: str, result: Record, sections: list[Section]) -> str:
+    intro = "[README.md](README.md) says what was measured, how, and what it shows."
     parts = [report.head(title, result), intro]
     parts += [f"## {name}\n\n{table(records, columns)}" for name, records, columns in sections]
     return "\n\n".join(parts) + "\n"
@@ -169,7 +169,7 @@ def _document(
 
 def alignment(result: Record) -> str:
     """All tables of the study of policies."""
-    t, s = Cells(result), result["sizes"]
+    t = Cells(result)
     headline = [
         {"tuned": r["tuned"], "seed": r["seed"], "gain": r["soup"]["relative_gain"]}
         | {name: x["relative"] for name, x in r.items() if isinstance(x, dict)}
@@ -198,7 +198,7 @@ def alignment(result: Record) -> str:
         "weighted reward = weighted 3 | KL = kl 2 | lost, % = lost 1% | tokens = length 1 | "
         "ended, % = ended 1%"
     )
-    sections: list[tuple[str, Iterable[Record], str]] = [
+    sections: list[Section] = [
         ("MOD's overall reward at equal weights, relative to others", headline,
          "tuned with = tuned | training seed = seed | over the soup, % = soup (+1%) | "
          "gain over the soup's gain, % = gain (+1%) | over the retrained, % = retrained (+1%) | "
@@ -241,16 +241,7 @@ def alignment(result: Record) -> str:
          "divergence | weights | seed | first loss = first_loss 3 | last loss = loss 3 | "
          "least possible = least_loss 3"),
     ]  # fmt: skip
-    intro = (
-        f"{s['prompts']} held-out prompts, {s['samples']} answers each (1 if mismatched or "
-        f"greedy); {s['steps']} steps of f-DPO for each policy, retrained ones alike; in brackets "
-        "95% intervals of a bootstrap over prompts. Overall: the mean of the three rewards. "
-        "Weighted: sum_i w_i r_i. J = 10 w r - D_f(pi || ref) of whole answers: what tuning for "
-        f"the mixed reward maximises. Optimum: the reference's {s['pool']} answers to each "
-        "prompt, reweighted (log-ratios beyond the logarithm of that do not fit in, so it errs "
-        f"towards less). Key weights: {'; '.join(map(weights, t.key))}."
-    )
-    return _document("Alignment: mixing, merging, retraining, choosing", result, intro, sections)
+    return _document("Alignment: mixing, merging, retraining, choosing", result, sections)
 
 
 def _panel(result: Record, name: str) -> Iterable[Record]:
@@ -268,14 +259,13 @@ def _panel(result: Record, name: str) -> Iterable[Record]:
 
 def control(result: Record) -> str:
     """All tables of the study of value guidance."""
-    s = result["sizes"]
     by = [
         {"divergence": p["method"].removeprefix("under "), "reward": p["objective"]}
         | {"mean": p[p["objective"]], "kl": p["kl"]}
         for p in result["points"]
         if p["method"].startswith("under")
     ]
-    sections: list[tuple[str, Iterable[Record], str]] = [
+    sections: list[Section] = [
         (f"For {name}", _panel(result, name),
          f"method | strength, K, N or weight = setting | {name} = {name} (3) | KL = kl | "
          "less CD-FUDGE at its KL = lead (+3) | less CD-FUDGE as CD-Q = same (+3) | "
@@ -295,17 +285,4 @@ def control(result: Record) -> str:
         ("MAVIS less each other method, means over their common weights", result["differences"],
          "method = against | weights | J = worth (+3) | w r = weighted (+3) | KL = kl (+2)"),
     ]  # fmt: skip
-    intro = (
-        f"{s['prompts']} held-out prompts, one answer each; in brackets 95% intervals of a "
-        "bootstrap over prompts. KL to the reference in nats per answer, of what was drawn; for "
-        f"blockwise control (blocks of {s['block_length']} tokens, scored by the shipped scorer) "
-        "and best-of-N the bound log K - (K - 1) / K per block. CD-FUDGE is the shipped scorer; "
-        f"'CD-FUDGE, as CD-Q' and CD-Q are trained here, {s['steps']} steps of {s['batch']} of the "
-        f"same {4 * s['train_prompts']} answers; FUDGE's classifier learns 'reward above 0.5' in "
-        f"{s['fudge_steps']} steps and scores the top {s['candidates']} tokens. 'Less CD-FUDGE': "
-        "the reward less that of tokenwise control at the same KL, empty where its curve ends "
-        f"before. Two objectives: J = w r - KL / {result['beta']:g}; MAVIS with "
-        f"{s['mavis_steps']} steps an iteration on {s['mavis_prompts']} answers, policies "
-        f"retrained for the mix with {s['policy_steps']}."
-    )
-    return _document("Value guidance: reward against KL", result, intro, sections)
+    return _document("Value guidance: reward against KL", result, sections)

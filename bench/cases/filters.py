@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..case import Case, Contestant, Grid, NotTimed
+from ..case import Case, Contestant, Grid
 from ..contestants import eager
 from ..measure import Call
 from ..problem import FILTERS as NAMED
@@ -51,27 +51,6 @@ def _transformers(problem: Problem, logits: list[Tensor]) -> Call:
     return sample
 
 
-def _vllm(problem: Problem, logits: list[Tensor]) -> Call:
-    """vLLM's native top-k and top-p; its other filters are separate steps of its sampler."""
-    from vllm.v1.sample.ops.topk_topp_sampler import (  # type: ignore[import-not-found]
-        TopKTopPSampler,
-    )
-
-    if problem.reference or len(logits) != 1:
-        raise NotTimed("vLLM's sampler takes one tensor of logits")
-    one = logits[0].float()
-    options = filters_of(problem, one.device)
-    if not set(options) <= {"top_k", "top_p"}:
-        raise NotTimed(f"vLLM's TopKTopPSampler does not do {problem.filters}")
-    k, p = (
-        torch.full((problem.batch,), options[name]) if name in options else None
-        for name in ("top_k", "top_p")
-    )
-    sampler = TopKTopPSampler()
-    # It works in place: a copy each call.
-    return lambda: sampler.forward_native(one.clone(), {}, k, p)
-
-
 _SINGLE = Grid(
     dtypes=("bfloat16",),
     shapes=((1, 128256), (8, 128256)),
@@ -84,12 +63,9 @@ _SINGLE = Grid(
 _MIXTURE = _SINGLE._replace(divergences=("reverse_kl", "jsd"), policies=(2,), reference=True)
 
 FILTERS = Case(
-    help="filters on one distribution and on mixtures, beside logits processors and samplers",
+    help="filters on one distribution and on mixtures, beside logits processors",
     backends=("cpu",),
-    contestants={
-        "transformers": Contestant(_transformers),
-        "vllm": Contestant(_vllm),
-    },
+    contestants={"transformers": Contestant(_transformers)},
     grids=(_SINGLE, _MIXTURE),
     quick=tuple(grid._replace(shapes=((2, 2048),)) for grid in (_SINGLE, _MIXTURE)),
 )
