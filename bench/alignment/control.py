@@ -14,7 +14,7 @@ from . import command, guided
 from .decoding import Array
 from .guided import BETA, PAIR, PAIR_COLUMNS, PANELS, Sizes
 from .loop import load
-from .statistics import Interval, best_of, best_of_kl, interval, mean
+from .statistics import Interval, at_kl, best_of, best_of_kl, interval, mean
 
 Record = dict[str, Any]
 CURVES = ("CD-FUDGE", "CD-FUDGE, as CD-Q")  # tokenwise control that others are compared with
@@ -61,10 +61,7 @@ def lead_at_equal_kl(
         return None
 
     def lead(r: Array, k: Array, own: Array, at: Array) -> Array:
-        order = np.argsort(k, axis=1)
-        x, y = np.take_along_axis(k, order, 1), np.take_along_axis(r, order, 1)
-        known = [np.interp(a, xs, ys) for a, xs, ys in zip(at, x, y, strict=True)]
-        return own - np.array(known)
+        return own - at_kl(at, r, k)
 
     return interval(lead, curve_rewards, curve_kl, rewards, kl)
 
@@ -119,10 +116,10 @@ def worth_differences(found: Sequence[Found]) -> list[Record]:
 
 def summary(work: Path, sizes: Sizes) -> Record:
     """Everything that the tables show, from a complete work folder."""
-    found = [
-        Found(*point, *load(work, point.name).values(), point.method == "blockwise")
-        for point in guided.points(sizes)
-    ]
+    found = []
+    for point in guided.points(sizes):
+        arrays, bound = load(work, point.name), point.method == "blockwise"
+        found.append(Found(*point, arrays["rewards"], arrays["kl"], bound))
     one = _best_of_n(work, sizes) + [p for p in found if p.objective != "both"]
     two = [p for p in found if p.objective == "both"]
     return {

@@ -15,7 +15,16 @@ from . import policies, statistics, tabular
 from .decoding import Array
 from .loop import load
 from .policies import CENTRE, CORNERS, EQUAL, MIDPOINTS, Cell, Sizes, Weights, cells
-from .statistics import REWARD_SCALE, best_of, hypervolume, interval, mean, over_seeds, reweighted
+from .statistics import (
+    REWARD_SCALE,
+    at_kl,
+    best_of,
+    hypervolume,
+    interval,
+    mean,
+    over_seeds,
+    reweighted,
+)
 from .training import least_loss
 
 BEST_OF = (4, 16)
@@ -162,18 +171,13 @@ def _equal_weights(study: Study) -> Iterator[Record]:
         yield record
 
 
-def _lead_at_equal_kl(reward: Array, kl: Array, ours: Array, our_kl: Array) -> Array:
-    """[R], from another method's means [R] and ours at several scales [R, S], by interpolation."""
-    same = []
-    for k, rewards, kls in zip(kl, ours, our_kl, strict=True):
-        order = np.argsort(kls)
-        same.append(np.interp(k, kls[order], rewards[order]))
-    return np.array(same) / reward - 1.0
-
-
 def _at_equal_kl(study: Study) -> Iterator[Record]:
     """MOD's lead in overall reward where its equal weights are scaled to another method's KL."""
     equal = [w for w in EQUAL if w == CENTRE or w in study.sizes.outside]
+
+    def lead(reward: Array, kl: Array, ours: Array, our_kl: Array) -> Array:
+        return at_kl(kl, ours, our_kl) / reward - 1.0
+
     for tuned in study.sizes.divergences:
         line = [study.method("mod", tuned, w) for w in equal]
         ours = np.stack([s.rewards.mean(1) for s in line], axis=1)  # [N, S]
@@ -182,8 +186,7 @@ def _at_equal_kl(study: Study) -> Iterator[Record]:
         for name in ("soup", "retrained"):
             other = study.method(name, tuned, CENTRE)
             if our_kl.mean(0).min() <= other.kl.mean() <= our_kl.mean(0).max():
-                arrays = other.rewards.mean(1), other.kl, ours, our_kl
-                record[name] = interval(_lead_at_equal_kl, *arrays)
+                record[name] = interval(lead, other.rewards.mean(1), other.kl, ours, our_kl)
         yield record
 
 

@@ -61,6 +61,13 @@ def over_seeds(values: Sequence[float]) -> Interval:
     return _rounded(center, center - half, center + half)
 
 
+def at_kl(kl: Array, curve_rewards: Array, curve_kl: Array) -> Array:
+    """[R]: rewards at KL [R] of curves [R, S], joined linearly between their S points."""
+    order = np.argsort(curve_kl, axis=1)
+    x, y = (np.take_along_axis(c, order, 1) for c in (curve_kl, curve_rewards))
+    return np.array([np.interp(at, xs, ys) for at, xs, ys in zip(kl, x, y, strict=True)])
+
+
 def hypervolume(points: Array) -> float:
     """The area of the unit square that points [P, 2] dominate: below and left of one of them."""
     area, floor = 0.0, 0.0
