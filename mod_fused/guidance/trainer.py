@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..architectures import accepted_arguments
 from ..decoder import generate
 from ..ensemble import Ensemble
 from ..fitting import Rollouts, Rows, fit, shuffled, take
-from ..model_state import accepted_arguments, positions_of
+from ..model_state import positions_of
 from ..philox import split_mix
 from .losses import attribute_loss, kl_returns, q_targets, taken, value_loss
 from .scorers import Scorer
@@ -57,7 +58,7 @@ def roll_out(
     width = ids.shape[1]
     tokens = F.pad(ids, (0, max_new_tokens), value=ensemble.pad_token_id)
     response = torch.zeros_like(tokens)
-    log_ratios = torch.zeros(tokens.shape, device=ids.device)
+    log_ratios = torch.zeros(tokens.shape, dtype=torch.float32, device=ids.device)
     texts: list[str] = []
     for start in range(0, len(ids), batch_size):
         rows = slice(start, start + batch_size)
@@ -68,6 +69,7 @@ def roll_out(
             weights=weights,
             max_new_tokens=max_new_tokens,
             seed=seeds[rows],
+            return_model_logprobs=True,
             **options,
         )
         if not out.valid.all():
@@ -87,7 +89,8 @@ def roll_out(
 def rewards_of(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
     """reward(prompt, response) of every pair, float32 [N]."""
     pairs = zip(prompts, responses, strict=True)
-    return torch.tensor([float(reward(prompt, response)) for prompt, response in pairs])
+    rewards = [float(reward(prompt, response)) for prompt, response in pairs]
+    return torch.tensor(rewards, dtype=torch.float32, device="cpu")
 
 
 def outputs(model: Any, batch: Rows) -> Tensor:
