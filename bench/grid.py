@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +12,11 @@ from typing import Any
 
 import torch
 
-from . import base, check, measure, memory, report
+from . import check, measure, memory, other_commit, report
+from .case import Case, Contestant, Grid, NotTimed, Refused, ours, set_threads
+from .logits import RECORDED, SETTINGS
 from .problem import DIVERGENCES, FILTERS, WEIGHTS, Problem, logits
-from .registry import Case, Contestant, Grid, NotTimed, Refused, ours, set_threads
-from .settings import RECORDED, SETTINGS
+from .report import note
 
 #: Seconds for all repetitions of one contestant in one cell, and the fewest rounds.
 BUDGET, ROUNDS = 0.15, 5
@@ -24,6 +24,7 @@ QUICK_BUDGET = 0.01
 TRIES = 3  # of a row that other processes disturb; the least disturbed counts
 MEMORY_SHAPES = ((1, 128256), (64, 128256))
 BASE = "base"  # what the other commit is called among the contestants
+Row = dict[str, Any]
 #: Axes of a grid that a command may narrow or widen.
 _AXES = ("divergences", "dtypes", "shapes", "threads", "policies", "filters", "settings")
 
@@ -71,90 +72,58 @@ def _problems(case: Case, args: argparse.Namespace) -> list[Problem]:
 def _contestants(case: Case, args: argparse.Namespace) -> tuple[list[str], dict[str, Contestant]]:
     """Names of ours, and all that is to be timed, ours first."""
     backends = list(args.backends or case.backends)
-    if args.contestants is not None:
-        if unknown := set(args.contestants) - set(case.contestants):
-            raise SystemExit(
-                f"unknown contestants {sorted(unknown)}, expected some of {list(case.contestants)}"
-            )
-        chosen = {name: case.contestants[name] for name in args.contestants}
-    else:
-        chosen = {
-            name: c
-            for name, c in case.contestants.items()
-            if c.default and not (c.slow_to_compile and args.quick)
-        }
-    return backends, {name: ours(name) for name in backends} | chosen
-
-
-def _foreseen(name: str, problem: Problem, rows: list[dict[str, Any]]) -> float:
-    """Seconds a call should take, from the largest like problem that was timed; 0 if unknown."""
-    fields = problem.shown()
-    like = [
-        r
-        for r in rows
-        if name in r["timings"]
-        and all(r[k] == v for k, v in fields.items() if k not in ("batch", "vocab"))
-    ]
-    if not like:
-        return 0.0
-    largest = max(like, key=lambda r: r["batch"] * r["vocab"])
-    scale = problem.batch * problem.vocab / (largest["batch"] * largest["vocab"])
-    return largest["timings"][name]["median_us"] * 1e-6 * scale
+    every = case.contestants
+    if unknown := set(args.contestants or ()) - set(every):
+        raise SystemExit(f"unknown contestants {sorted(unknown)}, expected some of {list(every)}")
+    chosen = args.contestants
+    if chosen is None:
+        chosen = [name for name, c in every.items() if not (c.slow_to_compile and args.quick)]
+    return backends, {name: ours(name) for name in backends} | {n: every[n] for n in chosen}
 
 
 class Timer:
     """Checks and times problems one after another."""
 
     def __init__(
-        self,
-        backends: list[str],
-        contestants: dict[str, Contestant],
-        largest_batch: int,
-        budget: float,
+        self, backends: list[str], contestants: dict[str, Contestant], largest: int, budget: float
     ) -> None:
+        """`largest`: the largest batch, of which smaller ones are the first rows."""
         self.backends, self.contestants = backends, contestants
-        self.largest_batch, self.budget = largest_batch, budget
-        self.rows: list[dict[str, Any]] = []
-        self._tv_of_peer: dict[tuple[str, Problem], float | None] = {}
+        self.largest, self.budget = largest, budget
+        # By contestant and problem but for its shape: the seconds a logit of the last one timed.
+        self._seconds: dict[tuple[str, Problem], float] = {}
 
-    def row(self, problem: Problem) -> dict[str, Any]:
+    def row(self, problem: Problem) -> Row:
         """Check, then time one problem."""
         set_threads(problem.threads)
-        inputs = logits(problem, self.largest_batch)
-        row: dict[str, Any] = {
-            **problem.shown(),
-            "logits_bytes": problem.bytes,
-            "refused": "",
-            "tv": {},
-            "timings": {},
-            "ratios": {},
-            "gb_per_s": None,
-            "other_cores": None,  # kept busy by other processes meanwhile, on average
-            "skipped": {},
-        }
-        self.rows.append(row)
-        expected = check.oracle(problem, self.largest_batch)
+        inputs = logits(problem, self.largest)
+        row: Row = {
+            **problem.shown(), "refused": "", "tv": {}, "timings": {}, "ratios": {},
+            "gb_per_s": None, "other_cores": None, "skipped": {},
+        }  # fmt: skip
+        expected = check.oracle(problem, self.largest)
         for name in self.backends:
             result = check.check(problem, inputs, expected, name)
             row["tv"][name] = result.tv
             if not result.passed:
-                row["refused"] = f"{name}: {result.reason}"
-                return row
+                return row | {"refused": f"{name}: {result.reason}"}
         calls = self._build(problem, inputs, row)
         if row["refused"]:
             return row
         for name in calls:
-            if self.contestants[name].log_probs is not None and problem.weights == WEIGHTS:
-                row["tv"][name] = self._tv(name, self.contestants[name], problem, inputs)
+            of = self.contestants[name].log_probs
+            if of is not None and problem.weights == WEIGHTS:
+                log_p = of([x[:1] for x in inputs], problem.divergence)[0]
+                tv = check.total_variation(log_p, expected)
+                row["tv"][name] = tv if tv == tv else None  # NaN
         rounds, row["other_cores"] = self._least_disturbed(calls)
-        timings = measure.timings(rounds)
-        row["timings"] = {name: timing._asdict() for name, timing in timings.items()}
-
+        timings = row["timings"] = measure.timings(rounds)
+        for name, t in timings.items():
+            self._seconds[name, _shapeless(problem)] = t.median_us * 1e-6 / problem.bytes
         mine = timings[self.backends[0]].median_us
         peers = {n: t.median_us for n, t in timings.items() if not self.contestants[n].floor}
-        floor = [t.median_us for n, t in timings.items() if self.contestants[n].floor]
         row["ratios"] = {name: us / mine for name, us in peers.items() if name != self.backends[0]}
-        if floor:
+        if floor := [t.median_us for n, t in timings.items() if self.contestants[n].floor]:
             row["ratios"]["floor"] = mine / max(floor)
         if BASE in rounds:
             row["base_ratio"] = measure.ratio(rounds[BASE], rounds[self.backends[0]])
@@ -163,34 +132,22 @@ class Timer:
 
     def _least_disturbed(self, calls: dict[str, measure.Call]) -> tuple[measure.Rounds, float]:
         """The times, and how many cores others kept busy meanwhile."""
-        processes = [c.pid for c in calls.values() if isinstance(c, base.Process)]
+        processes = [c.pid for c in calls.values() if isinstance(c, other_commit.Process)]
         tries: list[tuple[measure.Rounds, float]] = []
         while len(tries) < TRIES and not (tries and tries[-1][1] <= report.DISTURBED):
             others = measure.Others(processes)
             tries.append((measure.rounds(calls, self.budget, ROUNDS), others.cores()))
         return min(tries, key=lambda one: one[1])
 
-    def _tv(
-        self, name: str, contestant: Contestant, problem: Problem, inputs: list[torch.Tensor]
-    ) -> float | None:
-        """A peer's distance from the oracle on the first row; None for NaN."""
-        assert contestant.log_probs is not None
-        key = (name, problem._replace(batch=1, threads=0))
-        if key not in self._tv_of_peer:
-            expected = check.oracle(problem, self.largest_batch)
-            log_p = contestant.log_probs([x[:1] for x in inputs], problem.divergence)[0]
-            distance = check.total_variation(log_p, expected)
-            self._tv_of_peer[key] = distance if distance == distance else None
-        return self._tv_of_peer[key]
-
     def _build(
-        self, problem: Problem, inputs: list[torch.Tensor], row: dict[str, Any]
+        self, problem: Problem, inputs: list[torch.Tensor], row: Row
     ) -> dict[str, measure.Call]:
         """The calls to time, each made once; notes in the row what is not timed, and why."""
         calls: dict[str, measure.Call] = {}
         for name, contestant in self.contestants.items():
             limit = contestant.call_limit
-            if name not in self.backends and _foreseen(name, problem, self.rows) > limit:
+            foreseen = self._seconds.get((name, _shapeless(problem)), 0.0) * problem.bytes
+            if name not in self.backends and foreseen > limit:
                 row["skipped"][name] = f"{problem.label()}: a call would take over {limit:g} s"
                 continue
             try:
@@ -208,54 +165,62 @@ class Timer:
         return calls
 
 
+def _shapeless(problem: Problem) -> Problem:
+    return problem._replace(batch=0, vocab=0)
+
+
 @contextmanager
 def _beside_base(
-    args: argparse.Namespace, backends: list[str], others: dict[str, Contestant], largest: int
+    revision: str, backend: str, others: dict[str, Contestant], largest: int
 ) -> Iterator[dict[str, Contestant]]:
-    """The contestants of a run with --base: our first backend and the other commit's, each in a
-    process of its own, then what --contestants names."""
-    if len(backends) > 1:
-        raise SystemExit(f"--base compares one backend, got {backends}")
-    with base.checkout(args.base) as tree:
-        processes = [base.Process(t, backends[0], largest) for t in (base.ROOT, tree)]
+    """The contestants of a run with --base: our backend and the other commit's, each in a process
+    of its own, then the others."""
+    with other_commit.checkout(revision) as tree:
+        trees = {backend: other_commit.ROOT, BASE: tree}
+        two = {name: other_commit.Process(t, backend, largest) for name, t in trees.items()}
         try:
-            named = {n: others[n] for n in args.contestants or ()}
-            two = zip((backends[0], BASE), processes, strict=True)
-            yield {name: process.contestant() for name, process in two} | named
+            yield {name: process.contestant() for name, process in two.items()} | others
         finally:
-            for process in processes:
+            for process in two.values():
                 process.end()
 
 
 def time_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """Rows of a timing run, and how they were made."""
     backends, contestants = _contestants(case, args)
+    problems = _problems(case, args)
+    largest = max(p.batch for p in problems)
     if not args.base:
-        return _time(case, args, backends, contestants)
-    backends = backends if args.backends else backends[:1]
-    largest = max(p.batch for p in _problems(case, args))
-    with _beside_base(args, backends, contestants, largest) as beside:
-        return {"base": base.commit(args.base), **_time(case, args, backends, beside)}
+        return _time(args, problems, backends, contestants, largest)
+    if len(args.backends or ()) > 1:
+        raise SystemExit(f"--base compares one backend, got {backends}")
+    others = {name: contestants[name] for name in args.contestants or ()}
+    with _beside_base(args.base, backends[0], others, largest) as beside:
+        commit = other_commit.commit(args.base)
+        return {"base": commit, **_time(args, problems, backends[:1], beside, largest)}
 
 
 def _time(
-    case: Case, args: argparse.Namespace, backends: list[str], contestants: dict[str, Contestant]
+    args: argparse.Namespace,
+    problems: list[Problem],
+    backends: list[str],
+    contestants: dict[str, Contestant],
+    largest: int,
 ) -> dict[str, Any]:
     budget = args.budget or (QUICK_BUDGET if args.quick else BUDGET)
-    problems = _problems(case, args)
-    timer = Timer(backends, contestants, max(p.batch for p in problems), budget)
+    timer = Timer(backends, contestants, largest, budget)
+    rows: list[Row] = []
     left_out: list[str] = []
-    threads = torch.get_num_threads()
-    start = time.monotonic()
+    threads, start = torch.get_num_threads(), time.monotonic()
     try:
         for i, problem in enumerate(problems, 1):
             try:
-                row = timer.row(problem)
+                rows.append(row := timer.row(problem))
             except ImportError as error:  # its logits come from models
                 left_out.append(f"{problem.label()}: {error.name} not installed")
                 note(left_out[-1])
                 continue
-            times = {n: round(t["median_us"]) for n, t in row["timings"].items()}
+            times = {n: round(t.median_us) for n, t in row["timings"].items()}
             shown = row["refused"] or " ".join(f"{n} {us}" for n, us in times.items())
             if report.disturbed(row):
                 shown += f"  DISTURBED: others kept {row['other_cores']:.2f} cores busy"
@@ -263,38 +228,22 @@ def _time(
             note(f"{spent}  {problem.label()}: {shown}")
     finally:
         set_threads(threads)
-    return {
-        "what": "time",
-        "budget_s": budget,
-        "contestants": list(contestants),
-        "divergences": list(dict.fromkeys(p.divergence for p in problems)),
-        "rows": timer.rows,
-        "left_out": left_out,
-    }
+    head = {"what": "time", "budget_s": budget, "contestants": list(contestants)}
+    return {**head, "rows": rows, "left_out": left_out}
 
 
 def measure_memory(case: Case, name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Rows of a memory run."""
     if args.base:
         raise SystemExit("--base compares times, --memory measures none")
-    backends, contestants = _contestants(case, args)
-    kept = [n for n, c in contestants.items() if not c.floor and not c.slow_to_compile]
+    _, contestants = _contestants(case, args)
     rows = []
     for problem in _problems(case, args):
-        for contestant in kept:
-            try:
-                grown = memory.growth(name, contestant, problem)
-            except RuntimeError as error:
-                if contestant in backends:
-                    raise
-                note(f"{problem.label()}: {contestant} left out: {str(error).splitlines()[-1]}")
+        for contestant, its in contestants.items():
+            if its.floor or its.slow_to_compile:
                 continue
+            grown = memory.growth(name, contestant, problem)
             row = {**problem.shown(), "contestant": contestant, "growth_bytes": grown}
             rows.append({**row, "logits_bytes": problem.bytes})
             note(f"{problem.label()}: {contestant} {grown / 1e6:.2f} MB")
-    return {"what": "peak memory of one call", "contestants": kept, "rows": rows}
-
-
-def note(text: str) -> None:
-    """Progress goes to the standard error."""
-    print(text, file=sys.stderr, flush=True)
+    return {"what": "peak memory of one call", "rows": rows}

@@ -23,7 +23,8 @@ Rounds = dict[str, list[list[float]]]
 
 
 class Timing(NamedTuple):
-    """Microseconds a call: median, 20th and 80th percentile, and the number of timed calls."""
+    """Microseconds a call: median, 20th and 80th percentile, and the number of timed calls. In JSON
+    a list."""
 
     median_us: float
     p20_us: float
@@ -107,11 +108,6 @@ def rounds(calls: Mapping[str, Call], budget: float, min_rounds: int) -> Rounds:
             block = max(1, min(_BLOCK_CALLS, int(_BLOCK / estimate[name])))
             out[name].append(seconds_of_each(call, block))
     return out
-
-
-def interleaved(calls: Mapping[str, Call], budget: float, min_rounds: int) -> dict[str, Timing]:
-    """The times of `rounds`, all rounds of a call together."""
-    return timings(rounds(calls, budget, min_rounds))
 
 
 def timings(measured: Rounds) -> dict[str, Timing]:

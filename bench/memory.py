@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from .case import ours, set_threads
+from .measure import Call
 from .problem import Problem
-from .registry import Case, cases, ours, set_threads
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,25 +35,19 @@ def growth(case: str, contestant: str, problem: Problem) -> int:
 
 def _peak() -> int:
     # Not getrusage's ru_maxrss: across exec it keeps the peak of the process that started this one.
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("expected a VmHWM line in /proc/self/status, got none")
-
-
-def _reset_peak() -> None:
-    """Lower the recorded peak to what is resident now, so that importing does not hide the call."""
-    Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _measure(case: str, contestant: str, problem: Problem) -> int:
-    chosen = cases()[case]
-    known = chosen.contestants if isinstance(chosen, Case) else {}
+    from .cases import CASES
+
+    known = getattr(CASES[case], "contestants", {})
     build = (known[contestant] if contestant in known else ours(contestant)).build
     set_threads(problem.threads)
     dtype = getattr(torch, problem.dtype)
 
-    def call_on(batch: int, vocab: int):  # type: ignore[no-untyped-def]
+    def call_on(batch: int, vocab: int) -> Call:
         # Filled in place: no temporary may raise the peak.
         rows = [torch.empty(batch, vocab, dtype=dtype).normal_(0.0, 3.0)]
         more = len(problem.weights) + problem.reference - 1
@@ -61,7 +56,7 @@ def _measure(case: str, contestant: str, problem: Problem) -> int:
 
     call_on(2, 2048)()  # code, thread pool
     call = call_on(problem.batch, problem.vocab)
-    _reset_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
     before = _peak()
     call()
     return _peak() - before

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .settings import RECORDED, generated, recorded
+from .logits import RECORDED, generated, recorded
 
 #: In the order of `DivergenceId` in floors.cpp.
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "alpha:0.5", "jeffrey")
@@ -45,7 +45,7 @@ class Problem(NamedTuple):
     values: int = 0  # J, tensors of value scores
     reference: bool = True  # without it, reverse KL alone
     filters: str = ""  # a key of FILTERS
-    setting: str = "model"  # where the logits come from, see settings.py
+    setting: str = "model"  # where the logits come from, see logits.py
 
     @property
     def bytes(self) -> int:
@@ -57,7 +57,8 @@ class Problem(NamedTuple):
     def shown(self) -> dict[str, Any]:
         """The fields as they stand in results: the number of policies for their weights."""
         fields = self._asdict()
-        return {**fields, "policies": len(fields.pop("weights"))}
+        policies = len(fields.pop("weights"))
+        return {**fields, "policies": policies}
 
     def label(self) -> str:
         """In a word or two, for messages."""

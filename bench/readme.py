@@ -1,69 +1,80 @@
-"""`python -m bench.readme`: rewrites the tables and pictures of the READMEs from bench/results/.
+"""`python -m bench.readme`: rewrites what is made from the committed JSON of bench/results: the
+table of the README, the reports beside the JSON, and the pictures.
 
-A table stands between `<!-- bench: NAME -->` and `<!-- /bench -->`; NAME is a key of `BLOCKS`,
-whose function makes the text from the committed JSON of its case. Pictures lie beside the JSON and
-carry its digest, so that a stale one shows. `--check` writes nothing; the exit status says whether
-all is up to date.
+The table stands between `<!-- bench: NAME -->` and `<!-- /bench -->`, made from results/NAME.json.
+A picture carries the digest of its JSON: two versions of matplotlib do not draw the same bytes.
+`--check` writes nothing; the exit status says whether all is up to date.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
+import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from . import pictures, tables
+from . import report
+from .alignment import plots, tables
+from .case import Case, Picture
+from .cases import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
-FILES = (ROOT / "README.md", ROOT / "bench/README.md")
+FILES = (ROOT / "README.md",)
 _BLOCK = re.compile(
     r"(?P<head>^<!-- bench: (?P<name>\S+) -->\n).*?(?P<tail>^<!-- /bench -->)", re.S | re.M
 )
-
-#: By the name of a block: the results that it is made from, and how.
-BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "cpu": ("cpu", tables.cpu),
-    "cpu_memory": ("cpu_memory", tables.memory),
-    "scaling": ("scaling", tables.scaling),
-    "filters": ("filters", tables.filters),
-    "distributions": ("distributions", tables.distributions),
-    "decoder": ("decoder", tables.decoder),
-    "decoder_1b": ("decoder_1b", tables.decoder),
-    "host": ("host", tables.host),
+#: By the stem of the JSON and of the picture: draws a result into a figure.
+PICTURES: dict[str, dict[str, Picture]] = {
+    name: {name: case.picture}
+    for name, case in CASES.items()
+    if isinstance(case, Case) and case.picture
+} | plots.PICTURES
+#: By the stem of the JSON: the report beside it; `report.markdown` for all others.
+REPORTS: dict[str, Callable[[report.Result], str]] = {
+    "alignment": tables.alignment,
+    "control": tables.control,
+}
+#: By the name of a block, which is the stem of its JSON: rows by their fields, and columns.
+BLOCKS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
+    "cpu": (
+        {"dtype": "bfloat16", "vocab": 128256, "threads": 1},
+        {"divergence": "divergence", "B": "batch", "µs": "cpu µs"}
+        | {"torch.compile / ours": "compile / ours", "eager / ours": "eager / ours"}
+        | {"ours / floor": "ours / floor"},
+    )
 }
 
 
+def _origin(result: report.Result, marked: bool) -> str:
+    """The line under a table: what made it, on what; `marked` if it has disturbed rows."""
+    machine = result["machine"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['instruction set']}"
+    out = f"`{result['command']}`; {where}, torch {machine['torch']}, commit {machine['commit']}."
+    return out + " \\*: other processes were busy meanwhile." * marked
+
+
 def block(name: str, file: Path, results: Path = RESULTS) -> str:
-    """The text of a block in a file: table, picture, and where they come from.
+    """The text of a block in a file: the table, and where it comes from.
 
     Raises:
         ValueError: if there is no such block.
     """
     if name not in BLOCKS:
         raise ValueError(f"{file.name} has a block {name!r}, expected one of {list(BLOCKS)}")
-    stem, table = BLOCKS[name]
-    source = results / f"{stem}.json"
-    if not source.exists():
-        words = stem.replace("_memory", " --memory")
-        return f"Not measured yet: `python -m bench.run {words} --out bench/results`.\n"
-    result = json.loads(source.read_text())
-    shown = table(result)
-    parts = [shown, tables.origin(result, marked="\\*" in shown)]
-    if stem in pictures.PICTURES:
-        place = "bench/results" if file.parent == ROOT else "results"
-        parts.insert(1, f"![{stem}]({place}/{stem}.svg)")
-    return "\n\n".join(parts) + "\n"
+    result, (wanted, columns) = report.load(results / f"{name}.json"), BLOCKS[name]
+    rows = [row for row in result["rows"] if wanted.items() <= row.items()]
+    table = report.table(rows, columns)
+    return f"{table}\n\n{_origin(result, marked=any(map(report.disturbed, rows)))}\n"
 
 
 def rewritten(text: str, file: Path, results: Path = RESULTS) -> str:
     """A README's text with all its blocks made anew.
 
     Raises:
-        ValueError: if a block is unknown or does not end.
+        ValueError: if a block has no results or does not end.
     """
 
     def made(match: re.Match[str]) -> str:
@@ -75,10 +86,62 @@ def rewritten(text: str, file: Path, results: Path = RESULTS) -> str:
     return new
 
 
+def digest(source: Path) -> str:
+    """What a picture of this JSON must carry."""
+    return "sha256 " + hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+def draw(picture: Path, source: Path) -> None:
+    """Draw a picture of a JSON, in few colours: it is kept in the repository.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+    from PIL import Image, PngImagePlugin
+
+    figure = Figure(layout="constrained")
+    PICTURES[source.stem][picture.stem](figure, report.load(source))
+    figure.savefig(buffer := io.BytesIO(), dpi=72)
+    about = PngImagePlugin.PngInfo()
+    about.add_text("Description", digest(source))
+    image, method = Image.open(buffer).convert("RGB"), Image.Quantize.MAXCOVERAGE
+    few = image.quantize(64, method=method, dither=Image.Dither.NONE)
+    few.save(picture, optimize=True, pnginfo=about)
+
+
+def sources(results: Path = RESULTS) -> list[Path]:
+    """All JSON of a folder."""
+    return sorted(results.rglob("*.json"))
+
+
+def reports(sources: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+    """The reports that lie beside the JSON, and what they should say."""
+    for source in sources:
+        result = report.load(source)
+        if source.stem in REPORTS or result.get("case") in CASES:
+            text = REPORTS.get(source.stem, report.markdown)(result)
+            for name in PICTURES.get(source.stem, ()):
+                text += f"\n![{name}]({name}.png)\n"
+            yield source.with_suffix(".md"), text
+
+
+def stale_pictures(sources: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
+    """Pictures that are missing or were drawn from other results, each with its JSON."""
+    for source in sources:
+        for name in PICTURES.get(source.stem, ()):
+            picture = source.with_name(f"{name}.png")
+            if not picture.exists() or digest(source).encode() not in picture.read_bytes():
+                yield picture, source
+
+
 def stale(files: Sequence[Path] = FILES, results: Path = RESULTS) -> list[str]:
-    """Names of READMEs and pictures that are not what the results say."""
-    old = [f.name for f in files if rewritten(f.read_text(), f, results) != f.read_text()]
-    return old + [picture.name for picture in pictures.stale(results)]
+    """Names of READMEs, reports and pictures that are not what the results say."""
+    wanted = [(f, rewritten(f.read_text(), f, results)) for f in files] + list(
+        reports(sources(results))
+    )
+    old = [f.name for f, text in wanted if not f.exists() or f.read_text() != text]
+    return old + [picture.name for picture, _ in stale_pictures(sources(results))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,16 +150,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--check", action="store_true", help="write nothing, report what is stale")
     args = parser.parse_args(argv)
-    if not args.check:
-        for file in FILES:
-            file.write_text(rewritten(file.read_text(), file))
-        for picture in pictures.stale(RESULTS):
-            pictures.draw(picture)
-            print(f"drew {picture.relative_to(ROOT)}")
-        return 0
-    for name in (old := stale()):
-        print(f"{name} is not what bench/results says: python -m bench.readme")
-    return int(bool(old))
+    old = stale()
+    for name in old:
+        print(f"{name} is not what bench/results says" + ": python -m bench.readme" * args.check)
+    if args.check:
+        return int(bool(old))
+    for file in FILES:
+        file.write_text(rewritten(file.read_text(), file))
+    for file, text in reports(sources()):
+        file.write_text(text)
+    for picture, source in stale_pictures(sources()):
+        draw(picture, source)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The machine, and results as Markdown."""
+"""The machine, and results as JSON and Markdown."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 
 #: A row during which other processes kept more cores than this busy is marked: not to be trusted.
 DISTURBED = 0.1
+Row = Mapping[str, Any]
+Result = dict[str, Any]
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -72,7 +76,12 @@ def machine() -> dict[str, str]:
     }
 
 
-def disturbed(row: Mapping[str, Any]) -> bool:
+def note(text: str) -> None:
+    """Progress goes to the standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def disturbed(row: Row) -> bool:
     """Whether other processes were too busy for this row's times to be trusted."""
     return (row.get("other_cores") or 0.0) > DISTURBED
 
@@ -89,114 +98,127 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def head(result: dict[str, Any]) -> list[str]:
-    """Title, command and machine of a report."""
-    machine = [f"- {name}: {value}" for name, value in result["machine"].items()]
-    if "base" in result:
-        machine.append(f"- base: {result['base']}")
-    return [f"# {result['case']}: {result['what']}", "", f"`{result['command']}`", "", *machine]
-
-
-#: Fields of a problem that get a column where they differ between rows, and its heading.
-_COLUMNS = {"reference": "models", "values": "J", "setting": "logits", "filters": "filters"}
-
-
-def varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fields that need a column; the number of policies is shown with the reference."""
-    fields = [f for f in _COLUMNS if len({row.get(f) for row in rows}) > 1]
-    policies = len({row.get("policies") for row in rows}) > 1
-    return ["reference", *fields] if policies and "reference" not in fields else fields
-
-
-def _cell(row: Mapping[str, Any], field: str) -> str:
-    if field == "reference":
-        return "ref + " * row["reference"] + str(row["policies"])
-    return str(row[field])
-
-
-def labels(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Heading and cells of the columns that say which problem a row is of."""
-    fields = varying(rows)
-    cells = [
-        [r["divergence"], str(r["batch"]), str(r["vocab"]), *(_cell(r, f) for f in fields)]
-        for r in rows
-    ]
-    return ["divergence", "B", "V", *(_COLUMNS[f] for f in fields)], cells
-
-
-def _ratio_cell(row: Mapping[str, Any], name: str) -> str:
-    if name == "base":
+def cells(row: Row) -> dict[str, str]:
+    """All that a table can show of a row, by name: its fields, and figures such as `eager µs`,
+    `eager / ours`, `eager TV` (total variation from the oracle), `eager tok/s`, `eager draws`."""
+    out = {name: str(x) for name, x in row.items() if not isinstance(x, (dict, list))}
+    if "policies" in row:
+        out["mixture"] = "ref + " * row["reference"] + str(row["policies"])
+    if "parameters" in row:
+        out["size"] = f"{row['models']} ({row['parameters'] / 1e6:.3g} M)"
+    if "growth_bytes" in row:
+        out["MB"] = number(row["growth_bytes"] / 1e6)
+        out["of the logits"] = f"{row['growth_bytes'] / row['logits_bytes']:.0%}"
+    timings = row.get("timings", {})
+    for name, (median, low, high, _) in timings.items():
+        ours = name == next(iter(timings))
+        out[f"{name} µs"] = number(median) + " \\*" * (ours and disturbed(row))
+        if ours:
+            out[f"{name} p20 to p80"] = f"{number(low)} to {number(high)}"
+    if row.get("gb_per_s"):
+        out["GB/s"] = number(row["gb_per_s"])
+    out |= {f"{name} / ours": number(x) for name, x in row.get("ratios", {}).items()}
+    for name, x in row.get("tokens_per_s", {}).items():
+        mark = " \\*" * (disturbed(row) and name == next(iter(timings)))
+        out[f"{name} tok/s"] = number(x) + mark
+    out |= {f"{name} draws": f"{x:.1%}" for name, x in row.get("draw_share", {}).items()}
+    for name, tv in row.get("tv", {}).items():
+        out[f"{name} TV"] = "NaN" if tv is None else f"{tv:.1e}"
+    if "floor / ours" in out:
+        out["ours / floor"] = out.pop("floor / ours")
+    if "base_ratio" in row:
         of = row["base_ratio"]
-        return f"{of['ratio']:.3f} ({of['p20']:.3f} to {of['p80']:.3f})"
-    return number(row["ratios"][name]) if name in row["ratios"] else ""
+        out["base / ours"] = f"{of['ratio']:.3f} ({of['p20']:.3f} to {of['p80']:.3f})"
+    return out
 
 
-def _timing_cells(row: dict[str, Any], names: Sequence[str], ratios: Sequence[str]) -> list[str]:
-    if row["refused"]:
-        return ["refused: " + row["refused"], *[""] * (len(names) + len(ratios))]
-    timings, mine = row["timings"], row["timings"][names[0]]
-    first = f"{number(mine['median_us'])} ({number(mine['p20_us'])} to {number(mine['p80_us'])})"
-    cells = [first + " \\*" * disturbed(row)]
-    cells += [number(timings[n]["median_us"]) if n in timings else "" for n in names[1:]]
-    cells += [_ratio_cell(row, k) for k in ratios]
-    return [*cells, number(row["gb_per_s"])]
+def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+    """A Markdown table of rows. `columns`: by heading the name of what stands there, see `cells`;
+    where rows were refused, a last column says why."""
+    if any(row.get("refused") for row in rows):
+        columns = {**columns, "refused": "refused"}
+    lines = [[shown.get(name, "") for name in columns.values()] for shown in map(cells, rows)]
+    return markdown_table(list(columns), lines)
 
 
-def _distance(tv: Mapping[str, float | None], name: str) -> str:
-    found = tv.get(name, "")
-    return "NaN" if found is None else f"{found:.1e}" if found != "" else ""
+#: Fields that say which problem a row is of: by heading.
+_LABELS = {
+    "models": "size", "divergence": "divergence", "contestant": "contestant", "dtype": "dtype",
+    "threads": "threads", "B": "batch", "V": "vocab", "mixture": "mixture", "J": "values",
+    "logits": "setting", "filters": "filters",
+}  # fmt: skip
+_FIGURES = "µs|p20 to p80|/ ours|/ floor|GB/s|tok/s|draws|TV|MB|of the logits".split("|")
 
 
-def timing_markdown(result: dict[str, Any]) -> str:
-    """Tables of a timing run: one per dtype and thread count, then accuracy and what is missing."""
-    names = result["contestants"]
-    out = head(result)
-    if count := sum(disturbed(row) for row in result["rows"]):
-        warning = f"**{count} of {len(result['rows'])} rows, marked \\*, were disturbed:** other "
-        out += [
-            "",
-            warning + f"processes kept more than {DISTURBED} cores busy. Do not trust them.",
-        ]
-    ratios = list(dict.fromkeys(k for r in result["rows"] for k in r["ratios"]))
-    times = [f"{names[0]} µs (p20 to p80)", *(f"{name} µs" for name in names[1:])]
-    times += ["ours / floor" if k == "floor" else f"{k} / ours" for k in ratios]
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        groups.setdefault((row["dtype"], row["threads"]), []).append(row)
-    for (dtype, threads), rows in groups.items():
-        rows = sorted(rows, key=lambda r: (r["vocab"], r["batch"]))
-        rows = sorted(rows, key=lambda r: result["divergences"].index(r["divergence"]))
-        title = f"## {dtype}, {threads} thread{'s' * (threads > 1)}"
-        heading, cells = labels(rows)
-        cells = [c + _timing_cells(r, names, ratios) for c, r in zip(cells, rows, strict=True)]
-        out += ["", title, "", markdown_table([*heading, *times, "GB/s"], cells)]
-
-    accurate = [name for name in names if any(name in r["tv"] for r in result["rows"])]
-    heading, cells = labels(result["rows"])
-    seen: dict[tuple[str, ...], dict[str, float | None]] = {}  # the same for all batches
-    for cell, row in zip(cells, result["rows"], strict=True):
-        seen.setdefault((cell[0], row["dtype"], *cell[2:]), {}).update(row["tv"])
-    rows_tv = [[*key, *(_distance(tv, n) for n in accurate)] for key, tv in seen.items()]
-    out += ["", "## Total variation from the float64 oracle, first row", ""]
-    out.append(markdown_table([heading[0], "dtype", *heading[2:], *accurate], rows_tv))
-    skipped = sorted(
-        {f"- {name}: {why}" for r in result["rows"] for name, why in r["skipped"].items()}
-        | {f"- {problem}" for problem in result.get("left_out", ())}
-    )
-    if skipped:
-        out += ["", "## Not timed", "", *skipped]
-    return "\n".join(out) + "\n"
+def all_columns(rows: Sequence[Row]) -> dict[str, str]:
+    """Columns of a whole report: the labels that differ between rows, then every figure."""
+    shown = [cells(row) for row in rows]
+    names = list(dict.fromkeys(name for line in shown for name in line))
+    out = {"divergence": "divergence"}
+    for heading, name in _LABELS.items():
+        if name in ("batch", "vocab") or len({line.get(name) for line in shown}) > 1:
+            out[heading] = name
+    figures = [name for kind in _FIGURES for name in names if name.endswith(kind)]
+    return out | {name: name for name in figures}
 
 
-def memory_markdown(result: dict[str, Any]) -> str:
-    """The table of a memory run."""
-    header = ["divergence", "contestant", "dtype", "B", "V", "threads", "growth MB"]
-    header += ["bytes / (V · threads)", "of the logits"]
-    rows = []
-    for r in result["rows"]:
-        cells = [r["divergence"], r["contestant"], r["dtype"]]
-        cells += [str(r[k]) for k in ("batch", "vocab", "threads")]
-        per_entry = r["growth_bytes"] / (r["vocab"] * r["threads"])
-        share = f"{r['growth_bytes'] / r['logits_bytes']:.1%}"
-        rows.append([*cells, number(r["growth_bytes"] / 1e6), number(per_entry), share])
-    return "\n".join([*head(result), "", markdown_table(header, rows)]) + "\n"
+def missing(result: Result) -> list[str]:
+    """What was not timed, and why."""
+    skipped = [pair for row in result["rows"] for pair in row.get("skipped", {}).items()]
+    return sorted({f"{name}: {why}" for name, why in skipped} | set(result.get("left_out", ())))
+
+
+def head(title: str, result: Result) -> str:
+    """Title, command and machine of a report."""
+    lines = [f"- {name}: {value}" for name, value in result["machine"].items()]
+    lines += [f"- {name}: {result[name]}" for name in ("base", "device") if name in result]
+    return f"# {title}\n\n`{result['command']}`\n\n" + "\n".join(lines)
+
+
+def markdown(result: Result) -> str:
+    """The whole report of a run: every row and figure, what is disturbed, what is missing."""
+    rows = result["rows"]
+    parts = [head(f"{result['case']}: {result['what']}", result)]
+    if count := sum(map(disturbed, rows)):
+        parts.append(
+            f"**{count} of {len(rows)} rows, marked \\*, were disturbed:** other processes kept "
+            f"more than {DISTURBED} cores busy. Do not trust them."
+        )
+    parts.append(table(rows, all_columns(rows)))
+    if found := missing(result):
+        parts.append("## Not timed\n\n" + "\n".join(f"- {line}" for line in found))
+    return "\n\n".join(parts) + "\n"
+
+
+def rounded(x: Any) -> Any:
+    """Six digits of every number; tuples become lists, as JSON has them."""
+    if isinstance(x, float):
+        return float(f"{x:.6g}")
+    if isinstance(x, dict):
+        return {name: rounded(y) for name, y in x.items()}
+    return [rounded(y) for y in x] if isinstance(x, (list, tuple)) else x
+
+
+def save(result: Result, file: Path) -> None:
+    """Write a result as JSON. A list of records becomes a table of its own: the names of the fields
+    once, then a line for each record."""
+    parts = []
+    for name, value in rounded(result).items():
+        text = json.dumps(value, allow_nan=False)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            fields = list(dict.fromkeys(field for record in value for field in record))
+            rows = [[record.get(field) for field in fields] for record in value]
+            lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
+            text = f'{{"fields": {json.dumps(fields)}, "records": [\n{lines}\n]}}'
+        parts.append(f"{json.dumps(name)}: {text}")
+    file.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def load(file: Path) -> Result:
+    """What `save` wrote; a field that a record did not have is None."""
+    result = json.loads(file.read_text())
+    for name, value in result.items():
+        if isinstance(value, dict) and value.keys() == {"fields", "records"}:
+            fields = value["fields"]
+            result[name] = [dict(zip(fields, row, strict=True)) for row in value["records"]]
+    return result

@@ -7,7 +7,6 @@ its row says so, and the exit status is 1.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from . import grid, report
-from .registry import Case, Procedure, cases
+from .case import Case, Procedure
+from .cases import CASES
 
 SCHEMA = 1
 
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     out.formatter_class = argparse.RawDescriptionHelpFormatter
     subcommands = out.add_subparsers(dest="case", required=True, metavar="CASE")
-    for name, case in cases().items():
+    for name, case in CASES.items():
         command = subcommands.add_parser(name, help=case.help, description=case.help)
         if isinstance(case, Case):
             grid.add_options(command)
@@ -60,33 +60,26 @@ def _run(case: Case | Procedure, args: argparse.Namespace) -> dict[str, Any]:
     return grid.time_case(case, args)
 
 
-def _markdown(case: Case | Procedure, args: argparse.Namespace, result: dict[str, Any]) -> str:
-    if isinstance(case, Procedure):
-        return case.markdown(result)
-    return report.memory_markdown(result) if args.memory else report.timing_markdown(result)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a case; 0, or 1 if a result was refused."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    case = cases()[args.case]
+    case = CASES[args.case]
     machine = report.machine()  # first: a later commit is not what was measured
     head = {"schema": SCHEMA, "case": args.case, "command": _command(argv), "machine": machine}
     result = {**head, **_run(case, args)}
-    text = _markdown(case, args, result)
+    text = report.markdown(result)
     print(text)
-    written = json.dumps(result, indent=1, allow_nan=False) + "\n"
     if args.json:
-        args.json.write_text(written)
+        report.save(result, args.json)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         stem = args.case + "_memory" * getattr(args, "memory", False)
-        (args.out / f"{stem}.json").write_text(written)
+        report.save(result, args.out / f"{stem}.json")
         (args.out / f"{stem}.md").write_text(text)
     refused = [r for r in result["rows"] if r.get("refused")]
     if refused:
-        grid.note(f"{len(refused)} of {len(result['rows'])} rows refused: the check failed")
+        report.note(f"{len(refused)} of {len(result['rows'])} rows refused: the check failed")
     return 1 if refused else 0
 
 

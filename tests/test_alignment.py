@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -14,8 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not installed
 
+from bench import report
 from bench.alignment import __main__ as study
-from bench.alignment import jobs, measuring, plan, statistics, tabular, training
+from bench.alignment import command, loop, policies, statistics, tables, tabular, training
 from bench.problem import DIVERGENCES
 from mod_fused import Ensemble, reference
 from mod_fused.world import train
@@ -124,11 +124,11 @@ def test_zero_z_and_averages_fall_short_where_exact_z_does_not(divergence):
 def test_divergence_terms_are_not_negative_and_have_the_divergence_as_their_mean(divergence):
     rng = np.random.default_rng(6)
     log_ref, log_pi = (reference.log_softmax(rng.normal(size=30)) for _ in range(2))
-    terms = measuring.divergence_terms(divergence, log_pi - log_ref)
+    terms = statistics.divergence_terms(divergence, log_pi - log_ref)
     assert terms.min() >= -1e-12
     exact = np.exp(log_ref) @ tabular.F[divergence](log_pi - log_ref)
     assert np.exp(log_pi) @ terms == pytest.approx(exact, rel=1e-10)
-    assert np.isfinite(measuring.divergence_terms(divergence, np.array([-90.0, 2000.0]))).all()
+    assert np.isfinite(statistics.divergence_terms(divergence, np.array([-90.0, 2000.0]))).all()
 
 
 def test_best_of_n_equals_the_mean_over_all_subsets():
@@ -162,20 +162,20 @@ def test_intervals_are_those_of_a_normal_mean_and_paired():
     x = np.random.default_rng(10).normal(3.0, 2.0, size=400)
     found = statistics.interval(lambda m: m, x)
     error = x.std() / 20.0
-    assert found["value"] == pytest.approx(x.mean(), abs=1e-4)
+    assert found.value == pytest.approx(x.mean(), abs=1e-4)
     # 1000 resamples: the quantiles' own error is below 0.12 standard errors in 99% of seeds.
-    assert found["low"] == pytest.approx(x.mean() - 1.96 * error, abs=0.25 * error)
-    assert found["high"] == pytest.approx(x.mean() + 1.96 * error, abs=0.25 * error)
+    assert found.low == pytest.approx(x.mean() - 1.96 * error, abs=0.25 * error)
+    assert found.high == pytest.approx(x.mean() + 1.96 * error, abs=0.25 * error)
     pair = statistics.interval(lambda a, b: a - b, x + 1.0, x)
-    assert pair["low"] == pytest.approx(1.0, abs=1e-4) == pair["high"]
+    assert pair.low == pytest.approx(1.0, abs=1e-4) == pair.high
 
 
 def test_intervals_over_trainings_hold_the_mean_as_often_as_they_say():
     for n in (2, 3, 5):
         draws = np.random.default_rng(n).normal(1.0, 2.0, size=(4000, n))
         found = [statistics.over_seeds(row) for row in draws.tolist()]
-        assert [f["value"] for f in found] == pytest.approx(draws.mean(1), abs=1e-5)
-        held = np.mean([f["low"] <= 1.0 <= f["high"] for f in found])
+        assert [f.value for f in found] == pytest.approx(draws.mean(1), abs=1e-5)
+        held = np.mean([f.low <= 1.0 <= f.high for f in found])
         assert abs(held - 0.95) <= 4.9 * (0.95 * 0.05 / 4000) ** 0.5  # false alarms: 1e-6
 
 
@@ -222,13 +222,13 @@ def test_no_log_ratios_have_less_loss_than_the_least(monkeypatch):
 
 def test_the_soup_is_the_mean_of_the_parameters_and_goes_on_outside_the_simplex():
     models = Ensemble.embedded(dtype=torch.float32).models
-    ref, *policies = (dict(m.named_parameters()) for m in models)
+    ref, *tuned = (dict(m.named_parameters()) for m in models)
     for weights in ([1.0, 0.0, 0.0], [0.25, 0.25, 0.5], [1.5, -0.5, 0.0], [1.0, 1.0, 1.0]):
-        merged = dict(measuring.soup(models[0], models[1:], weights).named_parameters())
+        merged = dict(policies.soup(models, weights).named_parameters())
         for name in ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"):
             left = 1.0 - sum(weights)
             expected = left * ref[name].double()
-            for w, policy in zip(weights, policies, strict=True):
+            for w, policy in zip(weights, tuned, strict=True):
                 expected = expected + w * policy[name].double()
             torch.testing.assert_close(merged[name].double(), expected, atol=1e-5, rtol=0)
 
@@ -236,11 +236,12 @@ def test_the_soup_is_the_mean_of_the_parameters_and_goes_on_outside_the_simplex(
 # --- the run --------------------------------------------------------------------------------------
 
 
-def test_every_cell_has_its_own_file_and_its_policies_are_trained():
-    cells = plan.cells(plan.Sizes())
-    assert len({c.name for c in cells}) == len(cells) == len(set(cells))
-    trained = set(plan.policies(plan.Sizes()))
-    assert all(set(plan.needed(cell)) <= trained for cell in cells)
+def test_every_job_has_its_own_file_and_what_a_cell_needs_is_trained():
+    sizes = policies.Sizes()
+    files = [loop.file_of(Path(), job.name) for _, jobs in policies.phases(sizes) for job in jobs]
+    assert len(set(files)) == len(files) == 3 + 4 + 75 + 587
+    trained = set(policies.policies(sizes))
+    assert all(set(policies.needed(cell)) <= trained for cell in policies.cells(sizes))
 
 
 @pytest.fixture(scope="module")
@@ -248,53 +249,65 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The work folder and the results of a tiny run."""
     work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("out")
     words = ["--tiny", "--workers", "1", "--work", str(work), "--out", str(out)]
-    assert study.main(words) == 0
+    assert command.main(study.STUDY, words) == 0
     return work, out
 
 
 def test_a_tiny_run_writes_every_cell_table_and_picture(finished):
     work, out = finished
-    result = json.loads((out / "alignment.json").read_text())
-    cells = plan.cells(plan.TINY)
+    result = report.load(out / "alignment.json")
+    cells = policies.cells(policies.TINY)
     assert [c["method"] for c in result["cells"]] == [c.method for c in cells]
     assert all(r["loss"] > r["least_loss"] > 0.1 for r in result["trainings"])
     for cell, record in zip(cells, result["cells"], strict=True):
-        arrays = jobs.load(work, cell)
-        assert arrays["rewards"].shape == (cell.samples, plan.TINY.prompts, 3)
+        arrays = loop.load(work, cell.name)
+        assert arrays["rewards"].shape == (cell.samples, policies.TINY.prompts, 3)
         for k, name in enumerate(("helpful", "harmless", "humorous")):
-            assert record[name]["value"] == pytest.approx(
-                arrays["rewards"][..., k].mean(), abs=1e-4
-            )
-        assert ("kl" in record) == (not cell.greedy and record["invalid"] == 0)
+            assert record[name][0] == pytest.approx(arrays["rewards"][..., k].mean(), abs=1e-4)
+        assert (record["kl"] is not None) == (not cell.greedy and record["invalid"] == 0)
     # The reference answers alike whatever it is called: weight 0, or greedy twice.
-    assert np.abs(jobs.load(work, cells[0])["kl"]).max() <= 1e-3
+    assert np.abs(loop.load(work, cells[0].name)["kl"]).max() <= 1e-3
     text = (out / "alignment.md").read_text()
-    assert text.count("\n## ") == 17 and str(work) not in text + json.dumps(result)
-    assert len([*out.glob("*.png")]) == 3
+    assert (
+        text.count("\n## ") == 15 and str(work) not in text + (out / "alignment.json").read_text()
+    )
+    assert {p.name for p in out.glob("*.png")} == {"alignment_pareto.png", "alignment_kl.png"}
 
 
 def test_an_interrupted_run_goes_on_and_repeats_itself(finished, capsys):
     work, out = finished
-    before = (out / "alignment.json").read_text()
-    policy, cell = plan.policies(plan.TINY)[0], plan.cells(plan.TINY)[2]
-    kept = {p: p.stat().st_mtime_ns for p in work.glob("*.npz") if p.stem != cell.name}
-    weights = torch.load(work / f"{policy.name}.pt")
-    for name in (f"{policy.name}.pt", f"{cell.name}.npz"):
-        (work / name).unlink()
+    before = report.load(out / "alignment.json")
+    policy, cell = policies.policies(policies.TINY)[0], policies.cells(policies.TINY)[2]
+    redone = [loop.file_of(work, name) for name in (policy.name, cell.name)]
+    kept = {p: p.stat().st_mtime_ns for p in work.glob("*.pt") if p not in redone}
+    weights = loop.load(work, policy.name)["model"]
+    for file in redone:
+        file.unlink()
     words = ["--tiny", "--workers", "1", "--work", str(work), "--out", str(out)]
-    assert study.main(words) == 0
+    assert command.main(study.STUDY, words) == 0
     printed = capsys.readouterr().err
     assert "trainings, 1 of" in printed and "cells, 1 of" in printed
     assert all(p.stat().st_mtime_ns == then for p, then in kept.items())
-    for name, tensor in torch.load(work / f"{policy.name}.pt").items():
+    for name, tensor in loop.load(work, policy.name)["model"].items():
         torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=0)
-    again, first = (json.loads(x)["cells"] for x in ((out / "alignment.json").read_text(), before))
-    assert again == first
+    assert report.load(out / "alignment.json")["cells"] == before["cells"]
 
 
 def test_a_folder_of_another_run_is_refused(finished):
     work, _ = finished
     with pytest.raises(ValueError, match="holds results of other sizes"):
-        jobs.run(work, plan.TINY._replace(steps=3), 1)
+        loop.run(work, [], policies.TINY._replace(steps=3), 1)
     with pytest.raises(SystemExit, match="at least 1, got 0"):
-        study.main(["--workers", "0", "--out", str(work)])
+        command.main(study.STUDY, ["--workers", "0", "--out", str(work)])
+
+
+@pytest.mark.parametrize(
+    ("column", "shown"),
+    [
+        ("kl 2", "0.13"), ("kl (+1%)", "+12.5 (-1.0 to +20.0)"), ("weights", "0.33, 0.5"),
+        ("n", "3"), ("length 1", "7.2"), ("why 2", "none"), ("nothing (3)", ""),
+    ],
+)  # fmt: skip
+def test_a_column_says_which_field_is_shown_and_how(column, shown):
+    record = {"kl": [0.1251, -0.01, 0.2], "weights": [1 / 3, 0.5], "n": 3, "length": 7.24}
+    assert tables.figure(record | {"why": "none", "nothing": None}, column) == shown

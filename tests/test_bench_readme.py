@@ -1,6 +1,5 @@
-"""The tables and pictures of the READMEs are what bench/results says."""
+"""The tables, reports and pictures are what bench/results says."""
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -9,26 +8,26 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not installed
 
-from bench import pictures, readme
+from bench import readme, report
 
 README = readme.ROOT / "README.md"
 
 
-def test_readmes_and_pictures_are_what_the_committed_results_say():
+def test_readmes_reports_and_pictures_are_what_the_committed_results_say():
     assert readme.stale() == [], "python -m bench.readme"
-    for file in readme.FILES:
-        assert "<!-- bench: cpu -->" in file.read_text()
+    assert "<!-- bench: cpu -->" in README.read_text()
+    assert len(list(readme.reports(readme.sources()))) >= 8
 
 
 def test_a_changed_result_changes_the_block_and_nothing_else(tmp_path):
-    result = json.loads((readme.RESULTS / "cpu.json").read_text())
+    result = report.load(readme.RESULTS / "cpu.json")
     for row in result["rows"]:
         row["other_cores"] = 0.0
-    (tmp_path / "cpu.json").write_text(json.dumps(result))
+    report.save(result, tmp_path / "cpu.json")
     before = readme.rewritten(README.read_text(), README, tmp_path)
     row = next(r for r in result["rows"] if (r["dtype"], r["vocab"]) == ("bfloat16", 128256))
-    row["timings"]["cpu"]["median_us"], row["other_cores"] = 123456.0, 0.5
-    (tmp_path / "cpu.json").write_text(json.dumps(result))
+    row["timings"]["cpu"][0], row["other_cores"] = 123456.0, 0.5
+    report.save(result, tmp_path / "cpu.json")
     after = readme.rewritten(before, README, tmp_path)
     new, old = (set(x.split("\n")) for x in (after, before))
     assert any("| 123456 \\* |" in line for line in new - old)
@@ -37,15 +36,7 @@ def test_a_changed_result_changes_the_block_and_nothing_else(tmp_path):
     assert changed == {f"| {row['divergence']}", next(x for x in new - old if "`python" in x)} | {
         next(x for x in old - new if "`python" in x)
     }
-    assert readme.stale([README], tmp_path) == ["README.md"]
-
-
-def test_results_that_are_not_there_are_said_to_be_missing(tmp_path):
-    text = "before\n<!-- bench: cpu -->\nold\n<!-- /bench -->\nafter\n"
-    made = readme.rewritten(text, README, tmp_path)
-    assert "Not measured yet: `python -m bench.run cpu --out bench/results`." in made
-    assert made.startswith("before\n<!-- bench: cpu -->\n") and "old" not in made
-    assert made.endswith("<!-- /bench -->\nafter\n")
+    assert readme.stale([README], tmp_path) == ["README.md", "cpu.md"]
 
 
 @pytest.mark.parametrize(
@@ -60,15 +51,15 @@ def test_a_picture_is_stale_until_it_is_drawn_from_the_results(tmp_path, monkeyp
     pytest.importorskip("matplotlib")
 
     def line(figure, result):
-        figure.subplots().plot([row["timings"]["cpu"]["median_us"] for row in result["rows"]])
+        figure.subplots().plot([row["timings"]["cpu"][0] for row in result["rows"]])
 
-    monkeypatch.setattr(pictures, "PICTURES", {"cpu": line})
+    monkeypatch.setattr(readme, "PICTURES", {"cpu": {"cpu": line}})
     shutil.copy(readme.RESULTS / "cpu.json", tmp_path)
-    (picture,) = pictures.stale(tmp_path)
-    pictures.draw(picture)
-    assert picture == tmp_path / "cpu.svg" and "<svg" in picture.read_text()
-    assert pictures.stale(tmp_path) == []
-    text = readme.rewritten("<!-- bench: cpu -->\n<!-- /bench -->\n", README, tmp_path)
-    assert "![cpu](bench/results/cpu.svg)" in text
-    (tmp_path / "cpu.json").write_text((tmp_path / "cpu.json").read_text() + " ")
-    assert pictures.stale(tmp_path) == [picture]
+    ((picture, source),) = readme.stale_pictures([tmp_path / "cpu.json"])
+    readme.draw(picture, source)
+    assert picture == tmp_path / "cpu.png" and picture.stat().st_size < 20_000
+    assert list(readme.stale_pictures([tmp_path / "cpu.json"])) == []
+    ((_, text),) = readme.reports([source])
+    assert text.endswith("\n![cpu](cpu.png)\n")
+    source.write_text(source.read_text() + " ")
+    assert [p for p, _ in readme.stale_pictures([tmp_path / "cpu.json"])] == [picture]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not installed
 
-from bench.alignment import control, control_report, guided
+from bench import report
+from bench.alignment import command, control, guided
 from bench.alignment.statistics import best_of_kl
 from mod_fused import world
 
@@ -26,67 +25,32 @@ def test_lead_at_equal_kl_is_that_over_the_joined_curve():
     own = np.full(500, 2.0) + noise[:, 0]
     found = control.lead_at_equal_kl(rewards, kl, own, np.full(500, 3.0))
     assert found is not None
-    assert found["value"] == pytest.approx(1.0 / 3.0, abs=1e-4)
+    assert found.value == pytest.approx(1.0 / 3.0, abs=1e-4)
     # The noise is the prompt's, so it cancels in the difference.
-    assert found["high"] - found["low"] <= 1e-4
+    assert found.high - found.low <= 1e-4
     assert control.lead_at_equal_kl(rewards, kl, own, np.full(500, 4.1)) is None
 
 
 def test_worth_differences_are_means_over_common_weights():
     kl, rewards = np.array([1.0, 3.0]), np.array([[0.4, 0.9, 0.8], [0.2, 0.9, 0.6]])
     points = [
-        guided.Point("both", "MAVIS", (0.5, 0.5), rewards, kl),
-        guided.Point("both", "MAVIS", (1.0, 0.0), rewards, kl),
-        guided.Point("both", "other", (0.5, 0.5), rewards - 0.1, kl - 1.0),
+        control.Found("both", "MAVIS", (0.5, 0.5), rewards, kl),
+        control.Found("both", "MAVIS", (1.0, 0.0), rewards, kl),
+        control.Found("both", "other", (0.5, 0.5), rewards - 0.1, kl - 1.0),
     ]
     (found,) = control.worth_differences(points)
     assert (found["against"], found["weights"]) == ("other", 1)
-    assert found["weighted"]["value"] == pytest.approx(0.1)
-    assert found["worth"]["value"] == pytest.approx(0.1 - 1.0 / guided.BETA)
-    assert control.estimates(points[1])["weighted"]["value"] == pytest.approx(0.3)
-
-
-@pytest.mark.parametrize(
-    ("objectives", "error", "said"),
-    [
-        ((0.1, 0.2, 0.3), 0.01, "monotone:"),
-        ((0.1, 0.3, 0.29), 0.01, "monotone within its errors:"),
-        ((0.1, 0.3, 0.2), 0.01, "not monotone:"),
-    ],
-)
-def test_trend_tells_a_fall_from_noise(objectives, error, said):
-    history = [{"objective": x, "error": error} for x in objectives]
-    assert control_report.trend(history).startswith(said)
-
-
-def test_verdicts_are_those_of_the_interval():
-    names = [
-        control_report.verdict({"low": low, "high": high})
-        for low, high in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1))
-    ]
-    assert names == ["above", "below", "not told apart"]
-
-
-def test_the_value_of_a_prefix_is_the_scorer_s_logit_whatever_the_padding():
-    w = guided.World(guided.QUICK)
-    scorer = w.shipped["helpful"]
-    texts = [p + " Knead" for p in w.prompts[:3]]
-    score = guided.value_of_prefix(scorer)
-    batch = w.tokenizer(texts, return_tensors="pt", padding=True)
-    padded = torch.nn.functional.pad(batch["input_ids"], (0, 2))
-    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 2))
-    for text, value in zip(texts, score(padded, mask), strict=True):
-        ids = w.tokenizer(text, return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            logits = scorer(input_ids=ids).logits[0]
-        assert float(value) == pytest.approx(float(logits[-2, ids[0, -1]]), abs=1e-5)
+    assert found["weighted"].value == pytest.approx(0.1)
+    assert found["worth"].value == pytest.approx(0.1 - 1.0 / guided.BETA)
+    assert control.estimates(points[1])["weighted"].value == pytest.approx(0.3)
 
 
 def test_a_quick_run_writes_every_point_table_and_picture(tmp_path):
-    assert control.main(["--quick", "--out", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "control.json").read_text())
+    words = ["--quick", "--workers", "1", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    assert command.main(control.STUDY, words) == 0
+    result = report.load(tmp_path / "control.json")
     assert set(result) == {
-        "schema", "sizes", "beta", "points", "leads", "mavis", "two", "differences", "seconds",
+        "sizes", "beta", "points", "leads", "mavis", "two", "differences", "seconds_of_jobs",
         "machine", "command",
     }  # fmt: skip
     methods = {p["method"] for p in result["points"] if not p["method"].startswith("under")}
@@ -95,18 +59,25 @@ def test_a_quick_run_writes_every_point_table_and_picture(tmp_path):
         "best of N, reward", "best of N, scorer",
     }  # fmt: skip
     for p in result["points"]:
-        assert all(0.0 <= p[name]["value"] <= 1.0 for name in world.OBJECTIVES)
+        assert all(0.0 <= p[name][0] <= 1.0 for name in world.OBJECTIVES)
         assert p["bound"] == p["method"].startswith("b")
         if p["method"] == "best of N, reward":
-            assert p["kl"]["value"] == pytest.approx(best_of_kl(p["setting"]), abs=1e-5)
+            assert p["kl"][0] == pytest.approx(best_of_kl(p["setting"]), abs=1e-5)
         if p["method"] == "reference":
-            assert p["kl"]["value"] == pytest.approx(0.0, abs=1e-4)
+            assert p["kl"][0] == pytest.approx(0.0, abs=1e-4)
     assert {p["method"] for p in result["two"]} == {"MAVIS", "CD", "MOD", "retrained"}
-    assert [len(h) for h in result["mavis"].values()] == [2, 2]
+    assert [m["iteration"] for m in result["mavis"]] == [0, 1, 0, 1]
     text = (tmp_path / "control.md").read_text()
-    assert text.count("\n## ") == 6 and str(tmp_path) not in text + json.dumps(result)
-    sizes = [(tmp_path / name).stat().st_size for name in ("control.png", "mavis.png")]
-    assert all(5_000 < size < 150_000 for size in sizes)
-    (tmp_path / "control.md").unlink()
-    assert control.main(["--report", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "control.md").read_text() == text
+    assert text.count("\n## ") == 6
+    assert str(tmp_path) not in text + (tmp_path / "control.json").read_text()
+    sizes = [(tmp_path / f"control_{x}.png").stat().st_size for x in ("kl", "pareto")]
+    assert all(4_000 < size < 50_000 for size in sizes)
+
+
+def test_scorers_rank_the_pool_by_the_value_of_its_answers():
+    # Of the shipped scorers, by the rewards that they were trained for: far above chance.
+    sizes = guided.TINY._replace(prompts=8, best_of=(8,))
+    pool = guided._pool(Path(), sizes)
+    for i, name in enumerate(guided.PANELS):
+        reward, value = pool[..., world.OBJECTIVES.index(name)], pool[..., 3 + i]
+        assert np.corrcoef(reward.ravel(), value.ravel())[0, 1] > 0.3

@@ -1,32 +1,57 @@
-"""`python -m bench.alignment.control`: value guidance measured; JSON, Markdown and pictures."""
+"""`python -m bench.alignment.control`: value guidance, reward against KL."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from transformers.utils import logging
 
 from mod_fused import world
 
-from ..report import machine
-from . import control_pictures, control_report, guided
-from .guided import BETA, PAIR_COLUMNS, Point, Sizes
-from .statistics import interval
+from . import command, guided
+from .decoding import Array
+from .guided import BETA, PAIR, PAIR_COLUMNS, PANELS, Sizes
+from .loop import load
+from .statistics import Interval, at_kl, best_of, best_of_kl, interval, mean
 
-Array = np.ndarray
-SCHEMA = 1
+Record = dict[str, Any]
+CURVES = ("CD-FUDGE", "CD-FUDGE, as CD-Q")  # tokenwise control that others are compared with
+
+
+class Found(NamedTuple):
+    """What one method reached at one setting.
+
+    Attributes:
+        objective, method, setting: see `guided.Point`.
+        rewards: [N, 3].
+        kl: [N] nats: log pi* - log pi_ref of the answers, or the bound on KL where `bound`.
+    """
+
+    objective: str
+    method: str
+    setting: Any
+    rewards: Array
+    kl: Array
+    bound: bool = False
+
+
+def _best_of_n(work: Path, sizes: Sizes) -> list[Found]:
+    """Best-of-N by the true reward and by the scorers, the mean over subsets of one pool."""
+    pool, out = load(work, "pool"), []
+    for i, objective in enumerate(PANELS):
+        for name, column in (("reward", world.OBJECTIVES.index(objective)), ("scorer", 3 + i)):
+            for n in sizes.best_of:
+                chosen = best_of(pool, np.eye(5)[column], n)[:, :3]
+                kl = np.full(len(pool), best_of_kl(n))
+                out.append(Found(objective, f"best of N, {name}", n, chosen, kl, True))
+    return out
 
 
 def lead_at_equal_kl(
     curve_rewards: Array, curve_kl: Array, rewards: Array, kl: Array
-) -> dict[str, float] | None:
+) -> Interval | None:
     """Reward of one method less that of a curve [N, S] at the same mean KL, with its interval.
 
     The curve is joined linearly between its S points. None where its KL does not reach that far.
@@ -36,142 +61,86 @@ def lead_at_equal_kl(
         return None
 
     def lead(r: Array, k: Array, own: Array, at: Array) -> Array:
-        order = np.argsort(k, axis=1)
-        x, y = np.take_along_axis(k, order, 1), np.take_along_axis(r, order, 1)
-        known = [np.interp(a, xs, ys) for a, xs, ys in zip(at, x, y, strict=True)]
-        return own - np.array(known)
+        return own - at_kl(at, r, k)
 
     return interval(lead, curve_rewards, curve_kl, rewards, kl)
 
 
-def estimates(point: Point) -> dict[str, Any]:
-    """A point as a record: every reward and KL; of two objectives w.r and J = w.r - KL / beta."""
-    record: dict[str, Any] = {
-        "objective": point.objective,
-        "method": point.method,
-        "setting": point.setting,
-        "bound": point.bound,
-        "kl": interval(lambda k: k, point.kl),
-    }
-    for k, name in enumerate(world.OBJECTIVES):
-        record[name] = interval(lambda r: r, point.rewards[:, k])
-    if point.objective == "both":
-        weighted = point.rewards[:, PAIR_COLUMNS] @ np.array(point.setting)
-        record["weighted"] = interval(lambda r: r, weighted)
-        record["worth"] = interval(lambda j: j, weighted - point.kl / BETA)
+def estimates(found: Found) -> Record:
+    """As a record: every reward and KL; of two objectives w.r and J = w.r - KL / beta."""
+    record: Record = {name: getattr(found, name) for name in ("objective", "method", "setting")}
+    record |= {"bound": found.bound, "kl": mean(found.kl)}
+    record |= {name: mean(found.rewards[:, k]) for k, name in enumerate(world.OBJECTIVES)}
+    if found.objective == "both":
+        weighted = found.rewards[:, PAIR_COLUMNS] @ np.array(found.setting)
+        record |= {"weighted": mean(weighted), "worth": mean(weighted - found.kl / BETA)}
     return record
 
 
-def leads(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Every point against tokenwise control by the shipped scorer at the same KL."""
+def leads(found: Sequence[Found]) -> list[Record]:
+    """Every point against tokenwise control by the shipped scorer at the same KL, and CD-Q against
+    CD-FUDGE of the same training."""
     records = []
-    for objective in guided.PANELS:
+    for objective in PANELS:
         column = world.OBJECTIVES.index(objective)
-        here = [p for p in points if p.objective == objective]
-        curves = {
-            # Strength 0 is the reference itself.
-            name: [p for p in here if p.method in ("reference", name)]
-            for name in ("CD-FUDGE", "CD-FUDGE, as CD-Q")
-        }
-        stacked = {
-            name: (
-                np.stack([p.rewards[:, column] for p in curve], 1),
-                np.stack([p.kl for p in curve], 1),
-            )
-            for name, curve in curves.items()
-        }
+        here = [p for p in found if p.objective == objective]
         for p in here:
-            for name, curve in stacked.items():
+            for name in CURVES:
                 same_data = p.method == "CD-Q" and name != "CD-FUDGE"
                 main = name == "CD-FUDGE" and p.method not in ("reference", name)
-                if (main or same_data) and not p.method.startswith("under"):
-                    lead = lead_at_equal_kl(*curve, p.rewards[:, column], p.kl)
-                    row = {"objective": objective, "method": p.method, "setting": p.setting}
-                    records.append(row | {"bound": p.bound, "against": name, "lead": lead})
+                if p.method.startswith("under") or not (main or same_data):
+                    continue
+                curve = [q for q in here if q.method in ("reference", name)]  # strength 0
+                rewards = np.stack([q.rewards[:, column] for q in curve], 1)
+                kl = np.stack([q.kl for q in curve], 1)
+                lead = lead_at_equal_kl(rewards, kl, p.rewards[:, column], p.kl)
+                row = {"objective": objective, "method": p.method, "setting": p.setting}
+                records.append(row | {"bound": p.bound, "against": name, "lead": lead})
     return records
 
 
-def worth_differences(points: Sequence[Point]) -> list[dict[str, Any]]:
+def worth_differences(found: Sequence[Found]) -> list[Record]:
     """J of MAVIS less that of each other method, pairs of prompts, mean over common weights."""
     worth: dict[str, dict[Any, Array]] = {}
-    for p in points:
+    for p in found:
         weighted = p.rewards[:, PAIR_COLUMNS] @ np.array(p.setting)
         worth.setdefault(p.method, {})[p.setting] = np.stack([weighted, p.kl], 1)
-    records = []
-    for name in worth:
-        if name == "MAVIS":
-            continue
-        gaps = [worth["MAVIS"][at] - there for at, there in worth[name].items()]
-        gap = np.mean(gaps, axis=0)  # (N, 2)
-        records.append(
-            {
-                "against": name,
-                "weights": len(gaps),
-                "weighted": interval(lambda g: g, gap[:, 0]),
-                "kl": interval(lambda g: g, gap[:, 1]),
-                "worth": interval(lambda g: g, gap[:, 0] - gap[:, 1] / BETA),
-            }
-        )
+    mavis, records = worth.pop("MAVIS"), []
+    for name, theirs in worth.items():
+        gap = np.mean([mavis[at] - there for at, there in theirs.items()], axis=0)  # [N, 2]
+        record = {"against": name, "weights": len(theirs), "weighted": mean(gap[:, 0])}
+        record |= {"kl": mean(gap[:, 1]), "worth": mean(gap[:, 0] - gap[:, 1] / BETA)}
+        records.append(record)
     return records
 
 
-def measure(sizes: Sizes) -> dict[str, Any]:
-    """Trains, decodes and estimates everything."""
-    w = guided.World(sizes)
-    w.say("answers of the reference")
-    one = list(guided.one_objective(w))
-    value_models = guided.value_models(w)
-    two = list(guided.two_objectives(w, [scorer for scorer, _ in value_models.values()]))
+def summary(work: Path, sizes: Sizes) -> Record:
+    """Everything that the tables show, from a complete work folder."""
+    found = []
+    for point in guided.points(sizes):
+        arrays, bound = load(work, point.name), point.method == "blockwise"
+        found.append(Found(*point, arrays["rewards"], arrays["kl"], bound))
+    one = _best_of_n(work, sizes) + [p for p in found if p.objective != "both"]
+    two = [p for p in found if p.objective == "both"]
     return {
-        "schema": SCHEMA,
         "sizes": sizes._asdict(),
         "beta": BETA,
         "points": [estimates(p) for p in one],
         "leads": leads(one),
-        "mavis": {
-            name: [{k: round(x, 5) for k, x in it._asdict().items()} for it in history]
-            for name, (_, history) in value_models.items()
-        },
+        "mavis": [
+            {"objective": name, "iteration": i, "reward": it.reward, "kl": it.kl}
+            | {"value": it.objective, "error": it.error}
+            for name in PAIR
+            for i, it in enumerate(load(work, f"mavis-{name}")["history"])
+        ],
         "two": [estimates(p) for p in two],
         "differences": worth_differences(two),
     }
 
 
-def run(*, quick: bool) -> dict[str, Any]:
-    """`measure` with the time, the machine and the command."""
-    torch.set_num_threads(1)  # more do not help models this small, and would change the rounding
-    logging.disable_progress_bar()
-    began = time.perf_counter()
-    result = measure(guided.QUICK if quick else Sizes())
-    result["seconds"] = round(time.perf_counter() - began)
-    result["machine"] = machine()
-    result["command"] = "python -m bench.alignment.control" + " --quick" * quick
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Writes `control.json`, `control.md`, `control.png` and `mavis.png`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.alignment.control",
-        description="Value-guided decoding on the embedded world: reward against KL.",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the results")
-    parser.add_argument(
-        "--report", action="store_true", help="Markdown and pictures anew from DIR/control.json"
-    )
-    parser.add_argument("--quick", action="store_true", help="a few steps and prompts: does it run")
-    args = parser.parse_args(argv)
-    file = args.out / "control.json"
-    if not args.report:
-        args.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(run(quick=args.quick), allow_nan=False)
-        file.write_text(text.replace('{"objective"', '\n{"objective"') + "\n")
-    result = json.loads(file.read_text())  # what a reader of the file has
-    (args.out / "control.md").write_text(control_report.markdown(result))
-    control_pictures.draw(result, args.out)
-    print(f"wrote control.json, control.md and 2 pictures to {args.out}, {result['seconds']} s")
-    return 0
-
+STUDY = command.Study(
+    "control", "bench.alignment.control", Sizes(), guided.TINY, guided.phases, summary
+)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command.main(STUDY))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import comb
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,36 +20,52 @@ RESAMPLES = 1000
 REWARD_SCALE = 10.0  # `train.PREFERENCE_SCALE` / beta: what a reward of 1 is worth in f'
 
 
-def interval(estimate: Callable[..., Array], *arrays: Array) -> dict[str, float]:
+class Interval(NamedTuple):
+    """An estimate with the ends of its 95% interval; in JSON a list."""
+
+    value: float
+    low: float
+    high: float
+
+
+def _rounded(*values: float) -> Interval:
+    return Interval(*(round(float(x), 5) for x in values))
+
+
+def interval(estimate: Callable[..., Array], *arrays: Array) -> Interval:
     """An estimate from means over prompts, with its bootstrap interval.
 
     `estimate` gets the means of `arrays` [N, ...], each as [R, ...], and returns [R].
-
-    Returns {"value", "low", "high"}.
     """
     n = len(arrays[0])
     drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
     shares = np.stack([np.bincount(row, minlength=n) for row in drawn]) / n  # [RESAMPLES, N]
     shares = np.concatenate([np.full((1, n), 1 / n), shares])  # the first: all prompts alike
     value, *values = estimate(*(np.tensordot(shares, x, 1) for x in arrays))
-    low, high = np.quantile(values, [0.025, 0.975])
-    named = {"value": value, "low": low, "high": high}
-    return {name: round(float(x), 5) for name, x in named.items()}
+    return _rounded(value, *np.quantile(values, [0.025, 0.975]))
+
+
+def mean(x: Array) -> Interval:
+    """The mean over prompts of x [N]."""
+    return interval(lambda m: m, x)
 
 
 #: Student's t, 97.5%, by degrees of freedom.
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 
 
-def over_seeds(values: Sequence[float]) -> dict[str, float]:
-    """The mean over trainings, with Student's 95% interval of it; 2 to 8 values.
-
-    Returns {"value", "low", "high"}.
-    """
-    mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
+def over_seeds(values: Sequence[float]) -> Interval:
+    """The mean over 2 to 8 trainings, with Student's 95% interval of it."""
+    center, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
     half = _T[len(values) - 1] * error
-    named = {"value": mean, "low": mean - half, "high": mean + half}
-    return {name: round(float(x), 5) for name, x in named.items()}
+    return _rounded(center, center - half, center + half)
+
+
+def at_kl(kl: Array, curve_rewards: Array, curve_kl: Array) -> Array:
+    """[R]: rewards at KL [R] of curves [R, S], joined linearly between their S points."""
+    order = np.argsort(curve_kl, axis=1)
+    x, y = (np.take_along_axis(c, order, 1) for c in (curve_kl, curve_rewards))
+    return np.array([np.interp(at, xs, ys) for at, xs, ys in zip(kl, x, y, strict=True)])
 
 
 def hypervolume(points: Array) -> float:
@@ -88,3 +105,22 @@ def reweighted(rewards: Array, weights: Array, divergence: str) -> tuple[Array, 
     tilts = REWARD_SCALE * (rewards @ weights)
     log_x = np.stack([optimum(divergence, log_ref, tilt) for tilt in tilts]) + np.log(size)
     return (np.exp(log_x)[..., None] * rewards).mean(1), F[divergence](log_x).mean(1)
+
+
+#: (f(x) - f'(1) (x - 1)) / x by d = log x and y = 1/x: no power of x itself, which may overflow.
+_TERMS: dict[str, Callable[[Array, Array], Array]] = {
+    "reverse_kl": lambda d, y: d - 1.0 + y,
+    "forward_kl": lambda d, y: 1.0 - y - d * y,
+    "jsd": lambda d, y: d - (1.0 + y) * (np.logaddexp(0.0, d) - np.log(2.0)),
+    "alpha:0.5": lambda d, y: 2.0 + 2.0 * y - 4.0 * np.sqrt(y),
+    "jeffrey": lambda d, y: (1.0 - y) * d,
+}
+
+
+def divergence_terms(divergence: str, d: Array) -> Array:
+    """Non-negative terms whose mean over answers drawn from pi estimates sum pi_ref f(pi / pi_ref).
+
+    (f(x) - f'(1) (x - 1)) / x at the log-ratios d = log x: the subtracted part has mean 0.
+    """
+    d = d.astype(np.float64)
+    return _TERMS[divergence](d, np.exp(-d))

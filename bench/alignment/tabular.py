@@ -25,7 +25,6 @@ import mod_fused
 from mod_fused import reference
 
 from ..problem import DIVERGENCES
-from ..report import markdown_table
 
 Array = np.ndarray
 
@@ -224,25 +223,12 @@ def measure(worlds: int = 40, seed: int = 0) -> list[dict[str, Any]]:
     return records
 
 
-def markdown(records: list[dict[str, Any]]) -> str:
-    """One table per world: rows are mixes, columns divergences, cells the mean share lost."""
-    parts = []
-    for world in dict.fromkeys(r["world"] for r in records):
-        here = [r for r in records if r["world"] == world]
-        divergences = list(dict.fromkeys(str(r["divergence"]) for r in here))
-        rows = []
-        for mix in dict.fromkeys(str(r["mix"]) for r in here):
-            cells = [r for r in here if r["mix"] == mix]
-            rows.append([mix, *(_cell(r) for r in cells)])
-        parts.append(f"**{world}**\n\n" + markdown_table([world, *divergences], rows))
-    return "\n\n".join(parts)
-
-
-def _cell(record: dict[str, Any]) -> str:
-    if "lost" not in record:
-        return "no solution"
-    return f"{100 * record['lost']:.2g}%, {record['total_variation']:.2g}"
+def main() -> None:
+    """Prints each world's mean shares of J that the mixes lose."""
+    for r in measure():
+        lost = f"{r['lost']:.2%}" if "lost" in r else "no solution"
+        print(f"{r['world']:24} {r['divergence']:10} {r['mix']:26} {lost}")
 
 
 if __name__ == "__main__":
-    print(markdown(measure()))
+    main()

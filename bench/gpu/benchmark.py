@@ -24,7 +24,7 @@ from torch import Tensor
 import mod_fused
 
 from .. import check
-from ..cpu import CPU
+from ..cases.cpu import CPU
 from ..measure import Call
 from ..problem import DIVERGENCES, FILTERS, POLICIES, Problem, logits, weights_of
 from . import device as devices

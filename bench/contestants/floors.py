@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from .problem import DIVERGENCES, POLICIES, Problem
+from ..problem import DIVERGENCES, POLICIES, Problem
 
-_ROOT = Path(__file__).resolve().parents[1]
-_SOURCES = (_ROOT / "bench/floors.cpp", _ROOT / "csrc/scalar_math.h")
+_ROOT = Path(__file__).resolve().parents[2]
+_SOURCES = (_ROOT / "bench/contestants/floors.cpp", _ROOT / "csrc/scalar_math.h")
 _LIBRARY = _ROOT / "build/bench/floors.so"
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-funroll-loops", "-shared", "-fPIC"]

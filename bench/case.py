@@ -1,10 +1,11 @@
-"""What can be benchmarked: a table of cases. Most are grids of problems and the contestants timed
-on them (`Case`); what does not fit into that runs itself (`Procedure`)."""
+"""What a benchmark is: a grid of problems and the contestants timed on them (`Case`), or what does
+not fit into that and runs itself (`Procedure`)."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -32,7 +33,6 @@ class Contestant(NamedTuple):
 
     build: Builder
     floor: bool = False  # a bound on what is possible, not an implementation
-    default: bool = True  # timed unless --contestants says otherwise
     slow_to_compile: bool = False  # left out of --quick
     call_limit: float = 2.0  # seconds: a call foreseen to take longer is not made
     # log-probabilities of one row's logits up to a constant: float [1, V], for its distance from
@@ -57,47 +57,39 @@ class Grid(NamedTuple):
         """Batches of one apart from the others, then small vocabularies first: problems that share
         a compiled graph are neighbours, and the time of a large one is foreseen from a smaller."""
         shapes = sorted(self.shapes, key=lambda shape: (shape[0] > 1, shape[1], shape[0]))
-        return [
-            Problem(
-                divergence,
-                dtype,
-                *shape,
-                threads,
-                weights_of(policies) if self.reference else (1.0 / policies,) * policies,
-                values,
-                self.reference,
-                name,
-                setting,
-            )
-            for dtype in self.dtypes
-            for threads in self.threads
-            for setting in self.settings
-            for policies in self.policies
-            for values in self.values
-            for name in self.filters
-            for divergence in self.divergences
-            for shape in shapes
-            if self.reference or divergence == "reverse_kl"
-        ]
+        divergences = [d for d in self.divergences if self.reference or d == "reverse_kl"]
+        axes = (self.dtypes, self.threads, self.settings, self.policies, self.values, self.filters)
+        out = []
+        for dtype, threads, setting, m, values, name in itertools.product(*axes):
+            weights = weights_of(m) if self.reference else (1.0 / m,) * m
+            out += [
+                Problem(d, dtype, b, v, threads, weights, values, self.reference, name, setting)
+                for d in divergences
+                for b, v in shapes
+            ]
+        return out
+
+
+Picture = Callable[[Any, dict[str, Any]], None]  # draws a result into a matplotlib figure
 
 
 class Case(NamedTuple):
-    """A benchmark: `python -m bench.run NAME`."""
+    """A benchmark of the op on problems: `python -m bench.run NAME`."""
 
     help: str
     backends: tuple[str, ...]  # ours, timed by default; ratios are those of the first
     contestants: Mapping[str, Contestant]
     grids: tuple[Grid, ...]  # a problem of several is timed once
     quick: tuple[Grid, ...]
+    picture: Picture | None = None
 
 
 class Procedure(NamedTuple):
-    """A benchmark that is no grid of problems: it adds its own options, runs, and shows."""
+    """A benchmark that is no grid of problems: it adds its own options and runs."""
 
     help: str
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], dict[str, Any]]  # "what", "rows" and what else there is
-    markdown: Callable[[dict[str, Any]], str]
 
 
 def ours(backend: str) -> Contestant:
@@ -122,25 +114,6 @@ def mixtures_only(build: Builder) -> Builder:
         return build(problem, logits)
 
     return checked
-
-
-def cases() -> dict[str, Case | Procedure]:
-    """All cases by name."""
-    from .cpu import CPU
-    from .decoder import DECODER
-    from .distributions import DISTRIBUTIONS
-    from .filters import FILTERS
-    from .host import HOST
-    from .scaling import SCALING
-
-    return {
-        "cpu": CPU,
-        "scaling": SCALING,
-        "filters": FILTERS,
-        "distributions": DISTRIBUTIONS,
-        "decoder": DECODER,
-        "host": HOST,
-    }
 
 
 def set_threads(threads: int) -> None:

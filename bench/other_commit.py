@@ -23,8 +23,8 @@ from torch import Tensor
 import mod_fused
 
 from . import check, measure
+from .case import Contestant, Refused, ours, set_threads
 from .problem import Problem, logits
-from .registry import Contestant, Refused, ours, set_threads
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Longer than the threads of the process that was timed before spin before they sleep.
@@ -35,8 +35,8 @@ tree, root, connection = sys.argv[1:]
 sys.path.insert(0, tree)
 import mod_fused
 sys.path[0] = root
-from bench import base
-base.serve(tree, int(connection))
+from bench import other_commit
+other_commit.serve(tree, int(connection))
 """
 
 

@@ -1,7 +1,7 @@
 // What no implementation can be faster than, hand-vectorised: reading all the logits, and a divergence's own
 // transcendentals on them. Built and called by floors.py. The work is split over threads as the op splits it.
 
-#include "../csrc/scalar_math.h"
+#include "../../csrc/scalar_math.h"
 
 namespace {
 

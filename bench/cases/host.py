@@ -19,9 +19,9 @@ from mod_fused.checks import check_draw, check_mixture
 from mod_fused.dispatch import choose
 from mod_fused.divergence import get_divergence
 
-from .measure import Call
-from .problem import DIVERGENCES, Problem
-from .registry import Case, Contestant, Grid, mixtures_only
+from ..case import Case, Contestant, Grid, mixtures_only
+from ..measure import Call
+from ..problem import DIVERGENCES, Problem
 
 
 def _checked(problem: Problem, logits: list[Tensor]) -> tuple[Call, Call]:
@@ -76,27 +76,21 @@ def _out(problem: Problem, logits: list[Tensor]) -> Call:
     return functools.partial(torch.add, logits[0], logits[1], out=torch.empty_like(logits[0]))
 
 
+_PARTS = {
+    "op": Contestant(_op),
+    "check_mixture": Contestant(_check_mixture),
+    "check_draw": Contestant(_check_draw),
+    "choose": Contestant(_choose),
+    "pack": Contestant(_pack),
+    "add": Contestant(_add),
+    "add_out": Contestant(_out),
+}
+_GRID = Grid(dtypes=("bfloat16",), shapes=((1, 64), (8, 64)), threads=(1,), divergences=DIVERGENCES)
+
 HOST = Case(
     help="what a call costs on tiny inputs: checks, packing, op; beside a bare C++ op of torch",
     backends=("cpu",),
-    contestants={
-        "op": Contestant(_op),
-        "check_mixture": Contestant(_check_mixture),
-        "check_draw": Contestant(_check_draw),
-        "choose": Contestant(_choose),
-        "pack": Contestant(_pack),
-        "add": Contestant(_add),
-        "add_out": Contestant(_out),
-    },
-    grids=(
-        Grid(
-            dtypes=("bfloat16",),
-            shapes=((1, 64), (8, 64)),
-            threads=(1,),
-            divergences=DIVERGENCES,
-        ),
-    ),
-    quick=(
-        Grid(dtypes=("bfloat16",), shapes=((1, 64),), threads=(1,), divergences=("reverse_kl",)),
-    ),
+    contestants=_PARTS,
+    grids=(_GRID,),
+    quick=(_GRID._replace(shapes=((1, 64),), divergences=("reverse_kl",)),),
 )

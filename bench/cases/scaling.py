@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .registry import Case, Grid
+from ..case import Case, Grid
 
 _BASE = Grid(
     dtypes=("bfloat16",),
@@ -39,46 +39,31 @@ def sweep(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return sorted(chosen, key=lambda r: r[field])
 
 
-def crossings(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """By divergence: from which vocabulary on `cpu` is faster than `torch` at B = 1."""
-    out = {}
-    for divergence in dict.fromkeys(r["divergence"] for r in rows):
-        faster = {
-            r["vocab"]: r["ratios"]["torch"] > 1.0
-            for r in sweep(rows, "vocabulary V")
-            if r["divergence"] == divergence and "torch" in r["ratios"]
-        }
-        slower = [v for v, yes in faster.items() if not yes]
-        if faster:
-            smallest = f"at every V from {min(faster)}"
-            out[divergence] = f"above V = {max(slower)}" if slower else smallest
-    return out
-
-
 def draw(figure: Any, result: dict[str, Any]) -> None:
-    """A panel for each size, a line for each divergence and backend, log-log."""
+    """A panel for each size, a line for each divergence and backend."""
     rows = result["rows"]
     figure.set_size_inches(11, 6)
     panels = figure.subplots(2, 3)
-    colours = {d: f"C{i}" for i, d in enumerate(result["divergences"])}
+    names = dict.fromkeys(row["divergence"] for row in rows)
+    colours = {d: f"C{i}" for i, d in enumerate(names)}
     for axes, name in zip(panels.flat, SWEEPS, strict=False):
         field = SWEEPS[name][0]
         for divergence, colour in colours.items():
             line = [r for r in sweep(rows, name) if r["divergence"] == divergence]
             for backend, style in zip(result["contestants"], ("o-", "x:"), strict=False):
                 points = [
-                    (r[field], r["timings"][backend]["median_us"])
-                    for r in line
-                    if backend in r["timings"]
+                    (r[field], r["timings"][backend][0]) for r in line if backend in r["timings"]
                 ]
                 if points:
                     label = f"{divergence}, {backend}"
-                    axes.loglog(*zip(*points, strict=True), style, color=colour, label=label)
+                    axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
+        axes.set_xscale("log" if field in ("vocab", "batch") else "linear")
+        axes.set_yscale("log")
         axes.set_xlabel(name)
         axes.set_ylabel("µs")
-    handles, names = panels.flat[0].get_legend_handles_labels()
+    handles, labels = panels.flat[0].get_legend_handles_labels()
     panels.flat[-1].axis("off")
-    panels.flat[-1].legend(handles, names, loc="center")
+    panels.flat[-1].legend(handles, labels, loc="center")
 
 
 SCALING = Case(
@@ -90,4 +75,5 @@ SCALING = Case(
         _BASE._replace(shapes=((1, 64), (1, 1024), (2, 1024)), divergences=("jsd",)),
         _BASE._replace(shapes=((1, 1024),), divergences=("jsd",), policies=(0,), values=(1,)),
     ),
+    picture=draw,
 )

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from mod_fused import reference, reference_sampling
 
-from . import loops, measure, models, report
-from .grid import note
-from .problem import DIVERGENCES, POLICIES, WEIGHTS
-from .registry import Procedure, set_threads
+from .. import measure
+from ..case import Procedure, set_threads
+from ..contestants import loops, models
+from ..problem import DIVERGENCES, POLICIES, WEIGHTS
+from ..report import note
 
 ROUNDS = 3
 #: Of a drawn token's log-probability from the oracle, on the logits that the loop saw. Peers work
@@ -75,12 +76,6 @@ class Clock:
         return self._now() - self._begin
 
 
-def _logits(args: tuple[Any, ...]) -> list[Tensor]:
-    """The logits that a drawing function was given, reference first: `sample(ref, policies)` or
-    `draw(logits, weights)`."""
-    return [args[0], *args[1]] if isinstance(args[0], Tensor) else args[0]
-
-
 def refusal(name: str, task: loops.Task, clock: Clock, drawn: loops.Drawn) -> str:
     """Why a loop may not be timed; empty if what it drew in the first row, first and last step, has
     the oracle's log-probability, and is the token of the oracle's race where the op drew it."""
@@ -88,7 +83,9 @@ def refusal(name: str, task: loops.Task, clock: Clock, drawn: loops.Drawn) -> st
     if len(tokens) != task.tokens:
         return f"drew {len(tokens)} tokens, expected {task.tokens}"
     for step in (0, task.tokens - 1):
-        ref, *policies = (x[0].float().cpu() for x in _logits(clock.given[step]))
+        given = clock.given[step]  # of `sample(ref, policies)` or `draw(logits, weights)`
+        logits = [given[0], *given[1]] if isinstance(given[0], Tensor) else given[0]
+        ref, *policies = (x[0].float().cpu() for x in logits)
         expected = reference.log_probs_row(ref, policies, task.weights, divergence=task.divergence)
         error = abs(expected[tokens[step]] - logprobs[step])
         if not error <= (_TOLERANCE if name in OURS else _PEERS_TOLERANCE):
@@ -128,8 +125,7 @@ def _row(task: loops.Task, rounds: int) -> dict[str, Any]:
             loop(task, clock := Clock(synchronise))
             seconds_of[name].append(clock.seconds() / (task.tokens - 1))
     row["other_cores"] = others.cores()
-    timings = {name: measure.timing(s) for name, s in seconds_of.items()}
-    row["timings"] = {name: t._asdict() for name, t in timings.items()}  # of a step
+    timings = row["timings"] = {n: measure.timing(s) for n, s in seconds_of.items()}  # of a step
     rows = task.prompts.shape[0]
     row["tokens_per_s"] = {n: 1e6 * rows / t.median_us for n, t in timings.items()}
     mine = timings[OURS[0]].median_us
@@ -147,16 +143,11 @@ def _tasks(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], loops.Tas
         for batch, divergence in itertools.product(batches, args.divergences):
             prompts = models.prompts(name, ensemble, batch)
             head = {
-                "models": name,
-                "parameters": models.parameters(ensemble),
-                "vocab": ensemble.vocab_size,
-                "dtype": dtype,
-                "batch": batch,
-                "prompt": prompts.shape[1],
-                "tokens": tokens,
-                "divergence": divergence,
+                "models": name, "parameters": models.parameters(ensemble),
+                "vocab": ensemble.vocab_size, "dtype": dtype, "batch": batch,
+                "prompt": prompts.shape[1], "tokens": tokens, "divergence": divergence,
                 "threads": args.threads,
-            }
+            }  # fmt: skip
             yield head, loops.Task(ensemble, prompts, tokens, divergence, WEIGHTS)
         del ensemble  # there may be no room for the next one beside it
 
@@ -186,67 +177,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"what": "tokens per second", "device": device, "contestants": names, "rows": rows}
 
 
-def cells(result: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of a table: tokens per second, share of the time in drawing."""
-    names = result["contestants"]
-    heading = ["models", "V", "dtype", "divergence", "B", "threads"]
-    heading += [f"{n} tok/s" for n in names] + [f"{n} draws" for n in names]
-    out = []
-    for row in rows:
-        cell = [f"{row['models']} ({row['parameters'] / 1e6:.3g} M)"]
-        cell += [str(row[k]) for k in ("vocab", "dtype", "divergence", "batch", "threads")]
-        if row["refused"]:
-            out.append([*cell, "refused: " + row["refused"], *[""] * (2 * len(names) - 1)])
-            continue
-        rates, shares = row["tokens_per_s"], row["draw_share"]
-        cell += [report.number(rates[n]) if n in rates else "" for n in names]
-        cell[6] += " \\*" * report.disturbed(row)
-        cell += [f"{shares[n]:.1%}" if n in shares else "" for n in names]
-        out.append(cell)
-    return heading, out
-
-
-def draw(figure: Any, result: dict[str, Any]) -> None:
-    """A group of bars for each row: tokens per second, relative to the eager loop."""
-    names = result["contestants"]
-    rows = [row for row in result["rows"] if "eager" in row["timings"]]
-    figure.set_size_inches(9, 1.0 + 0.7 * len(rows))
-    axes = figure.subplots()
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        bars = [(at + i * height, row) for at, row in enumerate(rows) if name in row["timings"]]
-        rates = [row["tokens_per_s"][name] / row["tokens_per_s"]["eager"] for _, row in bars]
-        axes.barh([at for at, _ in bars], rates, height, label=name)
-    keys = ("models", "dtype", "divergence")
-    what = [", ".join(row[k] for k in keys) + f", B={row['batch']}" for row in rows]
-    axes.set_yticks([at + 0.4 - height / 2 for at in range(len(rows))], what)
-    axes.invert_yaxis()
-    axes.set_xlabel("tokens per second, relative to the eager loop")
-    figure.legend(loc="outside upper center", ncols=len(names))
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The report: one table, then what was left out."""
-    out = [*report.head(result), f"- device: {result['device']}", ""]
-    out += [
-        "Decoding alone, from the first token on. `draws`: the share of that time between logits "
-        "and token. \\*: other processes were busy meanwhile.",
-        "",
-        report.markdown_table(*cells(result, result["rows"])),
-    ]
-    skipped = sorted(
-        f"- {name}, {row['models']}, {row['dtype']}, {row['divergence']}: {why}"
-        for row in result["rows"]
-        for name, why in row["skipped"].items()
-    )
-    if skipped:
-        out += ["", "## Not timed", "", *skipped]
-    return "\n".join(out) + "\n"
-
-
 DECODER = Procedure(
     help="tokens per second of decoding loops: the fused op, torch ops, a loop as is usual",
     options=options,
     run=run,
-    markdown=markdown,
 )

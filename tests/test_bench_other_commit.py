@@ -1,6 +1,5 @@
 """`--base`: another commit beside the working tree, each in a process of its own."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,9 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not installed
 
-from bench import base, measure, run
+from bench import measure, other_commit, report, run
 
-ROOT = base.ROOT
+ROOT = other_commit.ROOT
 HISTORY = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True)
 pytestmark = pytest.mark.skipif(HISTORY.returncode != 0, reason="no repository to take HEAD from")
 
@@ -31,20 +30,20 @@ def is_gone(tree: Path) -> bool:
 def run_json(tmp_path: Path, *words: str) -> tuple[int, dict]:
     file = tmp_path / "result.json"
     status = run.main([*WORDS, *words, "--json", str(file)])
-    return status, json.loads(file.read_text())
+    return status, report.load(file)
 
 
 def test_both_are_timed_and_the_ratio_is_of_their_medians(tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr(base, "build", built.append)  # the C++ backend is not needed here
+    monkeypatch.setattr(other_commit, "build", built.append)  # the C++ backend is not needed here
     words = ["--divergences", "jsd", "--contestants", "eager", "--out", str(tmp_path)]
     status, result = run_json(tmp_path, *words)
     assert status == 0 and result["contestants"] == ["torch", "base", "eager"]
     assert HISTORY.stdout.decode().startswith(result["base"]) and len(result["base"]) == 12
     (row,) = result["rows"]
     assert set(row["timings"]) == {"torch", "base", "eager"}
-    medians = [row["timings"][name]["median_us"] for name in ("base", "torch")]
-    assert row["base_ratio"]["ratio"] == pytest.approx(medians[0] / medians[1])
+    medians = [row["timings"][name][0] for name in ("base", "torch")]
+    assert row["base_ratio"]["ratio"] == pytest.approx(medians[0] / medians[1], rel=1e-4)
     assert row["base_ratio"]["p20"] <= row["base_ratio"]["p80"]
     assert f"- base: {result['base']}" in (tmp_path / "cpu.md").read_text()
     assert len(built) == 1 and is_gone(built[0])
@@ -58,7 +57,7 @@ def test_a_base_that_is_wrong_is_refused_and_ours_is_not_blamed(tmp_path, monkey
         with (tree / "mod_fused" / "torch_backend.py").open("a") as file:
             file.write("\n_right = log_probs\ndef log_probs(*x): return 0.999 * _right(*x)\n")
 
-    monkeypatch.setattr(base, "build", spoil)
+    monkeypatch.setattr(other_commit, "build", spoil)
     status, result = run_json(tmp_path, "--divergences", "jsd")
     assert status == 1
     assert result["rows"][0]["refused"].startswith("base: total variation")
@@ -66,7 +65,7 @@ def test_a_base_that_is_wrong_is_refused_and_ours_is_not_blamed(tmp_path, monkey
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_built(monkeypatch):
-    monkeypatch.setattr(base, "build", lambda tree: pytest.fail("built"))
+    monkeypatch.setattr(other_commit, "build", lambda tree: pytest.fail("built"))
     with pytest.raises(SystemExit, match="no-such-commit"):
         run.main([*WORDS, "--base=no-such-commit"])
     with pytest.raises(SystemExit, match="compares times"):

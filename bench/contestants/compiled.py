@@ -1,12 +1,10 @@
 """Our algorithm in plain torch for torch.compile: log-sum-exps, deficit form, a fixed number of
-Newton steps, masses, race.
-
-Two races: `tiled` is the op's own (a race over tiles, then within the winning tile: few random
-numbers); `flat` gives every token its exponential deviate, as is usually written.
-"""
+Newton steps, masses, and the op's race over tiles, then within the winning tile."""
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,6 +12,11 @@ from torch import Tensor
 
 from mod_fused.divergence import Divergence, ReverseKL, get_divergence
 
+from ..measure import Call
+from ..problem import Problem
+
+#: torch.compile's; a dry run of the GPU check traces only ("eager").
+COMPILER = os.environ.get("MOD_FUSED_BENCH_COMPILER", "inductor")
 NEWTON_STEPS = 5
 TILE = 256  # divides the usual vocabularies (32000, 128256, 262144), so that no row is padded
 
@@ -80,20 +83,39 @@ def tiled(mass: Tensor) -> tuple[Tensor, Tensor]:
     return tile * TILE + within, sums.sum(-1)
 
 
-def flat(mass: Tensor) -> tuple[Tensor, Tensor]:
-    """A token of each row by one race over the vocabulary, and the mass of the row."""
-    return (mass / torch.empty_like(mass).exponential_()).argmax(-1), mass.sum(-1)
-
-
 def sampler(
-    divergence: str, race: Callable[[Tensor], tuple[Tensor, Tensor]]
+    divergence: str,
 ) -> Callable[[Sequence[Tensor], Sequence[float]], tuple[Tensor, Tensor]]:
     """The function to compile: logits, weights -> a token of each row [B], its log-probability."""
     chosen = get_divergence(divergence)
 
     def sample(logits: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
         mass = masses(logits, weights, chosen)
-        token, total = race(mass)
+        token, total = tiled(mass)
         return token, torch.log(mass.gather(-1, token[:, None]).squeeze(-1) / total)
 
     return sample
+
+
+_graph_of: tuple[object, ...] | None = None
+
+
+@functools.cache
+def _compiled(divergence: str) -> Callable[..., object]:
+    return torch.compile(sampler(divergence), fullgraph=True, backend=COMPILER)
+
+
+def build(problem: Problem, logits: list[Tensor]) -> Call:
+    """The compiled call: one graph for all vocabularies (and for all batches above 1), which was
+    measured to be as fast as one per shape."""
+    global _graph_of
+    graph = (problem.divergence, problem.dtype, problem.threads, problem.batch == 1)
+    if graph != _graph_of:
+        torch._dynamo.reset()
+        _compiled.cache_clear()
+        _graph_of = graph
+    for x in logits:
+        torch._dynamo.mark_dynamic(x, 1)
+        if problem.batch > 1:
+            torch._dynamo.mark_dynamic(x, 0)
+    return functools.partial(_compiled(problem.divergence), logits, problem.weights)

@@ -1,0 +1,74 @@
+"""Answers to prompts, with their rewards and KL; the same noise for every method."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mod_fused import Ensemble, generate, world
+from mod_fused.philox import split_mix
+from mod_fused.world import train
+
+Array = np.ndarray
+BATCH = 256
+SEED = 0  # of the trainings and of the answers to train on
+DECODE_SEED = 1  # of the held-out prompts, and of drawing the answers
+
+
+@functools.cache
+def reference() -> tuple[Any, Any]:
+    """The embedded reference and its tokenizer."""
+    ensemble = Ensemble.embedded([], dtype=torch.float32)
+    return ensemble.models[0], ensemble.tokenizer
+
+
+def scores(prompts: Sequence[str], responses: Sequence[str]) -> Array:
+    """[N, 3] float32 rewards in the order of `world.OBJECTIVES`."""
+    columns = [train.score(name, list(prompts), list(responses)) for name in world.OBJECTIVES]
+    return torch.stack(columns, dim=1).numpy()
+
+
+def decode(
+    models: Sequence[Any],
+    weights: Sequence[float],
+    prompts: Sequence[str],
+    samples: int = 1,
+    **options: Any,
+) -> dict[str, Array]:
+    """Rewards [S, N, 3], kl [S, N] (log pi* - log pi_ref of whole answers), length, ended, valid.
+
+    `models`: the reference (or None), then the policies. Sample by sample, answer r is drawn with
+    row seed SplitMix64(DECODE_SEED + r), for every method alike.
+    """
+    ensemble = Ensemble(list(models), reference()[1])
+    rows = list(prompts) * samples
+    noise = split_mix(DECODE_SEED, len(rows), torch.device("cpu")).tolist()
+    parts: list[dict[str, Array]] = []
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        out = generate(
+            ensemble,
+            part,
+            weights=list(weights),
+            seed=noise[start : start + BATCH],
+            max_new_tokens=train.MAX_NEW_TOKENS,
+            return_model_logprobs=True,
+            **options,
+        )
+        assert out.model_logprobs is not None
+        log_ratio = out.logprobs.double().sum(1) - out.model_logprobs[..., 0].double().sum(1)
+        parts.append(
+            {
+                "rewards": scores(part, out.texts or ()),
+                "kl": log_ratio.numpy(),
+                "length": out.lengths.numpy(),
+                "ended": np.array([reason == "eos" for reason in out.finish_reasons]),
+                "valid": out.valid.numpy(),
+            }
+        )
+    joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    return {name: x.reshape(samples, len(prompts), *x.shape[1:]) for name, x in joined.items()}

@@ -1,0 +1,288 @@
+"""From the decoded answers of the policies' study to the estimates in its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mod_fused import world
+
+from . import policies, statistics, tabular
+from .decoding import Array
+from .loop import load
+from .policies import CENTRE, CORNERS, EQUAL, MIDPOINTS, Cell, Sizes, Weights, cells
+from .statistics import (
+    REWARD_SCALE,
+    at_kl,
+    best_of,
+    hypervolume,
+    interval,
+    mean,
+    over_seeds,
+    reweighted,
+)
+from .training import least_loss
+
+BEST_OF = (4, 16)
+Record = dict[str, Any]
+
+
+class Scored(NamedTuple):
+    """What a method reached at one weight vector, averaged over a prompt's answers.
+
+    Attributes:
+        rewards: [N, 3].
+        kl: [N], log pi - log pi_ref of whole answers, in nats; NaN where it has no meaning.
+        divergence: [N], terms of the divergence tuned with; NaN likewise.
+    """
+
+    rewards: Array
+    kl: Array
+    divergence: Array
+
+
+class Study:
+    """The decoded answers of a work folder."""
+
+    def __init__(self, work: Path, sizes: Sizes) -> None:
+        self.work, self.sizes = work, sizes
+        parts = [load(work, f"pool-{part}") for part in range(-(-sizes.pool // policies.POOL_PART))]
+        self.pool = np.concatenate(parts, axis=1).astype(float)
+        self.nowhere = np.full(len(self.pool), np.nan)
+        self.optima: dict[tuple[str, Weights], Scored] = {}
+        self.reference = self.scored(cells(sizes)[0])
+
+    def scored(self, cell: Cell) -> Scored:
+        """A cell; at a corner every method is the single policy, which MOD's cell has."""
+        if cell.weights in CORNERS and cell.method != "reference":
+            cell = cell._replace(method="mod", mixed_by=cell.tuned)
+        found = load(self.work, cell.name)
+        rewards, kl = found["rewards"].mean(0), found["kl"]
+        if cell.greedy or not found["valid"].all():
+            return Scored(rewards, self.nowhere, self.nowhere)
+        terms = kl if cell.method == "reference" else statistics.divergence_terms(cell.tuned, kl)
+        return Scored(rewards, kl.mean(0), terms.mean(0))
+
+    def method(self, name: str, tuned: str, weights: Weights, seed: int = 0) -> Scored:
+        """Any method by its name in the tables."""
+        if name.startswith("best of "):
+            n = int(name.removeprefix("best of "))
+            rewards = best_of(self.pool, np.array(weights), n)
+            return Scored(rewards, np.full(len(rewards), statistics.best_of_kl(n)), self.nowhere)
+        if name == "optimum":
+            if (tuned, weights) not in self.optima:
+                rewards, terms = reweighted(self.pool, np.array(weights), tuned)
+                self.optima[tuned, weights] = Scored(rewards, self.nowhere, terms)
+            return self.optima[tuned, weights]
+        mixed_by = tuned if name == "mod" else ""
+        cell = Cell(name, tuned, weights, mixed_by, seed=seed, samples=self.sizes.samples)
+        return self.scored(cell)
+
+    def lost(self, scored: Scored, tuned: str, weights: Weights) -> Any:
+        """(J* - J) / (J* - J(pi_ref)): 0 for the optimum, 1 for the reference."""
+        best, w = self.method("optimum", tuned, weights), REWARD_SCALE * np.array(weights)
+
+        def share(r: Array, d: Array, r_best: Array, d_best: Array, r_ref: Array) -> Array:
+            top = r_best @ w - d_best
+            return (top - (r @ w - d)) / (top - r_ref @ w)
+
+        if np.isnan(scored.divergence).any():
+            return None
+        arrays = scored.rewards, scored.divergence, best.rewards, best.divergence
+        return interval(share, *arrays, self.reference.rewards)
+
+
+def _estimates(scored: Scored, weights: Weights) -> Record:
+    """Each reward, the weighted and the overall one, KL, and J = 10 w r - D_f."""
+    w = np.array(weights)
+    out: Record = {name: mean(scored.rewards[:, k]) for k, name in enumerate(world.OBJECTIVES)}
+    out["weighted"] = interval(lambda r: r @ w, scored.rewards)
+    out["overall"] = interval(lambda r: r.mean(1), scored.rewards)
+    if not np.isnan(scored.kl).any():
+        out["kl"] = mean(scored.kl)
+    if not np.isnan(scored.divergence).any():
+        out["objective"] = interval(
+            lambda r, d: REWARD_SCALE * r @ w - d, scored.rewards, scored.divergence
+        )
+    return out
+
+
+def _cells(study: Study) -> Iterator[Record]:
+    for cell in cells(study.sizes):
+        found, scored = load(study.work, cell.name), study.scored(cell)
+        record = cell._asdict() | _estimates(scored, cell.weights)
+        for name, x in (
+            ("length", found["length"].mean()),
+            ("ended", found["ended"].mean()),
+            ("invalid", 1.0 - found["valid"].mean()),
+        ):
+            record[name] = round(float(x), 4)
+        if cell.weights in study.sizes.key and cell.method != "reference":
+            record["lost"] = study.lost(scored, cell.tuned, cell.weights)
+        yield record
+
+
+def _pool(study: Study) -> Iterator[Record]:
+    """Best-of-n and the optimum at every weight of the grid."""
+    methods = [*((f"best of {n}", "none") for n in BEST_OF)]
+    methods += [("optimum", tuned) for tuned in study.sizes.divergences]
+    for weights in dict.fromkeys((*study.sizes.grid, *study.sizes.key)):
+        for name, tuned in methods:
+            head = {"method": name, "tuned": tuned, "weights": weights}
+            yield head | _estimates(study.method(name, tuned, weights), weights)
+
+
+def _pool_growth(study: Study) -> Iterator[Record]:
+    """J and the overall reward of the optimum at equal weights, from more and more of the pool."""
+    w = np.array(CENTRE)
+    for tuned, shift in product(study.sizes.divergences, (4, 3, 2, 1, 0)):
+        size = study.sizes.pool >> shift
+        rewards, terms = reweighted(study.pool[:, :size], w, tuned)
+        value = float((REWARD_SCALE * rewards @ w - terms).mean())
+        record = {"tuned": tuned, "size": size, "overall": round(float(rewards.mean()), 4)}
+        yield record | {"objective": round(value, 3)}
+
+
+def _equal_weights(study: Study) -> Iterator[Record]:
+    """The paper's headline: the overall reward at equal weights, MOD against the others."""
+
+    def relative(a: Array, b: Array) -> Array:
+        return a.mean(1) / b.mean(1) - 1.0
+
+    def relative_gain(a: Array, b: Array, r: Array) -> Array:
+        with np.errstate(divide="ignore", invalid="ignore"):  # the other may gain nothing
+            return (a.mean(1) - r.mean(1)) / (b.mean(1) - r.mean(1)) - 1.0
+
+    for tuned, seed in product(study.sizes.divergences, range(study.sizes.train_seeds)):
+        ours = study.method("mod", tuned, CENTRE, seed).rewards
+        record: Record = {"tuned": tuned, "seed": seed}
+        for name in ("soup", "retrained", *(f"best of {n}" for n in BEST_OF)):
+            theirs = study.method(name, tuned, CENTRE, seed).rewards
+            gain = interval(relative_gain, ours, theirs, study.reference.rewards)
+            record[name] = {
+                "relative": interval(relative, ours, theirs),
+                "relative_gain": gain if np.isfinite(gain).all() else None,
+                "difference": interval(lambda a, b: a.mean(1) - b.mean(1), ours, theirs),
+            }
+        yield record
+
+
+def _at_equal_kl(study: Study) -> Iterator[Record]:
+    """MOD's lead in overall reward where its equal weights are scaled to another method's KL."""
+    equal = [w for w in EQUAL if w == CENTRE or w in study.sizes.outside]
+
+    def lead(reward: Array, kl: Array, ours: Array, our_kl: Array) -> Array:
+        return at_kl(kl, ours, our_kl) / reward - 1.0
+
+    for tuned in study.sizes.divergences:
+        line = [study.method("mod", tuned, w) for w in equal]
+        ours = np.stack([s.rewards.mean(1) for s in line], axis=1)  # [N, S]
+        our_kl = np.stack([s.kl for s in line], axis=1)
+        record: Record = {"tuned": tuned, "soup": None, "retrained": None}
+        for name in ("soup", "retrained"):
+            other = study.method(name, tuned, CENTRE)
+            if our_kl.mean(0).min() <= other.kl.mean() <= our_kl.mean(0).max():
+                record[name] = interval(lead, other.rewards.mean(1), other.kl, ours, our_kl)
+        yield record
+
+
+def _hypervolumes(study: Study) -> Iterator[Record]:
+    """The area dominated in the plane of two rewards, by the ends and the midpoint, and by all."""
+
+    def area(*points: Array) -> Array:
+        return np.array([hypervolume(p) for p in np.stack(points, axis=1)])
+
+    for i, j in combinations(range(3), 2):
+        line = sorted(w for w in study.sizes.grid if w[i] + w[j] == 1.0)
+        few = [w for w in (*CORNERS, *MIDPOINTS) if w[i] + w[j] == 1.0]
+        if not set(few) <= set(line):
+            continue
+        methods = ["mod", "soup", "retrained", *(f"best of {n}" for n in BEST_OF), "optimum"]
+        for tuned, name in product(study.sizes.divergences, methods):
+            record: Record = {"tuned": tuned, "pair": [i, j], "method": name}
+            for label, at in (("three", few), ("line", line)):
+                if name != "retrained" or label == "three":
+                    points = [study.method(name, tuned, w).rewards[:, [i, j]] for w in at]
+                    record[label] = interval(area, *points)
+            yield record
+
+
+def _grid_means(study: Study) -> Iterator[Record]:
+    """Weighted rewards averaged over the grid's weights off the corners, and MOD's lead there."""
+    inner = [w for w in study.sizes.grid if w not in CORNERS]
+    for tuned in study.sizes.divergences:
+        found: dict[str, Array] = {}
+        for name in ("mod", "soup", *(f"best of {n}" for n in BEST_OF), "optimum"):
+            columns = [study.method(name, tuned, w).rewards @ np.array(w) for w in inner]
+            found[name] = np.stack(columns, axis=1)  # [N, weights]
+        record: Record = {"tuned": tuned, "weights": len(inner)}
+        record |= {name: interval(lambda x: x.mean(1), x) for name, x in found.items()}
+        leads = [mean(x) for x in (found["mod"] - found["soup"]).T]
+        record["mod above soup"] = sum(lead.low > 0 for lead in leads)
+        record["mod below soup"] = sum(lead.high < 0 for lead in leads)
+        yield record
+
+
+def _by_seed(study: Study, tuned: str, seed: int) -> dict[str, float]:
+    """What one training of all policies gives; MOD and the soup at the key weights."""
+    key, out = study.sizes.key, {}
+    for name in ("mod", "soup", "retrained"):
+        centre = study.method(name, tuned, CENTRE, seed)
+        out[f"overall reward, {name}"] = float(centre.rewards.mean())
+        out[f"KL, {name}"] = float(centre.kl.mean())
+    for name in ("soup", "retrained"):
+        lead = out["overall reward, mod"] / out[f"overall reward, {name}"] - 1.0
+        out[f"overall reward, mod over {name}, %"] = 100.0 * lead
+    for name in ("mod", "soup"):
+        found = [study.method(name, tuned, w, seed) for w in key]
+        lost = [study.lost(s, tuned, w).value for s, w in zip(found, key, strict=True)]
+        rewards = [s.rewards.mean(0) @ np.array(w) for s, w in zip(found, key, strict=True)]
+        out[f"weighted reward over the key weights, {name}"] = float(np.mean(rewards))
+        out[f"J lost over the key weights, {name}, %"] = 100.0 * float(np.mean(lost))
+        areas = []
+        for middle in (w for w in key if w in MIDPOINTS):
+            i, j = np.flatnonzero(middle)
+            line = [study.method(name, tuned, w, seed) for w in (CORNERS[i], middle, CORNERS[j])]
+            areas.append(hypervolume(np.stack([s.rewards.mean(0)[[i, j]] for s in line])))
+        out[f"dominated area, mean of the pairs, {name}"] = float(np.mean(areas))
+    return out
+
+
+def _over_seeds(study: Study) -> Iterator[Record]:
+    """Every quantity of `_by_seed`: each training's value, and the mean with its interval."""
+    for tuned in study.sizes.divergences:
+        found = [_by_seed(study, tuned, seed) for seed in range(study.sizes.train_seeds)]
+        for what in found[0]:
+            values = [x[what] for x in found]
+            record: Record = {"tuned": tuned, "what": what}
+            record["values"] = [round(x, 5) for x in values]
+            yield record | {"mean": over_seeds(values)}
+
+
+def _trainings(study: Study) -> Iterator[Record]:
+    for policy in policies.policies(study.sizes):
+        record = load(study.work, policy.name)["record"]
+        least = least_loss(policies.load_answers(study.work, policy.seed), policy.weights)
+        yield policy._asdict() | record | {"least_loss": least}
+
+
+def summary(work: Path, sizes: Sizes) -> Record:
+    """Everything that the tables show, from a complete work folder."""
+    study = Study(work, sizes)
+    parts = {
+        "trainings": _trainings,
+        "equal_weights": _equal_weights,
+        "over_seeds": _over_seeds,
+        "equal_kl": _at_equal_kl,
+        "grid": _grid_means,
+        "hypervolumes": _hypervolumes,
+        "cells": _cells,
+        "pool": _pool,
+        "pool_growth": _pool_growth,
+    }
+    found = {name: list(part(study)) for name, part in parts.items()}
+    return {"sizes": sizes._asdict(), **found, "tabular": tabular.measure(sizes.worlds)}

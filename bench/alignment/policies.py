@@ -1,0 +1,241 @@
+"""The study of policies: what is trained and what is decoded, for `loop.run`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mod_fused import world
+from mod_fused.sweep import simplex_grid
+from mod_fused.world import train
+
+from ..problem import DIVERGENCES
+from .decoding import DECODE_SEED, SEED, Array, decode, reference, scores
+from .loop import Job, Phases, load
+from .training import Answers, draw_answers, train_policy
+
+Weights = tuple[float, ...]
+CENTRE: Weights = (1 / 3, 1 / 3, 1 / 3)
+MIDPOINTS = ((0.5, 0.5, 0.0), (0.5, 0.0, 0.5), (0.0, 0.5, 0.5))
+KEY = (CENTRE, *MIDPOINTS)  # where everything is compared
+CORNERS = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+GRID = (*simplex_grid(3, 5), CENTRE)
+SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)  # sums of equal weights: reward against KL
+EQUAL = tuple((scale / 3,) * 3 for scale in SCALES)
+OUTSIDE = (
+    (1.5, -0.5, 0.0),
+    (-0.5, 0.0, 1.5),
+    (1.0, 1.0, 0.0),
+    (2.0, 0.0, 0.0),
+    *(w for w in EQUAL if w != CENTRE),
+)
+VARIANTS = (("exact", False), ("zero", False), ("exact", True), ("zero", True))
+POOL_PART = 64  # answers to each prompt in one job
+
+
+class Sizes(NamedTuple):
+    """How much is trained and drawn."""
+
+    train_prompts: int = 1800  # with `train.GROUP` answers each; all training questions
+    steps: int = 200  # of each policy
+    # Trainings of the policies that MOD and the soup use and of those retrained for equal weights,
+    # each on other answers in another order.
+    train_seeds: int = 3
+    prompts: int = 200  # held out
+    samples: int = 2  # answers to each, 1 where greedy or mismatched
+    pool: int = 256  # answers of the reference to each, for best-of-N and the optimum
+    divergences: tuple[str, ...] = DIVERGENCES  # tuned and mixed with
+    grid: tuple[Weights, ...] = GRID  # of MOD and the soups
+    key: tuple[Weights, ...] = KEY  # where policies are retrained and all variants measured
+    outside: tuple[Weights, ...] = OUTSIDE  # off the simplex
+    worlds: int = 40  # tabular ones
+
+
+#: A run of every kind of job in half a minute, to see that it runs.
+TINY = Sizes(
+    train_prompts=8, steps=2, train_seeds=2, prompts=6, pool=16, worlds=2,
+    divergences=("reverse_kl", "jsd"), grid=(*CORNERS[:2], MIDPOINTS[0], CENTRE),
+    key=(CENTRE, MIDPOINTS[0]), outside=OUTSIDE[-1:],
+)  # fmt: skip
+
+
+class Policy(NamedTuple):
+    """One training."""
+
+    divergence: str
+    weights: Weights
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """A file name that no other training has."""
+        weights = "_".join(f"{w:.3g}" for w in self.weights)
+        return f"policy-{self.divergence}-{weights}-s{self.seed}"
+
+
+class Cell(NamedTuple):
+    """One method at one weight vector. Methods: "mod", "soup" (Rewarded Soups, arXiv 2306.04488:
+    the policies' parameters averaged), "retrained" (one policy tuned for the mix), "reference"."""
+
+    method: str
+    tuned: str  # the divergence that the policies were tuned with
+    weights: Weights  # corners are the single policies
+    mixed_by: str = ""  # the divergence to mix with; "mod" only, as are the next two
+    normalizer: str = "exact"
+    history: bool = False
+    greedy: bool = False
+    seed: int = 0  # of the training
+    samples: int = 2
+
+    @property
+    def name(self) -> str:
+        """A file name that no other cell has."""
+        weights = "_".join(f"{w:.3g}" for w in self.weights)
+        flags = ["history"] * self.history + ["greedy"] * self.greedy
+        words = [self.method, self.tuned, self.mixed_by, self.normalizer, *flags, weights]
+        return "-".join([*filter(None, words), f"s{self.seed}x{self.samples}"])
+
+
+def policies(sizes: Sizes) -> list[Policy]:
+    """All trainings: single objectives and retrained mixtures, then the other seeds."""
+    out = [Policy(d, w) for d in sizes.divergences for w in CORNERS]
+    out += [Policy(d, w) for w in sizes.key for d in sizes.divergences]
+    for seed in range(1, sizes.train_seeds):
+        out += [Policy(d, w, seed) for d in sizes.divergences for w in (*CORNERS, CENTRE)]
+    return out
+
+
+def needed(cell: Cell) -> list[Policy]:
+    """The trained policies of a cell."""
+    if cell.method == "reference":
+        return []
+    chosen = [cell.weights] if cell.method == "retrained" else CORNERS
+    return [Policy(cell.tuned, w, cell.seed) for w in chosen]
+
+
+def compared(tuned: str, weights: Weights, **fields: Any) -> list[Cell]:
+    """MOD, the soup and the retrained policy at one weight vector."""
+    mod = Cell("mod", tuned, weights, mixed_by=tuned)
+    cells = [mod, Cell("soup", tuned, weights), Cell("retrained", tuned, weights)]
+    return [cell._replace(**fields) for cell in cells]
+
+
+def cells(sizes: Sizes) -> list[Cell]:
+    """All cells, each once."""
+    n = sizes.samples
+    at_rest = Cell("reference", "none", (0.0, 0.0, 0.0), samples=n)
+    out = [at_rest, at_rest._replace(samples=1, greedy=True)]
+    for tuned in sizes.divergences:
+        mod = Cell("mod", tuned, CENTRE, mixed_by=tuned, samples=n)
+        for weights in sizes.grid:
+            # At a corner the soup is the policy, as MOD is.
+            out += compared(tuned, weights, samples=n)[: 1 if weights in CORNERS else 2]
+        for weights in sizes.key:
+            out += compared(tuned, weights, samples=n)
+            out += compared(tuned, weights, greedy=True, samples=1)
+            if tuned != "reverse_kl":  # where neither history nor Z matters
+                out += [mod._replace(weights=weights, normalizer=z, history=h) for z, h in VARIANTS]
+            others = (d for d in sizes.divergences if d != tuned)
+            out += [mod._replace(weights=weights, mixed_by=d, samples=1) for d in others]
+        for weights in sizes.outside:
+            out += compared(tuned, weights, samples=n)[:2]
+            if tuned != "reverse_kl":
+                out.append(mod._replace(weights=weights, normalizer="zero"))
+    for seed, tuned in product(range(1, sizes.train_seeds), sizes.divergences):
+        out += compared(tuned, CENTRE, samples=n, seed=seed)
+        for weights in (*CORNERS, *(w for w in sizes.key if w != CENTRE)):
+            mod, soup, _ = compared(tuned, weights, samples=n, seed=seed)
+            out += [mod] if weights in CORNERS else [mod, soup]
+    return list(dict.fromkeys(out))
+
+
+# --- what the jobs make ---------------------------------------------------------------------------
+
+
+def soup(models: Sequence[Any], weights: Sequence[float]) -> Any:
+    """The model whose parameters are ref + sum_i w_i (policy_i - ref), the reference first among
+    `models`; at sum w = 1 the policies' mean."""
+    merged = copy.deepcopy(models[0])
+    with torch.no_grad():
+        for name, parameter in merged.named_parameters():
+            base = parameter.clone()
+            for weight, policy in zip(weights, models[1:], strict=True):
+                parameter += weight * (policy.get_parameter(name) - base)
+    return merged
+
+
+@functools.lru_cache(maxsize=1)
+def load_answers(work: Path, seed: int) -> Answers:
+    """Answers to train on, the last ones kept in memory."""
+    return load(work, f"answers-s{seed}")
+
+
+@functools.lru_cache(maxsize=8)
+def load_policy(work: Path, name: str) -> Any:
+    """A trained model."""
+    model = copy.deepcopy(reference()[0])
+    model.load_state_dict(load(work, name)["model"])
+    return model.eval()
+
+
+def _answers(work: Path, sizes: Sizes, seed: int) -> Answers:
+    return draw_answers(*reference(), sizes.train_prompts, SEED + seed)
+
+
+def _train(work: Path, sizes: Sizes, policy: Policy) -> dict[str, Any]:
+    answers = load_answers(work, policy.seed)
+    model, losses = train_policy(
+        reference()[0], answers, policy.weights, policy.divergence, sizes.steps, policy.seed,
+        policy.name,
+    )  # fmt: skip
+    last = losses[-max(1, len(losses) // 4) :]
+    record = {"loss": sum(last) / len(last), "first_loss": losses[0]}
+    return {"model": model.state_dict(), "record": record}
+
+
+def _pool(work: Path, sizes: Sizes, part: int) -> Array:
+    """Rewards [N, K, 3] of answers that the reference gives to each prompt, to choose among."""
+    size = min(POOL_PART, sizes.pool - part * POOL_PART)
+    texts = [p for p in world.prompts(sizes.prompts, DECODE_SEED) for _ in range(size)]
+    batch = train.sample(*reference(), texts, DECODE_SEED + part)
+    found = scores(texts, train.response_texts(reference()[1], batch))
+    return found.reshape(sizes.prompts, size, -1)
+
+
+def _measure(work: Path, sizes: Sizes, cell: Cell) -> dict[str, Array]:
+    """`decode` of a cell."""
+    ref = reference()[0]
+    models = [ref, *(load_policy(work, policy.name) for policy in needed(cell))]
+    weights: Sequence[float] = [1.0]
+    options: dict[str, Any] = {"do_sample": not cell.greedy}
+    if cell.method == "mod":
+        weights = cell.weights
+        options |= {
+            "divergence": cell.mixed_by,
+            "normalizer": cell.normalizer,
+            "sequence_history": cell.history,
+        }
+    elif cell.method == "soup":
+        models = [ref, soup(models, cell.weights)]
+    elif cell.method == "reference":
+        models = [ref, ref]
+    prompts = world.prompts(sizes.prompts, DECODE_SEED)
+    return decode(models, weights, prompts, cell.samples, **options)
+
+
+def phases(sizes: Sizes) -> Phases:
+    """All jobs."""
+    first = [Job(f"answers-s{s}", _answers, (sizes, s)) for s in range(sizes.train_seeds)]
+    parts = range(-(-sizes.pool // POOL_PART))
+    first += [Job(f"pool-{part}", _pool, (sizes, part)) for part in parts]
+    return [
+        ("answers of the reference", first),
+        ("trainings", [Job(p.name, _train, (sizes, p)) for p in policies(sizes)]),
+        ("cells", [Job(c.name, _measure, (sizes, c)) for c in cells(sizes)]),
+    ]

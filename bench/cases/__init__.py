@@ -1,0 +1,20 @@
+"""All cases by name: `python -m bench.run NAME`."""
+
+from __future__ import annotations
+
+from ..case import Case, Procedure
+from .cpu import CPU
+from .decoder import DECODER
+from .distributions import DISTRIBUTIONS
+from .filters import FILTERS
+from .host import HOST
+from .scaling import SCALING
+
+CASES: dict[str, Case | Procedure] = {
+    "cpu": CPU,
+    "scaling": SCALING,
+    "filters": FILTERS,
+    "distributions": DISTRIBUTIONS,
+    "decoder": DECODER,
+    "host": HOST,
+}
