@@ -17,6 +17,7 @@ from torch import Tensor
 from mod_fused.arguments import DrawArguments, MixtureArguments, pack
 from mod_fused.checks import check_draw, check_mixture
 from mod_fused.dispatch import choose
+from mod_fused.divergence import get_divergence
 
 from .measure import Call
 from .problem import DIVERGENCES, Problem
@@ -27,10 +28,9 @@ def _checked(problem: Problem, logits: list[Tensor]) -> tuple[Call, Call]:
     """The two checks that `mod_fused.sample` makes, with the arguments it gives them."""
     ref, policies, weights = logits[0], logits[1:], list(problem.weights)
     mixture = functools.partial(
-        check_mixture, ref, policies, weights, problem.divergence, "exact",
-        None, None, None, None, None, None, None, 0,
-    )  # fmt: skip
-    draw = functools.partial(check_draw, mixture(), 1.0, None, None, None, None, 1, 0, False)
+        check_mixture, ref, policies, weights, divergence=problem.divergence
+    )
+    draw = functools.partial(check_draw, mixture(), seed=1)
     return mixture, draw
 
 
@@ -57,7 +57,8 @@ def _pack(problem: Problem, logits: list[Tensor]) -> Call:
 
 
 def _choose(problem: Problem, logits: list[Tensor]) -> Call:
-    return functools.partial(choose, "cpu", logits[0].device, problem.divergence)
+    divergence = get_divergence(problem.divergence)
+    return functools.partial(choose, "cpu", logits[0].device, divergence)
 
 
 @mixtures_only

@@ -37,13 +37,8 @@ class Task(NamedTuple):
 
 @contextmanager
 def _replaced(around: Around) -> Iterator[None]:
-    original, watched = decoder.sample, around(decoder.sample)
-    first = iter([original])  # `generate` tries its options on two tokens before it begins
-
-    def sample(*args: Any, **kwargs: Any) -> Any:
-        return next(first, watched)(*args, **kwargs)
-
-    decoder.sample = sample
+    original = decoder.sample
+    decoder.sample = around(original)
     try:
         yield
     finally:
@@ -62,7 +57,6 @@ def generate(task: Task, around: Around, backend: str | None) -> Drawn:
             eos_token_id=[],
             seed=SEED,
             backend=backend,
-            return_model_logprobs=False,
         )
     return out.tokens, out.logprobs
 

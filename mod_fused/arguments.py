@@ -1,21 +1,23 @@
 """What the registered ops take: the contract between `ops.py` and every backend.
 
-A parameter that may be a number, a list or a tensor is two fields, `name` (numbers, so that nothing
-is copied to the device) and `name_tensor`; the tensor counts where it is given. Rank-2 lists travel
-flat.
+A field that may differ from row to row is a number (for weights a tuple of them), which is copied
+to no device, or a tensor.
 
 The dispatcher charges for every argument, about a microsecond each for lists, so `pack` sends all
-fields in four, and `unpack` reads them again (in C++: csrc/cpu/binding.cpp).
+fields in four, each in its slot, and `unpack` reads them again (in C++: csrc/cpu/binding.cpp). No
+string is among them: torch's stable ABI loses the memory of every one that crosses it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-_PACKED = "Tensor[] tensors, int[] integers, float[] numbers, str divergence"
+from .divergence import Divergence, alpha_of, divergence_of, number_of
+
+_PACKED = "Tensor[] logits, Tensor?[] tensors, int[] integers, float[] numbers"
 LOG_PROBS_SCHEMA = f"({_PACKED}) -> Tensor"
 SAMPLE_SCHEMA = f"({_PACKED}) -> (Tensor, Tensor, Tensor, Tensor)"
 # With outputs and a workspace that are the caller's.
@@ -25,7 +27,7 @@ SAMPLE_OUT_SCHEMA = (
     "Tensor(d!)? model_logprobs, Tensor(e!)? workspace) -> ()"
 )
 
-Packed = tuple[list[Tensor], list[int], list[float], str]
+Packed = tuple[list[Tensor], list[Tensor | None], list[int], list[float]]
 
 
 class MixtureArguments(NamedTuple):
@@ -34,16 +36,14 @@ class MixtureArguments(NamedTuple):
 
     ref_logits: Tensor | None  # [B, >= V]
     policy_logits: list[Tensor]  # M of [B, >= V]
-    weights: list[float]  # M or B * M numbers; empty where weights_tensor is given
-    weights_tensor: Tensor | None  # float32 or float64 [M] or [B, M]
-    divergence: str  # canonical name
+    weights: tuple[float, ...] | Tensor  # M numbers; float32 or float64 [M] or [B, M]
+    divergence: Divergence  # of `get_divergence`
     normalizer: str  # "exact" or "zero"
     values: Tensor | None  # [J, B, V], or [J, B, K] with value_ids
     value_ids: Tensor | None  # int64 [B, K]
-    value_weights: list[float]  # J or B * J numbers
-    value_weights_tensor: Tensor | None  # [J] or [B, J]
+    value_weights: tuple[float, ...] | Tensor  # J numbers; [J] or [B, J]
     prefix_logprobs: Tensor | None  # float32 or float64 [B, models]
-    logit_scales: list[float]  # one per model, or empty
+    logit_scales: tuple[float, ...]  # one per model, or empty
     vocab_size: int
     plausibility: float  # 0: off
     plausibility_tensor: int  # 0: reference, i: policy i
@@ -65,121 +65,109 @@ class MixtureArguments(NamedTuple):
 class DrawArguments(NamedTuple):
     """What happens to the distribution until a token is drawn."""
 
-    temperature: list[float]  # 1 or B numbers
-    temperature_tensor: Tensor | None  # float32 or float64 [B]
-    top_k: list[int]  # 0: off
-    top_k_tensor: Tensor | None  # int32 or int64 [B]
-    top_p: list[float]  # 1: off
-    top_p_tensor: Tensor | None  # float32 or float64 [B]
-    min_p: list[float]  # 0: off
-    min_p_tensor: Tensor | None  # float32 or float64 [B]
+    temperature: float | Tensor  # float32 or float64 [B]
+    top_k: int | Tensor  # int32 or int64 [B]; 0: off
+    top_p: float | Tensor  # float32 or float64 [B]; 1: off
+    min_p: float | Tensor  # float32 or float64 [B]; 0: off
     mask: Tensor | None  # bool [B, V] or packed int32 [B, ceil(V / 32)]
-    seed: int  # expanded per row by SplitMix64; unused where seed_tensor is given
-    seed_tensor: Tensor | None  # int64 [B]
-    position: list[int]  # 1 or B numbers
-    position_tensor: Tensor | None  # int64 [B]
+    seed: int | Tensor  # expanded per row by SplitMix64; int64 [B]
+    position: int | Tensor  # int64 [B]
     return_model_logprobs: bool
 
     def filters(self) -> tuple[bool, bool, bool]:
         """Whether some row's top-k, top-p and min-p may be on."""
         return (
-            self.top_k_tensor is not None or any(self.top_k),
-            self.top_p_tensor is not None or any(p < 1.0 for p in self.top_p),
-            self.min_p_tensor is not None or any(p > 0.0 for p in self.min_p),
+            isinstance(self.top_k, Tensor) or self.top_k > 0,
+            isinstance(self.top_p, Tensor) or self.top_p < 1.0,
+            isinstance(self.min_p, Tensor) or self.min_p > 0.0,
         )
+
+
+#: Slots of the mixture; those of the draw follow.
+_TENSORS, _INTEGERS, _NUMBERS = 5, 5, 2
 
 
 def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Packed:
     """All fields as the four arguments of an op; without `drawing` those of `log_probs`.
 
-    `tensors` holds what is not None, in the order of the fields; bit 0 of integers[0] says whether
-    the reference is there, the bits above it which of the optional tensors are. The other integers,
-    and the numbers, stand in the order written here; a list follows its length.
+    A field that is a number leaves its tensor's slot empty, and the other way round. Behind their
+    slots, numbers go on with the weights, the values' weights and the scales.
     """
     (
-        ref, policies, weights, weights_tensor, divergence, normalizer, values, value_ids,
-        value_weights, value_weights_tensor, prefix, scales, vocab, plausibility, plausible,
+        ref, policies, weights, divergence, normalizer, values, value_ids, value_weights, prefix,
+        scales, vocab, plausibility, plausible,
     ) = mixing  # fmt: skip
-    tensors = list(policies) if ref is None else [ref, *policies]
-    optional = [weights_tensor, values, value_ids, value_weights_tensor, prefix]
-    integers = [0, len(policies), vocab, plausible, int(normalizer == "exact")]
-    integers += (len(weights), len(value_weights), len(scales))
-    numbers = [plausibility, *weights, *value_weights, *scales]
+    # Fields are of these very types, and asking for them is faster than asking for tensors.
+    w, v = type(weights) is tuple, type(value_weights) is tuple
+    logits = list(policies) if ref is None else [ref, *policies]
+    tensors: list[Any] = [
+        None if w else weights,
+        values,
+        value_ids,
+        None if v else value_weights,
+        prefix,
+    ]
+    exact = int(normalizer == "exact")
+    integers: list[Any] = [int(ref is not None), vocab, plausible, exact, number_of(divergence)]
+    numbers: list[Any] = [plausibility, alpha_of(divergence)]
     if drawing is not None:
-        (
-            temperature, temperature_tensor, top_k, top_k_tensor, top_p, top_p_tensor, min_p,
-            min_p_tensor, mask, seed, seed_tensor, position, position_tensor, with_logprobs,
-        ) = drawing  # fmt: skip
-        optional += (temperature_tensor, top_k_tensor, top_p_tensor, min_p_tensor)
-        optional += (mask, seed_tensor, position_tensor)
-        integers += (len(temperature), len(top_p), len(min_p), len(top_k), len(position))
-        integers += (*top_k, *position, seed, int(with_logprobs))
-        numbers += (*temperature, *top_p, *min_p)
-    present = int(ref is not None)
-    for i, tensor in enumerate(optional):
-        if tensor is not None:
-            present |= 2 << i
-            tensors.append(tensor)
-    integers[0] = present
-    return tensors, integers, numbers, divergence
+        temperature, top_k, top_p, min_p, mask, seed, position, with_logprobs = drawing
+        t, p, m = type(temperature) is float, type(top_p) is float, type(min_p) is float
+        k, s, n = type(top_k) is int, type(seed) is int, type(position) is int
+        tensors += (mask, None if t else temperature, None if k else top_k, None if p else top_p)
+        tensors += (None if m else min_p, None if s else seed, None if n else position)
+        integers += (top_k if k else 0, seed if s else 0, position if n else 0, int(with_logprobs))
+        numbers += (temperature if t else 0.0, top_p if p else 0.0, min_p if m else 0.0)
+    if w:
+        numbers += weights
+    if v:
+        numbers += value_weights
+    numbers += scales
+    return logits, tensors, integers, numbers
 
 
 def unpack(
-    tensors: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float], divergence: str
+    logits: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
+    integers: Sequence[int],
+    numbers: Sequence[float],
 ) -> tuple[MixtureArguments, DrawArguments | None]:
     """What was packed."""
-    words, reals, rest = iter(integers), iter(numbers), iter(tensors)
-
-    def some(count: int) -> list[float]:
-        return [next(reals) for _ in range(count)]
-
-    present = next(words)
-    policies, vocab, plausible, exact = (next(words) for _ in range(4))
-    counts = [next(words) for _ in range(3)]
-    ref = next(rest) if present & 1 else None
-    policy_logits = [next(rest) for _ in range(policies)]
-    optional = [next(rest) if present & (2 << i) else None for i in range(12)]
-    weights_tensor, values, value_ids, value_weights_tensor, prefix = optional[:5]
-    plausibility = next(reals)
-    weights, value_weights, scales = (some(n) for n in counts)
+    weights, values, value_ids, value_weights, prefix = tensors[:_TENSORS]
+    reference, vocab, plausible, exact, number = integers[:_INTEGERS]
+    plausibility, alpha = numbers[:_NUMBERS]
+    slots, drawing = _NUMBERS, None
+    if len(tensors) > _TENSORS:
+        mask, temperature, top_k, top_p, min_p, seed, position = tensors[_TENSORS:]
+        k, seed_number, position_number, with_logprobs = integers[_INTEGERS:]
+        slots += 3
+        t, p, least = numbers[_NUMBERS:slots]
+        drawing = DrawArguments(
+            t if temperature is None else temperature,
+            k if top_k is None else top_k,
+            p if top_p is None else top_p,
+            least if min_p is None else min_p,
+            mask,
+            seed_number if seed is None else seed,
+            position_number if position is None else position,
+            bool(with_logprobs),
+        )
+    policies = list(logits[reference:])
+    weighted = slots + (len(policies) if weights is None else 0)
+    scored = weighted + (0 if values is None or value_weights is not None else len(values))
     mixing = MixtureArguments(
-        ref,
-        policy_logits,
-        weights,
-        weights_tensor,
-        divergence,
+        logits[0] if reference else None,
+        policies,
+        tuple(numbers[slots:weighted]) if weights is None else weights,
+        divergence_of(number, alpha),
         "exact" if exact else "zero",
         values,
         value_ids,
-        value_weights,
-        value_weights_tensor,
+        tuple(numbers[weighted:scored]) if value_weights is None else value_weights,
         prefix,
-        scales,
+        tuple(numbers[scored:]),
         vocab,
         plausibility,
         plausible,
-    )
-    if len(integers) == 8:
-        return mixing, None
-    counts = [next(words) for _ in range(5)]
-    temperature, top_p, min_p = (some(n) for n in counts[:3])
-    top_k, position = ([next(words) for _ in range(n)] for n in counts[3:])
-    temperature_tensor, top_k_tensor, top_p_tensor, min_p_tensor = optional[5:9]
-    mask, seed_tensor, position_tensor = optional[9:]
-    drawing = DrawArguments(
-        temperature,
-        temperature_tensor,
-        top_k,
-        top_k_tensor,
-        top_p,
-        top_p_tensor,
-        min_p,
-        min_p_tensor,
-        mask,
-        next(words),
-        seed_tensor,
-        position,
-        position_tensor,
-        bool(next(words)),
     )
     return mixing, drawing

@@ -78,15 +78,21 @@ def check_logits(
 
 
 def number(name: str, x: object, kind: type = float) -> Any:
+    """A number of any kind, Python's, NumPy's or a traced one, as a float, or as an int."""
     if type(x) is kind:  # the usual case, without the abstract base classes
         return x
-    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+    if isinstance(x, np.ndarray) and x.ndim == 0:
+        x = x.item()
+    if isinstance(x, bool) or not isinstance(x, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     if kind is int:
-        if not isinstance(x, numbers.Integral):
+        if not isinstance(x, (numbers.Integral, torch.SymInt)):
             raise TypeError(f"{name} must be an integer, got {type(x).__name__} {x}")
         return int(x)
-    return float(x)
+    try:
+        return float(x)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got an integer beyond float64") from None
 
 
 def row_parameter(
@@ -98,61 +104,80 @@ def row_parameter(
     good: Callable[[Any], bool],
     expected: str,
     kind: type = float,
-) -> tuple[list[Any], Tensor | None]:
-    """A number, B numbers or a tensor [B] as the schema's pair (numbers, tensor)."""
+) -> Any:
+    """One number, or one per row as a tensor [B]; of a tensor [] all rows are given the entry."""
     if given is None:
-        return [off], None
+        return off
     if type(given) is kind and good(given):
-        return [given], None
+        return given
     if isinstance(given, Tensor):
         dtypes = FLOATS if kind is float else _INTS
-        return [off], check_tensor(name, given, dtypes, device, {"[B]": [batch]})
+        tensor = check_tensor(name, given, dtypes, device, {"[]": [], "[B]": [batch]})
+        return tensor.expand(batch) if tensor.dim() == 0 else tensor
+    given = given.tolist() if isinstance(given, np.ndarray) else given
     if isinstance(given, (list, tuple)):
         if len(given) != batch:
             raise ValueError(f"{name} must be one number or B = {batch} of them, got {len(given)}")
-        host = [number(f"{name}[{i}]", x, kind) for i, x in enumerate(given)] or [off]
+        host = [number(f"{name}[{i}]", x, kind) for i, x in enumerate(given)]
     else:
         host = [number(name, given, kind)]
     for x in host:
         if not good(x):
             raise ValueError(f"{name} must be {expected}, got {x}")
-    return host, None
+    if kind is int:
+        host = [min(x, 2**63 - 1) for x in host]  # any top_k, however large, is fine
+    if len(host) == 1:
+        return host[0]
+    return on_device(name, host, torch.float64 if kind is float else torch.int64, device)
+
+
+def on_device(name: str, host: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What was given by row, as a tensor: one copy to the device."""
+    capturing = device.type == "cuda" and not torch.compiler.is_compiling()
+    if capturing and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            f"{name} by row must be a tensor on {device} while a CUDA graph is captured, got a list"
+        )
+    return torch.tensor(host, dtype=dtype, device=device)
 
 
 def weights_of(
     name: str, given: object, count: int, batch: int, device: torch.device
-) -> tuple[list[float], Tensor | None]:
-    """Weights [count] or [B, count] as the schema's pair (flat numbers, tensor)."""
+) -> tuple[float, ...] | Tensor:
+    """Weights [count] as numbers or a tensor, [B, count] as a tensor."""
     if type(given) is list and len(given) == count:  # the usual case
         for x in given:
-            if type(x) is not float or not math.isfinite(x):
+            if type(x) is not float or not is_finite(x):
                 break
         else:
-            return given, None
+            return tuple(given)
     shapes: Mapping[str, Sequence[int]] = {f"[{count}]": [count], f"[B, {count}]": [batch, count]}
     if isinstance(given, Tensor):
-        return [], check_tensor(name, given, FLOATS, device, shapes)
-    if isinstance(given, np.ndarray):
-        given = given.tolist()
+        return check_tensor(name, given, FLOATS, device, shapes)
+    given = given.tolist() if isinstance(given, np.ndarray) else given
     if not isinstance(given, (list, tuple)):
         raise TypeError(
             f"{name} must be a list of numbers or a tensor of shape {_describe(shapes)}, "
             f"got {type(given).__name__}"
         )
-    if given and all(isinstance(row, (list, tuple)) for row in given):
-        if len(given) != batch or any(len(row) != count for row in given):
-            lengths = sorted({len(row) for row in given})
-            raise ValueError(
-                f"{name} must have shape {_describe(shapes)}, "
-                f"got {len(given)} rows of {lengths} numbers"
-            )
-        flat = [x for row in given for x in row]
-    elif len(given) == count:
-        flat = list(given)
-    else:
-        raise ValueError(f"{name} must have shape {_describe(shapes)}, got {len(given)} numbers")
-    host = [number(name, x) for x in flat]
-    for x in host:
-        if not math.isfinite(x):
+    rows = [row.tolist() if isinstance(row, np.ndarray) else row for row in given]
+    by_row = all(isinstance(row, (list, tuple)) for row in rows) and (bool(rows) or batch == 0)
+    if by_row and (len(rows) != batch or any(len(row) != count for row in rows)):
+        lengths = sorted({len(row) for row in rows})
+        raise ValueError(
+            f"{name} must have shape {_describe(shapes)}, got {len(rows)} rows of {lengths} numbers"
+        )
+    if not by_row and len(rows) != count:
+        raise ValueError(f"{name} must have shape {_describe(shapes)}, got {len(rows)} numbers")
+    host = [tuple(number(name, x) for x in row) for row in (rows if by_row else [rows])]
+    for x in (x for row in host for x in row):
+        if not is_finite(x):
             raise ValueError(f"{name} must be finite, got {x}")
-    return host, None
+    if len(host) == 1:
+        return host[0]
+    return on_device(name, host, torch.float64, device).view(batch, count)
+
+
+def is_finite(x: float) -> bool:
+    """Like math.isfinite, which cannot be traced."""
+    return -math.inf < x < math.inf

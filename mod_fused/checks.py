@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from .check_helpers import (
     check_logits,
     check_tensor,
     number,
+    on_device,
     row_parameter,
     shape_of,
     weights_of,
@@ -35,30 +37,72 @@ def check_mixture(
     ref_logits: Tensor | None,
     policy_logits: Sequence[Tensor] | Tensor,
     weights: object,
-    divergence: str | Divergence,
-    normalizer: str,
-    values: Tensor | None,
-    value_ids: Tensor | None,
-    value_weights: object,
-    prefix_logprobs: Tensor | None,
-    logit_scales: object,
-    vocab_size: int | None,
-    plausibility: float | None,
-    plausibility_tensor: int,
+    divergence: str | Divergence = "reverse_kl",
+    normalizer: str = "exact",
+    values: Tensor | None = None,
+    value_ids: Tensor | None = None,
+    value_weights: object = None,
+    prefix_logprobs: Tensor | None = None,
+    logit_scales: object = None,
+    vocab_size: int | None = None,
+    plausibility: float | None = None,
+    plausibility_tensor: int = 0,
 ) -> MixtureArguments:
     """The first part of the arguments of `mod_fused.sample`, checked; see there for their
     meaning."""
     kind = get_divergence(divergence)
     if normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer must be one of {NORMALIZERS}, got {normalizer!r}")
+    if ref_logits is None and type(kind) is not ReverseKL:
+        raise ValueError(f"ref_logits=None is possible for reverse_kl only, got {kind.name}")
+    ref_logits, policies, widths = _check_logits(ref_logits, policy_logits)
+    if not policies and values is None:
+        raise ValueError("expected at least one policy or values, got neither")
+    like = policies[0] if ref_logits is None else ref_logits
+    batch, device, models = like.shape[0], like.device, len(widths)
+    vocab_size = _check_vocab_size(vocab_size, min(widths))
+
+    if weights is None and not policies:
+        weights = []
+    weights = weights_of("weights", weights, len(policies), batch, device)
+    if values is not None:
+        values, value_ids = _check_values(values, value_ids, batch, vocab_size, device)
+        count = values.shape[0]
+        value_weights = [1.0] * count if value_weights is None else value_weights
+        value_weights = weights_of("value_weights", value_weights, count, batch, device)
+    elif value_ids is not None:
+        raise ValueError("value_ids needs values, got values=None")
+    elif value_weights is not None:
+        raise ValueError("value_weights needs values, got values=None")
+    if prefix_logprobs is not None:
+        shapes = {"[B, models]": [batch, models]}
+        prefix_logprobs = check_tensor("prefix_logprobs", prefix_logprobs, FLOATS, device, shapes)
+
+    return MixtureArguments(
+        ref_logits,
+        policies,
+        weights,
+        kind,
+        normalizer,
+        values,
+        value_ids,
+        () if value_weights is None else value_weights,
+        prefix_logprobs,
+        () if logit_scales is None else _check_scales(logit_scales, models),
+        vocab_size,
+        *_check_plausibility(plausibility, plausibility_tensor, ref_logits is None, len(policies)),
+    )
+
+
+def _check_logits(
+    ref_logits: Tensor | None, policy_logits: object
+) -> tuple[Tensor | None, list[Tensor], list[int]]:
+    """The reference, the policies, and the widths of all of them."""
     batch, device, widths = None, None, []
     if ref_logits is not None:
         ref_logits, (batch, width) = check_logits("ref_logits", ref_logits, None, None)
         device = ref_logits.device
         widths.append(width)
-    elif not isinstance(kind, ReverseKL):
-        raise ValueError(f"ref_logits=None is possible for reverse_kl only, got {kind.name}")
-
     if isinstance(policy_logits, Tensor):
         if policy_logits.dim() != 3:
             raise ValueError(
@@ -81,82 +125,38 @@ def check_mixture(
         device = logits.device if device is None else device
         policies.append(logits)
         widths.append(width)
-    if batch is None or device is None:
+    if not widths:
         raise ValueError("expected ref_logits or at least one policy, got neither")
-    if not policies and values is None:
-        raise ValueError("expected at least one policy or values, got neither")
+    return ref_logits, policies, widths
 
-    models, narrowest = len(widths), min(widths)
+
+def _check_vocab_size(vocab_size: int | None, narrowest: int) -> int:
     if vocab_size is None:
-        vocab_size = narrowest
-    else:
-        vocab_size = number("vocab_size", vocab_size, int)
-        if not 1 <= vocab_size <= narrowest:
-            raise ValueError(
-                f"vocab_size must be between 1 and the narrowest logits' {narrowest} columns, "
-                f"got {vocab_size}"
-            )
-
-    if weights is None and not policies:
-        weights = []
-    host_weights, weights_tensor = weights_of("weights", weights, len(policies), batch, device)
-
-    host_value_weights: list[float] = []
-    value_weights_tensor = None
-    if values is not None:
-        values, value_ids = _check_values(values, value_ids, batch, vocab_size, device)
-        count = values.shape[0]
-        if value_weights is None:
-            host_value_weights = [1.0] * count
-        else:
-            host_value_weights, value_weights_tensor = weights_of(
-                "value_weights", value_weights, count, batch, device
-            )
-    elif value_ids is not None:
-        raise ValueError("value_ids needs values, got values=None")
-    elif value_weights is not None:
-        raise ValueError("value_weights needs values, got values=None")
-
-    if prefix_logprobs is not None:
-        prefix_logprobs = check_tensor(
-            "prefix_logprobs",
-            prefix_logprobs,
-            FLOATS,
-            device,
-            {"[B, models]": [batch, models]},
+        return narrowest
+    vocab_size = number("vocab_size", vocab_size, int)
+    if not 1 <= vocab_size <= narrowest:
+        raise ValueError(
+            f"vocab_size must be between 1 and the narrowest logits' {narrowest} columns, "
+            f"got {vocab_size}"
         )
-    scales: list[float] = []
-    if logit_scales is not None:
-        if not isinstance(logit_scales, (list, tuple)):
-            raise TypeError(
-                f"logit_scales must be a list of {models} numbers, "
-                f"got {type(logit_scales).__name__}"
-            )
-        if len(logit_scales) != models:
-            raise ValueError(
-                f"logit_scales must have one number per model ({models}), got {len(logit_scales)}"
-            )
-        scales = [number("logit_scales", x) for x in logit_scales]
-        for x in scales:
-            if not (math.isfinite(x) and x > 0):
-                raise ValueError(f"logit_scales must be positive and finite, got {x}")
+    return vocab_size
 
-    return MixtureArguments(
-        ref_logits,
-        policies,
-        host_weights,
-        weights_tensor,
-        kind.name,
-        normalizer,
-        values,
-        value_ids,
-        host_value_weights,
-        value_weights_tensor,
-        prefix_logprobs,
-        scales,
-        vocab_size,
-        *_check_plausibility(plausibility, plausibility_tensor, ref_logits is None, len(policies)),
-    )
+
+def _check_scales(scales: object, models: int) -> tuple[float, ...]:
+    scales = scales.tolist() if isinstance(scales, np.ndarray) else scales
+    if not isinstance(scales, (list, tuple)):
+        raise TypeError(
+            f"logit_scales must be a list of {models} numbers, got {type(scales).__name__}"
+        )
+    if len(scales) != models:
+        raise ValueError(
+            f"logit_scales must have one number per model ({models}), got {len(scales)}"
+        )
+    checked = tuple([number("logit_scales", x) for x in scales])
+    for x in checked:
+        if not 0.0 < x < math.inf:
+            raise ValueError(f"logit_scales must be positive and finite, got {x}")
+    return checked
 
 
 def _check_values(
@@ -206,14 +206,14 @@ def _check_plausibility(
 
 def check_draw(
     mixing: MixtureArguments,
-    temperature: object,
-    top_k: object,
-    top_p: object,
-    min_p: object,
-    mask: Tensor | None,
-    seed: object,
-    position: object,
-    return_model_logprobs: bool,
+    temperature: object = 1.0,
+    top_k: object = None,
+    top_p: object = None,
+    min_p: object = None,
+    mask: Tensor | None = None,
+    seed: object = None,
+    position: object = 0,
+    return_model_logprobs: bool = False,
 ) -> DrawArguments:
     """The second part of the arguments of `mod_fused.sample`, checked; see there for their
     meaning."""
@@ -226,45 +226,36 @@ def check_draw(
         else:
             shapes = {"[B, V]": [batch, mixing.vocab_size]}
         mask = check_tensor("mask", mask, (torch.bool, torch.int32), device, shapes)
-
-    if seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64, device=device)
-    elif isinstance(seed, (list, tuple)):
-        if len(seed) != batch:
-            raise ValueError(f"seed must be one integer or B = {batch} of them, got {len(seed)}")
-        seeds = [_seed(x) for x in seed]
-        seed = torch.tensor(seeds, dtype=torch.int64, device=device)
-    seed_tensor, seed_number = None, 0
-    if isinstance(seed, Tensor):
-        seed_tensor = check_tensor("seed", seed, (torch.int64,), device, {"[B]": [batch]})
-    else:
-        seed_number = _seed(seed)
-
     if isinstance(position, Tensor) and position.dtype != torch.int64:
         raise TypeError(f"position must be int64, got {position.dtype}")
     if position is None:
         raise TypeError("position must be an integer or int64 [B], got None")
-    temperatures = row_parameter(
-        "temperature", temperature, 1.0, batch, device, _is_temperature, "in [0, 3.4e38]"
-    )
-    top_ks, top_k_tensor = row_parameter("top_k", top_k, 0, batch, device, _is_top_k, ">= 0", int)
-    if top_k is not None:
-        top_ks = [min(k, mixing.vocab_size) for k in top_ks]  # any integer, however large, is fine
-    positions = row_parameter(
-        "position", position, 0, batch, device, _is_position, "in [0, 2^63)", int
-    )
+    ks = row_parameter("top_k", top_k, 0, batch, device, _is_top_k, ">= 0", int)
     return DrawArguments(
-        *temperatures,
-        top_ks,
-        top_k_tensor,
-        *row_parameter("top_p", top_p, 1.0, batch, device, _is_top_p, "in (0, 1]"),
-        *row_parameter("min_p", min_p, 0.0, batch, device, _is_min_p, "in [0, 1]"),
+        row_parameter(
+            "temperature", temperature, 1.0, batch, device, _is_temperature, "in [0, 3.4e38]"
+        ),
+        ks if isinstance(ks, Tensor) else min(ks, mixing.vocab_size),
+        row_parameter("top_p", top_p, 1.0, batch, device, _is_top_p, "in (0, 1]"),
+        row_parameter("min_p", min_p, 0.0, batch, device, _is_min_p, "in [0, 1]"),
         mask,
-        seed_number,
-        seed_tensor,
-        *positions,
+        _check_seed(seed, batch, device),
+        row_parameter("position", position, 0, batch, device, _is_position, "in [0, 2^63)", int),
         bool(return_model_logprobs),
     )
+
+
+def _check_seed(seed: object, batch: int, device: torch.device) -> int | Tensor:
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return check_tensor("seed", seed, (torch.int64,), device, {"[B]": [batch]})
+    seed = seed.tolist() if isinstance(seed, np.ndarray) else seed
+    if not isinstance(seed, (list, tuple)):
+        return _seed(seed)
+    if len(seed) != batch:
+        raise ValueError(f"seed must be one integer or B = {batch} of them, got {len(seed)}")
+    return on_device("seed", [_seed(x) for x in seed], torch.int64, device)
 
 
 def _is_temperature(x: float) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from .dispatch import AVAILABLE
 
+#: In the order of csrc/cpu/binding.cpp.
 _INSTRUCTION_SETS = ("baseline", "neon", "avx2", "avx512")
 
 
@@ -32,7 +33,7 @@ def _load() -> str:
 
 def instruction_set() -> str:
     """The instruction set that the loops use: avx512, avx2, neon or baseline."""
-    return torch.ops.mod_fused.instruction_set_cpu()
+    return _INSTRUCTION_SETS[torch.ops.mod_fused.instruction_set_cpu()]
 
 
 _status = ""

@@ -3,16 +3,30 @@ not."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from .divergence import get_divergence, is_built_in
+from .divergence import Divergence, is_built_in, number_of
+
+
+def _interpreted() -> bool:
+    """What Triton says, which reads TRITON_INTERPRET in its own way; it is imported only where the
+    answer may be yes."""
+    told = "TRITON_INTERPRET" in os.environ or "triton" in sys.modules
+    if not told or importlib.util.find_spec("triton") is None:
+        return False
+    from triton import knobs  # type: ignore[import-untyped]
+
+    return bool(knobs.runtime.interpret)
+
 
 #: Triton's interpreter runs the kernels on CPU tensors, for tests.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = _interpreted()
 TRITON_DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 #: What `backends()` says of a backend that can be used.
@@ -59,17 +73,17 @@ def backends() -> dict[str, str]:
     return {name: status[name] for name in ("torch", "cpu", "triton", "cuda")}
 
 
-_chosen: dict[tuple[str | None, torch.device, str], str] = {}
+_chosen: dict[tuple[str | None, torch.device, int], str] = {}
 
 
-def _knows(backend: str, divergence: str) -> bool:
+def _knows(backend: str, divergence: Divergence) -> bool:
     """Whether a backend has a divergence, which for a registered one is its owner's business."""
     if backend == "torch" or is_built_in(divergence):
         return True
-    return backend == "triton" and get_divergence(divergence).triton is not None
+    return backend == "triton" and divergence.triton is not None
 
 
-def choose(name: str | None, device: torch.device, divergence: str) -> str:
+def choose(name: str | None, device: torch.device, divergence: Divergence) -> str:
     """The name of the backend to run on a device: the one asked for, or the fastest available that
     knows the divergence.
 
@@ -79,13 +93,13 @@ def choose(name: str | None, device: torch.device, divergence: str) -> str:
     """
     if not isinstance(name, (str, type(None))):
         return _choose(name, device, divergence)  # which says what is wrong
-    key = (name, device, divergence)
+    key = (name, device, number_of(divergence))
     if key not in _chosen:  # what can run here does not change while the process lives
         _chosen[key] = _choose(name, device, divergence)
     return _chosen[key]
 
 
-def _choose(name: str | None, device: torch.device, divergence: str) -> str:
+def _choose(name: str | None, device: torch.device, divergence: Divergence) -> str:
     if name is None:
         return next(
             b.name
@@ -105,8 +119,8 @@ def _choose(name: str | None, device: torch.device, divergence: str) -> str:
                 )
             if not _knows(name, divergence):
                 raise ValueError(
-                    f"backend {name!r} does not know the registered divergence {divergence!r}; "
-                    "torch runs any, triton those with device functions"
+                    f"backend {name!r} does not know the registered divergence "
+                    f"{divergence.name!r}; torch runs any, triton those with device functions"
                 )
             return backend.name
     raise ValueError(f"backend must be None or one of {[b.name for b in BACKENDS]}, got {name!r}")

@@ -13,8 +13,10 @@ them: it is log-linear.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
+import zlib
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ SMALLEST_ALPHA = 1e-3
 class Divergence:
     """An f-divergence whose derivative is a barrier, f'(0) = -inf, so that its mixture always has a
     solution.
+
+    The built-in ones, and a registered one, cannot be changed. Two are equal if they are of one
+    class and hold the same: a copy equals its original, another divergence of its name does not.
 
     Attributes:
         name: canonical name, accepted by `get_divergence` and by every backend.
@@ -48,10 +53,15 @@ class Divergence:
         return f"<divergence {self.name}>"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Divergence) and other.name == self.name
+        return isinstance(other, Divergence) and _same(self, other)
 
     def __hash__(self) -> int:
-        return hash(self.name)
+        return hash((type(self), self.name))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if is_built_in(self) or any(known is self for known in _CANONICAL.values()):
+            raise AttributeError(f"{self!r} cannot be changed, got {name} = {value!r}")
+        object.__setattr__(self, name, value)
 
     def deficit(self, d: Tensor) -> Tensor:
         """q(d) = c - f'(e^d), elementwise."""
@@ -115,6 +125,7 @@ class AlphaDivergence(Divergence):
         ValueError: if `alpha` is not strictly between 0 and 1, or below 0.001.
     """
 
+    alpha: float
     bounded = True
 
     def __init__(self, alpha: float = 0.5) -> None:
@@ -127,9 +138,15 @@ class AlphaDivergence(Divergence):
                 f"alpha must be at least {SMALLEST_ALPHA} (float32 holds no less), got {alpha}; "
                 "the limit of smaller ones is reverse_kl"
             )
-        self.alpha: float = float(alpha)
-        self.name = f"alpha:{self.alpha!r}"
-        self.supremum = 1.0 / self.alpha
+        object.__setattr__(self, "alpha", float(alpha))
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"alpha:{self.alpha!r}"
+
+    @property
+    def supremum(self) -> float:  # type: ignore[override]
+        return 1.0 / self.alpha
 
     def deficit(self, d: Tensor) -> Tensor:
         return torch.exp(-self.alpha * d) / self.alpha
@@ -179,11 +196,15 @@ def wright_omega(z: Tensor) -> Tensor:
     return v
 
 
-_CANONICAL: dict[str, Divergence] = {
-    d.name: d for d in (ReverseKL(), ForwardKL(), JensenShannonDivergence(), JeffreyDivergence())
+#: In the order of their numbers, by which the ops know them; csrc/cpu/request.h has the same.
+_BUILT_IN = (ReverseKL, ForwardKL, JensenShannonDivergence, AlphaDivergence, JeffreyDivergence)
+_ALPHA = _BUILT_IN.index(AlphaDivergence)
+#: By number and by name: the built-in ones but alpha, of which there are many, and the registered.
+_NUMBERED: dict[int, Divergence] = {
+    number: kind() for number, kind in enumerate(_BUILT_IN) if number != _ALPHA
 }
-_BUILT_IN = frozenset({"alpha", *_CANONICAL})
-_CLASSES = (ReverseKL, ForwardKL, JensenShannonDivergence, AlphaDivergence, JeffreyDivergence)
+_CANONICAL: dict[str, Divergence] = {d.name: d for d in _NUMBERED.values()}
+_NUMBERS: dict[str, int] = {d.name: number for number, d in _NUMBERED.items()}
 _ALIASES = {
     "kl": "reverse_kl",
     "rkl": "reverse_kl",
@@ -205,6 +226,10 @@ _NO_BARRIER = {
     "pearson_chi2": "chi-squared",
 }
 _SUPPORTED = "reverse_kl, forward_kl, jsd, alpha:A with 0 < A < 1 (such as alpha:0.5) and jeffrey"
+_EXPECTED = (
+    "divergence must be a name, one of mod_fused's five divergences or a registered one "
+    "(register_divergence)"
+)
 
 
 def _parse(name: str) -> Divergence:
@@ -231,35 +256,94 @@ def _parse(name: str) -> Divergence:
 
 
 def get_divergence(divergence: str | Divergence) -> Divergence:
-    """The divergence of a name or alias; a `Divergence` is returned as it is.
+    """The divergence of a name or alias, or the known one that equals a `Divergence`.
 
     Args:
         divergence: `reverse_kl` (`kl`, `rkl`), `forward_kl` (`fkl`), `jsd` (`js`,
             `jensen_shannon`), `alpha:A` with 0 < A < 1, `jeffrey` (`jeffreys`), or a `Divergence`
-            object.
+            object: of one of the five classes itself, or equal to a registered one.
 
     Raises:
-        ValueError: for an unknown name, and for total variation and chi-squared, which are not
-            barriers.
-        TypeError: if the argument is neither a string nor a `Divergence`.
+        ValueError: for an unknown name, for total variation and chi-squared, which are not
+            barriers, and for an object of the five classes that was changed.
+        TypeError: if the argument is neither a string nor a known `Divergence`.
     """
     if type(divergence) is str and divergence in _CANONICAL:
         return _CANONICAL[divergence]
-    if isinstance(divergence, _CLASSES):
-        return divergence
-    if isinstance(divergence, Divergence) and _CANONICAL.get(divergence.name) is divergence:
-        return divergence
-    if not isinstance(divergence, str):
-        raise TypeError(
-            "divergence must be a name, one of mod_fused's five divergences or a registered one "
-            f"(register_divergence), got {type(divergence).__name__}"
+    if isinstance(divergence, str):
+        return _parse(divergence)
+    if not isinstance(divergence, Divergence):
+        raise TypeError(f"{_EXPECTED}, got {type(divergence).__name__}")
+    if is_built_in(divergence):
+        built_in = type(divergence)
+        alpha = (getattr(divergence, "alpha", None),) if built_in is AlphaDivergence else ()
+        known = built_in(*alpha)
+        if not _same(known, divergence):
+            raise ValueError(f"an object of {built_in.__name__} holds what its class did not set")
+        return known
+    name = getattr(divergence, "name", None)
+    registered = _CANONICAL.get(name) if isinstance(name, str) else None
+    if registered is None or not _same(registered, divergence):
+        unequal = "" if registered is None else ", which is not the registered one of that name"
+        raise TypeError(f"{_EXPECTED}, got {type(divergence).__name__} {name!r}{unequal}")
+    return registered
+
+
+def _same(one: Divergence, other: Divergence) -> bool:
+    """Whether both are of one class and hold the same: a name alone says nothing."""
+    if one is other or type(one) is not type(other):
+        return one is other
+    # What pickle would make each anew from.
+    return _equal(one.__reduce_ex__(2)[:3], other.__reduce_ex__(2)[:3])
+
+
+def _equal(x: Any, y: Any) -> bool:
+    """x == y; containers entry by entry, tensors and arrays whole."""
+    if type(x) is not type(y):
+        return False
+    if isinstance(x, (float, int, str)):
+        return x == y
+    if isinstance(x, (tuple, list)):
+        return len(x) == len(y) and all(map(_equal, x, y))
+    if isinstance(x, dict):
+        return x.keys() == y.keys() and all(_equal(x[key], y[key]) for key in x)
+    equal: Any = getattr(x, "shape", None) == getattr(y, "shape", None) and x == y
+    return bool(equal.all() if hasattr(equal, "all") else equal)
+
+
+def is_built_in(divergence: Divergence) -> bool:
+    """Whether it is one of the five that every backend knows; a subclass of them is not."""
+    return type(divergence) in _BUILT_IN
+
+
+def number_of(divergence: Divergence) -> int:
+    """The number by which the ops know a divergence that `get_divergence` returned. A registered
+    one's comes from its name: a saved graph means the same in every process."""
+    return _ALPHA if type(divergence) is AlphaDivergence else _NUMBERS[divergence.name]
+
+
+def alpha_of(divergence: Divergence) -> float:
+    """The alpha of an alpha-divergence; 1 for every other, where nothing reads it."""
+    return divergence.alpha if type(divergence) is AlphaDivergence else 1.0
+
+
+def divergence_of(number: int, alpha: float) -> Divergence:
+    """The divergence of a number; `alpha` counts for the alpha-divergence only.
+
+    Raises:
+        ValueError: if none is registered under it in this process.
+    """
+    if number == _ALPHA:
+        return _alpha(alpha)
+    if number not in _NUMBERED:
+        raise ValueError(
+            f"divergence number {number} belongs to none that is registered in this process "
+            "(register_divergence)"
         )
-    return _parse(divergence)
+    return _NUMBERED[number]
 
 
-def is_built_in(name: str) -> bool:
-    """Whether a canonical name is one of the five that every backend knows."""
-    return name.split(":")[0] in _BUILT_IN
+_alpha = functools.lru_cache(AlphaDivergence)
 
 
 def register_divergence(divergence: Divergence) -> Divergence:
@@ -292,7 +376,9 @@ def register_divergence(divergence: Divergence) -> Divergence:
     name = getattr(divergence, "name", None)
     if not isinstance(name, str) or not name.isidentifier() or name != name.lower():
         raise ValueError(f"the name of a divergence must be a lower-case identifier, got {name!r}")
-    if name in _CANONICAL or name in _ALIASES or name in _NO_BARRIER or name in _BUILT_IN:
+    number = len(_BUILT_IN) + zlib.crc32(name.encode())
+    same_number = _NUMBERED.get(number, divergence).name != name
+    if name in _CANONICAL or name in _ALIASES or name in _NO_BARRIER or same_number:
         raise ValueError(f"the name {name!r} is taken")
     for function in ("deficit", "log_ratio", "log_slope"):
         if getattr(type(divergence), function) is getattr(Divergence, function):
@@ -303,13 +389,14 @@ def register_divergence(divergence: Divergence) -> Divergence:
             f"got {len(divergence.triton)} of them"
         )
     _check_functions(divergence)
-    _CANONICAL[name] = divergence
+    _CANONICAL[name] = _NUMBERED[number] = divergence
+    _NUMBERS[name] = number
     return divergence
 
 
 def _check_functions(divergence: Divergence) -> None:
     """Refuses functions that are not each other's inverse and slope."""
-    d = torch.linspace(-8.0, 8.0, 33, dtype=torch.float64)
+    d = torch.linspace(-8.0, 8.0, 33, dtype=torch.float64, device="cpu")
     q = divergence.deficit(d)
     if not bool((q[1:] < q[:-1]).all()):
         raise ValueError(f"the deficit of {divergence.name!r} must decrease with d")

@@ -10,6 +10,7 @@ transformers is imported by `from_pretrained` and `embedded` only.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .loading import load_model, load_tokenizer
 from .model_state import CallableState, CausalLMState, EnsembleState, embedded_ids, is_causal_lm
-from .prompts import encode_prompts
-
-# Options that say where files come from: models and tokenizers need them alike.
-_HUB_OPTIONS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "token",
-    "trust_remote_code",
-)
+from .prompts import Prompts, encode_prompts
 
 
 class Ensemble:
@@ -46,7 +38,9 @@ class Ensemble:
             none). Without any, `generate` needs `input_ids` and returns no text.
         check_tokenizers: compare the vocabularies of the tokenizers and refuse different ones.
             Special roles may differ (a base model and its chat model often end a text differently):
-            the end-of-sequence tokens of all models count.
+            the end-of-sequence tokens of all models count. A tokenizer may have tokens that were
+            added behind the others' vocabulary (a [PAD]): a warning names them, and only the ids
+            in common are drawn.
 
     Raises:
         TypeError: if a model is neither a causal language model nor callable.
@@ -88,8 +82,8 @@ class Ensemble:
         self.tokenizers = [
             t if m is not None else None for m, t in zip(models, tokenizers, strict=True)
         ]
-        if check_tokenizers:
-            _check_vocabularies(self.tokenizers)
+        # Where tokenizers have added tokens: how many ids all have; None where all are alike.
+        self.common_ids = _common_ids(self.tokenizers) if check_tokenizers else None
 
     @classmethod
     def from_pretrained(
@@ -113,32 +107,44 @@ class Ensemble:
             device: where to put the models; None leaves them where transformers loads them.
             check_tokenizers: see `Ensemble`.
             **kwargs: for AutoModelForCausalLM.from_pretrained; the options about where files come
-                from (revision, cache_dir, local_files_only, token, trust_remote_code,
-                force_download) reach the tokenizers too.
+                from (subfolder, revision, cache_dir, local_files_only, token, trust_remote_code,
+                ...) reach the tokenizers too. use_safetensors is True unless given: no pickle is
+                loaded.
+
+        A name may be that of a PEFT adapter: it is put on a base model of its own, a `PeftModel`.
+        An adapter without a tokenizer has its base model's. Another policy without one has the
+        reference's (or the first policy's, if there is no reference).
 
         Raises:
-            ImportError: if transformers is not installed.
-            OSError: from transformers, if a folder or name cannot be loaded.
+            ImportError: if transformers is not installed, or PEFT for an adapter.
+            OSError: if a folder or name cannot be loaded, or a tokenizer's files are broken.
+            ValueError: if a checkpoint or adapter has tensors that are missing, unexpected or of
+                another shape; they are named.
         """
         if isinstance(policies, (str, Path)):
             raise TypeError(f"policies must be a list of folders or hub names, got {policies!r}")
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import AutoModelForCausalLM
         except ImportError as error:
             raise ImportError(
                 "loading language models needs transformers: pip install 'mod-fused[hf]'"
             ) from error
 
-        model_options = dict(kwargs) if dtype is None else {"dtype": dtype, **kwargs}
-        tokenizer_options = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
-        loaded: dict[str | None, tuple[Any, Any]] = {None: (None, None)}
-        for name in map(_name, (reference, *policies)):
-            if name is not None and name not in loaded:
-                model = AutoModelForCausalLM.from_pretrained(name, **model_options).eval()
-                model = model if device is None else model.to(device)
-                loaded[name] = (model, AutoTokenizer.from_pretrained(name, **tokenizer_options))
-        models, tokenizers = zip(*(loaded[_name(n)] for n in (reference, *policies)), strict=True)
-        return cls(models, tokenizers, check_tokenizers=check_tokenizers)
+        options = dict(kwargs) if dtype is None else {"dtype": dtype, **kwargs}
+        names = [None if name is None else str(name) for name in (reference, *policies)]
+        models: dict[str | None, Any] = {None: None}
+        tokenizers: dict[str | None, Any] = {None: None}
+        for name in dict.fromkeys(names):
+            if name is not None:
+                model = load_model(AutoModelForCausalLM, name, **options)
+                models[name] = model if device is None else model.to(device)
+                tokenizers[name] = load_tokenizer(name, **options)
+        first = next((tokenizers[name] for name in names if name is not None), None)
+        return cls(
+            [models[name] for name in names],
+            [first if tokenizers[name] is None else tokenizers[name] for name in names],
+            check_tokenizers=check_tokenizers,
+        )
 
     @classmethod
     def embedded(cls, policies: Sequence[str] | None = None, **kwargs: Any) -> Ensemble:
@@ -158,6 +164,11 @@ class Ensemble:
     def __repr__(self) -> str:
         names = ["None" if m is None else type(m).__name__ for m in self.models]
         return f"Ensemble(reference={names[0]}, policies=[{', '.join(names[1:])}])"
+
+    @property
+    def present(self) -> list[Any]:
+        """The models that are not None, the reference first."""
+        return [model for model in self.models if model is not None]
 
     @property
     def num_policies(self) -> int:
@@ -188,8 +199,10 @@ class Ensemble:
 
     @property
     def vocab_size(self) -> int | None:
-        """How many token ids all language models can read; None when all are plain callables."""
-        return min((embedded_ids(m) for m in self.models if is_causal_lm(m)), default=None)
+        """How many token ids all language models can read, and all tokenizers have where some have
+        added tokens; None when all are plain callables with the same tokens."""
+        sizes = [embedded_ids(m) for m in self.models if is_causal_lm(m)]
+        return min([*sizes, *([] if self.common_ids is None else [self.common_ids])], default=None)
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -204,21 +217,27 @@ class Ensemble:
     @property
     def pad_token_id(self) -> int:
         """A padding id that all models can read: a tokenizer's or model's, an eos, or 0."""
+        return self.padding_id(())
+
+    def padding_id(self, eos_token_ids: Sequence[int]) -> int:
+        """The same where other ids than the models' own may end a row: of the eos the first of
+        those, before the models'."""
         sources = [*self.tokenizers, *(getattr(m, "generation_config", None) for m in self.models)]
         candidates = [getattr(source, "pad_token_id", None) for source in sources]
         limit = self.vocab_size
-        for token in (*candidates, *self.eos_token_ids):
+        for token in (*candidates, *eos_token_ids, *self.eos_token_ids):
             if token is not None and 0 <= token and (limit is None or token < limit):
                 return token
         return 0
 
     def encode(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        prompts: Prompts | None = None,
         *,
         input_ids: Tensor | Sequence[Tensor] | None = None,
         attention_mask: Tensor | Sequence[Tensor] | None = None,
         pad_token_id: int | None = None,
+        add_special_tokens: bool | None = None,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Token ids [B, n_k] and left-padding masks [B, n_k] (None: no padding) of each model's
         prompts.
@@ -234,6 +253,7 @@ class Ensemble:
             labels=[_label(i) for i in present],
             pad_token_id=self.pad_token_id if pad_token_id is None else pad_token_id,
             device=self.device,
+            add_special_tokens=add_special_tokens,
         )
 
     def start(
@@ -271,25 +291,31 @@ def _label(index: int) -> str:
     return "the reference" if index == 0 else f"policy {index}"
 
 
-def _name(path: str | Path | None) -> str | None:
-    return None if path is None else str(path)
+def _common_ids(tokenizers: Sequence[Any]) -> int | None:
+    """Refuse tokenizers that give one id to different tokens; padded embeddings do not matter.
 
+    Tokens that were added behind the smallest vocabulary are no difference: no model may draw them.
 
-def _check_vocabularies(tokenizers: Sequence[Any]) -> None:
-    """Refuse tokenizers that give one id to different tokens; padded embeddings do not matter."""
+    Returns:
+        How many ids all tokenizers have in common; None: they have the same tokens.
+    """
     known = [(i, t) for i, t in enumerate(tokenizers) if t is not None]
-    if not known:
-        return
-    first, tokenizer = known[0]
-    expected = tokenizer.get_vocab()
-    for index, other in known[1:]:
-        vocabulary = expected if other is tokenizer else other.get_vocab()
-        if vocabulary == expected:
-            continue
-        tokens = sorted(
-            expected.keys() | vocabulary.keys(), key=lambda t: (expected.get(t, 2**63), t)
-        )
+    vocabularies = {id(t): t.get_vocab() for _, t in known}
+    if len({frozenset(v.items()) for v in vocabularies.values()}) < 2:
+        return None
+    first, tokenizer = min(known, key=lambda pair: len(vocabularies[id(pair[1])]))
+    expected = vocabularies[id(tokenizer)]
+    common = max(expected.values(), default=-1) + 1
+    notes = []
+    for index, other in known:
+        vocabulary = vocabularies[id(other)]
+        tokens = expected.keys() | vocabulary.keys()
         differing = [t for t in tokens if expected.get(t) != vocabulary.get(t)]
+        differing.sort(key=lambda t: (expected.get(t, 2**63), vocabulary.get(t, 2**63)))
+        behind = other.get_added_vocab() if differing else {}
+        if all(t in behind and t not in expected and behind[t] >= common for t in differing):
+            notes += _note(index, other, differing)
+            continue
         token = differing[0]
         here, there = (
             f"maps {token!r} to {v[token]}" if token in v else f"has no {token!r}"
@@ -300,3 +326,21 @@ def _check_vocabularies(tokenizers: Sequence[Any]) -> None:
             f"({len(differing)} of {len(tokens)} tokens differ). One id must mean one token in all "
             "models; check_tokenizers=False skips this check"
         )
+    warnings.warn(
+        f"only the {common} token ids that all tokenizers have in common are drawn: "
+        + "; ".join(notes),
+        stacklevel=3,
+    )
+    return common
+
+
+def _note(index: int, tokenizer: Any, added: Sequence[str]) -> list[str]:
+    """Which tokens a tokenizer has beyond the common ones, in words; [] for none."""
+    if not added:
+        return []
+    names = ", ".join(map(repr, added[:3])) + (", ..." if len(added) > 3 else "")
+    ends = f", among them its end of a sequence {tokenizer.eos_token!r}"
+    return [
+        f"{_label(index)}'s adds {len(added)} ({names})"
+        + (ends if tokenizer.eos_token in added else "")
+    ]

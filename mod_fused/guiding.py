@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import world
+from . import loading, world
 from .guidance import (
     Guidance,
     best_of_n,
@@ -15,6 +15,7 @@ from .guidance import (
     prefix_score,
     response_score,
 )
+from .terminal import working
 
 STRENGTHS = (0.0, 2.0, 5.0, 10.0, 20.0)  # a sweep's
 
@@ -76,19 +77,25 @@ def strengths(args: argparse.Namespace) -> list[float]:
     return given
 
 
-def load_scorers(names: Sequence[str], **options: Any) -> list[Any]:
+def load_scorers(names: Sequence[str], *, device: Any = None, **options: Any) -> list[Any]:
     """The scorers of embedded objectives or in folders; the architecture says which kind they are.
 
-    Raises:
-        ValueError: the model in a folder is neither a causal model nor a token classifier.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+    Args:
+        names: embedded objectives, or folders.
+        device: where to put them; None leaves them where transformers loads them.
+        **options: as for `loading.load_model`, which checks the files.
 
-    device = options.pop("device", None)
+    Raises:
+        OSError: the files in a folder cannot be loaded.
+        ValueError: the model in a folder is neither a causal model nor a token classifier, or its
+            tensors are not those of its architecture.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
     scorers: list[Any] = []
     for name in names:
-        folder = world.scorer(name) if name in world.OBJECTIVES else Path(name)
-        kinds = AutoConfig.from_pretrained(folder).architectures or [""]
+        folder = str(world.scorer(name)) if name in world.OBJECTIVES else name
+        kinds = loading.load_config(folder, **options).architectures or [""]
         loader: Any
         if kinds[0].endswith("ForTokenClassification"):
             loader = AutoModelForTokenClassification
@@ -96,7 +103,7 @@ def load_scorers(names: Sequence[str], **options: Any) -> list[Any]:
             loader = AutoModelForCausalLM
         else:
             raise ValueError(f"{name} must hold a causal model or a token classifier, got {kinds}")
-        model = loader.from_pretrained(folder, **options).eval()
+        model = loading.load_model(loader, folder, **options)
         scorers.append(model if device is None else model.to(device))
     return scorers
 
@@ -105,14 +112,15 @@ def load_guidance(args: argparse.Namespace) -> dict[str, Any]:
     """value_fn of `generate`; empty without --values."""
     if not args.values:
         return {}
-    scorers = load_scorers(args.values, device=args.device, **_dtype(args))
+    with working("loading " + ", ".join(args.values)):
+        scorers = load_scorers(args.values, **_options(args))
     return {"value_fn": Guidance(scorers, candidates=args.candidates)}
 
 
 def choose(args: argparse.Namespace, ensemble: Any, prompts: list[str], **options: Any) -> Any:
     """The `BlockwiseOutput` of --best-of."""
     if args.values:
-        scorers = load_scorers(args.values, device=args.device, **_dtype(args))
+        scorers = load_scorers(args.values, **_options(args))
         score = prefix_score(scorers, strengths(args))
     else:
 
@@ -127,5 +135,7 @@ def choose(args: argparse.Namespace, ensemble: Any, prompts: list[str], **option
     )
 
 
-def _dtype(args: argparse.Namespace) -> dict[str, Any]:
-    return {} if args.dtype is None else {"dtype": args.dtype}
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    # Said here, or transformers would ask on the terminal.
+    options = {"trust_remote_code": False, "device": args.device}
+    return options if args.dtype is None else options | {"dtype": args.dtype}

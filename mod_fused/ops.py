@@ -43,17 +43,13 @@ __all__ = ["Sample", "backends", "log_probs", "sample", "workspace_size"]
 _library = torch.library.Library("mod_fused", "DEF")
 
 
-def _fake_log_probs(
-    tensors: list[Tensor], integers: list[int], numbers: list[float], divergence: str
-) -> Tensor:
-    mixing, _ = unpack(tensors, integers, numbers, divergence)
+def _fake_log_probs(*packed: Any) -> Tensor:
+    mixing, _ = unpack(*packed)
     return new_log_probs(mixing)
 
 
-def _fake_sample(
-    tensors: list[Tensor], integers: list[int], numbers: list[float], divergence: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mixing, drawing = unpack(tensors, integers, numbers, divergence)
+def _fake_sample(*packed: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mixing, drawing = unpack(*packed)
     assert drawing is not None
     return new_outputs(mixing, drawing)
 
@@ -90,8 +86,8 @@ def _define(backend: str, kernels: ModuleType | None = None, *keys: str) -> None
 _define("torch", torch_backend, "CompositeExplicitAutograd")
 _define("triton", triton_backend, *(("CUDA", "CPU") if INTERPRETED else ("CUDA",)))
 _define("cpu")  # kernels: csrc/cpu/binding.cpp
-_library.define("divergence_cpu(str divergence, str function, Tensor x) -> Tensor")
-_library.define("instruction_set_cpu() -> str")
+_library.define("divergence_cpu(int divergence, float alpha, int function, Tensor x) -> Tensor")
+_library.define("instruction_set_cpu() -> int")
 backends()  # loads the extensions now: torch.compile could not trace it
 
 

@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .chat import Conversation, encode_conversation, is_conversation
+
+Prompt = str | Conversation
+#: One prompt, B prompts for all models, or one list of B prompts per model.
+Prompts = Prompt | Sequence[Prompt] | Sequence[Sequence[Prompt]]
+
 
 def encode_prompts(
-    prompts: str | Sequence[str] | Sequence[Sequence[str]] | None,
+    prompts: Prompts | None,
     input_ids: Tensor | Sequence[Tensor] | None,
     attention_mask: Tensor | Sequence[Tensor] | None,
     *,
@@ -18,11 +24,12 @@ def encode_prompts(
     labels: Sequence[str],
     pad_token_id: int,
     device: torch.device | None,
+    add_special_tokens: bool | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Token ids and masks of each model's prompts.
 
     Args:
-        prompts: a string, B strings for all models, or one list of B strings per model.
+        prompts: a string or conversation, B of them for all models, or one list of B per model.
         input_ids: instead of prompts, an integer tensor [B, n] for all models, or one [B, n_k] per
             model.
         attention_mask: for input_ids: same form, 1 for tokens and 0 for padding on the left; None:
@@ -31,29 +38,48 @@ def encode_prompts(
         labels: K names of the models, for messages.
         pad_token_id: filled in on the left of the shorter prompts.
         device: where the results go; None leaves input_ids where they are.
+        add_special_tokens: see `encode_text`.
 
     Returns:
         K tensors int64 [B, n_k], and K masks int64 [B, n_k], None for a batch without padding.
 
     Raises:
         TypeError, ValueError: for neither or both of prompts and input_ids, a wrong count, an empty
-            prompt, padding on the right.
+            prompt, padding on the right, a conversation that a tokenizer has no template for.
     """
+    if not isinstance(add_special_tokens, (bool, type(None))):
+        raise TypeError(f"add_special_tokens must be None or a bool, got {add_special_tokens!r}")
     if (prompts is None) == (input_ids is None):
         what = "neither" if prompts is None else "both"
         raise ValueError(f"pass either prompts or input_ids, got {what}")
     if prompts is not None:
         if attention_mask is not None:
             raise ValueError("attention_mask goes with input_ids; prompts are padded here")
-        batches = _texts_per_model(prompts, labels)
-        pairs: list[tuple[Tensor, Tensor | None]] = [
-            _tokenize(texts, tokenizer, label, pad_token_id)
-            for texts, tokenizer, label in zip(batches, tokenizers, labels, strict=True)
-        ]
+        batches = _prompts_per_model(prompts, labels)
+        pairs: list[tuple[Tensor, Tensor | None]] = []
+        for batch, tokenizer, label in zip(batches, tokenizers, labels, strict=True):
+            rows = [encode_prompt(p, tokenizer, label, add_special_tokens) for p in batch]
+            if [] in rows:
+                index = rows.index([])
+                raise ValueError(
+                    f"prompt {index} ({batch[index]!r}) has no tokens for {label}: a model needs "
+                    "one"
+                )
+            pairs.append(_padded(rows, pad_token_id))
     else:
+        if add_special_tokens is not None:
+            raise ValueError("add_special_tokens goes with prompts, got input_ids")
         ids = _tensors_per_model(input_ids, labels, "input_ids")
         masks = _tensors_per_model(attention_mask, labels, "attention_mask")
         pairs = [_check_ids(i, m, label) for i, m, label in zip(ids, masks, labels, strict=True)]
+    return _placed(pairs, labels, device)
+
+
+def _placed(
+    pairs: Sequence[tuple[Tensor, Tensor | None]],
+    labels: Sequence[str],
+    device: torch.device | None,
+) -> tuple[list[Tensor], list[Tensor | None]]:
     sizes = [len(ids) for ids, _ in pairs]
     if len(set(sizes)) > 1 or sizes[0] == 0:
         rows = ", ".join(f"{size} for {label}" for size, label in zip(sizes, labels, strict=True))
@@ -67,22 +93,75 @@ def encode_prompts(
     return encoded, padding
 
 
-def _texts_per_model(prompts: Any, labels: Sequence[str]) -> list[list[str]]:
-    if isinstance(prompts, str):
+def encode_prompt(
+    prompt: Prompt, tokenizer: Any, label: str, add_special_tokens: bool | None = None
+) -> list[int]:
+    """The token ids of a string or a conversation, without padding.
+
+    Raises:
+        ValueError: no tokenizer, or a conversation that cannot be rendered.
+    """
+    if tokenizer is None:
+        raise ValueError(f"{label} has no tokenizer: pass input_ids, or tokenizers to Ensemble")
+    if isinstance(prompt, str):
+        return encode_text(prompt, tokenizer, add_special_tokens)
+    if add_special_tokens:
+        raise ValueError(
+            "a chat template writes its own special tokens, got add_special_tokens=True with a "
+            "conversation"
+        )
+    return encode_conversation(prompt, tokenizer, label)
+
+
+def encode_text(text: str, tokenizer: Any, add_special_tokens: bool | None = None) -> list[int]:
+    """The token ids of a text.
+
+    Args:
+        text: any string, also one that a chat template has rendered.
+        tokenizer: one of transformers'.
+        add_special_tokens: as transformers' tokenizers take it. None puts in front what the
+            tokenizer puts there, unless the text itself begins with it or with BOS; nothing is put
+            behind (as T5's and BERT's tokenizers would): a model is to go on with the text, not to
+            follow its end.
+    """
+    if add_special_tokens is not None:
+        return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    framed = list(tokenizer(text)["input_ids"])
+    if framed == bare:
+        return bare
+    for start in range(len(framed) - len(bare) + 1):
+        if bare and framed[start : start + len(bare)] == bare:
+            front = framed[:start]
+            starts = {*front[:1], getattr(tokenizer, "bos_token_id", None)}
+            return bare if bare[0] in starts else front + bare
+    return framed  # an empty text, or a tokenizer that does more than put tokens around it
+
+
+def _prompts_per_model(prompts: Any, labels: Sequence[str]) -> list[list[Prompt]]:
+    if isinstance(prompts, str) or is_conversation(prompts):
         prompts = [prompts]
     if not isinstance(prompts, (list, tuple)):
-        raise TypeError(f"prompts must be a string or a list, got {type(prompts).__name__}")
-    if all(isinstance(p, str) for p in prompts):
+        raise TypeError(
+            f"prompts must be a string, a conversation or a list, got {type(prompts).__name__}"
+        )
+    if _are_prompts(prompts):
         return [list(prompts)] * len(labels)
-    lists = all(isinstance(p, (list, tuple)) for p in prompts)
-    if not lists or not all(isinstance(text, str) for p in prompts for text in p):
-        raise TypeError("prompts must be strings, or one list of strings per model; got a mixture")
+    if not all(isinstance(p, (list, tuple)) and _are_prompts(p) for p in prompts):
+        raise TypeError(
+            "prompts must be strings or conversations (lists of messages), or one list of them per "
+            "model; got a mixture"
+        )
     if len(prompts) != len(labels):
         raise ValueError(
             f"expected {len(labels)} lists of prompts, one each for {', '.join(labels)}, "
             f"got {len(prompts)}"
         )
     return [list(p) for p in prompts]
+
+
+def _are_prompts(items: Sequence[Any]) -> bool:
+    return all(isinstance(item, str) or is_conversation(item) for item in items)
 
 
 def _tensors_per_model(value: Any, labels: Sequence[str], name: str) -> list[Any]:
@@ -100,22 +179,13 @@ def _tensors_per_model(value: Any, labels: Sequence[str], name: str) -> list[Any
     return list(value)
 
 
-def _tokenize(
-    texts: Sequence[str], tokenizer: Any, label: str, pad_token_id: int
-) -> tuple[Tensor, Tensor]:
-    """Tokenize row by row and pad here: many tokenizers have no padding token or pad right."""
-    if tokenizer is None:
-        raise ValueError(f"{label} has no tokenizer: pass input_ids, or tokenizers to Ensemble")
-    rows = [list(tokenizer(text)["input_ids"]) for text in texts]
-    for index, row in enumerate(rows):
-        if not row:
-            raise ValueError(
-                f"prompt {index} ({texts[index]!r}) has no tokens for {label}: a model needs one"
-            )
+def _padded(rows: Sequence[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, n]. Padded here: many tokenizers have no padding token or pad right."""
     width = max(map(len, rows), default=0)
     ids = [[pad_token_id] * (width - len(row)) + row for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
+    on_host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+    return torch.tensor(ids, **on_host), torch.tensor(mask, **on_host)
 
 
 def _check_ids(ids: Tensor, mask: Tensor | None, label: str) -> tuple[Tensor, Tensor | None]:

@@ -33,14 +33,11 @@ def draw(
     """
     device = key.device
 
-    def parameter(name: str, dtype: torch.dtype) -> Tensor:
-        host, tensor = getattr(drawing, name), getattr(drawing, name + "_tensor")
-        return row_scalar(host, tensor, rows, device, dtype)
-
-    temperature = parameter("temperature", torch.float32)
-    top_k = parameter("top_k", torch.int64)
-    top_p = parameter("top_p", torch.float64)
-    min_p = parameter("min_p", torch.float32)
+    temperature = row_scalar(drawing.temperature, rows, device, torch.float32)
+    top_k = row_scalar(drawing.top_k, rows, device, torch.int64)
+    top_p = row_scalar(drawing.top_p, rows, device, torch.float64)
+    min_p = row_scalar(drawing.min_p, rows, device, torch.float32)
+    position = row_scalar(drawing.position, rows, device, torch.int64)
     valid = (temperature >= 0) & temperature.isfinite() & (top_k >= 0)
     valid = valid & (top_p > 0) & (top_p <= 1) & (min_p >= 0) & (min_p <= 1)
 
@@ -54,11 +51,9 @@ def draw(
     keep = _keep(drawing, flat, peak, scaled, temperature, top_k, top_p, min_p)
     mass = torch.where(keep, torch.exp(scaled), 0.0).unflatten(1, (-1, TILE))
 
-    if drawing.seed_tensor is not None:
-        seed = drawing.seed_tensor[rows]
-    else:
-        seed = philox.split_mix(drawing.seed, batch, device)[rows]
-    token = _race(mass[..., :vocab_size], seed, parameter("position", torch.int64))
+    seed = drawing.seed
+    seeds = seed if isinstance(seed, Tensor) else philox.split_mix(seed, batch, device)
+    token = _race(mass[..., :vocab_size], seeds[rows], position)
     return torch.where(temperature == 0, greedy, token), valid
 
 
@@ -91,8 +86,7 @@ def _keep(
 ) -> Tensor:
     """What top-k, then top-p, then min-p leave of each row: bool [b, T * TILE]."""
     keep = torch.ones_like(key, dtype=torch.bool)
-    use_top_k = drawing.top_k_tensor is not None or any(drawing.top_k)
-    use_top_p = drawing.top_p_tensor is not None or any(p < 1 for p in drawing.top_p)
+    use_top_k, use_top_p, _ = drawing.filters()
     if use_top_k or use_top_p:
         ranked = key.sort(descending=True).values
         kth = ranked.gather(1, (top_k.clamp(1, key.shape[1]) - 1)[:, None])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor
@@ -13,14 +14,14 @@ class Stream:
 
     active = False
 
-    def begin(self, prompt: Tensor) -> None:
-        pass
+    def begin(self, prompts: Tensor) -> None:
+        """Called once, with the prompts int64 [B, n], when a model is about to run."""
 
-    def put(self, step: int, tokens: Tensor) -> None:
-        pass
+    def put(self, step: int, tokens: Tensor, drawn: Tensor) -> None:
+        """The tokens of a step, int64 [B] on the CPU, and which of them were drawn, bool [B]."""
 
     def end(self) -> None:
-        pass
+        """Called once, whatever has happened."""
 
 
 class CallbackStream(Stream):
@@ -29,8 +30,9 @@ class CallbackStream(Stream):
     def __init__(self, callback: Callable[[int, Tensor], Any]) -> None:
         self.callback = callback
 
-    def put(self, step: int, tokens: Tensor) -> None:
-        self.callback(step, tokens)
+    def put(self, step: int, tokens: Tensor, drawn: Tensor) -> None:
+        if drawn.any():
+            self.callback(step, tokens)
 
 
 class TransformersStream(Stream):
@@ -41,24 +43,44 @@ class TransformersStream(Stream):
     def __init__(self, streamer: Any) -> None:
         self.streamer = streamer
 
-    def begin(self, prompt: Tensor) -> None:
-        self.streamer.put(prompt.cpu())
+    def begin(self, prompts: Tensor) -> None:
+        if len(prompts) != 1:
+            raise ValueError(
+                f"a transformers streamer takes one row, got {len(prompts)}; pass a callable "
+                "instead"
+            )
+        self.streamer.put(prompts.cpu())
 
-    def put(self, step: int, tokens: Tensor) -> None:
-        self.streamer.put(tokens)
+    def put(self, step: int, tokens: Tensor, drawn: Tensor) -> None:
+        if drawn.any():
+            self.streamer.put(tokens)
 
     def end(self) -> None:
         self.streamer.end()
 
 
-def streaming(streamer: Any, batch: int) -> Stream:
+@contextmanager
+def streaming(streamer: Any) -> Iterator[Stream]:
+    """The stream to a streamer, a callable or nothing (None), ended once on the way out: whoever
+    reads it in another thread must not wait for ever.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    stream = _stream_to(streamer)
+    try:
+        yield stream
+    except BaseException:
+        with suppress(Exception):  # the first error is the one to report
+            stream.end()
+        raise
+    stream.end()
+
+
+def _stream_to(streamer: Any) -> Stream:
     if streamer is None:
         return Stream()
     if hasattr(streamer, "put") and hasattr(streamer, "end"):
-        if batch != 1:
-            raise ValueError(
-                f"a transformers streamer takes one row, got {batch}; pass a callable instead"
-            )
         return TransformersStream(streamer)
     if not callable(streamer):
         raise TypeError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,39 +15,42 @@ from .sweep import Point, Reward, mean_and_error
 
 
 class Guided(NamedTuple):
-    """Responses at one strength, the same for all scorers, and one weight vector."""
+    """Responses at one strength, the same for all scorers, and one weight vector.
 
-    strength: float
+    Without value guidance the strength is None.
+    """
+
+    strength: float | None
     point: Point
 
 
-def evaluate(
+def evaluating(
     ensemble: Ensemble,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     grid: Sequence[Sequence[float]],
     strengths: Sequence[float],
     guide: Guidance,
     rewards: Sequence[Reward] | None,
+    *,
+    done: int = 0,
     **options: Any,
-) -> list[Guided]:
-    """`sweep.evaluate` of every strength; arguments as there, `strengths` beside the grid.
+) -> Iterator[list[Guided]]:
+    """`sweep.evaluating` of every strength; arguments as there, `strengths` beside the grid.
 
     Raises:
         ValueError: if a decode has an invalid step.
     """
-    found = []
     for strength in strengths:
-        weights = [strength] * guide.num_values
-        points = sweep.evaluate(
-            ensemble, prompts, grid, rewards, value_fn=guide, value_weights=weights, **options
-        )
-        found += [Guided(strength, point) for point in points]
-    return found
+        options |= {"value_fn": guide, "value_weights": [strength] * guide.num_values}
+        left_out = min(done, len(grid))
+        done -= left_out
+        for points in sweep.evaluating(ensemble, prompts, grid, rewards, done=left_out, **options):
+            yield [Guided(strength, point) for point in points]
 
 
 def _columns(
     guided: Guided, names: Sequence[str], labels: Sequence[str]
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What a line was drawn with, and what was measured."""
     _, point = guided
     given = {f"weight_{name}": w for name, w in zip(names, point.weights, strict=True)}
@@ -69,20 +71,12 @@ def table_rows(
     return ["strength", *(f"weight {name}" for name in names), *labels, "KL(pi*||ref)"], rows
 
 
-def write_csv(
-    path: str | Path, found: Sequence[Guided], names: Sequence[str], labels: Sequence[str]
-) -> None:
-    """One line per strength and weight vector: rewards if measured, KL, their errors."""
-    records = []
-    for guided in found:
-        line, measured = _columns(guided, names, labels)
-        for name, values in measured.items():
-            line[name], line[f"{name}_se"] = mean_and_error(values)
-        records.append(line | {"prompts": len(guided.point.kl), "samples": guided.point.samples})
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
+def line(guided: Guided, names: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """Of the table: strength, weights, rewards if measured, KL, their errors."""
+    values, measured = _columns(guided, names, labels)
+    for name, column in measured.items():
+        values[name], values[f"{name}_se"] = mean_and_error(column)
+    return values | {"prompts": len(guided.point.kl), "samples": guided.point.samples}
 
 
 def draw(

@@ -1,15 +1,14 @@
 """Mean rewards and divergence from the reference of decodes at given weights, and their trade-off.
 
 `evaluate` measures a grid of weights; `lead_over_line` says whether mixing two policies in the
-decoder beats choosing one of them at random for each response; `write_csv` and `draw` keep the
-result. The demo uses the same functions.
+decoder beats choosing one of them at random for each response; `draw` shows the result. The demo
+uses the same functions.
 """
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -20,10 +19,11 @@ import torch
 
 from .decoder import generate
 from .ensemble import Ensemble
+from .memory import check_memory
 from .philox import split_mix
 from .terminal import track
 
-Reward = Callable[[str, str], float]
+Reward = Callable[[Any, str], float]
 Array = np.ndarray
 
 
@@ -57,22 +57,36 @@ def mean_and_error(values: Array) -> tuple[float, float]:
 
 def evaluate(
     ensemble: Ensemble,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
+    grid: Sequence[Sequence[float]],
+    rewards: Sequence[Reward] | None,
+    **options: Any,
+) -> list[Point]:
+    """The points of `evaluating`, whose arguments it takes, when all are finished."""
+    batches = evaluating(ensemble, prompts, grid, rewards, **options)
+    return [point for finished in batches for point in finished]
+
+
+def evaluating(
+    ensemble: Ensemble,
+    prompts: Sequence[Any],
     grid: Sequence[Sequence[float]],
     rewards: Sequence[Reward] | None,
     *,
     samples: int = 1,
     seed: int = 0,
     batch_size: int = 256,
+    done: int = 0,
     **options: Any,
-) -> list[Point]:
+) -> Iterator[list[Point]]:
     """Draw `samples` responses to each prompt from pi* at each weight vector, and score them.
 
-    Shows a progress bar. Rows of different weights are decoded in one batch.
+    Shows a progress bar. Rows of different weights are decoded in one batch; yielded after each are
+    the points, in the order of the grid, whose last response was in it.
 
     Args:
         ensemble: the reference and M policies, with a tokenizer.
-        prompts: N prompts.
+        prompts: N prompts, texts or conversations.
         grid: weight vectors [M].
         rewards: functions of (prompt, response), reward i being what policy i is meant to raise
             where there are policies; None for no rewards.
@@ -80,58 +94,98 @@ def evaluate(
         seed: response r of a weight vector (sample by sample, prompts in order) is drawn with row
             seed SplitMix64(seed + r): the same noise at every weight, however rows are batched.
         batch_size: responses decoded at the same time.
+        done: how many points, the first ones of the grid, to leave out. The batches are those of
+            the whole grid, so that the other points do not change by a bit.
         **options: for `mod_fused.generate`; temperature and filters would make `kl` meaningless.
 
     Raises:
-        ValueError: if a decode has an invalid step.
+        ValueError: if the results would not fit into memory, or a decode has an invalid step.
     """
-    noise = split_mix(seed, len(prompts) * samples, torch.device("cpu")).tolist()
-    responses = list(zip(list(prompts) * samples, noise, strict=True))
-    rows = [(prompt, list(w), row_seed) for w in grid for prompt, row_seed in responses]
-    scores = np.empty((len(rows), len(rewards or ())))
-    log_ratios = np.empty((len(rows), ensemble.num_policies))
-    kl = np.empty(len(rows))
-    starts = range(0, len(rows), batch_size)
+    columns = len(rewards or ()) + ensemble.num_policies + 1
+    check_size(len(prompts), samples, len(grid), columns)
+    each = len(prompts) * samples  # rows of a point
+    noise = split_mix(seed, each, torch.device("cpu")).tolist()
+    first = done * each // batch_size * batch_size  # row; its batch holds responses of old points
+    found = np.empty((0, columns))  # of the rows from `first` on
+    starts = range(first, len(grid) * each if done < len(grid) else first, batch_size)
     for start in track(starts, "decoding", len(starts)):
-        part = slice(start, min(start + batch_size, len(rows)))
-        batch, weights, seeds = (list(column) for column in zip(*rows[part], strict=True))
-        out = generate(
-            ensemble, batch, weights=weights, seed=seeds, return_model_logprobs=True, **options
+        rows = range(start, min(start + batch_size, len(grid) * each))
+        batch = [prompts[row % each % len(prompts)] for row in rows]
+        weights = [list(grid[row // each]) for row in rows]
+        seeds = [noise[row % each] for row in rows]
+        scores = _scores(ensemble, batch, weights, rewards, seed=seeds, **options)
+        found = np.concatenate([found, scores])
+        finished = []
+        while first + len(found) >= (done + 1) * each and done < len(grid):
+            begin = done * each - first
+            finished.append(_point(grid[done], found[begin : begin + each], rewards, samples))
+            done += 1
+        yield finished
+        kept = max(0, min(done * each - first, len(found)))
+        found, first = found[kept:], first + kept
+
+
+def _scores(
+    ensemble: Ensemble,
+    prompts: list[Any],
+    weights: list[list[float]],
+    rewards: Sequence[Reward] | None,
+    **options: Any,
+) -> Array:
+    """Rewards, log-ratios and KL of one response to each prompt, [B, R + M + 1]."""
+    out = generate(ensemble, prompts, weights=weights, return_model_logprobs=True, **options)
+    if not out.valid.all():
+        raise ValueError(
+            f"no valid distribution at weights {weights[int((~out.valid).nonzero()[0])]}: "
+            "a model's logits hold NaN, or normalizer='zero' has no solution there"
         )
-        if not out.valid.all():
-            raise ValueError(
-                f"no valid distribution at weights {weights[int((~out.valid).nonzero()[0])]}: "
-                "a model's logits hold NaN, or normalizer='zero' has no solution there"
-            )
-        assert out.model_logprobs is not None  # asked for above
-        totals = out.model_logprobs.double().sum(1).cpu().numpy()  # [B, M+1], whole responses
-        log_ratios[part] = totals[:, 1:] - totals[:, :1]
-        kl[part] = out.logprobs.double().sum(1).cpu().numpy() - totals[:, 0]
-        if rewards is not None:
-            texts = zip(batch, out.texts or (), strict=True)
-            scores[part] = [[reward(p, t) for reward in rewards] for p, t in texts]
+    assert out.model_logprobs is not None  # asked for above
+    totals = out.model_logprobs.double().sum(1).cpu().numpy()  # [B, M+1], whole responses
+    kl = out.logprobs.double().sum(1).cpu().numpy() - totals[:, 0]
+    texts = zip(prompts, out.texts or (), strict=True) if rewards else ()
+    scores = np.array([[reward(p, t) for reward in rewards or ()] for p, t in texts], dtype=float)
+    scores = scores.reshape(len(prompts), -1) if rewards else np.empty((len(prompts), 0))
+    return np.concatenate([scores, totals[:, 1:] - totals[:, :1], kl[:, None]], axis=1)
 
-    def per_prompt(values: Array) -> Array:
-        """[G * S * N, ...] to [G, ..., N], averaged over the samples S."""
-        shape = len(grid), samples, len(prompts), *values.shape[1:]
-        return np.moveaxis(values.reshape(shape).mean(1), 1, -1)
 
-    columns = per_prompt(scores), per_prompt(log_ratios), per_prompt(kl)
-    return [
-        Point(tuple(map(float, weights)), r if rewards else None, ratios, k, samples)
-        for weights, r, ratios, k in zip(grid, *columns, strict=True)
-    ]
+def _point(
+    weights: Sequence[float], found: Array, rewards: Sequence[Reward] | None, samples: int
+) -> Point:
+    """The point of its rows [S N, R + M + 1]."""
+    means = found.reshape(samples, -1, found.shape[1]).mean(0).T  # [R + M + 1, N]
+    count = len(rewards or ())
+    scores = means[:count] if rewards else None
+    return Point(tuple(map(float, weights)), scores, means[count:-1], means[-1], samples)
+
+
+def check_size(prompts: int, samples: int, weights: int, columns: int) -> None:
+    """Refuse a sweep whose results cannot fit: prompts x (weights + 2 x samples) x columns numbers
+    of 8 bytes, 40 bytes for the seed of each row of a point, 150 for each weight vector.
+
+    Raises:
+        ValueError: says what they would take.
+    """
+    needed = 8 * prompts * (weights + 2 * samples) * columns + 40 * prompts * samples
+    what = f"a sweep of {weights} weights with {prompts} prompts and {samples} samples of each"
+    check_memory(needed + 150 * weights, what)
+
+
+def grid_size(policies: int, points: int) -> int:
+    """How many weight vectors `simplex_grid` gives."""
+    return math.comb(points - 1 + policies - 1, policies - 1)
 
 
 def simplex_grid(policies: int, points: int) -> list[tuple[float, ...]]:
     """All weight vectors [policies] on the simplex with `points` equally spaced values per edge.
 
     Raises:
-        ValueError: if `points` < 2 or `policies` < 1.
+        ValueError: if `points` < 2 or `policies` < 1, or they do not fit into memory.
     """
     if points < 2 or policies < 1:
         raise ValueError(f"a grid needs 2 points per edge and 1 policy, got {points}, {policies}")
     steps = points - 1
+    count = grid_size(policies, points)
+    check_memory(count * (50 + 32 * policies), f"a grid of {count} weight vectors")
 
     def split(total: int, parts: int) -> list[tuple[int, ...]]:
         if parts == 1:
@@ -217,26 +271,17 @@ def table_rows(points: Sequence[Point], names: Sequence[str]) -> tuple[list[str]
     return headers, rows
 
 
-def write_csv(path: str | Path, points: Sequence[Point], names: Sequence[str]) -> None:
-    """One line per weight vector: weights, rewards if measured, log-ratios, KL, their errors."""
-
-    def record(point: Point) -> dict[str, float]:
-        columns: dict[str, Array] = {}
-        if point.rewards is not None:
-            columns |= {f"reward_{n}": v for n, v in zip(names, point.rewards, strict=True)}
-        columns |= {f"log_ratio_{n}": v for n, v in zip(names, point.log_ratios, strict=True)}
-        columns["kl"] = point.kl
-        line = {f"weight_{n}": w for n, w in zip(names, point.weights, strict=True)}
-        for name, values in columns.items():
-            line[name], line[f"{name}_se"] = mean_and_error(values)
-        line |= {"prompts": len(point.kl), "samples": point.samples}
-        return line
-
-    records = [record(p) for p in points]
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
+def line(point: Point, names: Sequence[str]) -> dict[str, float]:
+    """Of the table: weights, rewards if measured, log-ratios, KL, their errors."""
+    columns: dict[str, Array] = {}
+    if point.rewards is not None:
+        columns |= {f"reward_{n}": v for n, v in zip(names, point.rewards, strict=True)}
+    columns |= {f"log_ratio_{n}": v for n, v in zip(names, point.log_ratios, strict=True)}
+    columns["kl"] = point.kl
+    values = {f"weight_{n}": w for n, w in zip(names, point.weights, strict=True)}
+    for name, column in columns.items():
+        values[name], values[f"{name}_se"] = mean_and_error(column)
+    return values | {"prompts": len(point.kl), "samples": point.samples}
 
 
 def picture_endings() -> list[str]:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from torch import Tensor
+
+from .text import Decoder, GrowingText
+
 Item = TypeVar("Item")
+PATIENCE = 3.0  # seconds; what is over sooner needs no word
 
 
 def _rich_console(stream: Any) -> Any:
@@ -66,19 +73,46 @@ def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]
             print(f"{description}: {done}/{total}", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def working(description: str, patience: float | None = None) -> Iterator[None]:
+    """Say on stderr what is going on, once it has taken `patience` seconds (None: `PATIENCE`)."""
+    timer = threading.Timer(
+        PATIENCE if patience is None else patience,
+        lambda: print(f"{description} ...", file=sys.stderr, flush=True),
+    )
+    timer.daemon = True  # it never keeps the process alive
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class TextStream:
-    """For `mod_fused.generate(streamer=...)`: prints the response of the first row as it grows."""
+    """A streamer for `mod_fused.generate` of one row: prints its text as far as no later token can
+    change it, and the rest at the end, so that all of it is `GenerateOutput.texts[0]`."""
 
     def __init__(self, tokenizer: Any, style: str | None = None) -> None:
-        self.tokenizer = tokenizer
         self.style = style
-        self.ids: list[int] = []
-        self.shown = ""
+        self._text = GrowingText(Decoder(tokenizer))
+        self._shown = 0  # characters of the open text
+        self._in_prompt = True
 
-    def __call__(self, step: int, tokens: Any) -> None:
-        self.ids.append(int(tokens[0]))
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        # A trailing replacement character may be the first bytes of one that is not complete.
-        if not text.endswith("\ufffd"):
-            write(text[len(self.shown) :], style=self.style, end="")
-            self.shown = text
+    def put(self, tokens: Tensor) -> None:
+        """The prompt [1, n] at first, then each token [1]."""
+        if self._in_prompt:
+            self._in_prompt = False
+            return
+        settled = self._text.add(int(tokens[0]))
+        self._show(settled, len(settled))
+        self._shown -= len(settled)
+        self._show(self._text.open, self._text.lasting())
+
+    def end(self) -> None:
+        """Show what was held back."""
+        self._show(self._text.open, len(self._text.open))
+
+    def _show(self, text: str, end: int) -> None:
+        if end > self._shown:
+            write(text[self._shown : end], style=self.style, end="")
+            self._shown = end

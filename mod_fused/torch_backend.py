@@ -9,14 +9,14 @@ never depends on a normaliser's rounding.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import normalizer
 from .arguments import DrawArguments, MixtureArguments, unpack
-from .divergence import Divergence, ReverseKL, get_divergence
+from .divergence import Divergence, ReverseKL
 from .outputs import new_log_probs, new_outputs
 from .race import TILE, draw
 from .rows import row_vector
@@ -41,26 +41,18 @@ class Mixture(NamedTuple):
     logits: list[Tensor]  # float32 [b, T, TILE] each: scaled, reference first if there is one
 
 
-def log_probs(
-    tensors: list[Tensor], integers: list[int], numbers: list[float], divergence: str
-) -> Tensor:
+def log_probs(*packed: Any) -> Tensor:
     """Implementation of `torch.ops.mod_fused.log_probs_torch`; see `arguments.pack`."""
-    mixing, _ = unpack(tensors, integers, numbers, divergence)
+    mixing, _ = unpack(*packed)
     out = new_log_probs(mixing)
     _log_probs(mixing, out)
     return out
 
 
-def log_probs_out(
-    tensors: list[Tensor],
-    integers: list[int],
-    numbers: list[float],
-    divergence: str,
-    out: Tensor,
-    workspace: Tensor | None,
-) -> None:
+def log_probs_out(*arguments: Any) -> None:
     """Implementation of `torch.ops.mod_fused.log_probs_torch_out`; it needs no workspace."""
-    mixing, _ = unpack(tensors, integers, numbers, divergence)
+    *packed, out, _ = arguments
+    mixing, _ = unpack(*packed)
     _log_probs(mixing, out)
 
 
@@ -73,32 +65,21 @@ def _log_probs(mixing: MixtureArguments, out: Tensor) -> None:
         out[rows] = result[:, : mixing.vocab_size]
 
 
-def sample(
-    tensors: list[Tensor], integers: list[int], numbers: list[float], divergence: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sample(*packed: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implementation of `torch.ops.mod_fused.sample_torch`; see `arguments.pack`."""
-    mixing, drawing = unpack(tensors, integers, numbers, divergence)
+    mixing, drawing = unpack(*packed)
     assert drawing is not None
     outputs = new_outputs(mixing, drawing)
     _sample(mixing, drawing, *outputs)
     return outputs
 
 
-def sample_out(
-    tensors: list[Tensor],
-    integers: list[int],
-    numbers: list[float],
-    divergence: str,
-    tokens: Tensor,
-    logprobs: Tensor,
-    valid: Tensor,
-    model_logprobs: Tensor | None,
-    workspace: Tensor | None,
-) -> None:
+def sample_out(*arguments: Any) -> None:
     """Implementation of `torch.ops.mod_fused.sample_torch_out`; it needs no workspace."""
-    mixing, drawing = unpack(tensors, integers, numbers, divergence)
+    packed, (*outputs, _) = arguments[:4], arguments[4:]
+    mixing, drawing = unpack(*packed)
     assert drawing is not None
-    _sample(mixing, drawing, tokens, logprobs, valid, model_logprobs)
+    _sample(mixing, drawing, *outputs)
 
 
 def _sample(
@@ -182,7 +163,7 @@ def _dense_values(
 
 def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
     """Support, validity and log pi* of a chunk of rows (design §2)."""
-    divergence = get_divergence(mixing.divergence)
+    divergence = mixing.divergence
     vocab_size = mixing.vocab_size
     tensors = [x[rows] for x in mixing.tensors()]
     logits = [_tiles(x, vocab_size) for x in tensors]
@@ -191,7 +172,7 @@ def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
     policies = logits[mixing.ref_logits is not None :]
     count, device = logits[0].shape[0], logits[0].device
 
-    weights = row_vector(mixing.weights, mixing.weights_tensor, len(policies), rows, device)
+    weights = row_vector(mixing.weights, rows, device)
     valid = weights.isfinite().all(1)
     columns = torch.arange(logits[0][0].numel(), device=device).view(logits[0].shape[1:])
     support = (columns < vocab_size).expand(count, -1, -1)
@@ -200,9 +181,7 @@ def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
     value_weights = weights.new_zeros((count, 0))
     if mixing.values is not None:
         values, candidates, ids_ok = _dense_values(mixing, rows)
-        value_weights = row_vector(
-            mixing.value_weights, mixing.value_weights_tensor, len(values), rows, device
-        )
+        value_weights = row_vector(mixing.value_weights, rows, device)
         valid = valid & ids_ok & value_weights.isfinite().all(1)
         if candidates is not None:
             support = support & candidates
@@ -224,7 +203,7 @@ def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
         valid = valid & peak.isfinite()  # NaN and +inf both end up in the peak
         support = support & (x - peak[:, None, None] >= _float32(math.log(mixing.plausibility)))
 
-    if isinstance(divergence, ReverseKL):
+    if type(divergence) is ReverseKL:
         key = _log_linear(mixing, logits, weights, values, value_weights)
     else:
         key, support, solvable = _general(

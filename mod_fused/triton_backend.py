@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,56 +21,37 @@ def status() -> str:
     return AVAILABLE
 
 
-def log_probs(
-    tensors: list[Tensor], integers: list[int], numbers: list[float], divergence: str
-) -> Tensor:
+def log_probs(*packed: Any) -> Tensor:
     """Implementation of `torch.ops.mod_fused.log_probs_triton`; see `arguments.pack`."""
     from .triton_kernels import launch
 
-    mixing, _ = unpack(tensors, integers, numbers, divergence)
+    mixing, _ = unpack(*packed)
     return launch.log_probs(mixing)
 
 
-def sample(
-    tensors: list[Tensor], integers: list[int], numbers: list[float], divergence: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sample(*packed: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implementation of `torch.ops.mod_fused.sample_triton`; see `arguments.pack`."""
     from .triton_kernels import launch
 
-    mixing, drawing = unpack(tensors, integers, numbers, divergence)
+    mixing, drawing = unpack(*packed)
     assert drawing is not None
     return launch.sample(mixing, drawing)
 
 
-def log_probs_out(
-    tensors: list[Tensor],
-    integers: list[int],
-    numbers: list[float],
-    divergence: str,
-    out: Tensor,
-    workspace: Tensor | None,
-) -> None:
+def log_probs_out(*arguments: Any) -> None:
     """Implementation of `torch.ops.mod_fused.log_probs_triton_out`."""
     from .triton_kernels import launch
 
-    mixing, _ = unpack(tensors, integers, numbers, divergence)
+    *packed, out, workspace = arguments
+    mixing, _ = unpack(*packed)
     launch.log_probs_out(mixing, out, workspace)
 
 
-def sample_out(
-    tensors: list[Tensor],
-    integers: list[int],
-    numbers: list[float],
-    divergence: str,
-    tokens: Tensor,
-    logprobs: Tensor,
-    valid: Tensor,
-    model_logprobs: Tensor | None,
-    workspace: Tensor | None,
-) -> None:
+def sample_out(*arguments: Any) -> None:
     """Implementation of `torch.ops.mod_fused.sample_triton_out`."""
     from .triton_kernels import launch
 
-    mixing, drawing = unpack(tensors, integers, numbers, divergence)
+    packed, (*outputs, workspace) = arguments[:4], arguments[4:]
+    mixing, drawing = unpack(*packed)
     assert drawing is not None
-    launch.sample_out(mixing, drawing, (tokens, logprobs, valid, model_logprobs), workspace)
+    launch.sample_out(mixing, drawing, tuple(outputs), workspace)

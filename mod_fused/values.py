@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 Scores = Tensor | tuple[Tensor, Tensor]  # values [J, B, V], or (values [J, B, K], ids [B, K])
@@ -69,7 +68,12 @@ def value_count(value_fn: ValueFunction | ValueGuide | None, value_weights: Any)
             f"got {type(value_fn).__name__}"
         )
     # How many values a function will give is known from their weights alone.
-    return 1 if value_weights is None else torch.as_tensor(value_weights).shape[-1]
+    if isinstance(value_weights, Tensor):
+        return value_weights.shape[-1] if value_weights.ndim else 1
+    row = value_weights
+    while isinstance(row, list) and row and isinstance(row[0], list):
+        row = row[0]
+    return max(1, len(row)) if isinstance(row, list) else 1
 
 
 class ValueSource:

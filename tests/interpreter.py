@@ -7,7 +7,9 @@ import os
 import zlib
 from typing import Any
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from mod_fused.dispatch import INTERPRETED
+
+__all__ = ["INTERPRETED", "affordable", "patch_language_once"]
 
 
 class _NothingToRestore:

@@ -52,6 +52,7 @@ def test_forked_caches_say_what_recomputing_says(ensemble: Ensemble, block_lengt
             max_new_tokens=8,
             seed=[7, 8, 9],
             use_cache=use_cache,
+            return_model_logprobs=True,
         )
         for use_cache in (True, False)
     ]
@@ -75,7 +76,8 @@ def test_forked_caches_say_what_recomputing_says(ensemble: Ensemble, block_lengt
         torch.testing.assert_close(runs[0].scores[row], TASTE[text].sum())
     assert runs[0].blocks.tolist() == [math.ceil(8 / block_length)] * 3
     assert runs[0].texts == [
-        ensemble.tokenizer.decode(row, skip_special_tokens=True) for row in runs[0].tokens.tolist()
+        " " + ensemble.tokenizer.decode(row, skip_special_tokens=True)
+        for row in runs[0].tokens.tolist()
     ]
 
 
@@ -106,6 +108,7 @@ def test_one_continuation_is_what_generate_draws(ensemble: Ensemble, seed: Any) 
         "sequence_history": True,
         "max_new_tokens": 6,
         "seed": seed,
+        "return_model_logprobs": True,
     }
     torch.manual_seed(1)
     expected = generate(ensemble, PROMPTS, **options)
@@ -127,6 +130,7 @@ def test_without_weights_values_tilt_the_reference_alone() -> None:
         "divergence": "jsd",
         "seed": 2,
         "use_cache": False,
+        "return_model_logprobs": True,
     }
     models = [tiny.bigram(0), lambda tokens: ran.append(tokens)]
     out = blockwise_best_of_k(Ensemble(models), score_fn=taste, k=1, block_length=9, **options)

@@ -398,8 +398,10 @@ def test_text_stream_holds_back_unfinished_characters(capsys):
             return bytes(ids).decode(errors="replace")
 
     stream = terminal.TextStream(Bytes())
+    stream.put(torch.zeros(1, 3))  # the prompt
     shown = []
-    for step, byte in enumerate("né!".encode()):
-        stream(step, torch.tensor([byte]))
+    for byte in "né!é".encode()[:-1]:
+        stream.put(torch.tensor([byte]))
         shown.append(capsys.readouterr().out)
-    assert shown == ["n", "", "é", "!"]
+    stream.end()
+    assert [*shown, capsys.readouterr().out] == ["n", "", "é", "!", "", "\ufffd"]

@@ -8,10 +8,12 @@ backend takes 1 to 5 ms a draw).
 
 from __future__ import annotations
 
+import locale
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from cases import logits, normal
 
 import mod_fused
 from mod_fused import cpu_backend
-from mod_fused.divergence import get_divergence
+from mod_fused.divergence import alpha_of, get_divergence, number_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "alpha:0.5", "alpha:0.25", "jeffrey")
@@ -193,6 +195,57 @@ def test_strided_masks_values_and_parameters_give_the_same_bits(divergence):
         assert_identical(plain, drawn)
 
 
+# --- what a call leaves behind, and what it does not depend on ----------------------------------
+
+STATM = Path("/proc/self/statm")
+ROWS = [torch.randn(1, 64, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+ONE, OUT = torch.ones(1), torch.empty(1, 64)
+LEAVING: dict[str, Callable[[], object]] = {
+    "out": lambda: log_probs(ROWS[0], ROWS[1:], [0.5, 0.4], out=OUT),
+    "fresh": lambda: log_probs(ROWS[0], ROWS[1:], [0.5, 0.4], divergence="alpha:0.5"),
+    "tensors": lambda: sample(
+        ROWS[0], ROWS[1:], torch.ones(1, 2), seed=ONE.long(), temperature=ONE, position=ONE.long()
+    ),
+}
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="resident memory is read as Linux tells it")
+@pytest.mark.parametrize("call", LEAVING.values(), ids=LEAVING)
+def test_calls_leave_no_memory_behind(call):
+    def resident() -> int:
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    count = 50_000
+    for _ in range(count // 5):
+        call()
+    before = resident()
+    for _ in range(count):
+        call()
+    assert (resident() - before) / count < 10  # bytes; a lost string takes 48
+
+
+@pytest.mark.skipif(shutil.which("localedef") is None, reason="no localedef to make a locale with")
+def test_a_decimal_comma_changes_nothing(tmp_path, monkeypatch):
+    made = subprocess.run(
+        ["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8"], capture_output=True
+    )
+    if made.returncode != 0:
+        pytest.skip("localedef has no sources")
+    names = ("alpha:0.25", "alpha:0.9", "jsd")
+    arguments = *logits(150, 2, 300, 2, kind="typical"), [0.5, 0.4]
+    expected = [log_probs(*arguments, divergence=name) for name in names]
+    monkeypatch.setenv("LOCPATH", str(tmp_path))
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        locale.setlocale(locale.LC_ALL, "de_DE.UTF-8")
+        assert locale.localeconv()["decimal_point"] == ","
+        found = [log_probs(*arguments, divergence=name) for name in names]
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
+    assert_identical(found, expected)
+    assert all(x.isfinite().all() for x in found)
+
+
 # --- divergence.h against divergence.py ---------------------------------------------------------
 
 RATIOS = np.concatenate([-np.geomspace(1e-6, 80, 60), [0.0], np.geomspace(1e-6, 80, 60)])
@@ -211,8 +264,11 @@ def test_divergences_equal_those_of_python(name, function):
         inputs = JEFFREY_QS if name == "jeffrey" else QS
         inputs = inputs[inputs < 1e4] if name == "jsd" else inputs
     x = torch.from_numpy(inputs).float()
-    got = torch.ops.mod_fused.divergence_cpu(name, function, x).double()
-    expected = getattr(get_divergence(name), function)(x.double())
+    divergence = get_divergence(name)
+    which = ("deficit", "log_ratio", "log_slope").index(function)
+    numbers = number_of(divergence), alpha_of(divergence), which
+    got = torch.ops.mod_fused.divergence_cpu(*numbers, x).double()
+    expected = getattr(divergence, function)(x.double())
     error = (got - expected).abs() / expected.abs().clamp(min=0.5)
     assert error.max() <= 4e-6, f"at {x[error.argmax()]}: {got[error.argmax()]}"
 
@@ -235,7 +291,7 @@ for divergence in inputs["divergences"]:
         results.append(mod_fused.sample(rows[0], rows[1:], [0.5, 0.4], divergence=divergence,
                                         backend="cpu", seed=5, temperature=0.9).tokens)
 torch.save(results, sys.argv[2])
-print(torch.ops.mod_fused.instruction_set_cpu())
+print(mod_fused.cpu_backend.instruction_set())
 """
 
 
@@ -271,11 +327,32 @@ def test_every_instruction_set_of_this_machine_gives_the_same_results(tmp_path):
         assert (x != y).sum() <= len(x) // 10_000
 
 
-@pytest.mark.parametrize("integers", [[], [1, 2, 4, 0, 1, 99, 0, 0], [1, 2, 4, 0, 1, -1, 0, 0]])
-def test_arguments_that_pack_did_not_write_are_refused(integers):
-    ref, policies = logits(131, 1, 4, 2)
-    with pytest.raises(RuntimeError):
-        torch.ops.mod_fused.log_probs_cpu([ref, *policies], integers, [0.0, 0.5, 0.5], "jsd")
+ROW = torch.zeros(1, 4)
+PACKED = {
+    "logits": [ROW] * 3, "tensors": [None] * 5, "integers": [1, 4, 0, 1, 2],
+    "numbers": [0.0, 1.0, 0.5, 0.5],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"logits": [ROW] * 10},
+        {"logits": [ROW] * 2},
+        {"tensors": [], "integers": []},
+        {"tensors": [None] * 12},
+        {"integers": [1, 4, 0, 1, 5]},  # no such divergence
+        {"integers": [1, 4, 0, 1, -1]},
+        {"numbers": []},
+        {"numbers": [0.0, 1.0, 0.5]},  # a weight is missing
+        {"numbers": [0.0, 1.0, 0.5, 0.5, 1.0]},  # of three scales, two
+    ],
+)
+def test_arguments_that_pack_did_not_write_are_refused(changed):
+    op = torch.ops.mod_fused.log_probs_cpu
+    assert op(**PACKED).isfinite().all()
+    with pytest.raises(RuntimeError, match="not what mod_fused/arguments.py packs"):
+        op(**{**PACKED, **changed})
 
 
 def test_an_unknown_instruction_set_is_reported():

@@ -119,6 +119,7 @@ def test_cached_equals_recomputed(ensemble: Ensemble) -> None:
         "seed": 3,
         "max_new_tokens": 8,
     }
+    options["return_model_logprobs"] = True
     cached = generate(ensemble, PROMPTS, **options)
     recomputed = generate(ensemble, PROMPTS, use_cache=False, **options)
     assert torch.equal(cached.tokens, recomputed.tokens)
@@ -138,6 +139,7 @@ def test_log_probabilities_are_those_of_full_passes_and_the_oracle(
         sequence_history=history,
         max_new_tokens=8,
         seed=0,
+        return_model_logprobs=True,
     )
     for row, prompt in enumerate(PROMPTS):
         drawn, each = by_hand(
@@ -174,9 +176,13 @@ def test_history_matters_from_the_second_token_except_for_reverse_kl(ensemble: E
 
 def test_each_model_may_have_its_own_prompts(ensemble: Ensemble) -> None:
     prompts = [PROMPTS, ["it is", "a red bird sat", "the"], ["fox", "then it", "cat and dog"]]
-    out = generate(
-        ensemble, prompts, weights=WEIGHTS, divergence="forward_kl", sequence_history=True, seed=1
-    )
+    options: dict[str, Any] = {
+        "weights": WEIGHTS,
+        "divergence": "forward_kl",
+        "sequence_history": True,
+        "seed": 1,
+    }
+    out = generate(ensemble, prompts, return_model_logprobs=True, **options)
     width = max(len(ids_of(p)) for p in PROMPTS)
     assert out.sequences.shape == (3, width + 20)
     for row in range(3):
@@ -195,15 +201,7 @@ def test_each_model_may_have_its_own_prompts(ensemble: Ensemble) -> None:
         np.testing.assert_allclose(out.logprobs[row].numpy(), drawn, atol=1e-3)
     as_ids = [ensemble.encode(prompts)[k] for k in range(2)]
     masks = [torch.ones_like(i) if m is None else m for i, m in zip(*as_ids, strict=True)]
-    again = generate(
-        ensemble,
-        input_ids=as_ids[0],
-        attention_mask=masks,
-        weights=WEIGHTS,
-        divergence="forward_kl",
-        sequence_history=True,
-        seed=1,
-    )
+    again = generate(ensemble, input_ids=as_ids[0], attention_mask=masks, **options)
     assert torch.equal(again.tokens, out.tokens)
 
 
@@ -215,7 +213,14 @@ def test_padded_vocabularies_are_cut_to_the_narrowest_or_to_vocab_size() -> None
 
     prompt = torch.zeros(64, 1, dtype=torch.int64)
     two = Ensemble([lambda tokens: torch.zeros(len(tokens), 10), favours_padding])
-    out = generate(two, input_ids=prompt, weights=[1.0], seed=0, max_new_tokens=4)
+    out = generate(
+        two,
+        input_ids=prompt,
+        weights=[1.0],
+        seed=0,
+        max_new_tokens=4,
+        return_model_logprobs=True,
+    )
     assert int(out.tokens.max()) == 9
     torch.testing.assert_close(out.model_logprobs, torch.full((64, 4, 2), -np.log(10.0)).float())
     out = generate(two, input_ids=prompt, weights=[1.0], seed=0, max_new_tokens=4, vocab_size=4)
@@ -230,6 +235,7 @@ def test_without_a_reference_it_is_the_weighted_product_of_the_policies() -> Non
         PROMPTS[0],
         weights=[0.5, 0.8],
         seed=0,
+        return_model_logprobs=True,
     )
     response = out.tokens[0].tolist()
     logs = [
@@ -363,9 +369,7 @@ def test_log_probabilities_may_enter_a_loss() -> None:
     scale = torch.ones((), requires_grad=True)
     (scale * out.logprobs).sum().backward()
     assert scale.grad == out.logprobs.sum()
-    assert generate(
-        models, input_ids=torch.full((2, 1), 4), weights=[0.5], return_model_logprobs=False
-    ).model_logprobs is None  # fmt: skip
+    assert out.model_logprobs is None  # nobody asked for them
 
 
 def test_callables_need_no_transformers() -> None:

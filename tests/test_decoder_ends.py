@@ -38,7 +38,7 @@ def scripted(*rows: list[int], vocab_size: int = tiny.V) -> Any:
 def run_script(*rows: list[int], **options: Any) -> tuple[Any, Any]:
     step = scripted(*rows)
     models = Ensemble([step, tiny.bigram(0)], tiny.tokenizer())
-    options = {"max_new_tokens": 6, "weights": [0.0], **options}
+    options = {"max_new_tokens": 6, "weights": [0.0], "return_model_logprobs": True, **options}
     return generate(models, input_ids=torch.full((len(rows), 2), 3), seed=0, **options), step
 
 
@@ -53,7 +53,7 @@ def test_an_ended_row_is_padded_and_the_others_go_on() -> None:
     assert step.inputs[0].shape == (3, 2)
     assert [x.tolist() for x in step.inputs[1:]] == [[[t] for t in c] for c in out.tokens.T[:-1]]
     assert out.sequences[:, 2:].equal(out.tokens) and out.sequences[:, :2].eq(3).all()
-    assert out.texts[0] == "red blue"  # ids 4 and 5; the end and the padding are not text
+    assert out.texts[0] == " red blue"  # ids 4 and 5; the end and the padding are not text
 
 
 def test_it_stops_when_all_rows_have_ended() -> None:
@@ -68,7 +68,7 @@ def test_it_stops_when_all_rows_have_ended() -> None:
 def test_stop_strings_match_the_text_across_tokens() -> None:
     rows = [DOG, FOX, RAN, DOG], [FOX, DOG, RAN], [RAN, FOX, RAN, FOX]
     out, step = run_script(*rows, stop_strings=["x ra", "og dog"], eos_token_id=RAN + 1)
-    assert out.texts == ["dog fox ran", "fox dog ran ran ran ran", "ran fox ran"]
+    assert out.texts == [" dog fox ran", " fox dog ran ran ran ran", " ran fox ran"]
     assert out.finish_reasons == ["stop", "length", "stop"]
     assert out.lengths.tolist() == [3, 6, 3]
     out, step = run_script(*rows, stop_strings="ran")

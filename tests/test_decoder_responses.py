@@ -12,7 +12,7 @@ from cases import normal
 from test_blockwise import seeds_of
 
 from mod_fused import Ensemble, generate, reference_sampling
-from mod_fused.decoder import FINISH_REASONS
+from mod_fused.responses import FINISH_REASONS
 
 PROMPTS = tiny.PROMPTS
 
@@ -28,7 +28,12 @@ def test_responses_are_those_of_separate_calls_with_the_documented_seeds(
 ) -> None:
     weights = [[0.6, 0.7], [1.0, 0.0], [0.2, 0.3]]
     temperature, top_k, seeds = [1.5, 0.7, 1.0], [0, 9, 5], [5, 6, 7]
-    options: dict[str, Any] = {"divergence": "jsd", "sequence_history": True, "max_new_tokens": 5}
+    options: dict[str, Any] = {
+        "divergence": "jsd",
+        "sequence_history": True,
+        "max_new_tokens": 5,
+        "return_model_logprobs": True,
+    }
     out = generate(
         ensemble,
         PROMPTS,
@@ -131,6 +136,7 @@ def test_chosen_rows_bring_everything_with_them(ensemble: Ensemble) -> None:
         "max_new_tokens": 6,
         "eos_token_id": 6,
         "pad_token_id": 0,
+        "return_model_logprobs": True,
     }
     seeds = [1, 2, 3, 4]
     out = generate(ensemble, prompts, resample_fn=swap, mask_fn=forced, seed=seeds, **options)

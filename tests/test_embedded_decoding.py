@@ -75,6 +75,7 @@ def test_with_history_and_no_z_a_corner_is_the_policys_own_generate(
         sequence_history=True,
         do_sample=False,
         max_new_tokens=30,
+        return_model_logprobs=True,
     )
     assert out.valid.all()
     assert torch.equal(out.sequences, own_generate(ensemble, prompts, model))

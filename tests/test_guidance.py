@@ -159,6 +159,7 @@ def test_strength_zero_is_the_reference_and_a_negative_one_pushes_away() -> None
             value_weights=[strength],
             max_new_tokens=1,
             seed=3,
+            return_model_logprobs=True,
         )
     by_itself = Ensemble([None, tiny.llama(0)], tiny.tokenizer())
     alone = generate(by_itself, PROMPTS, weights=[1.0], max_new_tokens=1, seed=3)

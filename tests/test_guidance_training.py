@@ -38,7 +38,7 @@ def test_rollouts_are_what_generate_drew_however_rows_are_batched(rollouts: Any)
     tokenizer = tiny.tokenizer()
     for row, prompt in enumerate(PROMPTS * 2):
         said = batch.ids[row][batch.response_mask[row].bool()]
-        assert tokenizer.decode(said, skip_special_tokens=True) == texts[row]
+        assert " " + tokenizer.decode(said, skip_special_tokens=True) == texts[row]
         read = batch.ids[row][(batch.attention_mask[row] - batch.response_mask[row]).bool()]
         assert tokenizer.decode(read) == prompt
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cases import BARRIERS, DIVERGENCES, assert_tokens_are_the_oracle_s, check, logits, normal
 
-from mod_fused import reference
+from mod_fused import checks, reference
+from mod_fused.check_helpers import row_parameter, weights_of
+from mod_fused.checks import check_draw, check_mixture
 from mod_fused.ops import log_probs, sample
 
 INF, NAN = math.inf, math.nan
@@ -236,6 +240,125 @@ def test_inputs_are_detached_and_left_unchanged(op, divergence):
     assert torch.equal(ref.detach(), before[0]) and torch.equal(policies[0], before[1])
 
 
+# --- numbers, lists, arrays and tensors -----------------------------------------------------------
+
+#: One argument in all the forms of the same numbers; the first one's results are the expected ones.
+FORMS: dict[str, list[Any]] = {
+    "weights": [
+        [0.5, 0.25], (0.5, 0.25), np.array([0.5, 0.25]), np.float32([0.5, 0.25]),
+        [np.float64(0.5), np.float16(0.25)], torch.tensor([0.5, 0.25]),
+        [Fraction(1, 2), Fraction(1, 4)], [[0.5, 0.25]] * B, np.full((B, 2), [0.5, 0.25]),
+        [np.array([0.5, 0.25])] * B, torch.tensor([[0.5, 0.25]] * B, dtype=torch.float64),
+    ],
+    "value_weights": [
+        [2.0], [2], np.array([2]), (np.int64(2),), [[2]] * B, np.full((B, 1), 2.0),
+        torch.tensor([2.0]), torch.full((B, 1), 2.0, dtype=torch.float64),
+    ],
+    "logit_scales": [[1.0, 0.5, 2.0], (1, 0.5, 2), np.array([1, 0.5, 2]), [np.float32(1), 0.5, 2]],
+    "vocab_size": [1000, np.int32(1000), np.array(1000)],
+    "plausibility": [0.001, np.float64(0.001), np.array(0.001)],
+    "temperature": [
+        0.5, np.float32(0.5), np.array(0.5), [0.5] * B, (np.float64(0.5),) * B, np.full(B, 0.5),
+        torch.tensor(0.5), torch.full((B,), 0.5), torch.full((B,), 0.5, dtype=torch.float64),
+    ],
+    "top_k": [
+        7, np.int64(7), np.uint8(7), np.array(7), [7] * B, np.full(B, 7), torch.tensor(7),
+        torch.full((B,), 7), torch.full((B,), 7, dtype=torch.int32),
+    ],
+    "top_p": [
+        0.75, np.float16(0.75), [0.75] * B, np.full(B, 0.75), torch.tensor(0.75),
+        torch.full((B,), 0.75), torch.full((B,), 0.75, dtype=torch.float64),
+    ],
+    "min_p": [
+        0.125, np.float32(0.125), [0.125] * B, np.full(B, 0.125), torch.tensor(0.125),
+        torch.full((B,), 0.125), torch.full((B,), 0.125, dtype=torch.float64),
+    ],
+    "position": [
+        5, np.int64(5), np.array(5), [5] * B, np.full(B, 5), torch.tensor(5), torch.full((B,), 5),
+    ],
+    "seed": [7, np.int64(7), np.uint64(7), np.array(7)],
+    "seeds": [
+        [2**64 - 1, 2, 3, 4, 5], [-1, 2, 3, 4, 5], np.array([-1, 2, 3, 4, 5]),
+        np.array([2**64 - 1, 2, 3, 4, 5], dtype=np.uint64), torch.tensor([-1, 2, 3, 4, 5]),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_equal_numbers_of_any_form_give_equal_results(op, name):
+    ref, policies = logits(95, B, V, 2, kind="typical")
+    divergence = "reverse_kl" if name == "top_k" else "jsd"
+    results = []
+    for form in FORMS[name]:
+        given = {"seed" if name == "seeds" else name: form}
+        arguments: dict[str, Any] = {"seed": 3, "weights": [0.5, 0.25], **given}
+        if name in ("value_weights", "vocab_size"):
+            width = int(arguments.get("vocab_size", V))
+            arguments["values"] = normal(95, 1, B, width)
+        results.append(op.sample(ref, policies, arguments.pop("weights"), divergence=divergence,
+                                 **arguments))  # fmt: skip
+    first, *others = results
+    assert first.valid.all() and len(first.tokens.unique()) > 1
+    for other in others:
+        assert torch.equal(first.tokens, other.tokens)
+        assert (first.logprobs - other.logprobs).abs().max() <= 1e-6
+
+
+def test_numbers_of_one_row_are_numbers_and_no_rows_take_empty_lists(op):
+    ref, policies = logits(96, 1, V, 2, kind="typical")
+    by_row = {"temperature": [0.5], "top_k": [9], "top_p": [0.9], "min_p": [0.01], "position": [3]}
+    numbers = {name: x[0] for name, x in by_row.items()}
+    draws = [
+        op.sample(ref, policies, weights, divergence="jsd", seed=3, **rest)
+        for weights, rest in (([0.5, 0.25], numbers), ([[0.5, 0.25]], by_row))
+    ]
+    assert all(torch.equal(x, y) for x, y in zip(draws[0][:3], draws[1][:3], strict=True))
+    mixing = check_mixture(ref, policies, [[0.5, 0.25]])
+    assert mixing.weights == (0.5, 0.25)
+    drawing = check_draw(mixing, seed=1, **by_row)
+    assert [x for x in drawing if isinstance(x, torch.Tensor)] == []
+    none = [torch.empty(0, V) for _ in range(2)]
+    for empty in ([], np.empty((0,)), torch.empty(0)):
+        for weights in ([], np.empty((0, 2)), torch.empty(0, 2)):
+            rest = {name: empty for name in ("temperature", "top_p", "min_p")}
+            drawn = op.sample(torch.empty(0, V), none, weights, seed=[], position=[], **rest)
+            assert [x.shape[0] for x in drawn[:3]] == [0, 0, 0]
+
+
+def test_a_tensor_of_no_dimension_is_read_when_the_op_runs():
+    ref, policies = logits(97, B, V, 1, kind="typical")
+    mixing, position = check_mixture(ref, policies, [0.5]), torch.tensor(3)
+    drawing = check_draw(mixing, seed=1, position=position)
+    position += 1
+    assert drawing.position.tolist() == [4] * B  # as a captured graph needs it
+
+
+def test_logits_of_the_meta_device_are_checked_without_being_drawn_from():
+    meta = torch.empty(B, V, device="meta")
+    mixing = check_mixture(meta, [meta], [[0.5]] * B, divergence="jsd")
+    drawing = check_draw(mixing, temperature=[0.5] * B, seed=list(range(B)))
+    for x in (mixing.weights, drawing.temperature, drawing.seed):
+        assert x.device.type == "meta"
+    with pytest.raises(ValueError, match="top_p must be in"):
+        check_draw(mixing, top_p=[0.5] * (B - 1) + [2.0])
+
+
+@pytest.mark.parametrize("name", ["weights", "value_weights", "temperature", "top_k", "seed"])
+def test_lists_by_row_are_refused_while_a_graph_is_captured(monkeypatch, name):
+    copies = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: copies.append(args))
+    device = torch.device("cuda", 0)
+    with pytest.raises(ValueError, match=f"{name} by row must be a tensor on cuda:0 while a CUDA"):
+        if name.endswith("weights"):
+            weights_of(name, [[0.5], [0.25]], 1, 2, device)
+        elif name == "seed":
+            checks._check_seed([1, 2], 2, device)
+        else:
+            row_parameter(name, [1, 2], 0, 2, device, lambda x: True, "", int)
+    assert copies == []
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 X, Y = normal(1, 3, 40), normal(2, 3, 40)
@@ -253,6 +376,14 @@ LOG_PROBS_ERRORS = [
     (ValueError, "weights", (X, [Y], [1.0, 2.0]), {}),
     (ValueError, "weights", (X, [Y], torch.ones(2, 1)), {}),
     (ValueError, "weights", (X, [Y], [NAN]), {}),
+    (ValueError, "weights", (X, [Y], [10**400]), {}),
+    (ValueError, "weights", (X, [Y], torch.tensor(1.0)), {}),
+    (TypeError, "weights", (X, [Y], [torch.tensor(1.0)]), {}),
+    (TypeError, "weights", (X, [Y], np.array(1.0)), {}),
+    (TypeError, "weights", (X, [Y], np.array([True])), {}),
+    (TypeError, "weights", (X, [Y], np.array([1j])), {}),
+    (ValueError, "weights", (X, [Y], np.ones((2, 1))), {}),
+    (ValueError, "weights", (X, [Y], []), {}),
     (ValueError, "weights", (X, [Y], [[1.0], [2.0], [INF]]), {}),
     (TypeError, "weights", (X, [Y], torch.ones(1).long()), {}),
     (ValueError, "ref_logits", (None, [Y], [1.0]), {"divergence": "jsd"}),
@@ -304,6 +435,15 @@ SAMPLE_ERRORS = [
     (TypeError, "temperature", {"temperature": "hot"}),
     (ValueError, "top_k", {"top_k": -1}),
     (TypeError, "top_k", {"top_k": 2.5}),
+    (TypeError, "top_k", {"top_k": np.array([2.0, 2.0, 2.0])}),
+    (TypeError, "top_k", {"top_k": np.bool_(True)}),
+    (TypeError, "top_k", {"top_k": torch.tensor(2.0)}),
+    (ValueError, "temperature", {"temperature": np.ones(2)}),
+    (TypeError, "temperature", {"temperature": np.ones((3, 1))}),
+    (TypeError, "temperature", {"temperature": torch.ones(3).half()}),
+    (ValueError, "temperature", {"temperature": torch.ones(3, 1)}),
+    (TypeError, "temperature", {"temperature": [torch.tensor(1.0)] * 3}),
+    (ValueError, "temperature", {"temperature": 10**400}),
     (ValueError, "top_p", {"top_p": 0.0}),
     (ValueError, "top_p", {"top_p": 1.01}),
     (ValueError, "top_p", {"top_p": [0.5, 0.0, 0.5]}),
@@ -315,6 +455,9 @@ SAMPLE_ERRORS = [
     (ValueError, "seed", {"seed": torch.zeros(2, dtype=torch.int64)}),
     (TypeError, "seed", {"seed": torch.zeros(3, dtype=torch.int32)}),
     (TypeError, "seed", {"seed": 1.5}),
+    (ValueError, "seed", {"seed": torch.tensor(3)}),  # of which row would it be?
+    (TypeError, "seed", {"seed": np.array([1.0, 2.0, 3.0])}),
+    (ValueError, "seed", {"seed": 2**64}),
     (ValueError, "seed", {"seed": [1, 2]}),
     (TypeError, "position", {"position": 0.5}),
     (TypeError, "position", {"position": torch.zeros(3)}),

@@ -286,7 +286,7 @@ def test_triton_launches_allocate_one_buffer_or_with_a_workspace_nothing():
     from mod_fused.checks import check_draw, check_mixture
 
     (ref, policies, weights), _ = MIXTURES["lists"]
-    mixing = check_mixture(ref, policies, weights, "jsd", "exact", *[None] * 7, 0)
+    mixing = check_mixture(ref, policies, weights, divergence="jsd")
     row = torch.ones(B)
     mask = torch.ones(B, V, dtype=torch.bool)
     draws = [(0.7, 40, 0.9, 0.1, None, 5, 3, True)]

@@ -9,6 +9,9 @@ import torch
 from cases import logits, normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mod_fused
+from mod_fused import AlphaDivergence
+
 B, V = 3, 1100
 REF, POLICIES = logits(71, B, V, 2, kind="typical")
 WEIGHTS = [0.5, 0.25]
@@ -164,3 +167,120 @@ def test_compile_fullgraph_with_numbers_and_lists(op):
             compiled(args[0], args[1], position), step(args[0], args[1], position), strict=True
         ):
             assert torch.equal(x, y)
+
+
+def test_no_string_crosses_the_dispatcher(op):
+    schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("mod_fused::")]
+    assert f"mod_fused::sample_{op.backend}" in {s.name for s in schemas}
+    for schema in schemas:
+        assert "str" not in {str(x.type) for x in (*schema.arguments, *schema.returns)}
+
+
+def test_alpha_reaches_the_op_as_it_is(op):
+    alpha = 0.1 + 2.0**-50
+    with Recorder() as recorder:
+        op.log_probs(REF, POLICIES, WEIGHTS, divergence=f"alpha:{alpha!r}")
+    ((_, (_, _, integers, numbers), _),) = recorder.calls
+    assert integers[4] == 3 and numbers[1] == alpha
+
+
+#: Options as functions of a Python number, and the numbers of some calls: Dynamo makes a number
+#: that changes a symbol, from the second call on or, `dynamic`, at once.
+VALUES = normal(1, 1, B, V)
+CHANGING: dict[str, tuple[Any, list[Any]]] = {
+    "numbers": (
+        lambda x: {
+            "weights": [x, 1 - x], "logit_scales": [1.0, x, 1.0], "plausibility": x / 100,
+            "temperature": x, "top_p": x, "min_p": x / 10,
+        },
+        [0.6, 0.55, 0.1234567, 1.0],
+    ),
+    "integers": (
+        lambda n: {
+            "weights": [n, 1], "temperature": n, "top_k": 10 * n, "position": n, "seed": n,
+        },
+        [1, 2, 300],
+    ),
+    "seeds": (lambda n: {"seed": n, "temperature": 0.5}, [1, -2, 2**63 + 5]),
+    "by_row": (
+        lambda x: {
+            "weights": [[x, 1 - x]] * B, "temperature": [x, 1.0, x / 2], "top_p": [x] * B,
+            "values": VALUES, "value_weights": [[x]] * B, "divergence": "jsd",
+        },
+        [0.7, 0.8, 0.9],
+    ),
+    "alpha": (
+        lambda x: {
+            "divergence": AlphaDivergence(x), "values": VALUES, "value_weights": [x - 0.3],
+        },
+        [0.3, 0.4, 0.5],
+    ),
+}  # fmt: skip
+
+
+def changing(ref: torch.Tensor, policies: Any, **arguments: Any) -> tuple[torch.Tensor, ...]:
+    arguments = {"weights": [0.6, 0.3], "seed": 5, **arguments}
+    return mod_fused.sample(ref, policies, **arguments)[:3]
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("name", CHANGING)
+def test_compile_fullgraph_with_numbers_that_change(name, dynamic):
+    options, numbers = CHANGING[name]
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    def compiled(ref: torch.Tensor, policies: Any, x: Any) -> tuple[torch.Tensor, ...]:
+        return changing(ref, policies, **options(x))
+
+    for x in numbers:
+        expected = changing(REF, POLICIES, **options(x))
+        assert expected[2].all()
+        for got, want in zip(compiled(REF, POLICIES, x), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_compile_by_inductor_with_numbers_that_change():
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True)
+    def compiled(ref: torch.Tensor, policies: Any, x: float) -> tuple[torch.Tensor, ...]:
+        return changing(ref, policies, weights=[x, 1 - x], temperature=x, divergence="jsd")
+
+    for x in (0.6, 0.5, 0.4):
+        expected = changing(REF, POLICIES, weights=[x, 1 - x], temperature=x, divergence="jsd")
+        for got, want in zip(compiled(REF, POLICIES, x), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("option", "bad"),
+    [
+        ("temperature", -1.0), ("top_p", 1.5), ("min_p", -0.1), ("top_k", -1), ("position", -1),
+        ("plausibility", 2.0), ("weights", [0.5, float("nan")]), ("divergence", "tv"),
+        ("logit_scales", [1.0, 0.0, 1.0]),
+    ],
+)  # fmt: skip
+def test_compiled_code_refuses_what_is_out_of_range(option, bad):
+    def step(ref: torch.Tensor, policies: Any) -> torch.Tensor:
+        arguments = {"weights": WEIGHTS, "seed": 1, option: bad}
+        return mod_fused.sample(ref, policies, **arguments).tokens
+
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="ValueError"):
+        torch.compile(step, fullgraph=True, backend="eager")(REF, POLICIES)
+    with pytest.raises(ValueError, match=option):  # where the graph may break
+        torch.compile(step, backend="eager")(REF, POLICIES)
+
+
+def test_compiled_code_refuses_a_number_that_leaves_the_range():
+    def step(ref: torch.Tensor, policies: Any, x: float) -> torch.Tensor:
+        return mod_fused.sample(ref, policies, WEIGHTS, seed=1, temperature=x).tokens
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="eager")
+    for x in (0.5, 0.6, 0.7):
+        assert torch.equal(compiled(REF, POLICIES, x), step(REF, POLICIES, x))
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature must be in"):
+            compiled(REF, POLICIES, bad)

@@ -3,15 +3,15 @@ show that every logit is read once. The launches are those of `mod_fused.sample`
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from interpreter import INTERPRETED
 
 pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
+if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from mod_fused.triton_kernels import launch  # noqa: E402
@@ -24,15 +24,7 @@ from mod_fused.triton_kernels.ahead_of_time import (  # noqa: E402
 from mod_fused.checks import check_draw, check_mixture  # noqa: E402
 
 THREADS, TILE = 128, 1024  # of a program
-MIXTURE = dict(
-    divergence="reverse_kl", normalizer="exact", values=None, value_ids=None, value_weights=None,
-    prefix_logprobs=None, logit_scales=None, vocab_size=None, plausibility=None,
-    plausibility_tensor=0,
-)  # fmt: skip
-DRAW = dict(
-    temperature=1.0, top_k=None, top_p=None, min_p=None, mask=None, seed=5, position=3,
-    return_model_logprobs=False,
-)  # fmt: skip
+DRAW = ("temperature", "top_k", "top_p", "min_p", "mask", "return_model_logprobs")
 #: Names, and arguments that differ from the defaults; `vocab`, `policies`, `dtype` and `op` too.
 CALLS: dict[str, dict[str, Any]] = {
     "reverse_kl": {},
@@ -66,14 +58,14 @@ def launches(
 ) -> list[launch.Launch]:
     """What a call launches for one row."""
     logits = torch.empty((1, vocab), dtype=dtype, device="meta")
-    mixture = MIXTURE | {k: x for k, x in arguments.items() if k in MIXTURE}
-    draw = DRAW | {k: x for k, x in arguments.items() if k in DRAW}
+    mixture = {k: x for k, x in arguments.items() if k not in DRAW}
+    draw = {k: x for k, x in arguments.items() if k in DRAW} | {"seed": 5, "position": 3}
     weights = [0.9 / policies] * policies
-    mixing = check_mixture(logits, [logits] * policies, weights, *mixture.values())
+    mixing = check_mixture(logits, [logits] * policies, weights, **mixture)
     if op == "log_probs":
         out = logits.new_empty((1, vocab), dtype=torch.float32)
         return launch.log_probs_launches(mixing, out)[0]
-    drawing = check_draw(mixing, *draw.values())
+    drawing = check_draw(mixing, **draw)
     outputs = (
         logits.new_empty((1,), dtype=torch.int64),
         logits.new_empty((1,), dtype=torch.float32),

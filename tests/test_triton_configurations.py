@@ -60,5 +60,5 @@ def test_what_is_read_again_fits_the_cache_and_all_programs_have_work(
     vocab, rows, phases, programs, expected
 ):
     x = torch.empty((rows, vocab), dtype=torch.bfloat16, device="meta")
-    mixing = check_mixture(x, [x, x], [0.6, 0.3], "jsd", "exact", *[None] * 7, 0)
+    mixing = check_mixture(x, [x, x], [0.6, 0.3], divergence="jsd")
     assert rows_together(mixing, rows, phases, 32, programs) == expected

@@ -46,12 +46,8 @@ def launched(call: str, monkeypatch: pytest.MonkeyPatch, programs: int, group: i
     )
     ref, policies = logits(211, ROWS, VOCAB, 2, kind="typical")
     policies[0][1] = math.nan
-    options = {"normalizer": "exact", "plausibility": None, **CALLS[call]}
-    mixing = check_mixture(
-        ref, policies, [0.6, 0.3], options["divergence"], options["normalizer"],
-        *[None] * 6, options["plausibility"], 0,
-    )  # fmt: skip
-    drawing = check_draw(mixing, 1.0, None, None, None, None, list(range(ROWS)), 0, False)
+    mixing = check_mixture(ref, policies, [0.6, 0.3], **CALLS[call])
+    drawing = check_draw(mixing, seed=list(range(ROWS)))
     out = poisoned(ROWS, None, "cpu")
     (made,), _ = launch.sample_launches(mixing, drawing, tuple(out))
     return made, out

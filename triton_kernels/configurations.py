@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ..arguments import MixtureArguments
-from ..divergence import ReverseKL, get_divergence
+from ..divergence import Divergence, ReverseKL, get_divergence
 
 TABLE_VARIABLE = "MOD_FUSED_TRITON_TABLE"
 #: From this number of rows on, tasks are coarse: the rows fill the device.
@@ -60,9 +60,9 @@ TABLE: Table = {
 }
 
 
-def regime(divergence: str, rows: int) -> str:
+def regime(divergence: str | Divergence, rows: int) -> str:
     """Which entry of the table a call uses."""
-    log_linear = isinstance(get_divergence(divergence), ReverseKL)
+    log_linear = type(get_divergence(divergence)) is ReverseKL
     kind = "log_linear" if log_linear else "general"
     return f"{kind}, {'many' if rows >= MANY_ROWS else 'few'} rows"
 

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ..arguments import DrawArguments, MixtureArguments
-from ..divergence import AlphaDivergence, ReverseKL, get_divergence
+from ..divergence import AlphaDivergence, JensenShannonDivergence, ReverseKL
 from ..outputs import new_log_probs, new_outputs
 from . import divergences
 from .configurations import Configuration, configuration, processors, rows_together
@@ -72,9 +72,9 @@ def variant_of(
     mixing: MixtureArguments, drawing: DrawArguments | None, configured: Configuration
 ) -> Variant:
     """The variant for these arguments."""
-    divergence = get_divergence(mixing.divergence)
-    general = not isinstance(divergence, ReverseKL)
-    functions = divergences.device_functions(divergence)
+    kind = type(mixing.divergence)  # a subclass has its own mathematics
+    general = kind is not ReverseKL
+    functions = divergences.device_functions(mixing.divergence)
     exact = general and mixing.normalizer == "exact"
     plausible = -1
     if mixing.plausibility > 0.0:
@@ -89,9 +89,7 @@ def variant_of(
     if drawing is not None:
         mask = drawing.mask is not None
         packed = drawing.mask is not None and drawing.mask.dtype == torch.int32
-        tempered = drawing.temperature_tensor is not None or any(
-            t != 1.0 for t in drawing.temperature
-        )
+        tempered = isinstance(drawing.temperature, Tensor) or drawing.temperature != 1.0
         top_k, top_p, min_p = drawing.filters()
     filters = top_k or top_p or min_p
     finish = drawing is None
@@ -112,8 +110,8 @@ def variant_of(
         unshift=functions.unshift,
         clamped=functions.clamped,
         bounded=functions.bounded,
-        is_alpha=isinstance(divergence, AlphaDivergence),
-        is_jsd=divergence.name == "jsd",
+        is_alpha=kind is AlphaDivergence,
+        is_jsd=kind is JensenShannonDivergence,
         sums=sums,
         evaluations=evaluations,
         finish=finish,
@@ -194,10 +192,11 @@ def sample_launches(
     configured = configuration(mixing, rows)
     variant = variant_of(mixing, drawing, configured)
     m = mixing_of(mixing)
-    r = drawing_of(drawing, logits, outputs)
+    r = drawing_of(drawing, outputs)
     w = make_workspace(logits, rows, m.vocab, variant.models, variant.store_keys, workspace)
     grid, group = _cut(mixing, variant, rows, configured)
-    seed, position, top_k = drawing.seed, drawing.position[0], drawing.top_k[0]
+    changing = (drawing.seed, drawing.position, drawing.top_k)
+    seed, position, top_k = (0 if isinstance(x, Tensor) else x for x in changing)
     arguments = (m, r, w, rows, group, seed, position)
     launches = [Launch(mixture_kernel, grid, arguments, variant, configured.threads)]
     if not variant.draw:

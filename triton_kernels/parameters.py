@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import DrawArguments, MixtureArguments
-from ..divergence import get_divergence
+from ..divergence import alpha_of
 
 
 class Mixing(NamedTuple):
@@ -63,16 +63,6 @@ class Drawing(NamedTuple):
     model_logprobs: Tensor | None = None
 
 
-#: The parameters of a row, and what numbers that differ from row to row become.
-_ROW_DTYPES = {
-    "temperature": torch.float32,
-    "top_k": torch.int64,
-    "top_p": torch.float64,
-    "min_p": torch.float32,
-    "position": torch.int64,
-}
-
-
 def _strides(tensor: Tensor | None, rank: int) -> tuple[int, int]:
     """Row and column strides of [n] (rank 1 stored for every row) or [B, n]."""
     if tensor is None:
@@ -86,90 +76,71 @@ def dense(mixing: MixtureArguments) -> tuple[MixtureArguments, Tensor | None]:
     if mixing.values is None or mixing.value_ids is None:
         return mixing, None
     ids, vocab = mixing.value_ids, mixing.vocab_size
-    values = mixing.values.float()
-    weights, tensor = mixing.value_weights, mixing.value_weights_tensor
-    if 0.0 in weights or not weights:
+    values, weights = mixing.values.float(), mixing.value_weights
+    if isinstance(weights, Tensor) or 0.0 in weights:
         # A weight of 0 hides its values, but not which tokens are candidates: one plane more.
-        count = values.shape[0]
         values = torch.cat([values, torch.zeros_like(ids[None], dtype=torch.float32)])
-        rows = [weights[i : i + count] for i in range(0, len(weights), max(1, count))]
-        weights = [v for row in rows for v in (*row, 1.0)]
-        if tensor is not None:
-            tensor = torch.cat([tensor, torch.ones_like(tensor[..., :1])], -1)
+        if isinstance(weights, Tensor):
+            weights = torch.cat([weights, torch.ones_like(weights[..., :1])], -1)
+        else:
+            weights = (*weights, 1.0)
     inside = (ids >= 0) & (ids < vocab)
     dense = values.new_full((*values.shape[:2], vocab + 1), -torch.inf)
     dense.scatter_(2, torch.where(inside, ids, vocab).expand(values.shape), values)
-    mixing = mixing._replace(
-        values=dense[:, :, :vocab],
-        value_ids=None,
-        value_weights=weights,
-        value_weights_tensor=tensor,
-    )
+    mixing = mixing._replace(values=dense[:, :, :vocab], value_ids=None, value_weights=weights)
     return mixing, ~(inside | (ids == -1)).all(1)
 
 
-def _per_row(host: list[float], tensor: Tensor | None, count: int, like: Tensor) -> Tensor | None:
-    """The tensor of some weights; numbers that differ from row to row become one."""
-    if tensor is None and len(host) > count:
-        tensor = torch.tensor(host, dtype=torch.float64, device=like.device).view(-1, count)
-    return tensor
+def _weights(given: tuple[float, ...] | Tensor) -> tuple[tuple[float, ...], Tensor | None]:
+    """Numbers for the launch, and the pointer that counts where it is given."""
+    return ((0.0,), given) if isinstance(given, Tensor) else (given or (0.0,), None)
 
 
 def mixing_of(mixing: MixtureArguments) -> Mixing:
     """The distribution's part; `mixing` is `dense`."""
-    divergence = get_divergence(mixing.divergence)
-    logits, values = mixing.tensors(), mixing.values
-    weights = _per_row(mixing.weights, mixing.weights_tensor, len(mixing.policy_logits), logits[0])
-    value_weights = _per_row(
-        mixing.value_weights,
-        mixing.value_weights_tensor,
-        0 if values is None else values.shape[0],
-        logits[0],
-    )
-    supremum = getattr(divergence, "supremum", 0.0)
+    divergence, logits, values = mixing.divergence, mixing.tensors(), mixing.values
+    weights, weights_pointer = _weights(mixing.weights)
+    value_weights, value_weights_pointer = _weights(mixing.value_weights)
     return Mixing(
         logits=tuple(logits),
         strides=tuple(x.stride(0) for x in logits),
-        scales=tuple(mixing.logit_scales) or None,
-        weights=tuple(mixing.weights) or (0.0,),
-        weights_pointer=weights,
-        weights_strides=_strides(weights, 2),
-        reference_weight=1.0 - sum(mixing.weights),
+        scales=mixing.logit_scales or None,
+        weights=weights,
+        weights_pointer=weights_pointer,
+        weights_strides=_strides(weights_pointer, 2),
+        reference_weight=1.0 - sum(weights),
         scores=values,
         value_strides=(0, 0) if values is None else (values.stride(0), values.stride(1)),
-        value_weights=tuple(mixing.value_weights) or (0.0,),
-        value_weights_pointer=value_weights,
-        value_weights_strides=_strides(value_weights, 2),
+        value_weights=value_weights,
+        value_weights_pointer=value_weights_pointer,
+        value_weights_strides=_strides(value_weights_pointer, 2),
         prefix=mixing.prefix_logprobs,
         prefix_strides=_strides(mixing.prefix_logprobs, 2),
         vocab=mixing.vocab_size,
         log_plausibility=math.log(mixing.plausibility) if mixing.plausibility > 0.0 else 0.0,
-        alpha=getattr(divergence, "alpha", 1.0),
-        supremum=supremum if math.isfinite(supremum) else 0.0,
+        alpha=alpha_of(divergence),
+        supremum=divergence.supremum if math.isfinite(divergence.supremum) else 0.0,
     )
 
 
 def drawing_of(
-    drawing: DrawArguments, like: Tensor, outputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    drawing: DrawArguments, outputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
 ) -> Drawing:
-    """The draw's part, for `outputs` as in `mod_fused.Sample`; `like` names the device."""
+    """The draw's part, for `outputs` as in `mod_fused.Sample`."""
     fields: dict[str, Any] = {}
-    for name, dtype in _ROW_DTYPES.items():
-        host, tensor = getattr(drawing, name), getattr(drawing, f"{name}_tensor")
-        if tensor is None and len(host) > 1:
-            tensor = torch.tensor(host, dtype=dtype, device=like.device)
-        if name in Drawing._fields:
-            fields[name] = host[0]
-        fields[f"{name}_pointer"] = tensor
-        fields[f"{name}_stride"] = 0 if tensor is None else tensor.stride(0)
-    mask, seeds = drawing.mask, drawing.seed_tensor
+    for name in ("temperature", "top_k", "top_p", "min_p", "seed", "position"):
+        given = getattr(drawing, name)
+        if isinstance(given, Tensor):
+            fields[f"{name}_pointer"] = given
+            fields[f"{name}_stride"] = given.stride(0)
+        elif name in Drawing._fields:
+            fields[name] = given
+    mask = drawing.mask
     tokens, logprobs, valid, model_logprobs = outputs
     return Drawing(
         **fields,
         mask=mask.view(torch.int8) if mask is not None and mask.dtype == torch.bool else mask,
         mask_strides=_strides(mask, 2),
-        seed_pointer=seeds,
-        seed_stride=0 if seeds is None else seeds.stride(0),
         tokens=tokens,
         logprobs=logprobs,
         valid=valid.view(torch.int8),

@@ -111,9 +111,10 @@ def decode(
             weights=list(weights),
             seed=noise[start : start + BATCH],
             max_new_tokens=train.MAX_NEW_TOKENS,
+            return_model_logprobs=True,
             **options,
         )
-        assert out.model_logprobs is not None  # asked for by default
+        assert out.model_logprobs is not None  # asked for above
         log_ratio = out.logprobs.double().sum(1) - out.model_logprobs[..., 0].double().sum(1)
         parts.append(
             {

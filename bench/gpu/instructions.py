@@ -83,8 +83,8 @@ def launched(divergence: str) -> Any:
     from mod_fused.triton_kernels import launch
 
     logits = torch.empty((ROWS, VOCAB), dtype=torch.bfloat16, device="meta")
-    mixing = check_mixture(logits, [logits] * 2, list(WEIGHTS), divergence, "exact", *[None] * 7, 0)
-    drawing = check_draw(mixing, 1.0, None, None, None, None, 1, 0, False)
+    mixing = check_mixture(logits, [logits] * 2, list(WEIGHTS), divergence=divergence)
+    drawing = check_draw(mixing, seed=1)
     outputs = (
         logits.new_empty((ROWS,), dtype=torch.int64),
         logits.new_empty((ROWS,), dtype=torch.float32),

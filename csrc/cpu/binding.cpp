@@ -1,5 +1,6 @@
-// The CPU backend as torch ops, on the stable ABI: tensors and lists in, a Request out. The Python side has checked shapes,
-// dtypes and devices (mod_fused/checks.py) and packed them (mod_fused/arguments.py).
+// The CPU backend as torch ops, on the stable ABI: tensors and numbers in, a Request out. The Python side has checked shapes,
+// dtypes and devices (mod_fused/checks.py) and packed them (mod_fused/arguments.py). No string crosses the dispatcher: the
+// ABI's headers before torch 2.14 lose its memory.
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -9,9 +10,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -51,62 +52,35 @@ template <class T> T number(const Tensor& x, int64_t offset) {
 
 using Pointer = const Tensor*;  // null: not given
 
-template <class T, class Host> PerRow<T> per_row(const std::vector<Host>& host, Pointer tensor) {
+// A parameter that is a number, or where the tensor is given one per row.
+template <class T, class Host> PerRow<T> per_row(Host host, Pointer tensor) {
   PerRow<T> result;
-  if (tensor) {
+  if (!tensor) result.entries.push_back((T)host);
+  else
     for (int64_t b = 0; b < tensor->size(0); ++b) result.entries.push_back(number<T>(*tensor, b * tensor->stride(0)));
-    if (result.entries.empty()) result.entries.push_back(T());
-  } else {
-    result.entries.assign(host.begin(), host.end());
-  }
   return result;
 }
 
-PerRowVector per_row_vector(std::vector<double> host, Pointer tensor, int width) {
-  if (!tensor) return {std::move(host), width};
-  std::vector<double> entries;
-  const bool matrix = tensor->dim() == 2;
-  for (int64_t b = 0; b < (matrix ? tensor->size(0) : 1); ++b)
-    for (int i = 0; i < width; ++i)
-      entries.push_back(matrix ? number<double>(*tensor, b * tensor->stride(0) + i * tensor->stride(1))
-                               : number<double>(*tensor, i * tensor->stride(0)));
-  return {std::move(entries), width};
+[[noreturn]] void not_packed() {
+  throw std::runtime_error("mod_fused: the arguments are not what mod_fused/arguments.py packs");
 }
 
-// Reads what `pack` of mod_fused/arguments.py wrote, in its order.
-class Packed {
- public:
-  Packed(const std::vector<Tensor>& tensors, const std::vector<int64_t>& integers, const std::vector<double>& numbers)
-      : tensors_(tensors), integers_(integers), numbers_(numbers), present_(integer()) {}
+// The arguments of an op in their slots; see `pack` of mod_fused/arguments.py.
+struct Packed {
+  const std::vector<Tensor>& logits;
+  const std::vector<std::optional<Tensor>>& tensors;
+  const std::vector<int64_t>& integers;
+  const std::vector<double>& numbers;
 
-  int64_t integer() { return integers_[claim(integers_, &next_integer_, 1)]; }
-  double number() { return numbers_[claim(numbers_, &next_number_, 1)]; }
-  const Tensor& tensor() { return tensors_[claim(tensors_, &next_tensor_, 1)]; }
-  // The next tensor that may be absent; the reference is the first of them.
-  Pointer optional() { return (present_ >> next_bit_++) & 1 ? &tensor() : nullptr; }
-  std::vector<int64_t> integers(int64_t count) { return take(integers_, &next_integer_, count); }
-  std::vector<double> numbers(int64_t count) { return take(numbers_, &next_number_, count); }
-
- private:
-  // The index of the first of the next `count` entries.
-  template <class T> static size_t claim(const std::vector<T>& from, size_t* next, int64_t count) {
-    if (count < 0 || (uint64_t)count > from.size() - *next)
-      throw std::runtime_error("mod_fused: the arguments are not what mod_fused/arguments.py packs");
-    *next += (size_t)count;
-    return *next - (size_t)count;
-  }
-  template <class T> static std::vector<T> take(const std::vector<T>& from, size_t* next, int64_t count) {
-    const auto begin = from.begin() + (int64_t)claim(from, next, count);
-    return {begin, begin + count};
-  }
-
-  const std::vector<Tensor>& tensors_;
-  const std::vector<int64_t>& integers_;
-  const std::vector<double>& numbers_;
-  size_t next_tensor_ = 0, next_integer_ = 0, next_number_ = 0;
-  int next_bit_ = 0;
-  int64_t present_;
+  Pointer tensor(int slot) const { return tensors[slot] ? &*tensors[slot] : nullptr; }
 };
+
+// Slots of the mixture, then those of the draw.
+enum TensorSlot { kWeights, kValues, kValueIds, kValueWeights, kPrefix, kMixtureTensors,
+                  kMask = kMixtureTensors, kTemperatures, kTopKs, kTopPs, kMinPs, kSeeds, kPositions, kDrawTensors };
+enum IntegerSlot { kReference, kVocab, kPlausibilityTensor, kExact, kDivergence, kMixtureIntegers,
+                   kTopK = kMixtureIntegers, kSeed, kPosition, kModelLogprobs, kDrawIntegers };
+enum NumberSlot { kPlausibility, kAlpha, kMixtureNumbers, kTemperature = kMixtureNumbers, kTopP, kMinP, kDrawNumbers };
 
 // Uninitialised contiguous CPU tensor; straight from the allocator, a tenth of the cost of calling aten::empty.
 Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
@@ -118,75 +92,103 @@ Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
   return Tensor(handle);
 }
 
-// What the ops have in common; the tensors must outlive the request.
-Request mixture(Packed& packed, const std::string& divergence) {
-  Request request;
-  const Pointer reference = packed.optional();
-  const int policies = (int)packed.integer();
-  request.vocab = packed.integer();
-  const int64_t plausibility_tensor = packed.integer();
-  request.exact = packed.integer() != 0;
-  const int64_t weights = packed.integer(), value_weights = packed.integer(), scales = packed.integer();
-  const double plausibility = packed.number();
+// Takes numbers one after the other.
+class Numbers {
+ public:
+  Numbers(const std::vector<double>& from, size_t next) : from_(from), next_(next) {}
 
-  request.reference = reference != nullptr;
-  if (reference) {
-    request.rows = reference->size(0);
-    request.logits[request.models++] = rows_of(*reference);
+  const double* take(int64_t count) {
+    if ((uint64_t)count > left()) not_packed();
+    next_ += (size_t)count;
+    return from_.data() + next_ - (size_t)count;
   }
-  for (int i = 0; i < policies; ++i) {
-    const Tensor& x = packed.tensor();
-    request.rows = x.size(0);
-    request.logits[request.models++] = rows_of(x);
-  }
+  size_t left() const { return from_.size() - next_; }
 
-  request.weights = per_row_vector(packed.numbers(weights), packed.optional(), policies);
-  if (const Pointer values = packed.optional()) {
+ private:
+  const std::vector<double>& from_;
+  size_t next_;
+};
+
+// Weights that are the next `width` numbers, or where the tensor is given its entries.
+PerRowVector weights_of(Numbers& numbers, Pointer tensor, int width) {
+  PerRowVector result{{}, width};
+  if (!tensor) {
+    const double* first = numbers.take(width);
+    result.entries.assign(first, first + width);
+    return result;
+  }
+  const bool matrix = tensor->dim() == 2;
+  for (int64_t b = 0; b < (matrix ? tensor->size(0) : 1); ++b)
+    for (int i = 0; i < width; ++i)
+      result.entries.push_back(matrix ? number<double>(*tensor, b * tensor->stride(0) + i * tensor->stride(1))
+                                      : number<double>(*tensor, i * tensor->stride(0)));
+  return result;
+}
+
+// The values, their candidates and the prefixes, which are tensors.
+void add_tensors(const Packed& packed, Request& request) {
+  if (const Pointer values = packed.tensor(kValues)) {
     const int count = (int)values->size(0);
     const int64_t step = values->stride(0) * (int64_t)values->element_size();
     for (int j = 0; j < count; ++j)
       request.values.push_back({bytes(*values) + j * step, dtype_of(*values),
                                 values->stride(1) * (int64_t)values->element_size()});
   }
-  if (const Pointer ids = packed.optional()) {
+  if (const Pointer ids = packed.tensor(kValueIds)) {
     request.value_ids = static_cast<const int64_t*>(ids->const_data_ptr());
     request.candidates = ids->size(1);
     request.value_ids_row = ids->stride(0);
     request.value_ids_column = ids->stride(1);
   }
-  request.value_weights = per_row_vector(packed.numbers(value_weights), packed.optional(), (int)request.values.size());
-  if (const Pointer prefix = packed.optional())
+  if (const Pointer prefix = packed.tensor(kPrefix))
     for (int64_t b = 0; b < request.rows; ++b)
       for (int i = 0; i < request.models; ++i)
         request.prefix.push_back(number<double>(*prefix, b * prefix->stride(0) + i * prefix->stride(1)));
-  for (int i = 0; i < request.models; ++i) request.scales[i] = scales == 0 ? 1.0f : (float)packed.number();
+}
 
-  request.kind = divergence == "reverse_kl"   ? Kind::reverse_kl
-                 : divergence == "forward_kl" ? Kind::forward_kl
-                 : divergence == "jsd"        ? Kind::jsd
-                 : divergence == "jeffrey"    ? Kind::jeffrey
-                                              : Kind::alpha;
-  if (request.kind == Kind::alpha) request.alpha = std::stod(divergence.substr(divergence.find(':') + 1));
-  if (plausibility > 0.0) {
-    request.log_plausibility = (float)std::log(plausibility);
-    request.plausibility_model = (int)plausibility_tensor - (request.reference ? 0 : 1);
+// What the ops have in common; the tensors must outlive the request.
+Request mixture(const Packed& packed, bool draws) {
+  const std::vector<int64_t>& integers = packed.integers;
+  Numbers numbers(packed.numbers, draws ? kDrawNumbers : kMixtureNumbers);
+  if (packed.tensors.size() != (draws ? kDrawTensors : kMixtureTensors) ||
+      integers.size() != (draws ? kDrawIntegers : kMixtureIntegers) || packed.logits.empty() ||
+      packed.logits.size() > kMaxModels || packed.numbers.size() < (draws ? kDrawNumbers : kMixtureNumbers) ||
+      (uint64_t)integers[kDivergence] > (uint64_t)Kind::jeffrey)
+    not_packed();
+
+  Request request;
+  request.reference = integers[kReference] != 0;
+  request.vocab = integers[kVocab];
+  request.exact = integers[kExact] != 0;
+  request.kind = (Kind)integers[kDivergence];
+  request.alpha = packed.numbers[kAlpha];
+  for (const Tensor& x : packed.logits) request.logits[request.models++] = rows_of(x);
+  request.rows = packed.logits[0].size(0);
+  add_tensors(packed, request);
+  const int policies = request.models - (request.reference ? 1 : 0);
+  request.weights = weights_of(numbers, packed.tensor(kWeights), policies);
+  request.value_weights = weights_of(numbers, packed.tensor(kValueWeights), (int)request.values.size());
+  const bool scaled = numbers.left() != 0;
+  for (int i = 0; i < request.models; ++i) request.scales[i] = scaled ? (float)*numbers.take(1) : 1.0f;
+  if (numbers.left() != 0) not_packed();
+  if (packed.numbers[kPlausibility] > 0.0) {
+    request.log_plausibility = (float)std::log(packed.numbers[kPlausibility]);
+    request.plausibility_model = (int)integers[kPlausibilityTensor] - (request.reference ? 0 : 1);
   }
   return request;
 }
 
-void log_probs_out(const std::vector<Tensor>& tensors, const std::vector<int64_t>& integers,
-                   const std::vector<double>& numbers, const std::string& divergence, Tensor out,
+void log_probs_out(const std::vector<Tensor>& logits, const std::vector<std::optional<Tensor>>& tensors,
+                   const std::vector<int64_t>& integers, const std::vector<double>& numbers, Tensor out,
                    std::optional<Tensor> /*workspace*/) {
-  Packed packed(tensors, integers, numbers);
-  Request request = mixture(packed, divergence);
+  Request request = mixture({logits, tensors, integers, numbers}, false);
   request.log_probs = static_cast<float*>(out.mutable_data_ptr());
   run(request);
 }
 
-Tensor log_probs(const std::vector<Tensor>& tensors, const std::vector<int64_t>& integers,
-                 const std::vector<double>& numbers, const std::string& divergence) {
-  Packed packed(tensors, integers, numbers);
-  Request request = mixture(packed, divergence);
+Tensor log_probs(const std::vector<Tensor>& logits, const std::vector<std::optional<Tensor>>& tensors,
+                 const std::vector<int64_t>& integers, const std::vector<double>& numbers) {
+  Request request = mixture({logits, tensors, integers, numbers}, false);
   Tensor out = empty({request.rows, request.vocab}, ScalarType::Float);
   request.log_probs = static_cast<float*>(out.mutable_data_ptr());
   run(request);
@@ -194,27 +196,26 @@ Tensor log_probs(const std::vector<Tensor>& tensors, const std::vector<int64_t>&
 }
 
 // A request for a draw, but for its outputs.
-Request drawing(Packed& packed, const std::string& divergence) {
-  Request request = mixture(packed, divergence);
-  const int64_t temperatures = packed.integer(), top_ps = packed.integer(), min_ps = packed.integer(),
-                top_ks = packed.integer(), positions = packed.integer();
-  request.temperature = per_row<float>(packed.numbers(temperatures), packed.optional());
-  request.top_k = per_row<int64_t>(packed.integers(top_ks), packed.optional());
-  request.top_p = per_row<double>(packed.numbers(top_ps), packed.optional());
-  request.min_p = per_row<float>(packed.numbers(min_ps), packed.optional());
-  if (const Pointer mask = packed.optional()) {
+Request drawing(const Packed& packed) {
+  Request request = mixture(packed, true);
+  request.temperature = per_row<float>(packed.numbers[kTemperature], packed.tensor(kTemperatures));
+  request.top_k = per_row<int64_t>(packed.integers[kTopK], packed.tensor(kTopKs));
+  request.top_p = per_row<double>(packed.numbers[kTopP], packed.tensor(kTopPs));
+  request.min_p = per_row<float>(packed.numbers[kMinP], packed.tensor(kMinPs));
+  request.position = per_row<int64_t>(packed.integers[kPosition], packed.tensor(kPositions));
+  if (const Pointer mask = packed.tensor(kMask)) {
     const int64_t size = (int64_t)mask->element_size();
     request.mask = {bytes(*mask), mask->scalar_type() == ScalarType::Int, mask->stride(0) * size,
                     mask->stride(1) * size};
   }
-  const Pointer seeds = packed.optional();
-  request.position = per_row<int64_t>(packed.integers(positions), packed.optional());
-  const int64_t seed = packed.integer();
-  request.model_logprobs = packed.integer() != 0;
+  request.model_logprobs = packed.integers[kModelLogprobs] != 0;
 
-  request.seeds = per_row<uint64_t>(std::vector<int64_t>(), seeds);
-  for (int64_t b = 0; b < request.rows && !seeds; ++b)
-    request.seeds.entries.push_back(split_mix((uint64_t)seed + (uint64_t)b));
+  if (const Pointer seeds = packed.tensor(kSeeds)) {
+    request.seeds = per_row<uint64_t>(0, seeds);
+  } else {
+    for (int64_t b = 0; b < request.rows; ++b)
+      request.seeds.entries.push_back(split_mix((uint64_t)packed.integers[kSeed] + (uint64_t)b));
+  }
   request.filters = request.mask.data != nullptr;
   for (int64_t k : request.top_k.entries) request.filters |= k > 0;
   for (double p : request.top_p.entries) request.filters |= p < 1.0;
@@ -232,21 +233,20 @@ void draw(Request& request, Tensor& tokens, Tensor& logprobs, Tensor& valid, Ten
   run(request);
 }
 
-void sample_out(const std::vector<Tensor>& tensors, const std::vector<int64_t>& integers,
-                const std::vector<double>& numbers, const std::string& divergence, Tensor tokens, Tensor logprobs,
+void sample_out(const std::vector<Tensor>& logits, const std::vector<std::optional<Tensor>>& tensors,
+                const std::vector<int64_t>& integers, const std::vector<double>& numbers, Tensor tokens, Tensor logprobs,
                 Tensor valid, std::optional<Tensor> model_logprobs, std::optional<Tensor> /*workspace*/) {
-  Packed packed(tensors, integers, numbers);
-  Request request = drawing(packed, divergence);
+  Request request = drawing({logits, tensors, integers, numbers});
   if (request.model_logprobs && !model_logprobs)
     throw std::runtime_error("mod_fused: model_logprobs are asked for and have no output");
   draw(request, tokens, logprobs, valid, model_logprobs ? &*model_logprobs : nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const std::vector<Tensor>& tensors,
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const std::vector<Tensor>& logits,
+                                                  const std::vector<std::optional<Tensor>>& tensors,
                                                   const std::vector<int64_t>& integers,
-                                                  const std::vector<double>& numbers, const std::string& divergence) {
-  Packed packed(tensors, integers, numbers);
-  Request request = drawing(packed, divergence);
+                                                  const std::vector<double>& numbers) {
+  Request request = drawing({logits, tensors, integers, numbers});
   Tensor tokens = empty({request.rows}, ScalarType::Long);
   Tensor logprobs = empty({request.rows}, ScalarType::Float);
   Tensor valid = empty({request.rows}, ScalarType::Bool);
@@ -255,25 +255,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const std::vector<Tensor>& ten
   return {tokens, logprobs, valid, model_logprobs};
 }
 
-// One function of a divergence over a float32 vector: what pins csrc/divergence.h to mod_fused/divergence.py in the tests.
-template <class D> void apply(const D& d, const std::string& function, const float* x, float* y, int64_t n) {
+// One function of a divergence (0: deficit, 1: log_ratio, 2: log_slope) over a float32 vector: what pins csrc/divergence.h to
+// mod_fused/divergence.py in the tests.
+template <class D> void apply(const D& d, int64_t function, const float* x, float* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
-    y[i] = function == "deficit" ? d.deficit(x[i]) : function == "log_ratio" ? d.log_ratio(x[i]) : d.log_slope(x[i]);
+    y[i] = function == 0 ? d.deficit(x[i]) : function == 1 ? d.log_ratio(x[i]) : d.log_slope(x[i]);
 }
 
-Tensor divergence_function(const std::string& divergence, const std::string& function, const Tensor& x) {
+Tensor divergence_function(int64_t divergence, double alpha, int64_t function, const Tensor& x) {
   Tensor y = empty({x.size(0)}, ScalarType::Float);
   const float* from = static_cast<const float*>(x.const_data_ptr());
   float* to = static_cast<float*>(y.mutable_data_ptr());
   const int64_t n = x.size(0);
-  if (divergence == "forward_kl") apply(ForwardKL(), function, from, to, n);
-  else if (divergence == "jsd") apply(JensenShannon(), function, from, to, n);
-  else if (divergence == "jeffrey") apply(Jeffrey(), function, from, to, n);
-  else apply(Alpha<false>(std::stod(divergence.substr(divergence.find(':') + 1))), function, from, to, n);
+  switch ((Kind)divergence) {
+    case Kind::forward_kl:
+      apply(ForwardKL(), function, from, to, n);
+      break;
+    case Kind::jsd:
+      apply(JensenShannon(), function, from, to, n);
+      break;
+    case Kind::alpha:
+      apply(Alpha<false>(alpha), function, from, to, n);
+      break;
+    case Kind::jeffrey:
+      apply(Jeffrey(), function, from, to, n);
+      break;
+    default:
+      not_packed();
+  }
   return y;
 }
 
-std::string instruction_set() { return tile_loops().name; }
+// Its place in the list of mod_fused/cpu_backend.py.
+int64_t instruction_set() {
+  const char* const names[] = {"baseline", "neon", "avx2", "avx512"};
+  int64_t i = 0;
+  while (std::strcmp(names[i], tile_loops().name) != 0) ++i;
+  return i;
+}
 
 }  // namespace
 

@@ -11,6 +11,7 @@ namespace mod_fused {
 
 constexpr int kMaxModels = 9;  // reference and at most 8 policies
 
+// By the numbers of mod_fused/divergence.py.
 enum class Kind { reverse_kl, forward_kl, jsd, alpha, jeffrey };
 
 // A tensor [B, n] with contiguous rows.

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from ..check_helpers import number, shape_of
-from ..decoder import FINISH_REASONS, generate
+from ..decoder import generate
 from ..ensemble import Ensemble
+from ..memory import check_decoding
+from ..prompts import Prompts
+from ..responses import FINISH_REASONS
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 _INVALID = FINISH_REASONS.index("invalid")
@@ -35,7 +38,7 @@ class BlockwiseOutput(NamedTuple):
         logprobs: float32 [B, T], log-probability of each token under the policy that the
             continuations are drawn from, before temperature and filters; 0 behind the end.
         model_logprobs: float32 [B, T, M+1], the same under each model, reference first. Its sum
-            over T at 0 is log pi_ref of the response. None if generate was told so.
+            over T at 0 is log pi_ref of the response. None unless asked for.
         valid: bool [B]; False: no continuation could be drawn at some step.
         scores: float32 [B], score of the response (of what was there when its last block ended).
             NaN where not valid.
@@ -60,7 +63,7 @@ class BlockwiseOutput(NamedTuple):
 
 def blockwise_best_of_k(
     ensemble: Ensemble,
-    prompts: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+    prompts: Prompts | None = None,
     *,
     score_fn: ScoreFunction,
     k: int,
@@ -68,6 +71,7 @@ def blockwise_best_of_k(
     weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
     input_ids: Tensor | Sequence[Tensor] | None = None,
     attention_mask: Tensor | Sequence[Tensor] | None = None,
+    add_special_tokens: bool | None = None,
     max_new_tokens: int = 20,
     **options: Any,
 ) -> BlockwiseOutput:
@@ -89,7 +93,7 @@ def blockwise_best_of_k(
         weights: [M] or [B, M], as in `mod_fused.generate`. None draws from the reference alone, as
             the paper does (or from its tilt by a value_fn): no policy runs, prompts are the
             reference's.
-        input_ids: as in `mod_fused.generate`; so is attention_mask.
+        input_ids: as in `mod_fused.generate`; so are attention_mask and add_special_tokens.
         max_new_tokens: the most tokens of a response; the last block may be shorter than L.
         **options: further arguments of `mod_fused.generate`, but for a streamer. value_fn and
             mask_fn are given the N rows, those of prompt b from b K on. Random numbers depend on
@@ -125,7 +129,11 @@ def blockwise_best_of_k(
         input_ids=input_ids,
         attention_mask=attention_mask,
         pad_token_id=options.get("pad_token_id"),
+        add_special_tokens=add_special_tokens,
     )
+    max_new_tokens = _at_least_one("max_new_tokens", max_new_tokens)
+    use_cache = bool(options.get("use_cache", True))
+    check_decoding(ensemble.present, ids, k, max_new_tokens, use_cache)
     known = [torch.ones_like(i) if m is None else m for i, m in zip(ids, masks, strict=True)]
     choice = _Choice(score_fn, known[0], k, block_length, max_new_tokens)
     out = generate(
@@ -150,13 +158,13 @@ def blockwise_best_of_k(
         valid=out.valid[each],
         scores=choice.scores,
         blocks=choice.blocks,
-        kl_bound=choice.blocks * (math.log(k) - (k - 1) / k),
+        kl_bound=choice.blocks.float() * (math.log(k) - (k - 1) / k),
     )
 
 
 def best_of_n(
     ensemble: Ensemble,
-    prompts: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+    prompts: Prompts | None = None,
     *,
     score_fn: ScoreFunction,
     n: int,
@@ -190,9 +198,11 @@ class _Choice:
         self.score_fn = score_fn
         self.prompt_mask = prompt_mask.repeat_interleave(k, dim=0)  # (N, n)
         self.k, self.block_length, self.max_new_tokens = k, block_length, max_new_tokens
-        self.first = torch.arange(batch, device=device) * k  # row of each prompt's continuation 0
+        self.first = (
+            torch.arange(batch, dtype=torch.int64, device=device) * k
+        )  # row of each prompt's continuation 0
         self.open = torch.ones(batch, dtype=torch.bool, device=device)  # went on into this block
-        self.scores = torch.full((batch,), math.nan, device=device)
+        self.scores = torch.full((batch,), math.nan, dtype=torch.float32, device=device)
         self.blocks = torch.zeros(batch, dtype=torch.int64, device=device)
 
     def __call__(

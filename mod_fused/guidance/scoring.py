@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from ..fitting import Sequences
+from ..model_state import embedded_ids
+from ..prompts import encode_text
+from ..text import Decoder
 from .blockwise import ScoreFunction
 from .scorers import Scorer
 from .trainer import Reward, prefix_values
+
+_VALUES = 2**28  # a dense scorer says one for each token of the vocabulary: 1 GiB at a time
 
 
 def prefix_score(scorers: Sequence[Any], strengths: Sequence[float] | None = None) -> ScoreFunction:
@@ -40,11 +45,15 @@ def prefix_score(scorers: Sequence[Any], strengths: Sequence[float] | None = Non
     def score(sequences: Tensor, mask: Tensor) -> Tensor:
         columns = torch.arange(mask.shape[1], device=mask.device)
         last = (columns * mask).argmax(1, keepdim=True)  # of the prefix; padding may follow
-        batch = Sequences(sequences, mask, mask)
-        total = torch.zeros(len(sequences), device=sequences.device)
+        total = torch.zeros(len(sequences), dtype=torch.float32, device=sequences.device)
         for weight, scorer in zip(weights, known, strict=True):
-            values = scorer.finish(prefix_values(scorer.model, batch))
-            total += weight * values.gather(1, last - 1)[:, 0]
+            width = embedded_ids(scorer.model) if scorer.dense else 1
+            rows = max(1, _VALUES // (width * mask.shape[1]))
+            for start in range(0, len(sequences), rows):
+                part = slice(start, start + rows)
+                batch = Sequences(sequences[part], mask[part], mask[part])
+                values = scorer.finish(prefix_values(scorer.model, batch))
+                total[part] += weight * values.gather(1, last[part] - 1)[:, 0]
         return total
 
     return score
@@ -54,19 +63,20 @@ def response_score(reward: Reward, tokenizer: Any, prompts: Sequence[str]) -> Sc
     """The reward of the responses as text; for `best_of_n`, where they are complete.
 
     Args:
-        reward: reward(prompt, response), any float.
+        reward: reward(prompt, response), any float; the response as in `GenerateOutput.texts`.
         tokenizer: of the first model.
         prompts: the B prompts that are decoded; rows b K to (b + 1) K - 1 answer prompt b.
     """
-    starts = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    starts = [len(encode_text(prompt, tokenizer)) for prompt in prompts]
+    decoder = Decoder(tokenizer)
 
     def score(sequences: Tensor, mask: Tensor) -> Tensor:
         copies = len(sequences) // len(prompts)
         rewards = []
         for row, (ids, kept) in enumerate(zip(sequences, mask.bool(), strict=True)):
             prompt = row // copies
-            text = tokenizer.decode(ids[kept][starts[prompt] :], skip_special_tokens=True)
+            text = decoder(ids[kept][starts[prompt] :].tolist())
             rewards.append(float(reward(prompts[prompt], text)))
-        return torch.tensor(rewards, dtype=torch.float64)
+        return torch.tensor(rewards, dtype=torch.float64, device="cpu")
 
     return score

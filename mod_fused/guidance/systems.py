@@ -65,7 +65,7 @@ def mavis(
     """
     if not beta > 0:
         raise ValueError(f"beta must be positive, got {beta}")
-    w = torch.as_tensor(weights, dtype=torch.float64)
+    w = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
     if w.ndim not in (1, 2) or bool((w < 0).any()) or bool(((w.sum(-1) - 1).abs() > 1e-6).any()):
         raise ValueError(
             f"weights must be [J] or [B, J], not negative, with sums of 1; got {w.tolist()}"

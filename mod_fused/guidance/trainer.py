@@ -57,7 +57,7 @@ def roll_out(
     width = ids.shape[1]
     tokens = F.pad(ids, (0, max_new_tokens), value=ensemble.pad_token_id)
     response = torch.zeros_like(tokens)
-    log_ratios = torch.zeros(tokens.shape, device=ids.device)
+    log_ratios = torch.zeros(tokens.shape, dtype=torch.float32, device=ids.device)
     texts: list[str] = []
     for start in range(0, len(ids), batch_size):
         rows = slice(start, start + batch_size)
@@ -68,6 +68,7 @@ def roll_out(
             weights=weights,
             max_new_tokens=max_new_tokens,
             seed=seeds[rows],
+            return_model_logprobs=True,
             **options,
         )
         if not out.valid.all():
@@ -87,7 +88,8 @@ def roll_out(
 def rewards_of(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
     """reward(prompt, response) of every pair, float32 [N]."""
     pairs = zip(prompts, responses, strict=True)
-    return torch.tensor([float(reward(prompt, response)) for prompt, response in pairs])
+    rewards = [float(reward(prompt, response)) for prompt, response in pairs]
+    return torch.tensor(rewards, dtype=torch.float32, device="cpu")
 
 
 def outputs(model: Any, batch: Rows) -> Tensor:

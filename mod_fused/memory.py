@@ -1,0 +1,121 @@
+"""What decoding takes of memory at least, and how much there is: what cannot fit is refused first.
+
+    each language model   rows x tokens x sum over its layers of 2 x key heads x head size x bytes
+                          rows x vocabulary x bytes                       the logits of one step
+    the responses         rows x tokens x (8 + 4 + 4 x models) bytes      ids and log-probabilities
+
+with tokens = prompt + new ones (fewer than its window, in a layer that slides). Weights and what
+a model needs between its layers are left out, so that nothing that fits is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .model_state import embedded_ids, is_causal_lm
+
+
+def check_decoding(
+    models: Sequence[Any],
+    input_ids: Sequence[Tensor],
+    copies: int,
+    max_new_tokens: int,
+    use_cache: bool = True,
+) -> None:
+    """Refuse a decode that cannot fit.
+
+    Args:
+        models: the K models that are there.
+        input_ids: [B, n_k] for each.
+        copies: responses to each prompt.
+        max_new_tokens: the most tokens of a response.
+        use_cache: whether the models keep KV caches.
+
+    Raises:
+        ValueError: says what it would take.
+    """
+    rows = len(input_ids[0]) * copies
+    needed = rows * (input_ids[0].shape[1] + max_new_tokens) * (8 + 4 + 4 * len(models))
+    for model, ids in zip(models, input_ids, strict=True):
+        if is_causal_lm(model):
+            size = next(model.parameters()).element_size()
+            needed += rows * embedded_ids(model) * size
+            if use_cache:
+                needed += rows * cached_numbers(model, ids.shape[1] + max_new_tokens) * size
+    what = f"decoding {rows} rows of up to {max_new_tokens} new tokens"
+    check_memory(needed, what, input_ids[0].device)
+
+
+def check_memory(needed: int, what: str, device: torch.device | None = None) -> None:
+    """Refuse what takes more bytes than there are on the device (None: the CPU).
+
+    Raises:
+        ValueError: says how many bytes `what` would take.
+    """
+    available = available_bytes(device or torch.device("cpu"))
+    if available is not None and needed > available:
+        raise ValueError(
+            f"{what} takes at least {in_words(needed)} of memory, {in_words(available)} are there"
+        )
+
+
+def cached_numbers(model: Any, tokens: int) -> int:
+    """How many numbers the KV cache of one row holds after so many tokens; 0 where not known."""
+    config = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers, heads = getattr(config, "num_hidden_layers", 0), _key_heads(config)
+    size = getattr(config, "head_dim", None)
+    if size is None and getattr(config, "num_attention_heads", None):
+        size = getattr(config, "hidden_size", 0) // config.num_attention_heads
+    if not all(isinstance(x, int) for x in (layers, heads, size)):
+        return 0  # they differ by layer
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    kinds = kinds or ["sliding_attention" if window else "attention"] * layers
+    held = {
+        "attention": tokens,
+        "full_attention": tokens,
+        "sliding_attention": min(tokens, window - 1) if window else tokens,
+    }
+    return 2 * heads * size * sum(held.get(kind, 0) for kind in kinds)
+
+
+def _key_heads(config: Any) -> Any:
+    if getattr(config, "multi_query", False) and not getattr(
+        config, "new_decoder_architecture", False
+    ):
+        return 1
+    names = ("num_key_value_heads", "num_attention_heads")
+    return next((x for name in names if (x := getattr(config, name, None)) is not None), 0)
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """How many bytes can be had on the device; None where nobody says."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")]
+    except (OSError, ValueError, IndexError):
+        pass  # not Linux
+    try:  # of a container; a limit "max" is none
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)
+
+
+def in_words(count: int) -> str:
+    """A number of bytes: "1.5 GiB"."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+    power = min(max(count.bit_length() - 1, 0) // 10, len(units) - 1)
+    return f"{min(count, 2**100) / 1024**power:,.1f} {units[power]}"
