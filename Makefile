@@ -23,7 +23,9 @@ INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,triton_interpreter combination
 	log_probs out sampling registration tune user_divergence gpu_moments)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test lint fuzz sanitize gpu-check gpu-questions clean
+VERSIONS ?= 5.3.0 5.19.0 5.24.0
+
+.PHONY: help setup demo docs test test-transformers architectures lint fuzz sanitize gpu-check gpu-questions clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -57,6 +59,13 @@ lint: $(READY)  ## ruff and mypy
 test: lint  ## linters, then the whole test suite; PYTEST_ARGS="-x -k world" narrows it
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest $(PYTEST_ARGS) $(INTERPRETED_TESTS) || test $$? = 5
+
+architectures: $(READY)  ## every causal architecture of transformers against its own generate
+	OMP_NUM_THREADS=1 $(BIN)/python tests/architectures.py --out docs/architectures.md
+
+# Versions that are not pinned live under build/ and take torch and the rest from .venv.
+test-transformers: $(READY)  ## architectures and decoder under other transformers; VERSIONS="5.3.0"
+	$(BIN)/python tests/transformers_versions.py $(VERSIONS)
 
 fuzz: $(READY)  ## random calls of the C++ backend against torch and the oracle; MINUTES=60 for longer
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_op.py --minutes $(MINUTES)

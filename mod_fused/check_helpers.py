@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .tracing import any_symbol, tensor_of
+
 LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, torch.float64)
 _INTS = (torch.int64, torch.int32)
@@ -138,6 +140,8 @@ def on_device(name: str, host: list[Any], dtype: torch.dtype, device: torch.devi
         raise ValueError(
             f"{name} by row must be a tensor on {device} while a CUDA graph is captured, got a list"
         )
+    if any_symbol(host):
+        return tensor_of(host, dtype, device)
     return torch.tensor(host, dtype=dtype, device=device)
 
 
@@ -169,12 +173,12 @@ def weights_of(
         )
     if not by_row and len(rows) != count:
         raise ValueError(f"{name} must have shape {_describe(shapes)}, got {len(rows)} numbers")
-    host = [tuple(number(name, x) for x in row) for row in (rows if by_row else [rows])]
-    for x in (x for row in host for x in row):
+    host = [number(name, x) for row in (rows if by_row else [rows]) for x in row]
+    for x in host:
         if not is_finite(x):
             raise ValueError(f"{name} must be finite, got {x}")
-    if len(host) == 1:
-        return host[0]
+    if not by_row or batch == 1:
+        return tuple(host)
     return on_device(name, host, torch.float64, device).view(batch, count)
 
 

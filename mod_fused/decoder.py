@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapters import check_shared
 from .check_helpers import check_tensor
 from .divergence import Divergence
 from .ensemble import Ensemble
@@ -152,6 +153,7 @@ def generate(
     with streaming(streamer) as stream:
         if not isinstance(ensemble, Ensemble):
             raise TypeError(f"ensemble must be a mod_fused.Ensemble, got {type(ensemble).__name__}")
+        check_shared({**ensemble.places, **getattr(value_fn, "places", {})})
         limits = check_limits(
             ensemble, max_new_tokens, num_return_sequences, eos_token_id, pad_token_id, stop_strings
         )

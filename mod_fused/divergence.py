@@ -360,7 +360,8 @@ def register_divergence(divergence: Divergence) -> Divergence:
     backend runs those. The `cpu` backend knows the five built-in divergences only.
 
     Args:
-        divergence: an object of a subclass of `Divergence`. Its name is lower case and new.
+        divergence: an object of a subclass of `Divergence`. Its name is lower case and new. It can
+            no longer be changed; a copy of it counts as itself.
 
     Returns:
         The same object.

@@ -18,9 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapters import check_shared
+from .architectures import check_causal_lm, embedded_ids, input_device, is_transformers_model
 from .loading import load_model, load_tokenizer
-from .model_state import CallableState, CausalLMState, EnsembleState, embedded_ids, is_causal_lm
+from .model_state import CallableState, CausalLMState, EnsembleState
 from .prompts import Prompts, encode_prompts
+from .transformers_version import check_transformers_version
+
+check_transformers_version()
 
 
 class Ensemble:
@@ -68,11 +73,10 @@ class Ensemble:
                     f"{_label(index)} must be a causal language model or a callable "
                     f"step(tokens) -> logits, got {type(model).__name__}"
                 )
-            if is_causal_lm(model) and getattr(model.config, "is_encoder_decoder", False):
-                raise TypeError(
-                    f"{_label(index)} is an encoder-decoder model, expected a causal one"
-                )
+            if is_transformers_model(model):
+                check_causal_lm(model, _label(index))
         self.models = list(models)
+        check_shared(self.places)
         if not isinstance(tokenizers, (list, tuple)):
             tokenizers = [tokenizers] * len(models)
         if len(tokenizers) != len(models):
@@ -176,32 +180,27 @@ class Ensemble:
         return len(self.models) - 1
 
     @property
+    def places(self) -> dict[str, Any]:
+        """The models that are there, by what messages call them."""
+        return {_label(i): m for i, m in enumerate(self.models) if m is not None}
+
+    @property
     def tokenizer(self) -> Any:
         """The first tokenizer there is, used to decode responses; None if there is none."""
         return next((t for t in self.tokenizers if t is not None), None)
 
     @property
     def device(self) -> torch.device | None:
-        """The device that all language models are on; None when all models are plain callables.
-
-        Raises:
-            ValueError: if they are on different devices.
-        """
-        devices = {
-            _label(i): next(m.parameters()).device
-            for i, m in enumerate(self.models)
-            if is_causal_lm(m)
-        }
-        if len(set(devices.values())) > 1:
-            places = ", ".join(f"{name} on {device}" for name, device in devices.items())
-            raise ValueError(f"all models must be on one device, got {places}")
-        return next(iter(devices.values()), None)
+        """Where prompts go and logits are mixed: the first language model's device; None when all
+        models are plain callables."""
+        models = filter(is_transformers_model, self.models)
+        return next((input_device(model) for model in models), None)
 
     @property
     def vocab_size(self) -> int | None:
         """How many token ids all language models can read, and all tokenizers have where some have
         added tokens; None when all are plain callables with the same tokens."""
-        sizes = [embedded_ids(m) for m in self.models if is_causal_lm(m)]
+        sizes = [embedded_ids(m) for m in self.models if is_transformers_model(m)]
         return min([*sizes, *([] if self.common_ids is None else [self.common_ids])], default=None)
 
     @property
@@ -279,7 +278,7 @@ class Ensemble:
         states: list[CallableState] = []
         present = [(i, model) for i, model in enumerate(self.models) if model is not None]
         for (index, model), ids, mask in zip(present, input_ids, attention_mask, strict=True):
-            kind = CausalLMState if is_causal_lm(model) else CallableState
+            kind = CausalLMState if is_transformers_model(model) else CallableState
             states.append(kind(model, _label(index), ids, mask, use_cache))
             states[-1].check(max_new_tokens)
         if self.models[0] is None:

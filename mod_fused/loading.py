@@ -39,6 +39,8 @@ _TOKENIZER_FILES = (
 )
 # What old versions of transformers saved and new ones compute: not a weight.
 _COMPUTED = re.compile(r"(^|\.)masked_bias$")
+# Of adapters: a count that is not saved, and a tensor of all layers that is saved once.
+_NOT_SAVED = re.compile(r"\.ranknum\.|vblora_vector_bank")
 
 
 def missing_folder(name: str) -> bool:
@@ -160,10 +162,11 @@ def _files(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key in _FILE_OPTIONS if options.get(key) is not None}
 
 
-def _find(name: str, file: str, options: Mapping[str, Any]) -> bool:
-    """Whether the folder or hub repository has the file."""
+def _find(name: str, file: str, options: Mapping[str, Any]) -> Path | None:
+    """Where the folder or hub repository has the file; None if it has none."""
     if Path(name).is_dir():
-        return (Path(name) / (options.get("subfolder") or "") / file).exists()
+        path = Path(name) / (options.get("subfolder") or "") / file
+        return path if path.exists() else None
     from transformers.utils import cached_file
 
     found = cached_file(
@@ -174,7 +177,7 @@ def _find(name: str, file: str, options: Mapping[str, Any]) -> bool:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return found is not None
+    return None if found is None else Path(found)
 
 
 def _load_whole(auto_class: Any, name: str, options: dict[str, Any]) -> Any:
@@ -201,13 +204,16 @@ def _load_whole(auto_class: Any, name: str, options: dict[str, Any]) -> Any:
 
 
 def _refuse_pickle(name: str, safe: str, pickled: str, options: Mapping[str, Any]) -> None:
-    """Say what to do about a checkpoint that is there as a pickle alone."""
-    if not options["use_safetensors"] or any(
-        _find(name, f"{safe}.safetensors{end}", options) for end in ("", ".index.json")
-    ):
+    """Say what to do about a checkpoint that is there as a pickle alone, or in pieces."""
+    if not options["use_safetensors"] or _find(name, f"{safe}.safetensors", options):
         return
-    for file in (f"{pickled}.bin", f"{pickled}.bin.index.json"):
-        if _find(name, file, options):
+    files = [f"{pickled}.bin", f"{pickled}.bin.index.json"]
+    if index := _find(name, f"{safe}.safetensors.index.json", options):
+        with _reading("model", name):
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [file for file in shards if not file.endswith(".safetensors")]
+    for file in files:
+        if index or _find(name, file, options):
             raise OSError(
                 f"{name} holds a pickle ({file}), which may run any code and is not loaded: "
                 "save it as safetensors"
@@ -247,7 +253,11 @@ def _with_adapter(model: Any, name: str, base: str, options: dict[str, Any]) -> 
         report: Any = set_peft_model_state_dict(adapted, weights)
     if not config.is_prompt_learning:  # whose only tensor is loaded strictly
         own = {key for key, _ in adapted.named_parameters()}
-        missing = [key for key in report.missing_keys if key in own and ".default" in key]
+        missing = [
+            key
+            for key in report.missing_keys
+            if key in own and ".default" in key and not _NOT_SAVED.search(key)
+        ]
         _check_report(name, missing, report.unexpected_keys, [], f" for {base}")
     return adapted.eval()
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .model_state import embedded_ids, is_causal_lm
+from .architectures import embedded_ids, is_transformers_model, text_config
 
 
 def check_decoding(
@@ -40,15 +40,23 @@ def check_decoding(
         ValueError: says what it would take.
     """
     rows = len(input_ids[0]) * copies
-    needed = rows * (input_ids[0].shape[1] + max_new_tokens) * (8 + 4 + 4 * len(models))
+    tokens = input_ids[0].shape[1] + max_new_tokens
+    needed = {input_ids[0].device: rows * tokens * (8 + 4 + 4 * len(models))}
     for model, ids in zip(models, input_ids, strict=True):
-        if is_causal_lm(model):
-            size = next(model.parameters()).element_size()
-            needed += rows * embedded_ids(model) * size
+        # The layers of a model that is spread over devices are nobody's to count.
+        if (
+            is_transformers_model(model)
+            and len({*getattr(model, "hf_device_map", {}).values()}) < 2
+        ):
+            parameter = next(model.parameters())
+            numbers = embedded_ids(model)
             if use_cache:
-                needed += rows * cached_numbers(model, ids.shape[1] + max_new_tokens) * size
-    what = f"decoding {rows} rows of up to {max_new_tokens} new tokens"
-    check_memory(needed, what, input_ids[0].device)
+                numbers += cached_numbers(model, ids.shape[1] + max_new_tokens)
+            needed.setdefault(parameter.device, 0)
+            needed[parameter.device] += rows * numbers * parameter.element_size()
+    for device, count in needed.items():
+        what = f"decoding {rows} rows of up to {max_new_tokens} new tokens"
+        check_memory(count, what, device)
 
 
 def check_memory(needed: int, what: str, device: torch.device | None = None) -> None:
@@ -66,8 +74,7 @@ def check_memory(needed: int, what: str, device: torch.device | None = None) -> 
 
 def cached_numbers(model: Any, tokens: int) -> int:
     """How many numbers the KV cache of one row holds after so many tokens; 0 where not known."""
-    config = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(model)
     layers, heads = getattr(config, "num_hidden_layers", 0), _key_heads(config)
     size = getattr(config, "head_dim", None)
     if size is None and getattr(config, "num_attention_heads", None):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import architectures
+from .adapters import forward_module
 
 
 class EnsembleState:
@@ -52,7 +53,7 @@ class EnsembleState:
 
 
 class CallableState:
-    """What one callable needs from step to step; `CausalLMState` adds cache, mask and positions."""
+    """What one callable needs from step to step; `CausalLMState` adds what transformers keeps."""
 
     copies = 1  # rows that each row will become when the prompts have been read
 
@@ -66,27 +67,25 @@ class CallableState:
     ) -> None:
         self.model = model
         self.label = label
-        self.inputs = input_ids  # (B, n): what the next call is given
-        self.attention_mask = attention_mask  # (B, all tokens so far) or None
+        self.sequences = input_ids  # (B, n + tokens drawn)
+        self.attention_mask = attention_mask  # of the prompts (B, n), or None
         self.use_cache = use_cache
+        self.started = False  # the prompts have been read
 
     def check(self, max_new_tokens: int) -> None:
         """Nothing is known about a callable."""
 
-    def advance(self, tokens: Tensor | None) -> None:
-        """Put the tokens int64 [B] drawn last into the next call; None before the first call."""
-        if tokens is None:
-            return
-        new = tokens[:, None]
-        self.inputs = new if self.use_cache else torch.cat([self.inputs, new], dim=1)
-        if self.attention_mask is not None:
-            seen = self.attention_mask
-            self.attention_mask = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
+    def append(self, tokens: Tensor | None) -> None:
+        """Put the tokens int64 [B] drawn last behind the sequences; None before the first call."""
+        if tokens is not None:
+            new = tokens[:, None].to(self.sequences.device)
+            self.sequences = torch.cat([self.sequences, new], dim=1)
 
     def step(self, tokens: Tensor | None) -> Tensor:
-        self.advance(tokens)
+        self.append(tokens)
         logits = self.forward()
-        rows = self.inputs.shape[0]
+        self.started = True
+        rows = self.sequences.shape[0]
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != rows:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"{self.label} must return logits [B={rows}, V], got {got}")
@@ -106,105 +105,101 @@ class CallableState:
         self.copies = copies
 
     def select(self, rows: Tensor) -> None:
-        self.inputs = self.inputs[rows]
+        rows = rows.to(self.sequences.device)
+        self.sequences = self.sequences[rows]
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[rows]
 
     def forward(self) -> Tensor:
-        return self.model(self.inputs)
+        only_new = self.started and self.use_cache
+        return self.model(self.sequences[:, -1:] if only_new else self.sequences)
 
 
 class CausalLMState(CallableState):
-    """A transformers model and its KV cache."""
+    """A transformers model and what its own `generate` would keep from step to step.
 
-    cache: Any = None
+    Every step goes through the model's `prepare_inputs_for_generation`, as in transformers: the
+    models that slice, shift, drop or rename their inputs do so there.
+    """
+
     reads_ahead = 0  # tokens read beyond the drawn ones
 
-    @cached_property
-    def accepted(self) -> frozenset[str]:
-        return accepted_arguments(self.model)
+    def __init__(
+        self,
+        model: Any,
+        label: str,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        use_cache: bool,
+    ) -> None:
+        self.home = input_ids.device  # where the logits go
+        device = architectures.input_device(model)
+        mask = None if attention_mask is None else attention_mask.to(device)
+        super().__init__(model, label, input_ids.to(device), mask, use_cache)
+        self.module_state = architectures.ModuleState(model)
+        self.options: dict[str, Any] = {}
 
     def check(self, max_new_tokens: int) -> None:
-        if self.model.training:
-            raise ValueError(
-                f"{self.label} is in training mode, dropout would change it: call .eval() on it"
-            )
-        size = embedded_ids(self.model)
-        low, high = (int(x) for x in torch.aminmax(self.inputs))
-        if low < 0 or high >= size:
-            bad = low if low < 0 else high
-            raise ValueError(
-                f"{self.label} has a vocabulary of {size} ids, its prompt holds the id {bad}"
-            )
-        limit = getattr(_text_config(self.model), "max_position_embeddings", None)
-        needed = self.inputs.shape[1] + max_new_tokens - 1  # the last token drawn is never read
-        needed += self.reads_ahead
-        if limit is not None and needed > limit:
-            raise ValueError(
-                f"{self.label} has {limit} positions, a prompt of {self.inputs.shape[1]} tokens "
-                f"and max_new_tokens={max_new_tokens} need {needed}: shorten one of them"
-            )
+        new_tokens = max_new_tokens - 1 + self.reads_ahead  # the last token drawn is never read
+        architectures.check_run(
+            self.model,
+            self.label,
+            self.sequences,
+            self.attention_mask,
+            self.use_cache,
+            new_tokens,
+        )
 
-    def forward(self) -> Tensor:
-        options: dict[str, Any] = {"use_cache": self.use_cache, "return_dict": True}
-        if self.use_cache and self.cache is not None:
-            options["past_key_values"] = self.cache
+    def begin(self) -> None:
+        """The keyword arguments with which transformers' `generate` would start."""
+        model, accepted = self.model, architectures.accepted_arguments(self.model)
+        self.options = {"use_cache": self.use_cache}
         # Without padding there is no mask: transformers would read it on the host each step.
         if self.attention_mask is not None:
-            options["attention_mask"] = self.attention_mask
-            if "position_ids" in self.accepted:
-                # Padding does not count, so a row has the positions that it would have alone.
-                positions = positions_of(self.attention_mask)
-                options["position_ids"] = positions[:, -self.inputs.shape[1] :]
-        if "logits_to_keep" in self.accepted:
-            options["logits_to_keep"] = 1
-        output = self.model(input_ids=self.inputs, **options)
+            self.options["attention_mask"] = self.attention_mask
+        if "position_ids" in accepted:
+            positions = model._prepare_position_ids_for_generation(self.sequences, self.options)
+            self.options["position_ids"] = positions
+        if "logits_to_keep" in accepted:
+            self.options["logits_to_keep"] = 1
         if self.use_cache:
-            self.cache = getattr(output, "past_key_values", None)
-            if self.cache is None:
-                raise ValueError(
-                    f"{self.label} returns no past_key_values: pass use_cache=False to recompute"
-                )
-        return output.logits[:, -1]
+            self.options.update(architectures.new_cache(model))
+
+    def forward(self) -> Tensor:
+        first = not self.options
+        if first:
+            self.begin()
+        inputs = self.model.prepare_inputs_for_generation(
+            self.sequences,
+            next_sequence_length=None if first or not self.use_cache else 1,
+            is_first_iteration=first,
+            **self.options,
+        )
+        with self.module_state:
+            output = forward_module(self.model)(**inputs, return_dict=True)
+        self.options = self.model._update_model_kwargs_for_generation(
+            output, self.options, is_encoder_decoder=False
+        )
+        return output.logits[:, -1].to(self.home)
 
     def fork(self, copies: int) -> None:
+        if self.use_cache:
+            architectures.check_selection(self.model, self.label)
         self.copies = copies
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
-        if self.cache is not None:
-            # Beam search's method: every kind of transformers cache has it, for any indices.
-            self.cache.reorder_cache(rows)
+        rows = rows.to(self.sequences.device)
+        for name, value in self.options.items():
+            if name == "attention_mask":
+                self.options[name] = value[rows]
+            elif name == "position_ids" and value.shape[-2] > 1:  # else one for all rows
+                self.options[name] = value.index_select(-2, rows)
+            elif name in architectures.CACHE_NAMES and value is not None:
+                self.options[name] = architectures.selected(self.model, value, rows)
+        self.module_state.select(rows)
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:
     """The position of every token in its row [B, n], padding (on the left) not counted."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def accepted_arguments(model: Any) -> frozenset[str]:
-    """Names of the arguments that the model's forward takes: not all take positions."""
-    return frozenset(inspect.signature(_unwrapped(model).forward).parameters)
-
-
-def _unwrapped(model: Any) -> Any:
-    """The module whose forward names its arguments: torch.compile and PEFT hide it behind *args."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def is_causal_lm(model: Any) -> bool:
-    """Whether to call it as transformers does; every other callable is step(tokens) -> logits."""
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
-        return False
-    return "input_ids" in accepted_arguments(model)
-
-
-def _text_config(model: Any) -> Any:
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def embedded_ids(model: Any) -> int:
-    """How many token ids a language model can read."""
-    return _text_config(model).vocab_size

@@ -36,6 +36,7 @@ from .outputs import (
     new_outputs,
     workspace_size,
 )
+from .tracing import draw_without_symbols, mixture_without_symbols
 
 __all__ = ["Sample", "backends", "log_probs", "sample", "workspace_size"]
 
@@ -136,6 +137,8 @@ def log_probs(
         plausibility,
         plausibility_tensor,
     )
+    if torch.compiler.is_compiling():
+        mixing = mixture_without_symbols(mixing)
     name = choose(backend, mixing.batch_tensor().device, mixing.divergence)
     if out is None and workspace is None:
         return _log_probs[name](*pack(mixing))
@@ -181,7 +184,8 @@ def sample(
 
     then, in this order, mask, temperature, top-k, top-p and min-p, each renormalising before the
     next. No gradient flows: inputs are detached. B rows, M policies (at most 8), V = `vocab_size`,
-    J value tensors.
+    J value tensors. Numbers, and lists of them, may be NumPy's; what is scalar or [B] may be a
+    tensor [] too, which all rows share (a seed may not).
 
     Args:
         ref_logits: [B, V0] float32, float16 or bfloat16, contiguous in the last dimension. None
@@ -190,7 +194,8 @@ def sample(
             `values`: pure value guidance.
         weights: [M] or [B, M], any sign and sum: list (finite) or float32/float64 tensor. A tensor
             of weight 0 is ignored.
-        divergence: name or `Divergence`: reverse_kl, forward_kl, jsd, alpha:A, jeffrey.
+        divergence: name or `Divergence`: reverse_kl, forward_kl, jsd, alpha:A, jeffrey, or a
+            registered one. A subclass of these has to be registered itself.
         normalizer: "exact" solves Z; "zero" is eq. 6 as printed, Z = 0 and rescaled to sum to one.
             Off reverse KL the two may differ even in their most likely token; a row for which Z = 0
             has no inverse is invalid.
@@ -234,7 +239,7 @@ def sample(
             for what goes by row (weights for all rows may be a list), a call on a GPU allocates
             nothing and can be captured in a CUDA graph; candidates (`value_ids`) still allocate,
             and so do seed=None, which draws them, and lists per row, which are copied to the device
-            and cannot be captured.
+            and refused while a graph is captured.
 
     Returns:
         `Sample`, `out` where it is given. A row is invalid, and disturbs no other, when NaN or +inf
@@ -263,6 +268,9 @@ def sample(
     drawing = check_draw(
         mixing, temperature, top_k, top_p, min_p, mask, seed, position, return_model_logprobs
     )
+    if torch.compiler.is_compiling():
+        mixing = mixture_without_symbols(mixing)
+        drawing = draw_without_symbols(drawing, mixing.batch_tensor())
     name = choose(backend, mixing.batch_tensor().device, mixing.divergence)
     if out is None and workspace is None:
         outputs = _sample[name](*pack(mixing, drawing))

@@ -13,7 +13,8 @@ from torch import Tensor
 from .text import Decoder, GrowingText
 
 Item = TypeVar("Item")
-PATIENCE = 3.0  # seconds; what is over sooner needs no word
+# Seconds before work needs a word: on a terminal, and where stderr is kept, an error's one line.
+PATIENCE, PATIENCE_ELSEWHERE = 1.0, 10.0
 
 
 def _rich_console(stream: Any) -> Any:
@@ -75,10 +76,12 @@ def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]
 
 @contextmanager
 def working(description: str, patience: float | None = None) -> Iterator[None]:
-    """Say on stderr what is going on, once it has taken `patience` seconds (None: `PATIENCE`)."""
+    """Say on stderr what is going on, once it has taken `patience` seconds."""
+    if patience is None:
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        patience = PATIENCE if terminal else PATIENCE_ELSEWHERE
     timer = threading.Timer(
-        PATIENCE if patience is None else patience,
-        lambda: print(f"{description} ...", file=sys.stderr, flush=True),
+        patience, lambda: print(f"{description} ...", file=sys.stderr, flush=True)
     )
     timer.daemon = True  # it never keeps the process alive
     timer.start()

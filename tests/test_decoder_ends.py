@@ -159,7 +159,7 @@ def test_transformers_streamers_work_for_one_row(
         ({"max_new_tokens": True}, TypeError, "max_new_tokens must be an int, got bool"),
         ({"eos_token_id": 2.0}, TypeError, "eos_token_id must be an int, got float"),
         ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an int"),
-        ({"max_new_tokens": 100}, ValueError, "the reference has 64 positions"),
+        ({"max_new_tokens": 100}, ValueError, "policy 1 has 64 positions"),
         ({"eos_token_id": -1}, ValueError, "eos_token_id"),
         ({"pad_token_id": tiny.V}, ValueError, f"below the models' {tiny.V}"),
         ({"stop_strings": ["a", ""]}, ValueError, "empty string"),

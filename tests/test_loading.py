@@ -13,7 +13,12 @@ import pytest
 import tiny_models as tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+)
 
 from mod_fused import Ensemble, generate, guiding
 
@@ -28,12 +33,14 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama, a GPT-2 with tied embeddings and a scalar scorer; the first two with tokenizers."""
+    """A Llama, a GPT-2 with tied embeddings, a GPT-Neo and a scalar scorer without a tokenizer."""
     root = tmp_path_factory.mktemp("models")
     tiny.llama(0).save_pretrained(root / "llama")
     tiny.gpt2(1).save_pretrained(root / "gpt2")
     tiny.llama_value(2).save_pretrained(root / "value")
-    for name in ("llama", "gpt2"):
+    neo = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]}
+    GPTNeoForCausalLM(GPTNeoConfig(vocab_size=tiny.V, **neo)).save_pretrained(root / "neo")
+    for name in ("llama", "gpt2", "neo"):
         tiny.tokenizer().save_pretrained(root / name)
     return root
 
@@ -98,6 +105,11 @@ def test_a_scalar_scorer_with_other_tensors_is_refused(folders: Path, tmp_path: 
     [
         ("gpt2", put("transformer.h.0.attn.bias", 1, 1, 64, 64)),  # the causal mask
         ("gpt2", put("transformer.h.1.attn.masked_bias")),
+        ("neo", put("transformer.h.1.attn.attention.bias", 1, 1, 64, 64)),
+        ("neo", lambda tensors: [
+            tensors.update({key.removeprefix("transformer."): tensors.pop(key)})
+            for key in list(tensors)
+        ] + [tensors.update({"h.0.attn.attention.bias": torch.ones(1, 1, 64, 64)})]),
         ("llama", put("model.layers.0.self_attn.rotary_emb.inv_freq", 8)),
         ("gpt2", lambda tensors: tensors.update(  # saved with the head of tied embeddings
             {"lm_head.weight": tensors["transformer.wte.weight"].clone()}
@@ -106,10 +118,6 @@ def test_a_scalar_scorer_with_other_tensors_is_refused(folders: Path, tmp_path: 
             tensors.update({key.removeprefix("transformer."): tensors.pop(key)})
             for key in list(tensors)
         ]),
-        ("gpt2", lambda tensors: [
-            tensors.update({key.removeprefix("transformer."): tensors.pop(key)})
-            for key in list(tensors)
-        ] + [tensors.update({"h.0.attn.bias": torch.ones(1, 1, 64, 64)})]),
     ],
 )  # fmt: skip
 def test_what_old_versions_saved_and_new_ones_compute_is_no_fault(
@@ -131,12 +139,16 @@ class Bomb:
         return open, (str(self.path), "w")
 
 
+@pytest.mark.parametrize("indexed", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "value"])
-def test_a_pickle_is_not_loaded(folders: Path, tmp_path: Path, kind: str) -> None:
+def test_a_pickle_is_not_loaded(folders: Path, tmp_path: Path, kind: str, indexed: bool) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(folders / kind, bad)
     (bad / WEIGHTS).unlink()
     torch.save({"x": Bomb(tmp_path / "exploded")}, bad / "pytorch_model.bin")
+    if indexed:  # safetensors by its name alone
+        names = {"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}}
+        (bad / f"{WEIGHTS}.index.json").write_text(json.dumps(names))
     load: Callable[[], Any] = lambda: guiding.load_scorers([str(bad)])  # noqa: E731
     for attempt in (load, lambda: Ensemble.from_pretrained(bad, [])):
         with pytest.raises(OSError, match="pickle.*save it as safetensors"):
@@ -242,6 +254,10 @@ def kinds_of_adapters() -> dict[str, Any]:
         "head too": lora(modules_to_save=["lm_head"]),
         "dora": lora(use_dora=True),
         "vera": peft.VeraConfig(r=2, target_modules=["q_proj"], **causal),
+        "vb-lora": peft.VBLoRAConfig(
+            r=2, num_vectors=8, vector_length=8, target_modules=["q_proj"], **causal
+        ),
+        "adalora": peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, **causal),
         "ia3": peft.IA3Config(
             target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **causal
         ),

@@ -73,6 +73,20 @@ def test_the_formula_counts_caches_logits_and_responses(monkeypatch: pytest.Monk
             memory.check_decoding(models, ids, 4, 10, use_cache=False)
 
 
+def test_each_device_has_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [torch.ones(3, 5, dtype=torch.int64)] * 2
+    spread = tiny.llama(0)
+    spread.hf_device_map = {"model": 0, "lm_head": 1}
+    asked: dict[str, int] = {}
+    monkeypatch.setattr(memory, "check_memory", lambda n, what, d: asked.update({d.type: n}))
+    memory.check_decoding([tiny.llama(0), tiny.llama(1).to("meta")], ids, 4, 10)
+    model = 12 * 4 * (2 * 2 * 2 * 16 * 15 + tiny.V)
+    responses = 12 * 15 * (8 + 4 + 4 * 2)
+    assert asked == {"cpu": model + responses, "meta": model}
+    memory.check_decoding([tiny.llama(0), spread], ids, 4, 10)
+    assert asked["cpu"] == model + responses
+
+
 def test_rows_that_cannot_fit_are_refused_before_a_model_runs() -> None:
     models = [tiny.llama(0), tiny.llama(1)]
     for model in models:

@@ -185,21 +185,22 @@ def test_alpha_reaches_the_op_as_it_is(op):
 
 
 #: Options as functions of a Python number, and the numbers of some calls: Dynamo makes a number
-#: that changes a symbol, from the second call on or, `dynamic`, at once.
+#: that changes a symbol, from the second call on or, `dynamic`, at once. Of graphs it allows eight.
 VALUES = normal(1, 1, B, V)
+TEN = [0.6, 0.55, 0.1234567, 1.0, 0.9, 0.3, 0.7, 0.31, 0.32, 0.33]
 CHANGING: dict[str, tuple[Any, list[Any]]] = {
     "numbers": (
         lambda x: {
-            "weights": [x, 1 - x], "logit_scales": [1.0, x, 1.0], "plausibility": x / 100,
-            "temperature": x, "top_p": x, "min_p": x / 10,
+            "weights": [x, 1 - x], "temperature": x, "top_p": x, "min_p": x / 10,
+            "values": VALUES, "value_weights": [x / 3],
         },
-        [0.6, 0.55, 0.1234567, 1.0],
+        TEN,
     ),
     "integers": (
         lambda n: {
             "weights": [n, 1], "temperature": n, "top_k": 10 * n, "position": n, "seed": n,
         },
-        [1, 2, 300],
+        [1, 2, 300, *range(3, 12)],
     ),
     "seeds": (lambda n: {"seed": n, "temperature": 0.5}, [1, -2, 2**63 + 5]),
     "by_row": (
@@ -207,11 +208,18 @@ CHANGING: dict[str, tuple[Any, list[Any]]] = {
             "weights": [[x, 1 - x]] * B, "temperature": [x, 1.0, x / 2], "top_p": [x] * B,
             "values": VALUES, "value_weights": [[x]] * B, "divergence": "jsd",
         },
-        [0.7, 0.8, 0.9],
+        TEN,
     ),
-    "alpha": (
+    "scales": (
+        lambda x: {"logit_scales": [1.0, x, 2 * x], "divergence": "forward_kl", "backend": "torch"},
+        TEN,
+    ),
+    "policies_alone": (lambda x: {"ref_logits": None, "logit_scales": [x, 1.0]}, TEN),
+    "off_and_on": (lambda x: {"top_p": x, "temperature": 2 - x}, [1.0, 0.9, 0.8, 1.0]),
+    "constants": (
         lambda x: {
             "divergence": AlphaDivergence(x), "values": VALUES, "value_weights": [x - 0.3],
+            "plausibility": x / 100,
         },
         [0.3, 0.4, 0.5],
     ),
@@ -219,8 +227,8 @@ CHANGING: dict[str, tuple[Any, list[Any]]] = {
 
 
 def changing(ref: torch.Tensor, policies: Any, **arguments: Any) -> tuple[torch.Tensor, ...]:
-    arguments = {"weights": [0.6, 0.3], "seed": 5, **arguments}
-    return mod_fused.sample(ref, policies, **arguments)[:3]
+    arguments = {"ref_logits": ref, "weights": [0.6, 0.3], "seed": 5, **arguments}
+    return mod_fused.sample(policy_logits=policies, **arguments)[:3]
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])

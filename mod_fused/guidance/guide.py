@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model_state import CallableState, embedded_ids, is_causal_lm
+from ..adapters import check_shared
+from ..architectures import embedded_ids
+from ..model_state import CallableState
 from ..values import Scores
 from .scorers import ScalarState, Scorer
 
@@ -36,6 +38,7 @@ class Guidance:
         if not scorers:
             raise ValueError("scorers must hold at least one model, got none")
         self.scorers = [s if isinstance(s, Scorer) else Scorer(s) for s in scorers]
+        check_shared(self.places)
         if candidates is not None:
             if isinstance(candidates, bool) or not isinstance(candidates, int):
                 raise TypeError(f"candidates must be an int, got {type(candidates).__name__}")
@@ -63,6 +66,11 @@ class Guidance:
         return cls([AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders])
 
     @property
+    def places(self) -> dict[str, Any]:
+        """The scorers' models, by what messages call them."""
+        return {f"scorer {i}": scorer.model for i, scorer in enumerate(self.scorers)}
+
+    @property
     def num_values(self) -> int:
         """J, the number of scorers."""
         return len(self.scorers)
@@ -79,18 +87,14 @@ class Guidance:
         """Begin a batch of prompts int64 [B, n], left-padded; runs no model yet.
 
         Raises:
-            ValueError: candidates without a reference; a scorer in training mode, on another
-                device, or without room for the tokens.
+            ValueError: candidates without a reference; a scorer in training mode, without room for
+                the tokens, or unable to read padded prompts.
         """
         if self.candidates is not None and not has_reference:
             raise ValueError("candidates are the reference's most likely tokens: it is None")
         states = []
         for index, scorer in enumerate(self.scorers):
             label = f"scorer {index}"
-            if is_causal_lm(scorer.model):
-                device = next(scorer.model.parameters()).device
-                if device != input_ids.device:
-                    raise ValueError(f"{label} is on {device}, the prompts on {input_ids.device}")
             states.append(scorer.start(label, input_ids, attention_mask, use_cache))
             states[-1].check(max_new_tokens)
         return GuidanceState(self.scorers, states, self.candidates)

@@ -13,9 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..model_state import CallableState, CausalLMState, is_causal_lm, positions_of
+from ..architectures import (
+    accepted_arguments,
+    check_candidates,
+    is_transformers_model,
+    text_config,
+)
+from ..model_state import CallableState, CausalLMState, positions_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Scorer:
     transform: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if not is_causal_lm(self.model):
+        if not is_transformers_model(self.model):
             if not callable(self.model):
                 raise TypeError(
                     "a scorer must be a language model or a callable step(tokens) -> values, "
@@ -55,13 +62,15 @@ class Scorer:
     @property
     def dense(self) -> bool:
         """Whether one pass gives the value of every next token."""
-        return not is_causal_lm(self.model) or self.model.get_output_embeddings() is not None
+        return (
+            not is_transformers_model(self.model) or self.model.get_output_embeddings() is not None
+        )
 
     def start(
         self, label: str, input_ids: Tensor, attention_mask: Tensor | None, use_cache: bool
     ) -> CallableState:
         """What one batch needs; a `ScalarState` for a scalar scorer."""
-        kind = CausalLMState if is_causal_lm(self.model) else CallableState
+        kind = CausalLMState if is_transformers_model(self.model) else CallableState
         if not self.dense:
             kind = ScalarState
         return kind(self.model, label, input_ids, attention_mask, use_cache)
@@ -94,12 +103,16 @@ class ScalarState(CausalLMState):
 
     def check(self, max_new_tokens: int) -> None:
         super().check(max_new_tokens)
-        missing = {"position_ids", "past_key_values"} - self.accepted
+        missing = {"position_ids", "past_key_values"} - accepted_arguments(self.model)
         if missing:
             raise ValueError(
                 f"{self.label} must take position_ids and past_key_values to score candidates in "
                 f"one pass; {type(self.model).__name__} does not take {', '.join(sorted(missing))}"
             )
+        check_candidates(self.model, self.label)
+
+    def fork(self, copies: int) -> None:
+        self.copies = copies  # its cache is a DynamicCache, see score()
 
     def score(self, tokens: Tensor | None, candidates: Tensor) -> Tensor:
         """V(x, [y, z]) [B, K] of the candidates z int64 [B, K].
@@ -113,11 +126,16 @@ class ScalarState(CausalLMState):
             parents = torch.arange(len(values), device=values.device).repeat_interleave(copies)
             self.select(parents)
             return values[parents]
-        self.advance(tokens)
+        self.append(tokens)
         assert self.attention_mask is not None
+        drawn = self.sequences.shape[1] - self.attention_mask.shape[1]
+        seen = F.pad(self.attention_mask, (0, drawn), value=1)
+        cache: Any = self.options.get("past_key_values")
+        unread = self.sequences if cache is None else self.sequences[:, -1:]
         batch, count = candidates.shape
-        new, total = self.inputs.shape[1], self.attention_mask.shape[1]
-        seen = self.attention_mask.bool()
+        new, total = unread.shape[1], seen.shape[1]
+        positions = positions_of(seen)
+        seen = seen.bool()
         allowed = seen.new_zeros(batch, new + count, total + count)
         causal = seen.new_ones(total, total).tril()[total - new :]
         allowed[:, :new, :total] = causal & seen[:, None]
@@ -127,17 +145,17 @@ class ScalarState(CausalLMState):
         dtype = self.model.dtype
         mask = torch.zeros(allowed.shape, dtype=dtype, device=seen.device)
         mask.masked_fill_(~allowed, torch.finfo(dtype).min)
-        positions = positions_of(self.attention_mask)
 
         options: dict[str, Any] = {"use_cache": self.use_cache}
         if self.use_cache:
-            if self.cache is None:
+            if cache is None:
                 from transformers import DynamicCache
 
-                self.cache = DynamicCache(config=self.model.config)
-            options["past_key_values"] = self.cache
+                cache = DynamicCache(config=text_config(self.model))
+                self.options = {"past_key_values": cache}
+            options["past_key_values"] = cache
         output = self.model(
-            input_ids=torch.cat([self.inputs, candidates], dim=1),
+            input_ids=torch.cat([unread, candidates.to(unread.device)], dim=1),
             attention_mask=mask[:, None],
             position_ids=torch.cat(
                 [positions[:, -new:], (positions[:, -1:] + 1).expand(-1, count)], dim=1
@@ -146,5 +164,5 @@ class ScalarState(CausalLMState):
             **options,
         )
         if self.use_cache:
-            self.cache.crop(-count)
-        return output.logits[:, new:, 0]
+            cache.crop(-count)
+        return output.logits[:, new:, 0].to(self.home)

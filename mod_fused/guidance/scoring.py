@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..architectures import embedded_ids
 from ..fitting import Sequences
-from ..model_state import embedded_ids
 from ..prompts import encode_text
 from ..text import Decoder
 from .blockwise import ScoreFunction

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..architectures import accepted_arguments
 from ..decoder import generate
 from ..ensemble import Ensemble
 from ..fitting import Rollouts, Rows, fit, shuffled, take
-from ..model_state import accepted_arguments, positions_of
+from ..model_state import positions_of
 from ..philox import split_mix
 from .losses import attribute_loss, kl_returns, q_targets, taken, value_loss
 from .scorers import Scorer
