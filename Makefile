@@ -24,7 +24,7 @@ INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,triton_interpreter combination
 	log_probs out sampling registration tune user_divergence)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers architectures lint fuzz sanitize gpu-check clean
+.PHONY: help setup demo docs test test-transformers architectures lint fuzz sanitize gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -42,6 +42,11 @@ setup: $(READY)  ## the virtual environment .venv with pinned versions, mod_fuse
 
 demo: $(READY)  ## steer the embedded models, print the rewards, draw the trade-off curve
 	$(BIN)/mod-fused demo
+
+# Not --quiet: --strict counts the warnings that are shown. The variable silences the theme's notice
+# about another generator.
+docs: $(READY)  ## the documentation as a site in build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
