@@ -3,6 +3,8 @@ PYTHON ?= python3
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 
 MINUTES ?= 2
+# Of transformers: the oldest that the extra takes, vLLM's, the newest.
+VERSIONS ?= 5.3.0 5.19.0 5.24.0
 OUT ?= bench/results/gpu
 
 BIN := .venv/bin
@@ -23,8 +25,6 @@ INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,triton_interpreter combination
 	log_probs out sampling registration tune user_divergence gpu_moments)
 
 .DEFAULT_GOAL := help
-VERSIONS ?= 5.3.0 5.19.0 5.24.0
-
 .PHONY: help setup demo test test-transformers architectures lint fuzz sanitize gpu-check gpu-questions clean
 
 help:  ## list the targets
@@ -60,7 +60,7 @@ architectures: $(READY)  ## every causal architecture of transformers against it
 
 # Versions that are not pinned live under build/ and take torch and the rest from .venv.
 test-transformers: $(READY)  ## architectures and decoder under other transformers; VERSIONS="5.3.0"
-	$(BIN)/python tests/transformers_versions.py $(VERSIONS)
+	PYTEST_ADDOPTS="$(PYTEST_ARGS)" $(BIN)/python tests/transformers_versions.py $(VERSIONS)
 
 fuzz: $(READY)  ## random calls of the C++ backend against torch and the oracle; MINUTES=60 for longer
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_op.py --minutes $(MINUTES)

@@ -17,7 +17,7 @@ from torch import Tensor
 from .adapters import check_adapter, unwrapped
 
 # The names under which models return their caches, and take them again.
-CACHE_NAMES = ("past_key_values", "cache_params", "state")
+CACHE_NAMES = frozenset({"past_key_values", "cache_params", "state"})
 
 # Forward takes no positions, yet left padding changes nothing: ALiBi counts by the mask, rotary
 # positions count distances, state-space models blank the padding out.
