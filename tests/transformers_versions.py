@@ -1,6 +1,6 @@
 """The decoder's tests under other versions of transformers, each in a folder under build/.
 
-    python tests/transformers_versions.py 5.3.0 5.19.0 5.24.0
+    python tests/transformers_versions.py 5.5.0 5.19.0 5.24.0
 
 pip puts transformers and what it needs (huggingface_hub, tokenizers) into the folder, which comes
 before the environment's packages; torch and all else are the environment's. Options for pytest:
