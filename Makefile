@@ -3,7 +3,8 @@ PYTHON ?= python3
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 
 MINUTES ?= 2
-VERSIONS ?= 5.3.0 5.19.0 5.24.0
+# Of transformers: the oldest that the extra takes, vLLM's, the newest.
+VERSIONS ?= 5.5.0 5.19.0 5.24.0
 OUT ?= bench/results/gpu
 
 BIN := .venv/bin
@@ -63,8 +64,8 @@ architectures: $(READY)  ## every causal architecture of transformers against it
 	OMP_NUM_THREADS=1 $(BIN)/python tests/architectures.py --out docs/architectures.md
 
 # Versions that are not pinned live under build/ and take torch and the rest from .venv.
-test-transformers: $(READY)  ## architectures and decoder under other transformers; VERSIONS="5.3.0"
-	$(BIN)/python tests/transformers_versions.py $(VERSIONS)
+test-transformers: $(READY)  ## architectures and decoder under other transformers; VERSIONS="5.5.0"
+	PYTEST_ADDOPTS="$(PYTEST_ARGS)" $(BIN)/python tests/transformers_versions.py $(VERSIONS)
 
 fuzz: $(READY)  ## random calls of the C++ backend against torch and the oracle; MINUTES=60 for longer
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_op.py --minutes $(MINUTES)

@@ -45,7 +45,14 @@ def check_adapter(model: Any, label: str, attention_mask: Tensor | None, use_cac
         raise ValueError(f"{label} has an adapter of the kind {method}, which is not supported")
     if method == "PREFIX_TUNING" and not use_cache:
         raise ValueError(f"{label} keeps its prefix ({method}) in the cache: pass use_cache=True")
-    if config.is_prompt_learning and attention_mask is not None:
+    if not config.is_prompt_learning:
+        return
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+    from transformers.utils.peft_utils import check_peft_version
+
+    # A PEFT older than transformers asks for puts the prompt in front of every token.
+    check_peft_version(min_version=MIN_PEFT_VERSION)
+    if attention_mask is not None:
         raise ValueError(
             f"{label} puts virtual tokens ({method}) in front of the padding, which shifts them: "
             "pass prompts of equal length, or one at a time"

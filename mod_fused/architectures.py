@@ -17,7 +17,7 @@ from torch import Tensor
 from .adapters import check_adapter, unwrapped
 
 # The names under which models return their caches, and take them again.
-CACHE_NAMES = ("past_key_values", "cache_params", "state")
+CACHE_NAMES = frozenset({"cache", "cache_params", "mems", "past_key_values", "state"})
 
 # Forward takes no positions, yet left padding changes nothing: ALiBi counts by the mask, rotary
 # positions count distances, state-space models blank the padding out.
@@ -264,13 +264,20 @@ def _rope_switch(model: Any) -> int | None:
     return min(switches, default=None)
 
 
+def cache_name(model: Any) -> str:
+    """The argument in which the model takes a transformers cache: versions and families differ."""
+    accepted = accepted_arguments(model)
+    names = (name for name in ("cache", "cache_params", "past_key_values") if name in accepted)
+    return next(names, "past_key_values")
+
+
 def new_cache(model: Any) -> dict[str, Any]:
     """The empty cache that transformers' `generate` would give the model, under its name."""
     if not model._supports_default_dynamic_cache():
         return {}  # the model makes its own
     from transformers import DynamicCache
 
-    name = "cache_params" if "cache_params" in accepted_arguments(model) else "past_key_values"
+    name = cache_name(model)
     config = text_config(model)
     # num_hidden_layers of an encoder-decoder's config may count the encoder's: layers are added
     # when they are met.

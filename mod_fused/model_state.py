@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import architectures
 from .adapters import forward_module
+from .architectures import CACHE_NAMES
 
 
 class EnsembleState:
@@ -165,16 +166,26 @@ class CausalLMState(CallableState):
         if self.use_cache:
             self.options.update(architectures.new_cache(model))
 
-    def forward(self) -> Tensor:
+    def prepare(self) -> dict[str, Any]:
+        """The model's own preparation of its next call."""
         first = not self.options
         if first:
             self.begin()
-        inputs = self.model.prepare_inputs_for_generation(
-            self.sequences,
-            next_sequence_length=None if first or not self.use_cache else 1,
-            is_first_iteration=first,
-            **self.options,
+        prepare = self.model.prepare_inputs_for_generation
+        cached = CACHE_NAMES & self.options.keys()
+        new = 1 if self.use_cache and cached and not first else None
+        inputs = prepare(
+            self.sequences, next_sequence_length=new, is_first_iteration=first, **self.options
         )
+        if new and all(inputs.get(name) is None for name in (*cached, "mems")):
+            # The model drops its cache to begin again: not every version gives it all tokens then.
+            for name in cached:
+                del self.options[name]
+            inputs = prepare(self.sequences, is_first_iteration=False, **self.options)
+        return inputs
+
+    def forward(self) -> Tensor:
+        inputs = self.prepare()
         with self.module_state:
             output = forward_module(self.model)(**inputs, return_dict=True)
         self.options = self.model._update_model_kwargs_for_generation(
@@ -195,7 +206,7 @@ class CausalLMState(CallableState):
                 self.options[name] = value[rows]
             elif name == "position_ids" and value.shape[-2] > 1:  # else one for all rows
                 self.options[name] = value.index_select(-2, rows)
-            elif name in architectures.CACHE_NAMES and value is not None:
+            elif name in CACHE_NAMES and value is not None:
                 self.options[name] = architectures.selected(self.model, value, rows)
         self.module_state.select(rows)
 

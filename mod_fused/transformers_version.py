@@ -6,8 +6,8 @@ import importlib.metadata
 import re
 import warnings
 
-# The first that prepares inputs as the decoder calls it, and the newest that was tried.
-OLDEST, NEWEST = (5, 3), (5, 24)
+# The first whose caches hold linear attention too, and the newest that was tried.
+OLDEST, NEWEST = (5, 5), (5, 24)
 
 
 def check_transformers_version() -> None:

@@ -21,6 +21,7 @@ SMALL: dict[str, Any] = {
     **{"num_local_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
     **{"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
     **{"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48},
+    "tie_word_embeddings": False,  # tied ones repeat the last token, whatever came before
     **{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "is_decoder": True},
 }
 SMALL |= {
@@ -175,6 +176,6 @@ def small_model(kind: str, seed: int, auto: Any = None, **options: Any) -> Any:
         model = auto.from_config(config).eval()
         for parameter in model.parameters():
             if parameter.ndim > 1:  # large, so that predictions depend on the context
-                torch.nn.init.normal_(parameter, std=0.15)
+                torch.nn.init.normal_(parameter, std=0.3)
     model.generation_config = transformers.GenerationConfig(pad_token_id=0)
     return model

@@ -57,15 +57,17 @@ def test_a_wrong_token_is_seen_by_every_comparison(monkeypatch: Any) -> None:
     small = architectures.Small("llama")
     right = small.ours
 
-    def wrong(*args: Any, **options: Any) -> Any:
-        out = right(*args, **options)
-        out.tokens[-1, -1] += 1
-        return out
+    for part, message in (("tokens", "differs"), ("logprobs", "nats off")):
 
-    monkeypatch.setattr(small, "ours", wrong)
-    for check in architectures.CHECKS.values():
-        with pytest.raises(architectures.Wrong):
-            check(small)
+        def wrong(*args: Any, part: str = part, **options: Any) -> Any:
+            out = right(*args, **options)
+            getattr(out, part)[-1, -1] += 1
+            return out
+
+        monkeypatch.setattr(small, "ours", wrong)
+        for check in architectures.CHECKS.values():
+            with pytest.raises(architectures.Wrong, match=message):
+                check(small)
 
 
 def _ensemble(model: Any) -> Ensemble:
@@ -113,7 +115,7 @@ def test_two_batches_in_progress_share_a_model_that_keeps_its_state_on_modules()
         for place, state in enumerate(states):
             tokens[place] = state.step(tokens[place])[1][0].argmax(-1)
             drawn[place].append(int(tokens[place]))
-    assert drawn == [small.alone[row][0, :4].tolist() for row in (0, 1)]
+    assert drawn == [small.alone[row].tokens[0, :4].tolist() for row in (0, 1)]
 
 
 def test_a_decoder_whose_config_counts_fewer_encoder_layers_decodes_with_a_cache() -> None:

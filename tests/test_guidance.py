@@ -227,7 +227,7 @@ def test_a_mask_that_leaves_no_candidate_ends_the_row() -> None:
         (lambda: Guidance([tiny.llama_value(0, num_labels=2)], candidates=3), {}, TypeError,
          "2 labels"),
         (lambda: Guidance([tiny.bert_value(0)], candidates=3), {}, ValueError,
-         "scorer 0 must take position_ids and past_key_values"),
+         "scorer 0 must take position_ids and a cache"),
         (lambda: Guidance([tiny.llama(7)]), {"value_weights": [1.0, 2.0]}, ValueError,
          "value_weights"),
         (lambda: Guidance([tiny.llama(7)]), {"value_weights": [float("nan")]}, ValueError,

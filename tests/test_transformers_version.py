@@ -20,7 +20,7 @@ def test_every_way_to_the_decoder_refuses_too_old_a_version() -> None:
     code = """
 import importlib, importlib.metadata as metadata
 found = metadata.version
-metadata.version = lambda name: "5.2.9" if name == "transformers" else found(name)
+metadata.version = lambda name: "5.4.9" if name == "transformers" else found(name)
 import mod_fused
 for use in (
     lambda: mod_fused.generate,
@@ -33,11 +33,11 @@ for use in (
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    message = "mod_fused's decoder needs transformers >= 5.3, found 5.2.9"
+    message = "mod_fused's decoder needs transformers >= 5.5, found 5.4.9"
     assert done.stdout.count(message) == 3, done.stderr
 
 
-@pytest.mark.parametrize("version", ["5.3.0", "5.24.3", "5.24.0.dev0"])
+@pytest.mark.parametrize("version", ["5.5.0", "5.24.3", "5.24.0.dev0"])
 def test_a_tested_version_is_taken_without_a_word(version: str, monkeypatch: Any) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     with warnings.catch_warnings():
@@ -48,7 +48,7 @@ def test_a_tested_version_is_taken_without_a_word(version: str, monkeypatch: Any
 @pytest.mark.parametrize("version", ["5.25.0", "6.0.0.dev0"])
 def test_a_newer_version_is_a_warning(version: str, monkeypatch: Any) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
-    with pytest.warns(UserWarning, match=f"transformers 5.3 to 5.24, found {version}"):
+    with pytest.warns(UserWarning, match=f"transformers 5.5 to 5.24, found {version}"):
         check_transformers_version()
 
 

@@ -1,9 +1,10 @@
 """The decoder's tests under other versions of transformers, each in a folder under build/.
 
-    python tests/transformers_versions.py 5.3.0 5.19.0 5.24.0
+    python tests/transformers_versions.py 5.5.0 5.19.0 5.24.0
 
 pip puts transformers and what it needs (huggingface_hub, tokenizers) into the folder, which comes
-before the environment's packages; torch and all else are the environment's.
+before the environment's packages; torch and all else are the environment's. Options for pytest:
+PYTEST_ADDOPTS.
 """
 
 from __future__ import annotations
@@ -45,13 +46,12 @@ def main() -> int:
     """Exit status 1 if a version fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("versions", nargs="+")
-    parser.add_argument("--pytest", nargs="*", default=["-q"], help="options for pytest")
     arguments = parser.parse_args()
     failed = []
     for version in arguments.versions:
         path = os.pathsep.join([str(_installed(version)), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        run = [sys.executable, "-m", "pytest", *arguments.pytest]
+        run = [sys.executable, "-m", "pytest", "-q"]
         tests = [f"tests/{name}.py" for name in TESTS]
         print(f"transformers {version}", flush=True)
         found = "import transformers; print(transformers.__version__)"

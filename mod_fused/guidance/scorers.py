@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..architectures import (
     accepted_arguments,
+    cache_name,
     check_candidates,
     is_transformers_model,
     text_config,
@@ -103,10 +104,10 @@ class ScalarState(CausalLMState):
 
     def check(self, max_new_tokens: int) -> None:
         super().check(max_new_tokens)
-        missing = {"position_ids", "past_key_values"} - accepted_arguments(self.model)
+        missing = {"position_ids", cache_name(self.model)} - accepted_arguments(self.model)
         if missing:
             raise ValueError(
-                f"{self.label} must take position_ids and past_key_values to score candidates in "
+                f"{self.label} must take position_ids and a cache to score candidates in "
                 f"one pass; {type(self.model).__name__} does not take {', '.join(sorted(missing))}"
             )
         check_candidates(self.model, self.label)
@@ -130,7 +131,8 @@ class ScalarState(CausalLMState):
         assert self.attention_mask is not None
         drawn = self.sequences.shape[1] - self.attention_mask.shape[1]
         seen = F.pad(self.attention_mask, (0, drawn), value=1)
-        cache: Any = self.options.get("past_key_values")
+        name = cache_name(self.model)
+        cache: Any = self.options.get(name)
         unread = self.sequences if cache is None else self.sequences[:, -1:]
         batch, count = candidates.shape
         new, total = unread.shape[1], seen.shape[1]
@@ -152,8 +154,8 @@ class ScalarState(CausalLMState):
                 from transformers import DynamicCache
 
                 cache = DynamicCache(config=text_config(self.model))
-                self.options = {"past_key_values": cache}
-            options["past_key_values"] = cache
+                self.options = {name: cache}
+            options[name] = cache
         output = self.model(
             input_ids=torch.cat([unread, candidates.to(unread.device)], dim=1),
             attention_mask=mask[:, None],
