@@ -7,7 +7,6 @@ and Python numbers are checked here, and each error says what was expected and w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch

@@ -200,7 +200,8 @@ def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
     policies = logits[mixing.ref_logits is not None :]
     count, device = logits[0].shape[0], logits[0].device
 
-    weights = _normal(row_vector(mixing.weights, mixing.weights_tensor, len(policies), rows, device))
+    weights = row_vector(mixing.weights, mixing.weights_tensor, len(policies), rows, device)
+    weights = _normal(weights)
     valid = weights.isfinite().all(1)
     columns = torch.arange(logits[0][0].numel(), device=device).view(logits[0].shape[1:])
     support = (columns < vocab_size).expand(count, -1, -1)
@@ -209,9 +210,10 @@ def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
     value_weights = weights.new_zeros((count, 0))
     if mixing.values is not None:
         values, candidates, ids_ok = _dense_values(mixing, rows)
-        value_weights = _normal(
-            row_vector(mixing.value_weights, mixing.value_weights_tensor, len(values), rows, device)
+        value_weights = row_vector(
+            mixing.value_weights, mixing.value_weights_tensor, len(values), rows, device
         )
+        value_weights = _normal(value_weights)
         valid = valid & ids_ok & value_weights.isfinite().all(1)
         if candidates is not None:
             support = support & candidates
