@@ -53,13 +53,8 @@ def _triton_status() -> str:
     return triton_backend.status()
 
 
-def _not_part_of_this_version(kernels: str) -> Callable[[], str]:
-    return lambda: f"{kernels} are not part of this version"
-
-
 #: The fastest first: the first that is available and knows the device is chosen.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cuda", ("cuda",), _not_part_of_this_version("CUDA C++ kernels")),
     Backend("triton", TRITON_DEVICES, _triton_status),
     Backend("cpu", ("cpu",), _cpu_status),
     Backend("torch", None, lambda: AVAILABLE),
@@ -67,10 +62,10 @@ BACKENDS: tuple[Backend, ...] = (
 
 
 def backends() -> dict[str, str]:
-    """The backends of the op: for each of torch, cpu, triton and cuda "available", or the reason
+    """The backends of the op: for each of torch, cpu and triton "available", or the reason
     why not."""
     status = {backend.name: backend.status() for backend in BACKENDS}
-    return {name: status[name] for name in ("torch", "cpu", "triton", "cuda")}
+    return {name: status[name] for name in ("torch", "cpu", "triton")}
 
 
 _chosen: dict[tuple[str | None, torch.device, int], str] = {}

@@ -15,22 +15,23 @@ s* with the largest u: everything else follows from it through differences of u,
 no r(s) moves faster than rho does, and rho lies between -log P (all ratios equal, P the reference's
 mass on the support) and -log pi_ref(s*) (s* takes everything), whatever the weights.
 
-Which rows are valid, and which tokens have a probability, follows from the range of float32, the
-same on every backend. "Counts" means: the reference, a tensor or value whose weight is not 0, and
-the tensor that plausibility names.
+Which rows are valid, and which tokens have a probability, follows from the range of float32, by one
+rule for every backend. What counts is the reference, every tensor and value whose weight is not 0,
+and the tensor that plausibility names.
 
 - A number beyond the largest float32 is infinite: a scaled logit, a coefficient (weight, value
-  weight, and 1 - sum w under reverse KL), a partial sum of the products under reverse KL or of
-  w_i q_i otherwise, in the order of the arguments. A weight smaller than the smallest normal
+  weight, and 1 - sum w under reverse KL), log pi*, and a partial sum, in the order of the
+  arguments, of the products of reverse KL or of sum w_i q_i. A weight below the smallest normal
   float32 is 0.
-- A row is invalid if a coefficient is not finite, or a logit or value that counts is NaN or +inf.
-- A token leaves the support if a logit or value that counts is -inf. Under reverse KL it also does
-  if its sum is -inf, and the row is invalid if a token's sum is +inf or NaN.
-- Off reverse KL a token also leaves if log pi_ref < -80, if log pi_i of a tensor that counts is
-  beyond float32, or if Q = sum w_i q_i, before or after the tilt, is not below 1e37 (q = c - f').
-  The row is invalid if min Q <= -1e37, if a prefix that counts is not finite, or with Z = 0 if
-  tau is beyond float32, or not above 1e-36 where sup f' is finite.
-- A row whose support is empty is invalid. log pi* beyond float32 is -inf.
+- A row is invalid if a coefficient is not finite, or if a logit or value that counts is NaN or
+  +inf. A token leaves the support if a logit or value that counts is -inf.
+- Under reverse KL a token leaves if its sum is -inf; the row is invalid if one is +inf or NaN.
+- Otherwise let Q = sum w_i q_i - tilt, where q = c - f', c = sup f' (0 for Jeffrey and for
+  alpha < 0.03). A token leaves if log pi_ref < -80, if log pi_i of a tensor that counts is -inf, or
+  if Q, with or without the tilt, is not below 1e37. The row is invalid if min Q <= -1e37, if a
+  prefix that counts is not finite, and, with Z = 0, if tau = c (1 - sum w) + min Q is not finite
+  or not more than 1e-36 above the pole of H.
+- A row that no token is left in is invalid.
 """
 
 from __future__ import annotations
@@ -47,20 +48,21 @@ LOG_RATIO_FLOOR = -80.0  # d is clamped below here
 PREFIX_FLOOR = -40.0  # the smallest prefix difference, after all are shifted up together
 LARGEST_DEFICIT = 1e37  # Q of a token reaches it neither up (it leaves) nor down (invalid)
 LEAST_TAU = 1e-36  # of Z = 0 where sup f' is finite
+SMALL_ALPHA = 0.03  # below it c is 0
 SMALLEST_WEIGHT = 2.0**-126  # the smallest normal float32
 
 
 class Slope(NamedTuple):
-    """f' of one divergence as a function of the log-ratio d, shifted by its supremum c.
+    """f' of one divergence as a function of the log-ratio d, less a constant c: its supremum.
 
     Subtracting a constant from f' only moves Z, and keeps f' - c exact near the pole, where f'
     itself rounds to c.
     """
 
-    supremum: float  # c = sup f'; 0 where f' is unbounded (Jeffrey)
+    supremum: float  # c = sup f'; 0 where f' is unbounded (Jeffrey), and for a small alpha
     slope: Callable[[Array], Array]  # d -> f'(e^d) - c
     inverse: Callable[[Array], Array]  # the d with f'(e^d) - c = y
-    unbounded: bool = False  # sup f' = +inf: every y has an inverse
+    top: float = 0.0  # sup f' - c: smaller y have an inverse
     floors: bool = True  # the two floors on d apply (not to JSD, whose f' is linear there)
 
 
@@ -90,9 +92,13 @@ def slope_of(divergence: Any) -> Slope | None:
         )
     if name.startswith("alpha:"):  # f = (x^(1-a) - (1-a) x - a) / (a (a-1)), f' = (1 - x^-a) / a
         a = float(name.removeprefix("alpha:"))
+        if a < SMALL_ALPHA:
+            return Slope(
+                0.0, lambda d: -np.expm1(-a * d) / a, lambda y: -np.log1p(-a * y) / a, top=1.0 / a
+            )
         return Slope(1.0 / a, lambda d: -np.exp(-a * d) / a, lambda y: -np.log(-a * y) / a)
     if name == "jeffrey":  # f = (x-1) log x, f' = log x - 1/x + 1
-        return Slope(0.0, lambda d: d - np.exp(-d) + 1.0, _jeffrey_inverse, unbounded=True)
+        return Slope(0.0, lambda d: d - np.exp(-d) + 1.0, _jeffrey_inverse, top=np.inf)
     raise ValueError(
         "expected reverse_kl, forward_kl, jsd, alpha:<number in (0, 1)> or jeffrey, got " + name
     )
@@ -152,7 +158,7 @@ def log_ratios_at_zero(u: Array, weight_sum: float, slope: Slope) -> Array | Non
     `u` is sum_i w_i (f' - c)(d_i) + tilt, so f' - c of the answer is u + c (sum w - 1).
     """
     y = u + slope.supremum * (weight_sum - 1.0)
-    if not np.isfinite(float32_range(y.max())) or not (slope.unbounded or y.max() < -LEAST_TAU):
+    if not np.isfinite(float32_range(y.max())) or not y.max() < slope.top - LEAST_TAU:
         return None
     return slope.inverse(y)
 
@@ -252,7 +258,10 @@ def log_probs_row(
     if not support.any():
         return invalid
     if slope is None:
-        coefficients = [0.0 if ref_logits is None else 1.0 - w.sum(), *(w[k - 1] for k in used)]
+        own = 0.0 if ref_logits is None else float32_range(1.0 - w.sum())
+        if not np.isfinite(own):
+            return invalid
+        coefficients = [own, *(w[k - 1] for k in used)]
         at = np.flatnonzero(support)
         score = _log_linear(coefficients, [rows[k][at] for k in [0, *used]], [t[at] for t in terms])
     else:
@@ -268,9 +277,8 @@ def log_probs_row(
         support &= logs[0] >= LOG_REF_FLOOR
         for k in used:
             support &= logs[k] > -np.inf
-        at, score = _general(
-            slope, logs, w, shift, support, sum(terms, np.zeros(vocab)), normalizer
-        )
+        tilt = sum(terms, np.zeros(vocab))
+        at, score = _general(slope, logs, w, shift, support, tilt, normalizer)
     if score is None or not (score > -np.inf).any():
         return invalid
     result = np.full(vocab, -np.inf)

@@ -146,9 +146,3 @@ def filtered_log_probs(
     if min_p > 0.0:
         scores[scores < np.log(min_p)] = -np.inf
     return log_softmax(scores)
-
-
-def sample_row(log_probs: Any, seed: int, position: int = 0, **filters: Any) -> int | None:
-    """The token of one row given log pi* [V] and the filters above; None for an invalid row."""
-    final = filtered_log_probs(log_probs, **filters)
-    return None if np.isnan(final).any() else race(np.exp(final), seed, position)

@@ -33,9 +33,9 @@ def _targets() -> list[tuple[str, str]]:
     from mod_fused.ops import backends
 
     available = [name for name, status in backends().items() if status == "available"]
-    devices = {"torch": ["cpu", "cuda"], "cpu": ["cpu"], "triton": ["cuda"], "cuda": ["cuda"]}
+    devices = {"torch": ["cpu", "cuda"], "cpu": ["cpu"], "triton": ["cuda"]}
     if INTERPRETED:
-        devices = {"torch": [], "cpu": [], "triton": ["cpu"], "cuda": []}
+        devices = {"torch": [], "cpu": [], "triton": ["cpu"]}
     here = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return [(b, d) for b in available for d in devices[b] if d in here]
 

@@ -161,9 +161,8 @@ def _judge(args: Any, mixture: Any, b: int, got: Array, other: Array, backend: s
         border |= (e == -np.inf) != (first == -np.inf)
     border |= _near_floor(args, mixture, b)
     keep = ~border
-    assert ((got == -np.inf) == (first == -np.inf))[keep].all(), (
-        f"row {b}, {backend}: other support"
-    )
+    same = (got == -np.inf) == (first == -np.inf)
+    assert same[keep].all(), f"row {b}, {backend}: other support"
     moved = max([_distance(e[keep], first[keep]) for e in rest], default=0.0)
     far, torch_far = (_distance(x[keep], first[keep]) for x in (got, other))
     assert far <= 1.0 + 8.0 * moved, (
@@ -247,9 +246,8 @@ def _summands(logits: list[Array], row: dict[str, Any]) -> Array:
 def _tilt(row: dict[str, Any], tilt: Array) -> None:
     """Add a value tensor of weight 1 to the oracle's arguments."""
     if "value_ids" in row:
-        tilt = tilt[
-            np.clip(reference.to_float64(row["value_ids"]), 0, len(tilt) - 1).astype(np.int64)
-        ]
+        ids = np.clip(reference.to_float64(row["value_ids"]), 0, len(tilt) - 1)
+        tilt = tilt[ids.astype(np.int64)]
     values = row.get("values", np.zeros((0, len(tilt))))
     v = row.get("value_weights")
     v = np.ones(len(values)) if v is None else v

@@ -359,13 +359,9 @@ def cases(draw: Any, wild: bool | None = None) -> Case:
         return (chosen, tuple(one(st.lists(pick(*allowed), min_size=size, max_size=size))))
 
     floats, ints = ("float32", "float64"), ("int32", "int64")
-    sizes = (
-        st.one_of(
-            pick(1, 2, 31, 32, 33, 1023, 1024, 1025, 2047, 2048, 2049, 3000), st.integers(1, 3000)
-        )
-        if not small
-        else st.integers(1, 9)
-    )
+    sizes = st.integers(1, 9) if small else st.one_of(
+        pick(1, 2, 31, 32, 33, 1023, 1024, 1025, 2047, 2048, 2049, 3000), st.integers(1, 3000)
+    )  # fmt: skip
     return Case(
         data_seed=one(st.integers(0, 2**32)),
         wild=wild,

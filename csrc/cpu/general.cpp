@@ -104,12 +104,12 @@ template <class D> bool Row::collect_deficits(const D& divergence, const Diverge
     if (levels[model] == 0.0f) return;
     for (int i = 0; i < n; ++i) out[i] -= levels[model];
   };
+  const double* prefix = request_.prefix.empty() ? nullptr : request_.prefix.data() + b_ * request_.models;
+  for (int model = 1; model < request_.models && prefix && clamped; ++model)
+    if (counts(model)) lift = std::max(lift, kSmallestPrefixDifference - (prefix[model] - prefix[0]));
   for (int model = 1; model < request_.models; ++model) {
-    shifts[model] = norms[0] - norms[model];
-    if (request_.prefix.empty() || !counts(model)) continue;
-    const double* prefix = request_.prefix.data() + b_ * request_.models;
-    shifts[model] += prefix[model] - prefix[0];
-    lift = std::max(lift, kSmallestPrefixDifference - (prefix[model] - prefix[0]));
+    const double difference = prefix ? prefix[model] - prefix[0] + lift : 0.0;
+    shifts[model] = norms[0] - norms[model] + difference;
   }
   if (request_.value_ids && !collect_candidates()) return false;
   const bool tilted = !request_.values.empty();
@@ -124,12 +124,11 @@ template <class D> bool Row::collect_deficits(const D& divergence, const Diverge
       fusable &= levels[model] == 0.0f;
       if (model > 0 && fused.count == kMaxFused) fusable = false;
       if (model == 0 || !fusable) continue;
-      const double shift = shifts[model] + (clamped ? lift : 0.0);
-      fused.offsets[fused.count] = (float)(divergence.factor() * kLog2E * shift);
+      fused.offsets[fused.count] = (float)(divergence.factor() * kLog2E * shifts[model]);
       fused.weights[fused.count++] = (float)policy_weight(model);
       weight_sum += std::fabs(policy_weight(model));
       // Ratios above e^80 take a prefix: pi_ref is larger than e^-80.
-      fused.careful |= std::fabs(shift - (norms[0] - norms[model])) > 4.0;
+      fused.careful |= std::fabs(shifts[model] - (norms[0] - norms[model])) > 4.0;
     }
   fusable &= fused.count > 0 && weight_sum <= kMostFusedWeight;
   fused.dtype = request_.logits[0].dtype;
@@ -162,8 +161,7 @@ template <class D> bool Row::collect_deficits(const D& divergence, const Diverge
     for (int model = 1; model < request_.models; ++model) {
       if (!counts(model)) continue;
       load(model, begin, n, other);
-      const double shift = shifts[model] + (clamped ? lift : 0.0);
-      loops.add_deficit(ref, other, n, (float)request_.alpha, (float)shift, (float)policy_weight(model), q);
+      loops.add_deficit(ref, other, n, (float)request_.alpha, (float)shifts[model], (float)policy_weight(model), q);
     }
     if (request_.plausibility_model >= 0) {
       loops_.load(logits(request_.plausibility_model), begin, n, other);

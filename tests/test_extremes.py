@@ -1,0 +1,131 @@
+"""Numbers near the ends of float32: the rule of mod_fused/reference.py, row by row, on every
+backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import BARRIERS, check
+
+from mod_fused import log_probs
+
+INF, NAN = float("inf"), float("nan")
+LARGEST = torch.finfo(torch.float32).max
+MILD = [0.5, 1.0, -1.0, 0.0]
+FAR = [0.0, 1.0, -3e38, 2.0]
+POWERS = ("forward_kl", "alpha:0.9", "jeffrey")  # q of a log-ratio of -80 is about e^80
+
+# Divergences, reference, policies, weights, other arguments, and whether the row is valid. One row
+# each; values and prefixes are written without the row.
+Row = tuple[tuple[str, ...], Any, list[list[float]], Any, dict[str, Any], bool]
+KL, OTHERS = ("reverse_kl",), (*BARRIERS, "alpha:0.01")
+ALL = KL + OTHERS
+TABLE: dict[str, Row] = {
+    "a scaled logit overflows": (
+        ALL, [1e38, 0.0], [[0.0, 0.0]], [0.5], {"scales": [4.0, 1.0]}, False,
+    ),
+    "a scaled logit overflows downwards": (
+        ALL, [-1e38, 0.0, 1.0], [[0.0, 1.0, 2.0]], [0.5], {"scales": [4.0, 1.0]}, True,
+    ),
+    "one token, scaled far away": (ALL, [1.7], [[2.3]], [0.5], {"scales": [1.2e30, 3e30]}, True),
+    "the largest weights": (KL, [0.0] * 2, [[0.0] * 2] * 2, [3e38, 3e38], {}, False),
+    "a weight beyond float32": (ALL, MILD, [MILD], "1e39", {}, False),
+    "a weight that is no normal float32": (ALL, MILD, [[NAN] * 4], [1e-39], {}, True),
+    "the least weight": (ALL, MILD, [[NAN] * 4], [1.2e-38], {}, False),
+    "value weights": (ALL, MILD, [], [], {"values": [[NAN] * 4], "value_weights": [1e-39]}, True),
+    "a value weight beyond float32": (
+        ALL, MILD, [], [], {"values": [MILD], "value_weights": [1e39]}, False,
+    ),
+    "a sum overflows": (KL, [-3e38, 0.0], [[3e38, 0.0]], [1.5], {}, False),
+    "a sum overflows downwards and comes back": (
+        KL, [0.0] * 2, [[-3e38, 0.0], [3e38, 0.0]], [2.0, 2.0], {}, True,
+    ),
+    "all sums overflow downwards": (KL, [0.0] * 2, [[-3e38, -3e38]], [2.0], {}, False),
+    "log pi* overflows": (KL, [3e38, -3e38], [[3e38, -3e38]], [0.5], {}, True),
+    "the least float for -inf": (ALL, MILD, [[0.0, -LARGEST, 1.0, -LARGEST]], [0.75], {}, True),
+    "log pi_i overflows": (OTHERS, MILD, [[0.0, 3e38, -3e38, 1.0]], [0.5], {}, True),
+    "log pi_ref overflows": (ALL, [3e38, -3e38, 0.0], [[0.0] * 3], [0.5], {}, True),
+    "Q of a token is too large": (POWERS, MILD, [FAR], [1e6], {}, True),
+    "Q of all tokens is too large": (
+        POWERS, MILD, [MILD], [1e22], {"prefix": [0.0, -200.0]}, False,
+    ),
+    "Q of a token is too small": (POWERS, MILD, [FAR], [-1e6], {}, False),
+    "just not": (POWERS, MILD, [FAR], [-100.0], {}, True),
+    "the least float as a value": (ALL, MILD, [], [], {"values": [[0.0, -LARGEST, 0.0, 1]]}, True),
+    "the largest as a value": (OTHERS, MILD, [], [], {"values": [[0.0, LARGEST, 0.0, 1]]}, False),
+    "a large value": (ALL, MILD, [], [], {"values": [[0.0, 1e36, 0.0, 1e4]]}, True),
+    "a value of 10000": (ALL, MILD, [], [], {"values": [[0.0, 1e4, 0.0, 0.0]]}, True),
+    "large values at Z = 0": (
+        ("jeffrey",), MILD, [], [],
+        {"values": [[0.0, 2e37, 0.0, 0.0]], "normalizer": "zero"}, False,
+    ),
+    "log-ratios of 1e30": (
+        ("forward_kl", "alpha:0.5", "alpha:0.01"), MILD, [MILD], [0.5],
+        {"prefix": [-1e30, 1e30]}, True,
+    ),
+    "log-ratios of -1e307": (
+        ("forward_kl", "alpha:0.5", "alpha:0.01", "jeffrey"), MILD, [FAR], [0.5],
+        {"prefix": [1e307, -1e307]}, True,
+    ),
+    "a prefix of weight 0": (
+        ALL, MILD, [MILD, MILD], [0.5, 0.0], {"prefix": [0.0, 0.0, NAN]}, True,
+    ),
+    "a prefix that counts": (OTHERS, MILD, [MILD], [0.5], {"prefix": [0.0, -INF]}, False),
+    "a prefix under reverse KL": (KL, MILD, [MILD], [0.5], {"prefix": [0.0, -INF]}, True),
+    "tau is small": (
+        ("forward_kl",), MILD, [MILD], [1.0], {"prefix": [0.0, 80.0], "normalizer": "zero"}, True,
+    ),
+    "tau is too small": (
+        ("forward_kl", "jsd"), MILD, [MILD], [1.0],
+        {"prefix": [0.0, 84.0], "normalizer": "zero"}, False,
+    ),
+    "tau overflows": (
+        ("alpha:0.5", "jsd"), MILD, [[0.0] * 4] * 3, [-3e38, -3e38, -3e38],
+        {"normalizer": "zero"}, False,
+    ),
+    # Both ends of the bracket at 1e-33: their product is none.
+    "a token of 1e-33": (
+        ("forward_kl",), [-49.4087257, -125.0038986], [[-49.594368, -125.0609818]], [50.0],
+        {}, True,
+    ),
+    "plausibility of a broken tensor of weight 0": (
+        ALL, MILD, [[0.0, NAN, 0.0, 0.0]], [0.0], {"plausibility": 0.1}, False,
+    ),
+    "plausibility of an empty tensor of weight 0": (
+        ALL, MILD, [[-INF] * 4], [0.0], {"plausibility": 0.1}, False,
+    ),
+    "plausibility far from the peak": (
+        ALL, MILD, [[3e38, -3e38, 2.9e38, 0.0]], [0.0], {"plausibility": 1e-30}, True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_extreme_numbers_follow_the_rule(op, name):
+    divergences, ref, policies, weights, options, valid = TABLE[name]
+    options = dict(options)
+    if isinstance(weights, str):  # as a tensor: only the device sees it
+        weights = torch.tensor([float(weights)], dtype=torch.float64)
+    if "values" in options:
+        options["values"] = torch.tensor(options["values"])[:, None]
+    if "prefix" in options:
+        prefix = torch.tensor([options.pop("prefix")], dtype=torch.float64)
+        options["prefix_logprobs"] = prefix
+    if "scales" in options:
+        options["logit_scales"] = options.pop("scales")
+    if "plausibility" in options:
+        options["plausibility_tensor"] = 1
+    args = torch.tensor([ref]), [torch.tensor([p]) for p in policies], weights
+    for divergence in divergences:
+        log_p = check(op, *args, divergence=divergence, **options)
+        assert valid != log_p.isnan().any(), divergence
+        drawn = op.sample(*args, divergence=divergence, seed=1, **options)
+        assert drawn.valid.tolist() == [valid], divergence
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-300, 1e-39, 1e39, INF, NAN])
+def test_scales_that_are_no_positive_normal_float32_are_refused(scale):
+    with pytest.raises(ValueError, match="logit_scales must be positive normal float32"):
+        log_probs(torch.zeros(1, 3), [], [], values=torch.zeros(1, 1, 3), logit_scales=[scale])
