@@ -27,6 +27,7 @@ _PADDING_WITHOUT_POSITIONS = frozenset({"bloom", "falcon_mamba", "mamba", "mamba
 _UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         "moshi": "it gives other tokens with a cache than without",
+        "prophetnet": "it gives other probabilities with a cache than without",
         "reformer": "its attention hashes at random, so a row depends on its batch",
     }
 )

@@ -100,7 +100,7 @@ def test_a_longer_text_before_leaves_nothing_in_dynamic_rotary_frequencies() -> 
     # A prompt past their 12 positions: shorter ones bring the first frequencies back.
     prompt = torch.cat([small.ids[:1]] * 2, dim=1)
     first = small.ours(prompt).logprobs
-    small.own(torch.cat([small.ids[:1]] * 4, dim=1))
+    small.policy.generate(input_ids=torch.cat([small.ids[:1]] * 4, dim=1), max_new_tokens=2)
     assert torch.equal(small.ours(prompt).logprobs, first)
 
 
