@@ -26,6 +26,11 @@ def _prompt_learning(model: Any) -> bool | None:
     return None if config is None else bool(config.is_prompt_learning)
 
 
+def virtual_tokens(model: Any) -> int:
+    """How many positions the active adapter takes in front of the prompt."""
+    return model.active_peft_config.num_virtual_tokens if _prompt_learning(model) else 0
+
+
 def forward_module(model: Any) -> Any:
     """What to call with prepared inputs: they hold PEFT's virtual tokens already."""
     return model.base_model if _prompt_learning(model) else model

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import check_adapter, unwrapped
+from .adapters import check_adapter, unwrapped, virtual_tokens
 
 # The names under which models return their caches, and take them again.
 CACHE_NAMES = frozenset({"cache", "cache_params", "mems", "past_key_values", "state"})
@@ -27,6 +27,7 @@ _PADDING_WITHOUT_POSITIONS = frozenset({"bloom", "falcon_mamba", "mamba", "mamba
 _UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         "moshi": "it gives other tokens with a cache than without",
+        "prophetnet": "it gives other probabilities with a cache than without",
         "reformer": "its attention hashes at random, so a row depends on its batch",
     }
 )
@@ -161,8 +162,17 @@ def check_causal_lm(model: Any, label: str) -> None:
 
 def _is_encoder(model: Any) -> bool:
     """Whether the class attends both ways unless config.is_decoder is set; unknown ones may."""
-    known = type(unwrapped(model)).__module__.startswith("transformers.")
-    return not known or model.config.model_type in _ENCODERS
+    return not _is_known(model) or model.config.model_type in _ENCODERS
+
+
+def _is_known(model: Any) -> bool:
+    """Whether the class is transformers' own or made from one, and no remote code."""
+    bases = type(unwrapped(model)).__mro__
+    return any(base.__module__.startswith("transformers.models.") for base in bases)
+
+
+def _has_unknown_state(model: Any) -> bool:
+    return getattr(unwrapped(model), "_is_stateful", False) and not _is_known(model)
 
 
 def check_run(
@@ -189,12 +199,13 @@ def check_run(
         bad = low if low < 0 else high
         raise ValueError(f"{label} has a vocabulary of {size} ids, its prompt holds the id {bad}")
     check_adapter(model, label, attention_mask, use_cache)
-    length = sequences.shape[1] + new_tokens
+    virtual = virtual_tokens(model)
+    length = virtual + sequences.shape[1] + new_tokens
     limit = _positions(model)
     if limit is not None and length > limit:
         raise ValueError(
-            f"{label} has {limit} positions, a prompt of {sequences.shape[1]} tokens and "
-            f"{new_tokens} tokens to read behind it need {length}: shorten one of them"
+            f"{label} has {limit} positions, a prompt of {virtual + sequences.shape[1]} tokens "
+            f"and {new_tokens} tokens to read behind it need {length}: shorten one of them"
         )
     if attention_mask is not None:
         _check_padding(model, label, length)
@@ -222,6 +233,8 @@ def _check_padding(model: Any, label: str, length: int) -> None:
     counted = "position_ids" in accepted or kind in _PADDING_WITHOUT_POSITIONS
     if reason is None and not counted:
         reason = "its forward takes no position_ids, so padding shifts the tokens behind it"
+    if reason is None and _has_unknown_state(model):
+        reason = "padding may enter its state, and its class is not transformers'"
     if reason is None:
         switch = _rope_switch(model)
         if switch is not None and length > switch:
@@ -290,9 +303,9 @@ def check_selection(model: Any, label: str) -> None:
     """Raise ValueError if the rows of the model's cache cannot be picked."""
     kind = text_config(model).model_type
     reason = _NO_SELECTION.get(kind)
-    if reason is None and not model._supports_default_dynamic_cache():
-        if kind not in _SELECTED:
-            reason = "its cache is its own"
+    made = kind in _SELECTED or model._supports_default_dynamic_cache()
+    if reason is None and (not made or _has_unknown_state(model)):
+        reason = "its cache is its own"
     if reason is not None:
         raise ValueError(
             f"the rows of {label} ({type(unwrapped(model)).__name__}) cannot be copied: {reason}. "

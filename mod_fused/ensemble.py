@@ -48,9 +48,10 @@ class Ensemble:
             in common are drawn.
 
     Raises:
-        TypeError: if a model is neither a causal language model nor callable.
-        ValueError: if there is no model, the number of tokenizers is wrong, or two tokenizers
-            differ.
+        TypeError: if a model is neither a causal language model nor callable (see
+            docs/architectures.md for what is refused).
+        ValueError: if there is no model, two models share what PEFT has changed in place, the
+            number of tokenizers is wrong, or two tokenizers differ.
     """
 
     def __init__(
@@ -272,8 +273,8 @@ class Ensemble:
             use_cache: keep KV caches; False recomputes the whole sequence at every step.
 
         Raises:
-            ValueError: if a model is in training mode, a token id is outside its vocabulary, or the
-                sequence will not fit into its positions.
+            ValueError: if a model is in training mode, a token id is outside its vocabulary, the
+                sequence will not fit into its table of positions, or it cannot read padded prompts.
         """
         states: list[CallableState] = []
         present = [(i, model) for i, model in enumerate(self.models) if model is not None]

@@ -40,8 +40,7 @@ _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chun
 
 # What a kind needs beside SMALL.
 _LINEAR = (
-    "bailing_hybrid kimi_linear qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next "
-    "qwen4_exp qwen4_exp_text"
+    "bailing_hybrid kimi_linear qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp_text"
 ).split()
 _LATENT = "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa youtu".split()
 EXTRA: dict[str, dict[str, Any]] = {
@@ -63,6 +62,11 @@ EXTRA: dict[str, dict[str, Any]] = {
         }
         for kind in _LINEAR
     },
+    **{
+        kind: {"text_config": {"layer_types": ["linear_attention", "full_attention"]}}
+        for kind in ("qwen3_5", "qwen3_5_moe")
+    },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "minicpm3": {"num_key_value_heads": 4},
     "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4},
@@ -161,7 +165,7 @@ def small_model(kind: str, seed: int, auto: Any = None, **options: Any) -> Any:
     """A small model of random weights that ends no text by itself.
 
     Raises:
-        ValueError: it has more than 60 million parameters.
+        ValueError: it has more than 100 million parameters.
     """
     config = small_config(kind, **options)
     if auto is None:
@@ -169,7 +173,7 @@ def small_model(kind: str, seed: int, auto: Any = None, **options: Any) -> Any:
         auto = AutoModelForImageTextToText if images else AutoModelForCausalLM
     with torch.device("meta"):
         size = sum(p.numel() for p in auto.from_config(config).parameters())
-    if size > 6e7:
+    if size > 1e8:
         raise ValueError(f"{size / 1e6:.0f} million parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

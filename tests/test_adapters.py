@@ -36,10 +36,8 @@ def lora(base: Any = None, seed: int = 5) -> Any:
 
 def ours(model: Any, ids: torch.Tensor = IDS, **options: Any) -> torch.Tensor:
     fixed: dict[str, Any] = {"weights": [1.0], "do_sample": False, "max_new_tokens": 8}
-    models = Ensemble([tiny.llama(3, eos=None), model])
-    return generate(
-        models, input_ids=ids, eos_token_id=[], pad_token_id=0, **fixed, **options
-    ).tokens
+    fixed |= {"eos_token_id": [], "pad_token_id": 0, **options}
+    return generate(Ensemble([tiny.llama(3, eos=None), model]), input_ids=ids, **fixed).tokens
 
 
 CONFIGS = {
@@ -73,6 +71,15 @@ def test_virtual_tokens_in_front_of_padding_are_refused(method: str) -> None:
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
     with pytest.raises(ValueError, match="policy 1 puts virtual tokens .* front of the padding"):
         ours(adapted(copy.deepcopy(CONFIGS[method])), attention_mask=mask)
+
+
+def test_virtual_tokens_take_positions() -> None:
+    model = adapted(copy.deepcopy(CONFIGS["prompt"]), tiny.gpt2(0, eos=None))
+    options: dict[str, Any] = {"ids": IDS[:, :1], "max_new_tokens": 61}  # 3 + 1 + 60 of 64
+    assert ours(model, **options).shape == (2, 61)
+    options["max_new_tokens"] += 1
+    with pytest.raises(ValueError, match="policy 1 has 64 positions, a prompt of 4 tokens"):
+        ours(model, **options)
 
 
 def test_an_activated_lora_and_a_method_with_task_ids_are_refused() -> None:

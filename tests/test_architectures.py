@@ -100,7 +100,7 @@ def test_a_longer_text_before_leaves_nothing_in_dynamic_rotary_frequencies() -> 
     # A prompt past their 12 positions: shorter ones bring the first frequencies back.
     prompt = torch.cat([small.ids[:1]] * 2, dim=1)
     first = small.ours(prompt).logprobs
-    small.own(torch.cat([small.ids[:1]] * 4, dim=1))
+    small.policy.generate(input_ids=torch.cat([small.ids[:1]] * 4, dim=1), max_new_tokens=2)
     assert torch.equal(small.ours(prompt).logprobs, first)
 
 
@@ -142,3 +142,15 @@ def test_left_padding_of_an_unknown_architecture_needs_positions_and_a_mask() ->
     ids, mask = torch.tensor([[3, 4], [0, 5]]), torch.tensor([[1, 1], [0, 1]])
     with pytest.raises(ValueError, match=r"policy 1 \(Foreign\) cannot read padded prompts"):
         _ensemble(model).start([ids], [mask])
+
+
+def test_an_unknown_architecture_with_a_state_gets_no_padding_and_no_copies(
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.setattr("mod_fused.architectures._is_known", lambda model: False)
+    model = small_model("bamba", 0)  # as if it were remote code
+    ids, mask = torch.tensor([[3, 4], [0, 5]]), torch.tensor([[1, 1], [0, 1]])
+    with pytest.raises(ValueError, match="cannot read padded prompts: padding may enter its state"):
+        _ensemble(model).start([ids], [mask])
+    with pytest.raises(ValueError, match="rows of policy 1 .* cannot be copied"):
+        _ensemble(model).start([ids], [None]).fork(2)
