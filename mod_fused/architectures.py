@@ -34,7 +34,10 @@ _UNSUPPORTED: Mapping[str, str] = MappingProxyType(
 
 # Padding reaches the tokens behind it although forward takes positions and a mask.
 _NO_PADDING: Mapping[str, str] = MappingProxyType(
-    {"recurrent_gemma": "its convolutions read the padding"}
+    {
+        "git": "its cached steps attend to the padding",
+        "recurrent_gemma": "its convolutions read the padding",
+    }
 )
 
 # Batches that a model's own cached step mixes up.
