@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def encode_conversation(messages: Conversation, tokenizer: Any, label: str) -> l
     except Exception as error:  # a template may raise whatever Python raises
         raise ValueError(f"{label}'s tokenizer cannot render the conversation: {error}") from error
     for message in messages:
-        if any(_as_python(part) in text for part in _parts(message)):
+        if not all(_is_rendered(part, text) for part in _parts(message)):
             raise ValueError(
                 f"{label}'s chat template takes content as a string, got a list of parts"
             )
@@ -54,9 +55,13 @@ def _parts(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return content if isinstance(content, (list, tuple)) else ()
 
 
-def _as_python(part: Mapping[str, Any]) -> str:
-    """How a template begins a part that it takes for a string: "{'type': 'text', 'text': "."""
-    return str(dict(part)).split(repr(part["text"]))[0]
+def _is_rendered(part: Mapping[str, Any], text: str) -> bool:
+    """Whether a template shows the part's text: it may drop a list, or print it as Python or JSON,
+    which begins as "{'type': 'text', 'text': "."""
+    printed = [(str(dict(part)), repr(part["text"]))]
+    printed.append((json.dumps(dict(part)), json.dumps(part["text"])))
+    heads = [whole.split(own)[0] for whole, own in printed]
+    return part["text"].strip() in text and not any(head in text for head in heads)
 
 
 def _check_messages(messages: Conversation) -> None:

@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The rest goes nowhere, or Python would complain about it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("MOD_FUSED_DEBUG"):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]

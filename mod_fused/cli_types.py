@@ -49,7 +49,7 @@ def model(text: str) -> str:
 
 def whole(least: int) -> Callable[[str], int]:
     def convert(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < least:
+        if not text.removeprefix("-").isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text!r}")
         return int(text)
 

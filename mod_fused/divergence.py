@@ -300,8 +300,9 @@ def _same(one: Divergence, other: Divergence) -> bool:
     """Whether both are of one class and hold the same: a name alone says nothing."""
     if one is other or type(one) is not type(other):
         return one is other
-    # What pickle would make each anew from.
-    return _equal(one.__reduce_ex__(2)[:3], other.__reduce_ex__(2)[:3])
+    # What they hold, and what pickle would make each anew from: a class may hide either.
+    held = _equal(getattr(one, "__dict__", {}), getattr(other, "__dict__", {}))
+    return held and _equal(one.__reduce_ex__(2)[:3], other.__reduce_ex__(2)[:3])
 
 
 def _equal(x: Any, y: Any) -> bool:

@@ -125,6 +125,7 @@ def load_tokenizer(name: str, **options: Any) -> Any:
         # Where the file of the vocabulary is missing, some classes make do with special tokens.
         if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
             raise ValueError("it has no vocabulary beyond special tokens: is a file missing?")
+        tokenizer("a")  # reads the rest of its configuration
     return tokenizer
 
 
@@ -224,7 +225,7 @@ def _check_special_ids(config: Any) -> None:
     for key in ("eos_token_id", "pad_token_id"):
         value = getattr(config, key)
         for token in value if isinstance(value, list) else [value]:
-            if token is not None and not isinstance(token, int):
+            if token is not None and type(token) is not int:
                 raise ValueError(f"{key} in generation_config.json is {value!r}, expected integers")
 
 

@@ -75,10 +75,11 @@ def check_memory(needed: int, what: str, device: torch.device | None = None) -> 
 def cached_numbers(model: Any, tokens: int) -> int:
     """How many numbers the KV cache of one row holds after so many tokens; 0 where not known."""
     config = text_config(model)
-    layers, heads = getattr(config, "num_hidden_layers", 0), _key_heads(config)
-    size = getattr(config, "head_dim", None)
-    if size is None and getattr(config, "num_attention_heads", None):
-        size = getattr(config, "hidden_size", 0) // config.num_attention_heads
+    layers, heads = _decoder(config, "layers", "num_hidden_layers"), _key_heads(config)
+    size: Any = getattr(config, "head_dim", None)
+    queries = _decoder(config, "attention_heads", "num_attention_heads")
+    if size is None and queries:
+        size = getattr(config, "hidden_size", 0) // queries
     if not all(isinstance(x, int) for x in (layers, heads, size)):
         return 0  # they differ by layer
     window = getattr(config, "sliding_window", None)
@@ -89,7 +90,20 @@ def cached_numbers(model: Any, tokens: int) -> int:
         "full_attention": tokens,
         "sliding_attention": min(tokens, window - 1) if window else tokens,
     }
-    return 2 * heads * size * sum(held.get(kind, 0) for kind in kinds)
+    # The last layers of some models read the keys and values of earlier ones.
+    kinds = kinds[: layers - (getattr(config, "num_kv_shared_layers", 0) or 0)]
+    each = 2 * heads * size
+    if isinstance(
+        rank := getattr(config, "kv_lora_rank", None), int
+    ):  # DeepSeek's: one for all heads
+        each = rank + getattr(config, "qk_rope_head_dim", 0)
+    return each * sum(held.get(kind, 0) for kind in kinds)
+
+
+def _decoder(config: Any, what: str, name: str) -> Any:
+    """A number of the decoder, where the config's usual name may mean the encoder's."""
+    own = getattr(config, f"decoder_{what}", None)
+    return getattr(config, name, 0) if own is None else own
 
 
 def _key_heads(config: Any) -> Any:
@@ -97,7 +111,7 @@ def _key_heads(config: Any) -> Any:
         config, "new_decoder_architecture", False
     ):
         return 1
-    names = ("num_key_value_heads", "num_attention_heads")
+    names = ("num_key_value_heads", "decoder_attention_heads", "num_attention_heads")
     return next((x for name in names if (x := getattr(config, name, None)) is not None), 0)
 
 

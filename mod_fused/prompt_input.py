@@ -34,7 +34,7 @@ def read_conversations(data: bytes, source: str) -> list[list[Message]]:
     for where, line in _lines(data, source):
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from None
         messages = value.get("messages") if isinstance(value, dict) else value
         if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):

@@ -130,12 +130,14 @@ def encode_text(text: str, tokenizer: Any, add_special_tokens: bool | None = Non
     framed = list(tokenizer(text)["input_ids"])
     if framed == bare:
         return bare
+    if not bare and (word := list(tokenizer("a", add_special_tokens=False)["input_ids"])):
+        return encode_text("a", tokenizer)[: -len(word)]
     for start in range(len(framed) - len(bare) + 1):
         if bare and framed[start : start + len(bare)] == bare:
             front = framed[:start]
             starts = {*front[:1], getattr(tokenizer, "bos_token_id", None)}
             return bare if bare[0] in starts else front + bare
-    return framed  # an empty text, or a tokenizer that does more than put tokens around it
+    return framed  # the tokenizer does more than put tokens around a text
 
 
 def _prompts_per_model(prompts: Any, labels: Sequence[str]) -> list[list[Prompt]]:

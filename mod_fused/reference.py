@@ -46,7 +46,9 @@ Array = np.ndarray
 LOG_REF_FLOOR = -80.0  # off reverse KL, tokens with log pi_ref below this leave the support
 LOG_RATIO_FLOOR = -80.0  # d is clamped below here
 PREFIX_FLOOR = -40.0  # the smallest prefix difference, after all are shifted up together
-LARGEST_DEFICIT = 1e37  # Q of a token reaches it neither up (it leaves) nor down (invalid)
+LARGEST_DEFICIT = float(
+    np.float32(1e37)
+)  # Q of a token reaches it neither up (it leaves) nor down (invalid)
 LEAST_TAU = 1e-36  # of Z = 0 where sup f' is finite
 SMALL_ALPHA = 0.03  # below it c is 0
 SMALLEST_WEIGHT = 2.0**-126  # the smallest normal float32

@@ -49,7 +49,8 @@ def run_sweep(args: argparse.Namespace) -> int:
 
     settings = _settings(args, ensemble, guide, levels, prompts)
     log = _log(args, settings, names, labels if rewards else None)
-    found = log.resume() if args.resume else []
+    places = [(level, point) for level in levels or [None] for point in grid]
+    found = log.resume(places) if args.resume else []
     options: dict[str, Any] = {
         "done": len(found),
         "samples": args.samples,

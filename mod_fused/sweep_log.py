@@ -55,8 +55,11 @@ class SweepLog:
         with open(self.path, "a", encoding="utf-8", newline="") as file:
             file.write(self._csv(points))
 
-    def resume(self) -> list[Guided]:
+    def resume(self, places: Sequence[tuple[float | None, Sequence[float]]]) -> list[Guided]:
         """The points that are there already; adding goes on behind them.
+
+        Args:
+            places: strength and weights of all points of the sweep, in its order.
 
         Raises:
             ValueError: the files are not those of a sweep with these settings; says what differs.
@@ -75,7 +78,7 @@ class SweepLog:
             old, new = settings.get(name), self.settings.get(name)
             if old != new:
                 raise ValueError(f"--resume: {self.path} was made with {name} {old}, not {new}")
-        points = [_from_json(self._parse(x, n)) for n, x in enumerate(lines[1:], start=2)]
+        points = [self._point(x, n, places) for n, x in enumerate(lines[1:], start=2)]
         self._check_csv(points)
         with open(self.points_path, "r+b") as file:
             file.truncate(sum(len(line) + 1 for line in lines))
@@ -90,7 +93,22 @@ class SweepLog:
                 return value
         except ValueError:
             pass
-        raise ValueError(f"--resume: line {number} of {self.points_path} is damaged")
+        raise self._damaged(number)
+
+    def _point(
+        self, line: bytes, number: int, places: Sequence[tuple[float | None, Sequence[float]]]
+    ) -> Guided:
+        """The point in a line: that of its place, or the file is not what a sweep wrote."""
+        try:
+            point = _from_json(self._parse(line, number))
+            if (point.strength, point.point.weights) == _place(*places[number - 2]):
+                return point
+        except (KeyError, IndexError, TypeError, ValueError):
+            pass
+        raise self._damaged(number)
+
+    def _damaged(self, number: int) -> ValueError:
+        return ValueError(f"--resume: line {number} of {self.points_path} is damaged")
 
     def _check_csv(self, points: Sequence[Guided]) -> None:
         """Refuse to write over a table that is not this sweep's; its end may be missing."""
@@ -112,6 +130,10 @@ class SweepLog:
             writer.writerow(self.columns)
         writer.writerows(self.line(point).values() for point in points)
         return text.getvalue()
+
+
+def _place(strength: float | None, weights: Sequence[float]) -> tuple[Any, tuple[float, ...]]:
+    return strength, tuple(map(float, weights))
 
 
 def _as_json(point: Guided) -> dict[str, Any]:

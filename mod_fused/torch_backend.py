@@ -29,7 +29,7 @@ CHUNK_TOKENS = 1 << 22
 _SMALLEST_LOG_REF = -80.0
 _SMALLEST_LOG_RATIO = -80.0
 _SMALLEST_PREFIX_DIFFERENCE = -40.0
-_LARGEST_DEFICIT = 1e37
+_LARGEST_DEFICIT = 9.999999933815813e36  # 1e37 in float32
 _LEAST_TAU = 1e-36
 
 
@@ -261,11 +261,18 @@ def _general(
     """Every other divergence, in deficit form: the key lr + log H(tau + D), the support, and
     whether Z exists [b]."""
     log_norms = [normalizer.row_logsumexp(x) for x in logits]
-    log_ref = (logits[0] - log_norms[0][:, None, None]).float()
+    # Levels and log-sums apart: beside a level of 1e17 float64 would lose the other.
+    levels = [x.amax((-2, -1)).nan_to_num(0.0, 0.0, 0.0).double()[:, None, None] for x in logits]
+    log_sums = [
+        normalizer.row_logsumexp((x - level).float())
+        for x, level in zip(logits, levels, strict=True)
+    ]
+    ref = logits[0] - levels[0]
+    log_ref = (ref - log_sums[0][:, None, None]).float()
     support = support & (log_ref >= _SMALLEST_LOG_REF)
     solvable = torch.ones_like(support[:, 0, 0])
 
-    shifts = torch.stack(log_norms, 1)
+    shifts = torch.stack(log_sums, 1)
     shifts = shifts[:, :1] - shifts[:, 1:]
     if mixing.prefix_logprobs is not None:
         prefix = mixing.prefix_logprobs[rows].double()
@@ -277,11 +284,10 @@ def _general(
             difference = difference + (_SMALLEST_PREFIX_DIFFERENCE - least).clamp(min=0.0)
         shifts = shifts + difference
 
-    ref = logits[0].double()
     deficit = torch.zeros_like(log_ref)  # Q
     for i, x in enumerate(logits[1:]):
         # In float64: the models' logits may lie around different levels, however far from 0.
-        d = ((x - ref) + shifts[:, i, None, None]).float()
+        d = (((x - levels[i + 1]) - ref) + shifts[:, i, None, None]).float()
         if divergence.clamped:
             d = d.clamp(min=_SMALLEST_LOG_RATIO)
         w = weights[:, i, None, None].float()

@@ -285,7 +285,10 @@ def test_conversations_are_answered_one_below_the_other_and_swept(
 def test_a_model_without_a_chat_template_is_named(folders, capsys):
     assert main(["generate", *folders, "--chat", "--prompt", "fox"]) == 2
     err = capsys.readouterr().err
-    assert "the reference's tokenizer has no chat template" in err and err.count("\n") == 1
+    assert (
+        "the reference's tokenizer cannot render the conversation: Cannot use chat" in err
+        and err.count("\n") == 1
+    )
 
 
 def test_a_system_message_is_not_put_before_another(chats, tmp_path, capsys):
@@ -325,3 +328,15 @@ def test_options_of_conversations_that_do_not_fit_are_refused(
     assert main([y for x in argv for y in (folders if x == "OWN" else [x])]) == 2
     out, err = capsys.readouterr()
     assert said in err and err.count("\n") == 1
+
+
+def test_a_folder_with_another_kind_of_model_is_one_line(folders, tmp_path, capsys):
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertLMHeadModel(BertConfig(vocab_size=300, hidden_size=16, **sizes)).save_pretrained(tmp_path)
+    reference = str(folders[1])
+    arguments = ["--reference", reference, "--policy", str(tmp_path), "--prompt", "hi"]
+    assert main(["generate", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert "BertLMHeadModel whose config has is_decoder=False" in err and err.count("\n") == 1

@@ -160,9 +160,17 @@ def test_resuming_into_files_of_something_else_is_refused(tmp_path, capsys):
         assert f"line {line} of s.csv is not what this sweep wrote" in capsys.readouterr().err
         assert (tmp_path / "s.csv").read_bytes() == changed
     lines = (tmp_path / "s.csv.points").read_bytes().splitlines(keepends=True)
-    (tmp_path / "s.csv.points").write_bytes(lines[0] + b"{}x\n" + b"".join(lines[2:]))
-    assert run(*SIMPLEX, "--resume") == 2
-    assert "line 2 of s.csv.points is damaged" in capsys.readouterr().err
+    (tmp_path / "s.csv").unlink()
+    for damaged, number in [
+        ([b"{}x\n", *lines[2:]], 2),
+        ([b"{}\n", *lines[2:]], 2),
+        ([lines[2], lines[1], *lines[3:]], 2),
+        ([*lines[1:], lines[-1]], len(lines) + 1),
+    ]:
+        (tmp_path / "s.csv.points").write_bytes(lines[0] + b"".join(damaged))
+        assert run(*SIMPLEX, "--resume") == 2
+        assert f"line {number} of s.csv.points is damaged" in capsys.readouterr().err
+        assert not (tmp_path / "s.csv").exists()
 
 
 def test_other_weights_of_a_model_in_the_same_folder_are_noticed(tmp_path, capsys):
@@ -236,7 +244,7 @@ def test_points_without_rewards_or_numbers_come_back_as_they_were(tmp_path):
     point = Point((), None, np.zeros((0, 2)), np.array([0.1, math.nan]), 3)
     log.add([Guided(2.5, point)])
     again = sweep_log.SweepLog(tmp_path / "x.csv", {"a": [1]}, ["kl"], lambda x: {"kl": 1.0})
-    ((strength, found),) = again.resume()
+    ((strength, found),) = again.resume([(2.5, ())])
     assert strength == 2.5 and found.weights == () and found.rewards is None and found.samples == 3
     assert found.log_ratios.shape == (0, 2)
     np.testing.assert_array_equal(found.kl, point.kl)

@@ -96,6 +96,13 @@ TABLE: dict[str, Row] = {
     "plausibility of an empty tensor of weight 0": (
         ALL, MILD, [[-INF] * 4], [0.0], {"plausibility": 0.1}, False,
     ),
+    "Q at the border": (OTHERS, [0.0, 0.0], [], [], {"values": [[0.0, 1e37]]}, False),
+    "a large value off the support": (
+        OTHERS, [-200.0, 0.0, 1.0], [], [], {"values": [[2e37, 0.0, 0.0]]}, True,
+    ),
+    "a sum that plausibility leaves out overflows": (
+        KL, [0.0, -50.0], [[0.0, 10.0]], [1e38], {"plausibility": 0.1, "plausible": 0}, True,
+    ),
     "plausibility far from the peak": (
         ALL, MILD, [[3e38, -3e38, 2.9e38, 0.0]], [0.0], {"plausibility": 1e-30}, True,
     ),
@@ -116,7 +123,7 @@ def test_extreme_numbers_follow_the_rule(op, name):
     if "scales" in options:
         options["logit_scales"] = options.pop("scales")
     if "plausibility" in options:
-        options["plausibility_tensor"] = 1
+        options["plausibility_tensor"] = options.pop("plausible", 1)
     args = torch.tensor([ref]), [torch.tensor([p]) for p in policies], weights
     for divergence in divergences:
         log_p = check(op, *args, divergence=divergence, **options)

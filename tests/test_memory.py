@@ -9,8 +9,11 @@ import tiny_models as tiny
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    DeepseekV3Config,
     FalconConfig,
     Gemma2Config,
+    Gemma3nTextConfig,
     GPT2Config,
     LlamaConfig,
     MambaConfig,
@@ -37,6 +40,38 @@ CONFIGS = {
     ),
     "sliding": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=6),
     "some slide": Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, sliding_window=6),
+    "deeper encoder": BartConfig(
+        vocab_size=30,
+        d_model=32,
+        encoder_layers=5,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=16,
+        is_decoder=True,
+        is_encoder_decoder=False,
+    ),
+    "compressed": DeepseekV3Config(
+        **SIZES,
+        num_key_value_heads=4,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=4,
+        qk_rope_head_dim=4,
+        v_head_dim=4,
+        first_k_dense_replace=2,
+    ),
+    "shared layers": Gemma3nTextConfig(
+        **(SIZES | {"num_hidden_layers": 4, "intermediate_size": [16] * 4}),
+        num_key_value_heads=2,
+        head_dim=8,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=30,
+        hidden_size_per_layer_input=4,
+        activation_sparsity_pattern=[0.0] * 4,
+        laurel_rank=2,
+        layer_types=["full_attention"] * 4,
+    ),
 }
 
 
@@ -47,7 +82,12 @@ def test_the_numbers_of_a_cache_are_those_that_it_holds(name: str, tokens: int) 
     model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
     with torch.no_grad():
         cache = model(torch.ones(1, tokens, dtype=torch.int64), use_cache=True).past_key_values
-    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    cache = getattr(cache, "self_attention_cache", cache)  # an encoder-decoder's model
+    held = sum(
+        layer.keys.numel() + layer.values.numel()
+        for layer in cache.layers
+        if layer.keys is not None
+    )
     assert memory.cached_numbers(model, tokens) == held
 
 

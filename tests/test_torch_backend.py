@@ -7,7 +7,7 @@ import textwrap
 import pytest
 import torch
 
-from mod_fused import normalizer, philox, race, sample, torch_backend
+from mod_fused import log_probs, normalizer, philox, race, reference, sample, torch_backend
 from mod_fused.divergence import ForwardKL
 
 
@@ -41,6 +41,14 @@ class WildSlope(ForwardKL):
     def log_slope(self, q):
         wild = 40.0 if q.dim() == 1 else 0.0  # where it scales a step, not where it is summed
         return super().log_slope(q) + wild
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha:0.5", "jeffrey"])
+def test_levels_far_from_zero_leave_the_differences(divergence):
+    ref, policy = torch.tensor([[1e17, 1e17, -1e17]]), torch.tensor([[0.0, 3.0, 1.0]])
+    got = log_probs(ref, [policy], [0.5], divergence=divergence, backend="torch")
+    expected = reference.log_probs(ref, [policy], [0.5], divergence=divergence)
+    assert abs(got[0].double().exp().numpy() - reference.np.exp(expected[0])).max() < 1e-5
 
 
 def test_bisection_alone_finds_tau():

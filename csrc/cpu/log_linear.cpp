@@ -135,6 +135,14 @@ bool Row::log_linear_keys() {
       loops_.load(logits(constrained), begin, n, x);
       const float peak = (float)model_peaks_[constrained];
       for (int i = 0; i < n; ++i) key[i] = x[i] - peak >= least ? key[i] : -kInfinity;
+      // A sum that overflowed may be out now; a value that is broken breaks the row all the same.
+      bool broken = false;
+      for (int i = 0; i < n; ++i) broken |= !(key[i] < kInfinity);
+      for (size_t t = model_terms_; t < terms_.size() && !request_.value_ids; ++t) {
+        loops_.load(terms_[t].source, begin, n, x);
+        for (int i = 0; i < n; ++i) broken |= !(x[i] < kInfinity);
+      }
+      mix.broken &= broken;
     }
     sum_tile(tile);
   });

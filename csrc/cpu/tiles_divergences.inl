@@ -130,7 +130,8 @@ template <class D> struct Loops {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
       const float d = q[i] - from;
-      q[i] = divergence.excess(d < kExcluded ? d : kExcluded);
+      // A tilt may put what is off the support below the least.
+      q[i] = divergence.excess(d < kExcluded ? (d > 0.0f ? d : 0.0f) : kExcluded);
     }
   }
 
