@@ -12,7 +12,7 @@ from .elementary import exp
 TILE = tl.constexpr(1024)
 INFINITY = tl.constexpr(float("inf"))
 #: Q of a token outside the support: its ratio is 0 in float32, and it is still finite.
-EXCLUDED = tl.constexpr(1e37)
+EXCLUDED = tl.constexpr(9.999999933815813e36)  # 1e37 in float32
 SMALLEST_WEIGHT = tl.constexpr(2.0**-126)  # a normal float32
 LEAST_TAU = tl.constexpr(1e-36)  # of Z = 0 where sup f' is finite
 SMALLEST_LOG_REF = tl.constexpr(-80.0)  # the range of float32, design §2
