@@ -3,13 +3,15 @@ backend."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import BARRIERS, check
 
-from mod_fused import log_probs
+from mod_fused import log_probs, reference
 
 INF, NAN = float("inf"), float("nan")
 LARGEST = torch.finfo(torch.float32).max
@@ -130,6 +132,60 @@ def test_extreme_numbers_follow_the_rule(op, name):
         assert valid != log_p.isnan().any(), divergence
         drawn = op.sample(*args, divergence=divergence, seed=1, **options)
         assert drawn.valid.tolist() == [valid], divergence
+
+
+# With values of no effect the C++ backend takes another way.
+VALUES = {"fused": {}, "with values": {"values": torch.zeros(1, 2, 64), "value_weights": [1.0]}}
+
+
+def assert_same_everywhere(log_p: torch.Tensor, expected: np.ndarray) -> None:
+    """Also where there is no mass to speak of, as a mask may leave just that."""
+    expected = torch.from_numpy(expected)
+    assert torch.equal(log_p == -INF, expected == -INF)
+    at = expected > -INF
+    error = (log_p.double() - expected)[at].abs() - 1e-5 * expected[at].abs()
+    assert error.max() <= 2e-5
+
+
+@pytest.mark.parametrize("options", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("divergence", (*BARRIERS, "alpha:0.01"))
+def test_log_ratios_around_the_floor_are_clamped_there(op, divergence, options):
+    ref = torch.zeros(2, 64)
+    first, second = 0.1 * ref, 0.1 * ref
+    first[:, 10:22] = torch.tensor(
+        [-30.0, -55, -61, -70, -75, -79, -81, -83, -90, -115, -130, -300]
+    )
+    second[1, 13:18], second[:, 30] = 12.0, -79.5
+    for weights in ([1.0, 0.0], [0.5, 0.25], [1.5, 20.0]):
+        args = ref, [first, second], weights
+        log_p = op.log_probs(*args, divergence=divergence, **options)
+        expected = reference.log_probs(*args, divergence=divergence, **options)
+        assert_same_everywhere(log_p, expected)
+
+
+@pytest.mark.parametrize("options", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("divergence", (*BARRIERS, "alpha:0.01"))
+def test_tokens_leave_the_support_at_the_floor_of_the_reference(op, divergence, options):
+    ref = torch.zeros(2, 64)
+    ref[:, 5:9] = torch.tensor([-79.8, -80.2, -77.0, -83.0]) + math.log(60.0)
+    policy = torch.zeros(2, 64)
+    policy[1, 5:9] = 3.0
+    log_p = op.log_probs(ref, [policy], [0.75], divergence=divergence, **options)
+    expected = reference.log_probs(ref, [policy], [0.75], divergence=divergence, **options)
+    assert (expected[:, 5:9] == -INF).tolist() == [[False, True, False, True]] * 2
+    assert_same_everywhere(log_p, expected)
+
+
+@pytest.mark.parametrize("options", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("divergence", (*BARRIERS, "alpha:0.01"))
+def test_prefixes_are_shifted_up_to_their_floor(op, divergence, options):
+    ref, policy = torch.zeros(2, 64), torch.zeros(2, 64)
+    policy[:, :8] = torch.tensor([-50.0, -38.0, -30.0, 30.0, 60.0, 0.0, 5.0, 1.0])
+    for short, other in ((39.5, 0.0), (43.0, 1.0), (43.0, 60.0), (-60.0, -100.0)):
+        options = {**options, "prefix_logprobs": torch.tensor([[0.0, -short, other]] * 2)}
+        args = ref, [policy, policy], [0.5, 0.25]
+        log_p = op.log_probs(*args, divergence=divergence, **options)
+        assert_same_everywhere(log_p, reference.log_probs(*args, divergence=divergence, **options))
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1e-300, 1e-39, 1e39, INF, NAN])
