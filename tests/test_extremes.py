@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BARRIERS, check
+from cases import BARRIERS, check, logits
 
 from mod_fused import log_probs, reference
 
@@ -161,6 +161,18 @@ def test_log_ratios_around_the_floor_are_clamped_there(op, divergence, options):
         log_p = op.log_probs(*args, divergence=divergence, **options)
         expected = reference.log_probs(*args, divergence=divergence, **options)
         assert_same_everywhere(log_p, expected)
+
+
+@pytest.mark.parametrize("divergence", ALL)
+def test_a_first_tile_without_a_token_sets_no_level(op, divergence):
+    ref, (policy,) = logits(28, 2, 2100, 1, kind="typical")
+    for x in (ref, policy):
+        x -= 110.0
+        x[:, :1024] = -INF
+    log_p = check(op, ref, [policy], [0.5], divergence=divergence)
+    drawn = op.sample(ref, [policy], [0.5], divergence=divergence, seed=2)
+    expected = log_p[torch.arange(2), drawn.tokens]
+    assert (drawn.logprobs - expected).abs().max() <= 2e-5  # a float's rounding of log-linear keys
 
 
 @pytest.mark.parametrize("options", VALUES.values(), ids=VALUES)
