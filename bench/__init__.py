@@ -1,1 +1,1 @@
-"""Benchmarks: one runner (`python -m bench.run`), one registry of cases (`bench.registry`)."""
+"""Benchmarks: one runner (`python -m bench.run`), one list of cases (`bench.cases`)."""
