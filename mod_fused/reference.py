@@ -17,7 +17,9 @@ mass on the support) and -log pi_ref(s*) (s* takes everything), whatever the wei
 
 Which rows are valid, and which tokens have a probability, follows from the range of float32, by one
 rule for every backend. What counts is the reference, every tensor and value whose weight is not 0,
-and the tensor that plausibility names.
+and the tensor that plausibility names. Under reverse KL the reference counts if its coefficient
+1 - sum w is not 0, and one of at most 2^-40 in magnitude, (M+1) 2^-24 where the weights are a
+float32 tensor, is 0.
 
 - A number beyond the largest float32 is infinite: a scaled logit, a coefficient (weight, value
   weight, and 1 - sum w under reverse KL), log pi*, and a partial sum, in the order of the
@@ -52,6 +54,7 @@ LARGEST_DEFICIT = float(
 LEAST_TAU = 1e-36  # of Z = 0 where sup f' is finite
 SMALL_ALPHA = 0.03  # below it c is 0
 SMALLEST_WEIGHT = 2.0**-126  # the smallest normal float32
+WEIGHT_ROUNDING, FLOAT32_ROUNDING = 2.0**-40, 2.0**-24  # of a sum, of each number of one
 
 
 class Slope(NamedTuple):
@@ -125,6 +128,16 @@ def _coefficients(weights: Any) -> Array:
     return np.where(np.abs(w) < SMALLEST_WEIGHT, 0.0, w)
 
 
+def _own_coefficient(weights: Any) -> float:
+    """1 - sum w, 0 where that is no more than rounding."""
+    w = _coefficients(weights)
+    own = 1.0 - float(w.sum())
+    single = str(getattr(weights, "dtype", "")).endswith("float32")
+    return (
+        0.0 if abs(own) <= ((len(w) + 1) * FLOAT32_ROUNDING if single else WEIGHT_ROUNDING) else own
+    )
+
+
 def log_softmax(logits: Array) -> Array:
     """log softmax over the last axis in float64; all NaN where no entry is finite."""
     peak = logits.max(axis=-1, keepdims=True)
@@ -194,16 +207,18 @@ def _read_values(
     return terms, left
 
 
-def _log_linear(coefficients: list[float], rows: list[Array], terms: list[Array]) -> Array | None:
+def _log_linear(
+    coefficients: list[float], rows: list[Array], terms: list[Array], size: int
+) -> Array | None:
     """Reverse KL's sum of coefficients times logits, and of the terms of values, over the support;
     -inf where float32 overflows, None where it does upwards. In differences from the largest."""
-    total = np.zeros(len(rows[0]))
+    total = np.zeros(size)
     for term in [c * row for c, row in zip(coefficients, rows, strict=True)] + terms:
         total = float32_range(total + term)
     if not (total < np.inf).all():
         return None
-    score = sum(c * (row - row.max()) for c, row in zip(coefficients, rows, strict=True))
-    return np.where(total > -np.inf, score + sum(terms), -np.inf)
+    terms = terms + [c * (row - row.max()) for c, row in zip(coefficients, rows, strict=True)]
+    return np.where(total > -np.inf, sum(terms, np.zeros(size)), -np.inf)
 
 
 def log_probs_row(
@@ -244,7 +259,10 @@ def log_probs_row(
 
     # A tensor of weight zero is not looked at, unless plausibility names it.
     used = [i for i in range(1, len(rows)) if w[i - 1] != 0.0]
-    read = {0, *used} | ({plausibility_tensor} if plausibility is not None else set())
+    own = 0.0 if ref_logits is None else _own_coefficient(weights)
+    if slope is not None or own != 0.0:
+        used = [0, *used]
+    read = {*used} | ({plausibility_tensor} if plausibility is not None else set())
     read_values = _read_values(values, value_ids, value_weights, vocab)
     if read_values is None or not np.isfinite(w).all() or not (scales > 0).all():
         return invalid
@@ -252,7 +270,7 @@ def log_probs_row(
         return invalid
 
     terms, support = read_values
-    for k in [0, *used]:
+    for k in used:
         support &= rows[k] > -np.inf
     if plausibility is not None:
         named = rows[plausibility_tensor]
@@ -260,22 +278,22 @@ def log_probs_row(
     if not support.any():
         return invalid
     if slope is None:
-        own = 0.0 if ref_logits is None else float32_range(1.0 - w.sum())
-        if not np.isfinite(own):
+        coefficients = [w[k - 1] if k else own for k in used]
+        if not np.isfinite(float32_range(np.array(coefficients))).all():
             return invalid
-        coefficients = [own, *(w[k - 1] for k in used)]
         at = np.flatnonzero(support)
-        score = _log_linear(coefficients, [rows[k][at] for k in [0, *used]], [t[at] for t in terms])
+        terms = [term[at] for term in terms]
+        score = _log_linear(coefficients, [rows[k][at] for k in used], terms, len(at))
     else:
-        logs = {k: float32_range(log_softmax(rows[k])) for k in [0, *used]}
+        logs = {k: float32_range(log_softmax(rows[k])) for k in used}
         shift = np.zeros(len(rows))  # prefix_i - prefix_ref
         if prefix_logprobs is not None:
             prefix = to_float64(prefix_logprobs)
-            if not np.isfinite(prefix[[0, *used]]).all():
+            if not np.isfinite(prefix[used]).all():
                 return invalid
             shift = prefix - prefix[0]
-            if slope.floors and used:
-                shift = shift + max(0.0, PREFIX_FLOOR - shift[used].min())
+            if slope.floors and used[1:]:
+                shift = shift + max(0.0, PREFIX_FLOOR - shift[used[1:]].min())
         support &= logs[0] >= LOG_REF_FLOOR
         for k in used:
             support &= logs[k] > -np.inf
@@ -334,7 +352,8 @@ def log_probs(
         """Row b of an argument whose per-row form has `full_ndim` dimensions."""
         return None if x is None else x[b] if x.ndim == full_ndim else x
 
-    w, v = to_float64(weights), None if value_weights is None else to_float64(value_weights)
+    w = weights.detach().cpu().numpy() if hasattr(weights, "detach") else to_float64(weights)
+    v = None if value_weights is None else to_float64(value_weights)
     scores = None if values is None else to_float64(values)
     ids = None if value_ids is None else to_float64(value_ids)
     prefix = None if prefix_logprobs is None else to_float64(prefix_logprobs)

@@ -31,6 +31,7 @@ _SMALLEST_LOG_RATIO = -80.0
 _SMALLEST_PREFIX_DIFFERENCE = -40.0
 _LARGEST_DEFICIT = 9.999999933815813e36  # 1e37 in float32
 _LEAST_TAU = 1e-36
+_WEIGHT_ROUNDING, _FLOAT32_ROUNDING = 2.0**-40, 2.0**-24  # of a sum, of each number of one
 
 
 class Mixture(NamedTuple):
@@ -195,11 +196,15 @@ def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
         if candidates is not None:
             support = support & candidates
 
-    # A tensor of weight 0 is ignored entirely; the reference never is.
+    # A tensor of weight 0 is ignored entirely.
     pairs = [(x, weights[:, i]) for i, x in enumerate(policies)]
     pairs += [(x, value_weights[:, j]) for j, x in enumerate(values)]
+    own = None
     if mixing.ref_logits is not None:
-        pairs.append((logits[0], torch.ones_like(weights.new_empty(count))))
+        own = torch.ones_like(weights.new_empty(count))
+        if type(divergence) is ReverseKL:
+            own = _own_coefficient(mixing, weights)
+        pairs.append((logits[0], own))
     for x, weight in pairs:
         counts = weight != 0
         broken = (x.isnan() | (x == torch.inf)).flatten(1).any(1)
@@ -213,7 +218,7 @@ def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
         support = support & (x - peak[:, None, None] >= _float32(math.log(mixing.plausibility)))
 
     if type(divergence) is ReverseKL:
-        key = _log_linear(mixing, logits, weights, values, value_weights)
+        key = _log_linear(own, logits, weights, values, value_weights)
     else:
         key, support, solvable = _general(
             mixing, divergence, rows, logits, weights, values, value_weights, support
@@ -226,8 +231,18 @@ def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
     return Mixture(key, level, log_norm, valid & level.isfinite(), logits)
 
 
+def _own_coefficient(mixing: MixtureArguments, weights: Tensor) -> Tensor:
+    """1 - sum w [b], 0 where that is no more than rounding."""
+    total = weights.new_zeros(weights.shape[0])
+    for i in range(weights.shape[1]):
+        total = total + weights[:, i]
+    single = isinstance(mixing.weights, Tensor) and mixing.weights.dtype == torch.float32
+    rounding = (weights.shape[1] + 1) * _FLOAT32_ROUNDING if single else _WEIGHT_ROUNDING
+    return torch.where((1.0 - total).abs() <= rounding, 0.0, 1.0 - total)
+
+
 def _log_linear(
-    mixing: MixtureArguments,
+    own: Tensor | None,
     logits: list[Tensor],
     weights: Tensor,
     values: list[Tensor],
@@ -235,12 +250,8 @@ def _log_linear(
 ) -> Tensor:
     """Reverse KL: (1 - sum w) l_0 + sum w_i l_i + sum v_j V_j on the raw logits, in the order fixed
     by design §3."""
-    coefficients = [weights[:, i] for i in range(weights.shape[1])]
-    if mixing.ref_logits is not None:
-        total = weights.new_zeros(weights.shape[0])
-        for weight in coefficients:
-            total = total + weight
-        coefficients.insert(0, 1.0 - total)
+    coefficients = [] if own is None else [own]
+    coefficients += [weights[:, i] for i in range(weights.shape[1])]
     coefficients += [value_weights[:, j] for j in range(value_weights.shape[1])]
     key = torch.zeros_like(logits[0])
     for c, x in zip(coefficients, [*logits, *values], strict=True):

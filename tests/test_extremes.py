@@ -53,12 +53,17 @@ TABLE: dict[str, Row] = {
     "Q of all tokens is too large": (
         POWERS, MILD, [MILD], [1e22], {"prefix": [0.0, -200.0]}, False,
     ),
+    "Q of all tokens, not in units of 1 / alpha": (
+        ("alpha:0.05",), MILD, [MILD], [1e36], {}, False,
+    ),
     "Q of a token is too small": (POWERS, MILD, [FAR], [-1e6], {}, False),
     "just not": (POWERS, MILD, [FAR], [-100.0], {}, True),
     "the least float as a value": (ALL, MILD, [], [], {"values": [[0.0, -LARGEST, 0.0, 1]]}, True),
     "the largest as a value": (OTHERS, MILD, [], [], {"values": [[0.0, LARGEST, 0.0, 1]]}, False),
     "a large value": (ALL, MILD, [], [], {"values": [[0.0, 1e36, 0.0, 1e4]]}, True),
-    "a value of 10000": (ALL, MILD, [], [], {"values": [[0.0, 1e4, 0.0, 0.0]]}, True),
+    "a value of 10000": (
+        (*ALL, "alpha:0.001"), MILD, [], [], {"values": [[0.0, 1e4, 0.0, 0.0]]}, True,
+    ),
     "large values at Z = 0": (
         ("jeffrey",), MILD, [], [],
         {"values": [[0.0, 2e37, 0.0, 0.0]], "normalizer": "zero"}, False,
@@ -173,6 +178,17 @@ def test_a_first_tile_without_a_token_sets_no_level(op, divergence):
     drawn = op.sample(ref, [policy], [0.5], divergence=divergence, seed=2)
     expected = log_p[torch.arange(2), drawn.tokens]
     assert (drawn.logprobs - expected).abs().max() <= 2e-5  # a float's rounding of log-linear keys
+
+
+@pytest.mark.parametrize("weight", [0.1, 1.5, -0.5, -1.5])
+@pytest.mark.parametrize("divergence", (*BARRIERS, "alpha:0.01"))
+def test_two_far_log_ratios_of_any_size_and_sign(op, divergence, weight):
+    far = torch.tensor([-12.0, -20, -40, -60, -75, -78, -150, -300])
+    policy = torch.zeros(8, 64)
+    policy[:, 10], policy[:, 11] = far, far + 0.5
+    args = torch.zeros(8, 64), [policy], [weight]
+    log_p = op.log_probs(*args, divergence=divergence)
+    assert_same_everywhere(log_p, reference.log_probs(*args, divergence=divergence))
 
 
 @pytest.mark.parametrize("options", VALUES.values(), ids=VALUES)

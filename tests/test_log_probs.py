@@ -123,6 +123,48 @@ def test_without_a_reference_it_is_the_product_of_the_policies(op, weights):
     check(op, None, policies, weights, logit_scales=[0.5, 2.0], vocab_size=800)
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [0.7, 0.3],
+        [0.9, 0.1 + 5e-13],
+        torch.tensor([0.7, 0.3]),
+        torch.tensor([0.9, 0.1 + 1.5e-7]),
+        torch.tensor([0.9, 0.1 + 5e-13], dtype=torch.float64),
+    ],
+    ids=str,
+)
+def test_a_reference_of_coefficient_0_is_not_looked_at(op, weights):
+    ref, policies = logits(26, 4, 1100, 2, excluded=0.05)
+    ref[0, 5], ref[1, 6], ref[2, 7], ref[3] = math.nan, INF, -INF, -INF
+    values = normal(26, 1, 4, 3)
+    ids = torch.tensor([[5, 6, 7]]).expand(4, 3).contiguous()
+    for options in ({}, {"values": values, "value_ids": ids}, {"logit_scales": [0.5, 1.0, 2.0]}):
+        result = check(op, ref, policies, weights, **options)
+        assert not result.isnan().any()
+        drawn = op.sample(ref, policies, weights, seed=1, **options)
+        assert drawn.valid.all()
+    named = check(op, ref, policies, weights, plausibility=0.1, plausibility_tensor=0)
+    assert named.isnan().any(1).tolist() == [True, True, False, True]
+    assert (named[2, 7] == -INF).all()
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [0.9, 0.1 + 2e-12],
+        torch.tensor([0.9, 0.1 + 3e-7]),
+        torch.tensor([0.9, 0.1 + 2e-12], dtype=torch.float64),
+    ],
+    ids=str,
+)
+def test_a_reference_of_the_least_coefficient_counts(op, weights):
+    ref, policies = logits(27, 3, 1100, 2)
+    ref[0, 5], ref[1, 6], ref[2, 7] = math.nan, INF, -INF
+    result = check(op, ref, policies, weights)
+    assert result.isnan().any(1).tolist() == [True, True, False] and result[2, 7] == -INF
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_dense_values_tilt_and_exclude(op, divergence):
     ref, policies = logits(8, 3, 1100, 1, kind="typical")

@@ -24,6 +24,7 @@ from .tiles import (
     UPPER,
     VALID,
     level_of,
+    own_coefficient,
     reference_weight,
     weight,
 )
@@ -108,6 +109,8 @@ def end_sums(m, state, fields, row, tiles, C: tl.constexpr):
         if k < FIRST_POLICY:
             ref_norm = norm
             counts = tl.full([], True, tl.int1)
+            if C.general == 0:
+                counts = own_coefficient(m, row, C) != 0.0
         else:
             counts = weight(m, row, k - FIRST_POLICY) != 0.0
         if k == C.plausible:

@@ -14,6 +14,8 @@ INFINITY = tl.constexpr(float("inf"))
 #: Q of a token outside the support: its ratio is 0 in float32, and it is still finite.
 EXCLUDED = tl.constexpr(9.999999933815813e36)  # 1e37 in float32
 SMALLEST_WEIGHT = tl.constexpr(2.0**-126)  # a normal float32
+WEIGHT_ROUNDING = tl.constexpr(2.0**-40)  # of a sum of weights
+FLOAT32_ROUNDING = tl.constexpr(2.0**-24)  # of each number of one
 LEAST_TAU = tl.constexpr(1e-36)  # of Z = 0 where sup f' is finite
 SMALLEST_LOG_REF = tl.constexpr(-80.0)  # the range of float32, design §2
 SMALLEST_LOG_RATIO = tl.constexpr(-80.0)
@@ -106,6 +108,17 @@ def reference_weight(m, row, C: tl.constexpr):
 
 
 @triton.jit
+def own_coefficient(m, row, C: tl.constexpr):
+    """1 - sum w under reverse KL, float32; 0 where that is no more than rounding."""
+    own = reference_weight(m, row, C)
+    rounding = tl.full([], WEIGHT_ROUNDING, tl.float32)
+    if m.weights_pointer is not None:
+        if m.weights_pointer.dtype.element_ty == tl.float32:
+            rounding = tl.full([], C.models * FLOAT32_ROUNDING, tl.float32)
+    return tl.where(tl.abs(own) <= rounding, 0.0, own)
+
+
+@triton.jit
 def finite(x):
     return tl.abs(x) < INFINITY
 
@@ -159,11 +172,10 @@ def log_linear_tile(
         if k == C.plausible:
             inside &= x - tl.load(state + PEAK + k).to(tl.float32) >= m.log_plausibility
         if k < FIRST_POLICY:
-            c = zeros + reference_weight(m, row, C)
-            counts = zeros == 0.0
+            c = zeros + own_coefficient(m, row, C)
         else:
             c = zeros + weight(m, row, k - FIRST_POLICY).to(tl.float32)
-            counts = c != 0.0
+        counts = c != 0.0
         broken |= counts & ((x < INFINITY) == 0)
         inside &= finite(x) | (counts == 0)
         key = tl.fma(c, tl.where(finite(x) & counts, x, 0.0), key)
@@ -189,10 +201,10 @@ def finite_log_linear_tile(m, row, tile, C: tl.constexpr):
     for k in tl.static_range(MODELS):
         x = model_tile(m, k, row, tile)
         if k < FIRST_POLICY:
-            key = tl.fma(x, reference_weight(m, row, C), key)
+            c = own_coefficient(m, row, C)
         else:
             c = weight(m, row, k - FIRST_POLICY).to(tl.float32)
-            key = tl.where(c != 0.0, tl.fma(x, c, key), key)
+        key = tl.where(c != 0.0, tl.fma(x, c, key), key)
     for j in tl.static_range(VALUES):
         v = value_weight(m, row, j).to(tl.float32)
         key = tl.where(v != 0.0, tl.fma(value_tile(m, j, row, tile), v, key), key)

@@ -166,7 +166,9 @@ Request mixture(const Packed& packed, bool draws) {
   request.rows = packed.logits[0].size(0);
   add_tensors(packed, request);
   const int policies = request.models - (request.reference ? 1 : 0);
-  request.weights = weights_of(numbers, packed.tensor(kWeights), policies);
+  const Pointer weights = packed.tensor(kWeights);
+  request.weights = weights_of(numbers, weights, policies);
+  if (weights && weights->scalar_type() == ScalarType::Float) request.weight_rounding = (policies + 1) * 0x1p-24;
   request.value_weights = weights_of(numbers, packed.tensor(kValueWeights), (int)request.values.size());
   const bool scaled = numbers.left() != 0;
   for (int i = 0; i < request.models; ++i) request.scales[i] = scaled ? (float)*numbers.take(1) : 1.0f;

@@ -18,12 +18,10 @@ constexpr float kLeastMass = 1e-33f;
 
 // c_0 l_0, then the policies, then the values: the order is part of the contract (design §3).
 void Row::collect_terms() {
-  double sum = 0.0;
-  const int first = request_.reference ? 1 : 0;
-  for (int model = first; model < request_.models; ++model) sum += policy_weight(model);
-  if (request_.reference) terms_.push_back({logits(0), (float)(1.0 - sum)});
-  for (int model = first; model < request_.models; ++model)
-    if (policy_weight(model) != 0.0) terms_.push_back({logits(model), (float)policy_weight(model)});
+  for (int model = 0; model < request_.models; ++model) {
+    const bool own = request_.reference && model == 0;
+    if (counts(model)) terms_.push_back({logits(model), (float)(own ? own_coefficient_ : policy_weight(model))});
+  }
   model_terms_ = terms_.size();
   for (size_t j = 0; j < request_.values.size(); ++j)
     if (value_weight(j) != 0.0) terms_.push_back({values(j), (float)value_weight(j)});

@@ -59,6 +59,7 @@ struct Request {
   Rows logits[kMaxModels];
   float scales[kMaxModels];
   PerRowVector weights;    // of the policies
+  double weight_rounding = 0x1p-40;  // 1 - sum w no larger is 0 under reverse KL
   Kind kind = Kind::reverse_kl;
   double alpha = 0.0;
   bool exact = true;       // the normaliser

@@ -49,6 +49,12 @@ bool Row::read_parameters() {
   const int policies = request_.models - (request_.reference ? 1 : 0);
   for (int i = 0; i < policies; ++i) good &= std::isfinite((float)request_.weights[b_][i]);
   for (size_t j = 0; j < request_.values.size(); ++j) good &= std::isfinite((float)value_weight(j));
+  if (request_.reference && request_.kind == Kind::reverse_kl) {
+    double sum = 0.0;
+    for (int model = 1; model < request_.models; ++model) sum += policy_weight(model);
+    own_coefficient_ = std::fabs(1.0 - sum) <= request_.weight_rounding ? 0.0 : 1.0 - sum;
+    good &= std::isfinite((float)own_coefficient_);
+  }
   for (int64_t k = 0; k < request_.candidates; ++k) good &= candidate(k) >= -1 && candidate(k) < request_.vocab;
   if (sampling()) {
     temperature_ = request_.temperature[b_];

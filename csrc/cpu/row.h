@@ -113,7 +113,9 @@ class Row {
   // What float32 holds no normal number for counts as 0.
   static double normal(double weight) { return std::fabs(weight) < 0x1p-126 ? 0.0 : weight; }
   double policy_weight(int model) const { return normal(request_.weights[b_][model - (request_.reference ? 1 : 0)]); }
-  bool counts(int model) const { return (request_.reference && model == 0) || policy_weight(model) != 0.0; }
+  bool counts(int model) const {
+    return request_.reference && model == 0 ? own_coefficient_ != 0.0 : policy_weight(model) != 0.0;
+  }
   double value_weight(size_t j) const { return normal(request_.value_weights[b_][j]); }
   int64_t candidate(int64_t k) const {
     return request_.value_ids[b_ * request_.value_ids_row + k * request_.value_ids_column];
@@ -130,6 +132,7 @@ class Row {
   const TileLoops& loops_;
   const int64_t tiles_;
 
+  double own_coefficient_ = 1.0;  // of the reference under reverse KL: 1 - sum w, 0 where that is rounding
   float temperature_ = 1.0f, min_p_ = 0.0f;
   double top_p_ = 1.0;
   int64_t top_k_ = 0;

@@ -166,19 +166,21 @@ template <class T, int count> KeySum fused_key_sum(const Term* terms, int64_t be
 }
 
 bool fusable(const Term* terms, int count) {
-  if (count < 2 || count > 4) return false;
+  if (count < 1 || count > 4) return false;
   for (int k = 0; k < count; ++k)
     if (terms[k].source.scale != 1.0f || terms[k].source.dtype != terms[0].source.dtype) return false;
   return true;
 }
 
 template <class T> KeyCheck fused_key_of(const Term* terms, int count, int64_t begin, int n, float* key) {
+  if (count == 1) return fused_key<T, 1>(terms, begin, n, key);
   if (count == 2) return fused_key<T, 2>(terms, begin, n, key);
   if (count == 3) return fused_key<T, 3>(terms, begin, n, key);
   return fused_key<T, 4>(terms, begin, n, key);
 }
 
 template <class T> KeySum fused_key_sum_of(const Term* terms, int count, int64_t begin, int n, float from) {
+  if (count == 1) return fused_key_sum<T, 1>(terms, begin, n, from);
   if (count == 2) return fused_key_sum<T, 2>(terms, begin, n, from);
   if (count == 3) return fused_key_sum<T, 3>(terms, begin, n, from);
   return fused_key_sum<T, 4>(terms, begin, n, from);
