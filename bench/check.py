@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import mod_fused
-from mod_fused import reference, reference_sampling
+from mod_fused import reference
 
 from .problem import Problem, filters, logits, mixture
 
@@ -83,9 +83,9 @@ def _wrong_draws(problem: Problem, rows: list[Tensor], expected: np.ndarray, bac
     ).tokens.tolist()  # fmt: skip
     if "mask" in after:
         after["mask"] = after["mask"][0].cpu()
-    p = np.exp(reference_sampling.filtered_log_probs(expected, **after))
+    p = np.exp(reference.filtered_log_probs(expected, **after))
     return sum(
-        token != reference_sampling.race(p, 1, position)
-        and (p[token] == 0 or reference_sampling.race_margin(p, 1, position) > _CLOSE_RACE)
+        token != reference.race(p, 1, position)
+        and (p[token] == 0 or reference.race_margin(p, 1, position) > _CLOSE_RACE)
         for position, token in enumerate(tokens)
     )

@@ -46,10 +46,11 @@ def _caches() -> str:
 
 
 def _instruction_set() -> str:
-    from mod_fused import backends, cpu_backend
+    from mod_fused import backends
+    from mod_fused.dispatch.backends import instruction_set
 
     status = backends()["cpu"]
-    return cpu_backend.instruction_set() if status == "available" else f"none ({status})"
+    return instruction_set() if status == "available" else f"none ({status})"
 
 
 def _commit() -> str:

@@ -21,8 +21,8 @@ from .warmup import warmup
 
 if TYPE_CHECKING:
     from . import guidance, world
-    from .decoder import GenerateOutput, generate
-    from .ensemble import Ensemble
+    from .decoding.ensemble import Ensemble
+    from .decoding.generate import GenerateOutput, generate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,9 +49,9 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Ensemble": "ensemble",
-    "GenerateOutput": "decoder",
-    "generate": "decoder",
+    "Ensemble": "decoding.ensemble",
+    "GenerateOutput": "decoding.generate",
+    "generate": "decoding.generate",
     "guidance": "guidance",
     "world": "world",
 }

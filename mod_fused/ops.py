@@ -1,95 +1,22 @@
-"""The public functions `sample` and `log_probs`, and the torch ops behind them.
-
-Each backend NAME registers `mod_fused::log_probs_NAME` and `mod_fused::sample_NAME` with the same
-schema (`arguments.py`), and `log_probs_NAME_out` and `sample_NAME_out`, which write to tensors that
-they are given; the functions here check, choose a backend and call its op.
-"""
+"""The public functions `sample` and `log_probs`: they check, choose a backend and call its op."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
-from . import torch_backend, triton_backend
-from .arguments import (
-    LOG_PROBS_OUT_SCHEMA,
-    LOG_PROBS_SCHEMA,
-    SAMPLE_OUT_SCHEMA,
-    SAMPLE_SCHEMA,
-    pack,
-    unpack,
-)
-from .checks import check_draw, check_mixture
-from .dispatch import INTERPRETED, backends, choose
+from .call.checks import check_draw, check_mixture
+from .call.outputs import Sample, check_log_probs_out, check_out, new_log_probs, new_outputs
+from .dispatch import registration
+from .dispatch.backends import backends, choose
+from .dispatch.packing import pack
+from .dispatch.tracing import draw_without_symbols, mixture_without_symbols
+from .dispatch.workspace import check_workspace, workspace_size
 from .divergence import Divergence
-from .outputs import (
-    Sample,
-    check_log_probs_out,
-    check_out,
-    check_workspace,
-    new_log_probs,
-    new_outputs,
-    workspace_size,
-)
-from .tracing import draw_without_symbols, mixture_without_symbols
 
 __all__ = ["Sample", "backends", "log_probs", "sample", "workspace_size"]
-
-# `define` and `impl`: a third of the dispatch cost of torch.library.custom_op.
-_library = torch.library.Library("mod_fused", "DEF")
-
-
-def _fake_log_probs(*packed: Any) -> Tensor:
-    mixing, _ = unpack(*packed)
-    return new_log_probs(mixing)
-
-
-def _fake_sample(*packed: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mixing, drawing = unpack(*packed)
-    assert drawing is not None
-    return new_outputs(mixing, drawing)
-
-
-def _fake_out(*args: Any) -> None:
-    """What is written to the caller's tensors has no shape of its own."""
-
-
-# The overloads themselves: finding them anew costs more than a small call.
-_log_probs: dict[str, OpOverload] = {}
-_log_probs_out: dict[str, OpOverload] = {}
-_sample: dict[str, OpOverload] = {}
-_sample_out: dict[str, OpOverload] = {}
-
-
-def _define(backend: str, kernels: ModuleType | None = None, *keys: str) -> None:
-    """Schemas and fake implementations of a backend's four ops, and for the dispatch keys `keys`
-    those of the module `kernels`."""
-    tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
-    for name, suffix, schema, fake, overloads in (
-        ("log_probs", "", LOG_PROBS_SCHEMA, _fake_log_probs, _log_probs),
-        ("log_probs", "_out", LOG_PROBS_OUT_SCHEMA, _fake_out, _log_probs_out),
-        ("sample", "", SAMPLE_SCHEMA, _fake_sample, _sample),
-        ("sample", "_out", SAMPLE_OUT_SCHEMA, _fake_out, _sample_out),
-    ):
-        op = f"{name}_{backend}{suffix}"
-        _library.define(op + schema, tags=tags)
-        torch.library.register_fake(f"mod_fused::{op}", fake, lib=_library)
-        for key in keys:
-            _library.impl(op, getattr(kernels, name + suffix), key)
-        overloads[backend] = getattr(torch.ops.mod_fused, op).default
-
-
-_define("torch", torch_backend, "CompositeExplicitAutograd")
-_define("triton", triton_backend, *(("CUDA", "CPU") if INTERPRETED else ("CUDA",)))
-_define("cpu")  # kernels: csrc/cpu/binding.cpp
-_library.define("divergence_cpu(int divergence, float alpha, int function, Tensor x) -> Tensor")
-_library.define("instruction_set_cpu() -> int")
-backends()  # loads the extensions now: torch.compile could not trace it
 
 
 def log_probs(
@@ -141,11 +68,11 @@ def log_probs(
         mixing = mixture_without_symbols(mixing)
     name = choose(backend, mixing.batch_tensor().device, mixing.divergence)
     if out is None and workspace is None:
-        return _log_probs[name](*pack(mixing))
+        return registration.log_probs[name](*pack(mixing))
     if workspace is not None:
         workspace = check_workspace(mixing, False, workspace)
     result = new_log_probs(mixing) if out is None else check_log_probs_out(mixing, out)
-    _log_probs_out[name](*pack(mixing), result, workspace)
+    registration.log_probs_out[name](*pack(mixing), result, workspace)
     return result if out is None else out
 
 
@@ -273,12 +200,12 @@ def sample(
         drawing = draw_without_symbols(drawing, mixing.batch_tensor())
     name = choose(backend, mixing.batch_tensor().device, mixing.divergence)
     if out is None and workspace is None:
-        outputs = _sample[name](*pack(mixing, drawing))
+        outputs = registration.sample[name](*pack(mixing, drawing))
     else:
         if workspace is not None:
             workspace = check_workspace(mixing, any(drawing.filters()), workspace)
         outputs = new_outputs(mixing, drawing) if out is None else check_out(mixing, drawing, out)
-        _sample_out[name](*pack(mixing, drawing), *outputs, workspace)
+        registration.sample_out[name](*pack(mixing, drawing), *outputs, workspace)
     if out is not None:
         return out
     tokens, logprobs, valid, model_logprobs = outputs

@@ -30,7 +30,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .check_helpers import number
+from .call.fields import number
 
 __all__ = [
     "classifier_free_guidance",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mod_fused import reference, reference_sampling
+from mod_fused import reference
 
 DIVERGENCES = (
     "reverse_kl",
@@ -94,13 +94,13 @@ def assert_tokens_are_the_oracle_s(
             name: x[b] if isinstance(x, (list, torch.Tensor)) and len(x) == len(tokens) else x
             for name, x in filters.items()
         }
-        final = np.exp(reference_sampling.filtered_log_probs(log_p[b], **row_filters))
+        final = np.exp(reference.filtered_log_probs(log_p[b], **row_filters))
         if np.isnan(final).any():  # an invalid row
             assert token == 0
             continue
         draw = final, int(seeds[b]), int(positions[b])
-        expected = reference_sampling.race(*draw)
+        expected = reference.race(*draw)
         if token != expected:
             close += 1
-            assert reference_sampling.race_margin(*draw) < 1e-4, f"row {b}: {token}, not {expected}"
+            assert reference.race_margin(*draw) < 1e-4, f"row {b}: {token}, not {expected}"
     assert close <= len(tokens) / 100

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mod_fused import backends, log_probs, reference, reference_sampling, sample
+from mod_fused import backends, log_probs, reference, sample
 
 Array = np.ndarray
 MAX_TV = 5e-5
@@ -106,7 +106,7 @@ def _check_invariants(
         token = drawn.tokens[b].item()
         assert log_p[b, token] > -math.inf, f"row {b}: token {token} is off the support"
         if mask is not None:
-            allowed = reference_sampling.unpack_mask(mask[b], vocab)
+            allowed = reference.unpack_mask(mask[b], vocab)
             assert allowed[token], f"row {b}: token {token} is masked"
         if compare:
             near = 1e-4 + 1e-5 * abs(log_p[b, token].item()) + unit[b]
@@ -306,7 +306,7 @@ def _row_noise(args: Any, draw: Any) -> tuple[list[int], list[int]]:
     seed, position = draw["seed"], draw["position"]
     if isinstance(seed, torch.Tensor):
         return seed.tolist(), position.tolist()
-    return reference_sampling.row_seeds(seed, count), [position] * count
+    return reference.row_seeds(seed, count), [position] * count
 
 
 def _of_row(x: Any, b: int) -> Any:
@@ -323,13 +323,13 @@ def _could_win(
     temperature = float(np.float32(filters["temperature"]))
     for log_p in log_ps:
         if temperature == 0.0:
-            final = reference_sampling.filtered_log_probs(log_p, mask=filters["mask"])
+            final = reference.filtered_log_probs(log_p, mask=filters["mask"])
             if final[token] >= final.max() - slack - 1e-6 * abs(final.max()):
                 return True
             continue
         for change in (0.0, 1e-5, -1e-5):
             moved = _moved_cuts(log_p, filters, change, slack)
-            final = np.exp(reference_sampling.filtered_log_probs(log_p, **moved))
+            final = np.exp(reference.filtered_log_probs(log_p, **moved))
             if final[token] > 0.0 and _nearly_wins(token, final, noise, slack / temperature):
                 return True
     return False
@@ -345,7 +345,7 @@ def _moved_cuts(log_p: Array, filters: dict[str, Any], change: float, slack: flo
         if top_k:
             allowed = log_p
             if filters["mask"] is not None:
-                mask = reference_sampling.unpack_mask(filters["mask"], len(log_p))
+                mask = reference.unpack_mask(filters["mask"], len(log_p))
                 allowed = np.where(mask, log_p, -np.inf)
             kth = np.sort(allowed)[-min(top_k, len(log_p))]
             cut = kth - math.copysign(slack, change) if np.isfinite(kth) else kth
@@ -355,11 +355,11 @@ def _moved_cuts(log_p: Array, filters: dict[str, Any], change: float, slack: flo
 
 def _nearly_wins(token: int, final: Array, noise: tuple[int, int], slack: float) -> bool:
     """Whether the token's tile and then the token arrive first, or later by a factor 1 + slack."""
-    tile, width = token // reference_sampling.TILE, reference_sampling.TILE
-    tile_times, _ = reference_sampling.arrivals(final, *noise)
+    tile, width = token // reference.TILE, reference.TILE
+    tile_times, _ = reference.arrivals(final, *noise)
     if tile_times[tile] > tile_times.min() * (1.0 + slack):
         return False
     ids = np.arange(tile * width, min((tile + 1) * width, len(final)))
     with np.errstate(divide="ignore"):
-        times = reference_sampling.exponentials(noise[0], noise[1], ids, stream=1) / final[ids]
+        times = reference.exponentials(noise[0], noise[1], ids, stream=1) / final[ids]
     return bool(times[token - tile * width] <= times.min() * (1.0 + slack))

@@ -7,7 +7,7 @@ import os
 import zlib
 from typing import Any
 
-from mod_fused.dispatch import INTERPRETED
+from mod_fused.dispatch.backends import INTERPRETED
 
 __all__ = ["INTERPRETED", "affordable", "patch_language_once"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mod_fused import reference, reference_sampling
+from mod_fused import reference
 
 PATH = Path(__file__).with_name("golden_tokens.json")
 MIXTURES = [
@@ -52,10 +52,10 @@ def mixture_tokens() -> list[dict[str, Any]]:
         for filters in FILTERS:
             tokens = []
             for row, seed, position in zip(log_p, SEEDS, POSITIONS, strict=True):
-                final = np.exp(reference_sampling.filtered_log_probs(row, **filters))
+                final = np.exp(reference.filtered_log_probs(row, **filters))
                 # A golden token must not hang on rounding: leave out what it could decide.
-                clear = reference_sampling.race_margin(final, seed, position) > 1e-3
-                tokens.append(reference_sampling.race(final, seed, position) if clear else None)
+                clear = reference.race_margin(final, seed, position) > 1e-3
+                tokens.append(reference.race(final, seed, position) if clear else None)
             table.append({**case, "filters": filters, "tokens": tokens})
     return table
 
@@ -72,21 +72,21 @@ def tail_draws() -> list[tuple[int, int]]:
     # Tile 1 holds no head. In tile 0 a token wins only if its E / p beats the head's E <= 45, so
     # its E is tiny, hence also the first word of its Philox output.
     limit = 45.0 * p.min() / p.max()
-    mass = p.reshape(-1, reference_sampling.TILE).sum(axis=1)
-    ids = np.delete(np.arange(reference_sampling.TILE), TAIL["head"])
+    mass = p.reshape(-1, reference.TILE).sum(axis=1)
+    ids = np.delete(np.arange(reference.TILE), TAIL["head"])
     candidates: list[int] = []
     for positions in np.arange(TAIL["draws"]).reshape(-1, 64, 1):
-        tile_times = reference_sampling.exponentials(seed, positions, np.arange(2), 0) / mass
-        first_word, _ = reference_sampling.philox4x32_words(seed, positions, ids, 1)
+        tile_times = reference.exponentials(seed, positions, np.arange(2), 0) / mass
+        first_word, _ = reference.philox4x32_words(seed, positions, ids, 1)
         close = first_word.min(axis=1) * 2.0**-32 < limit
         candidates += positions[close | (tile_times[:, 1] < tile_times[:, 0]), 0].tolist()
-    drawn = [(n, reference_sampling.race(p, seed, n)) for n in candidates]
+    drawn = [(n, reference.race(p, seed, n)) for n in candidates]
     return [(n, token) for n, token in drawn if token != TAIL["head"]]
 
 
 def main() -> None:
     table = {
-        "scheme_version": reference_sampling.SCHEME_VERSION,
+        "scheme_version": reference.SCHEME_VERSION,
         "tokens": mixture_tokens(),
         "tail": {**TAIL, "draws_of_tail": tail_draws()},
     }

@@ -18,7 +18,7 @@ from bench.alignment import __main__ as study
 from bench.alignment import command, loop, policies, statistics, tables, tabular, training
 from bench.problem import DIVERGENCES
 from mod_fused import Ensemble, reference
-from mod_fused.world import train
+from mod_fused.training import embedded_policies as train
 
 # f' of design §2 as a function of x, as printed.
 F_PRIME = {

@@ -147,7 +147,7 @@ def test_left_padding_of_an_unknown_architecture_needs_positions_and_a_mask() ->
 def test_an_unknown_architecture_with_a_state_gets_no_padding_and_no_copies(
     monkeypatch: Any,
 ) -> None:
-    monkeypatch.setattr("mod_fused.architectures._is_known", lambda model: False)
+    monkeypatch.setattr("mod_fused.decoding.architectures._is_known", lambda model: False)
     model = small_model("bamba", 0)  # as if it were remote code
     ids, mask = torch.tensor([[3, 4], [0, 5]]), torch.tensor([[1, 1], [0, 1]])
     with pytest.raises(ValueError, match="cannot read padded prompts: padding may enter its state"):

@@ -18,8 +18,8 @@ from bench.cases.host import HOST
 from bench.contestants import loops, models
 from bench.logits import RECORDED, SETTINGS
 from bench.problem import FILTERS, Problem, logits
-from mod_fused import decoder as decoding
-from mod_fused import reference, reference_sampling, world
+from mod_fused import reference, world
+from mod_fused.decoding import generate as decoding
 
 
 def run_json(tmp_path: Path, *words: str) -> tuple[int, dict]:
@@ -106,7 +106,7 @@ def test_logits_processors_draw_from_the_filtered_mixture(name, reference_is_the
     after = problems.filters(one, torch.device("cpu"))
     if "mask" in after:
         after["mask"] = after["mask"][0]
-    p = np.exp(reference_sampling.filtered_log_probs(log_p, **after))
+    p = np.exp(reference.filtered_log_probs(log_p, **after))
     counts = np.bincount(tokens.numpy(), minlength=vocab)
     assert counts[p == 0].sum() == 0
     expected = draws * p[p > 0]

@@ -54,7 +54,7 @@ def test_a_base_that_is_wrong_is_refused_and_ours_is_not_blamed(tmp_path, monkey
 
     def spoil(tree: Path) -> None:
         trees.append(tree)
-        with (tree / "mod_fused" / "torch_backend.py").open("a") as file:
+        with (tree / "mod_fused" / "torch_kernels" / "mixture.py").open("a") as file:
             file.write("\n_right = log_probs\ndef log_probs(*x): return 0.999 * _right(*x)\n")
 
     monkeypatch.setattr(other_commit, "build", spoil)

@@ -13,7 +13,7 @@ import torch
 from cases import normal
 from test_decoder import by_hand, ids_of
 
-from mod_fused import Ensemble, generate, reference_sampling
+from mod_fused import Ensemble, generate, reference
 from mod_fused.guidance import BlockwiseOutput, best_of_n, blockwise_best_of_k
 
 PROMPTS = tiny.PROMPTS
@@ -33,7 +33,7 @@ def ensemble() -> Ensemble:
 
 def seeds_of(row_seed: int, count: int) -> list[int]:
     """The documented seeds of one prompt's continuations."""
-    mix = reference_sampling.splitmix64
+    mix = reference.splitmix64
     return [row_seed, *(mix(mix(row_seed) + k) for k in range(1, count))]
 
 

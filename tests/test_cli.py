@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from mod_fused import doctor, sweep, terminal, world
+from mod_fused import world
+from mod_fused.app import doctor, terminal
+from mod_fused.app import trade_off as sweep
 from mod_fused.cli import main
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -84,7 +86,7 @@ def test_bad_arguments_give_one_line_and_exit_code_2(argv, said, capsys, tmp_pat
 def test_a_runtime_error_is_one_line_and_the_debug_variable_shows_the_traceback(
     capsys, monkeypatch
 ):
-    monkeypatch.setattr("mod_fused.cli.run_doctor", crash)
+    monkeypatch.setattr("mod_fused.app.main.run_doctor", crash)
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == "mod-fused: no kernel\n"
     monkeypatch.setenv("MOD_FUSED_DEBUG", "1")
@@ -291,7 +293,7 @@ def test_lead_over_line_is_undefined_without_ends_or_order():
 
 
 def test_demo_streams_answers_tabulates_rewards_and_draws(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("mod_fused.demo.MAX_NEW_TOKENS", 8)
+    monkeypatch.setattr("mod_fused.app.demo.MAX_NEW_TOKENS", 8)
     picture = tmp_path / "curve.png"
     assert main(["demo", "--quick", "--out", str(picture)]) == 0
     out = capsys.readouterr().out
@@ -308,7 +310,7 @@ def test_demo_streams_answers_tabulates_rewards_and_draws(capsys, tmp_path, monk
 
 
 def test_demo_without_matplotlib_says_so(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("mod_fused.demo.MAX_NEW_TOKENS", 2)
+    monkeypatch.setattr("mod_fused.app.demo.MAX_NEW_TOKENS", 2)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["demo", "--quick", "--out", str(tmp_path / "curve.png")]) == 0
     assert "No picture: a picture needs matplotlib" in capsys.readouterr().out

@@ -10,9 +10,9 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from mod_fused import prompt_input, terminal
+from mod_fused.app import prompt_input, terminal
+from mod_fused.app.prompt_input import read_conversations, read_prompts
 from mod_fused.cli import main
-from mod_fused.prompt_input import read_conversations, read_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_without_standard_input_a_prompt_is_asked_for(folders, capsys, monkeypat
 
 def test_numbers_that_json_does_not_know_are_null(folders, tmp_path, capsys):
     # Whatever the op makes of it: infinite and undefined numbers are written as null.
-    from mod_fused.generate_command import _finite
+    from mod_fused.app.generate import _finite
 
     values = {"a": [1.5, math.inf, [-math.inf, math.nan]], "b": "Infinity", "c": 2, "d": None}
     assert _finite(values) == {"a": [1.5, None, [None, None]], "b": "Infinity", "c": 2, "d": None}

@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from mod_fused import sweep_log, world
+from mod_fused import world
+from mod_fused.app import sweep_log
 from mod_fused.cli import main
 
 SIMPLEX = ["--points", "3", "--objectives", "helpful,humorous", "--batch-size", "5"]
@@ -110,7 +111,7 @@ def test_resuming_survives_files_that_are_cut_off_anywhere(tmp_path, capsys, mon
 def test_a_finished_sweep_is_shown_again_without_decoding(tmp_path, capsys, monkeypatch):
     assert run(*SIMPLEX) == 0
     whole, shown = files(tmp_path), capsys.readouterr().out
-    monkeypatch.setattr("mod_fused.sweep.generate", ctrl_c)
+    monkeypatch.setattr("mod_fused.app.trade_off.generate", ctrl_c)
     assert run(*SIMPLEX, "--resume") == 0
     assert capsys.readouterr().out == shown and files(tmp_path) == whole
 
@@ -227,7 +228,7 @@ def test_a_sweep_that_cannot_fit_is_refused_before_it_begins(size, tmp_path, cap
 
 def test_a_batch_that_cannot_fit_leaves_an_older_table_alone(tmp_path, capsys, monkeypatch):
     (tmp_path / "s.csv").write_text("old")
-    monkeypatch.setattr("mod_fused.memory.available_bytes", lambda device: 2**20)
+    monkeypatch.setattr("mod_fused.decoding.memory.available_bytes", lambda device: 2**20)
     assert run(*SIMPLEX, "--batch-size", "1000000000") == 2
     err = capsys.readouterr().err
     assert "decoding 24 rows of up to 6 new tokens takes at least" in err and "1.0 MiB are" in err
@@ -237,8 +238,8 @@ def test_a_batch_that_cannot_fit_leaves_an_older_table_alone(tmp_path, capsys, m
 def test_points_without_rewards_or_numbers_come_back_as_they_were(tmp_path):
     import numpy as np
 
-    from mod_fused.strengths import Guided
-    from mod_fused.sweep import Point
+    from mod_fused.app.strengths import Guided
+    from mod_fused.app.trade_off import Point
 
     log = sweep_log.SweepLog(tmp_path / "x.csv", {"a": (1,)}, ["kl"], lambda x: {"kl": 1.0})
     point = Point((), None, np.zeros((0, 2)), np.array([0.1, math.nan]), 3)

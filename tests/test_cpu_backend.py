@@ -23,7 +23,7 @@ import torch
 from cases import logits, normal
 
 import mod_fused
-from mod_fused import cpu_backend
+from mod_fused.dispatch.backends import instruction_set
 from mod_fused.divergence import alpha_of, get_divergence, number_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -295,7 +295,7 @@ for divergence in inputs["divergences"]:
         results.append(mod_fused.sample(rows[0], rows[1:], [0.5, 0.4], divergence=divergence,
                                         backend="cpu", seed=5, temperature=0.9).tokens)
 torch.save(results, sys.argv[2])
-print(mod_fused.cpu_backend.instruction_set())
+print(mod_fused.dispatch.backends.instruction_set())
 """
 
 
@@ -321,7 +321,7 @@ def test_every_instruction_set_of_this_machine_gives_the_same_results(tmp_path):
             found[isa] = torch.load(out)
         else:
             assert "MOD_FUSED_CPU_ISA" in said and isa in said
-    assert cpu_backend.instruction_set() in found and {"baseline", "neon"} & set(found)
+    assert instruction_set() in found and {"baseline", "neon"} & set(found)
     first, *rest = found.values()
     for results in rest:
         for x, y in zip(first[::2], results[::2], strict=True):
@@ -355,7 +355,7 @@ PACKED = {
 def test_arguments_that_pack_did_not_write_are_refused(changed):
     op = torch.ops.mod_fused.log_probs_cpu
     assert op(**PACKED).isfinite().all()
-    with pytest.raises(RuntimeError, match="not what mod_fused/arguments.py packs"):
+    with pytest.raises(RuntimeError, match="not what mod_fused/call/arguments.py packs"):
         op(**{**PACKED, **changed})
 
 

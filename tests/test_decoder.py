@@ -375,8 +375,8 @@ def test_log_probabilities_may_enter_a_loss() -> None:
 def test_callables_need_no_transformers() -> None:
     done = tiny.without_transformers(
         "import torch\n"
-        "from mod_fused.decoder import generate\n"
-        "from mod_fused.ensemble import Ensemble\n"
+        "from mod_fused.decoding.generate import generate\n"
+        "from mod_fused.decoding.ensemble import Ensemble\n"
         "step = lambda tokens: torch.eye(5)[(tokens[:, -1] + 1) % 5] * 100\n"
         "out = generate(Ensemble([step, step]), input_ids=torch.tensor([[0], [2]]),\n"
         "               weights=[0.5], max_new_tokens=4)\n"

@@ -11,8 +11,8 @@ import torch
 from cases import normal
 from test_blockwise import seeds_of
 
-from mod_fused import Ensemble, generate, reference_sampling
-from mod_fused.responses import FINISH_REASONS
+from mod_fused import Ensemble, generate, reference
+from mod_fused.decoding.responses import FINISH_REASONS
 
 PROMPTS = tiny.PROMPTS
 
@@ -75,7 +75,7 @@ def test_one_seed_or_none_serves_every_prompt(seed: int | None) -> None:
     assert torch.equal(out.tokens[::4], one.tokens)
     assert len({tuple(row) for row in out.tokens.tolist()}) == 8
     if seed is not None:
-        rows = reference_sampling.row_seeds(seed, 2)
+        rows = reference.row_seeds(seed, 2)
         every = [s for row in rows for s in seeds_of(row, 4)]
         options["input_ids"] = torch.full((8, 1), 4)
         assert torch.equal(generate(models, seed=every, **options).tokens, out.tokens)

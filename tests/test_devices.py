@@ -10,7 +10,7 @@ import tiny_models as tiny
 import torch
 
 from mod_fused import Ensemble, generate
-from mod_fused.model_state import CausalLMState
+from mod_fused.decoding.model_state import CausalLMState
 
 accelerate = pytest.importorskip("accelerate")
 

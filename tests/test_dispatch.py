@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from mod_fused import dispatch
+from mod_fused.dispatch import backends as dispatch
 
 VALUES = [None, "", "0", "1", "2", "true", "True", "TRUE", "on", "yes", "y", "false", "off", "no"]
 

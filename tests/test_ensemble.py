@@ -99,7 +99,7 @@ def test_from_pretrained_loads_folders_and_loads_each_once(tmp_path: Path) -> No
 
 def test_missing_transformers_is_an_import_error_that_says_what_to_install() -> None:
     done = tiny.without_transformers(
-        "from mod_fused.ensemble import Ensemble\n"
+        "from mod_fused.decoding.ensemble import Ensemble\n"
         "try:\n    Ensemble.from_pretrained('x', ['y'])\n"
         "except ImportError as error:\n    print(error)\n"
     )

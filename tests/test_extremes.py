@@ -1,5 +1,5 @@
-"""Numbers near the ends of float32: the rule of mod_fused/reference.py, row by row, on every
-backend."""
+"""Numbers near the ends of float32: the rule of mod_fused/reference/mixture.py, row by row, on
+every backend."""
 
 from __future__ import annotations
 

@@ -62,11 +62,14 @@ def test_the_dry_run_passes(tmp_path):
 WRONG = """
 import itertools
 from mod_fused.triton_kernels import launch
-calls, sample, log_probs = itertools.count(1), launch.sample, launch.log_probs
-def moved(mixing, drawing):
-    tokens, *others = sample(mixing, drawing)
-    return (tokens + next(calls)) % mixing.vocab_size, *others
-launch.sample, launch.log_probs = moved, lambda mixing: 1.001 * log_probs(mixing)
+calls, sample_out, log_probs_out = itertools.count(1), launch.sample_out, launch.log_probs_out
+def moved(mixing, drawing, outputs, workspace=None):
+    sample_out(mixing, drawing, outputs, workspace)
+    outputs[0].add_(next(calls)).remainder_(mixing.vocab_size)
+def scaled(mixing, out, workspace=None):
+    log_probs_out(mixing, out, workspace)
+    out.mul_(1.001)
+launch.sample_out, launch.log_probs_out = moved, scaled
 """
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tabular import Tree
 
-from mod_fused.guidance import losses
+from mod_fused.guidance.scorers import taken
+from mod_fused.training import losses
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_cd_fudge_recovers_the_mean_reward_of_the_rollouts(tree: Tree) -> None:
     table = minimise(
         tree,
         weights,
-        lambda v: losses.value_loss(losses.taken(v, tree.tokens), tree.response_rewards, weights),
+        lambda v: losses.value_loss(taken(v, tree.tokens), tree.response_rewards, weights),
         steps=1,
     )
     torch.testing.assert_close(table, tree.q(tree.ref), atol=1e-9, rtol=0)
@@ -51,7 +52,7 @@ def test_cd_q_recovers_it_too_one_level_each_step(tree: Tree) -> None:
 
     def loss(v: torch.Tensor) -> torch.Tensor:
         targets = losses.q_targets(v, tree.ref[tree.nodes], tree.response_rewards, weights)
-        return losses.value_loss(losses.taken(v, tree.tokens), targets, weights)
+        return losses.value_loss(taken(v, tree.tokens), targets, weights)
 
     exact = tree.q(tree.ref)
     table = minimise(tree, weights, loss, steps=4)
@@ -72,7 +73,7 @@ def test_kl_returns_recover_the_regularised_value_of_their_own_policy(tree: Tree
     table = minimise(
         tree,
         weights,
-        lambda v: losses.value_loss(losses.taken(v, tree.tokens), returns, weights),
+        lambda v: losses.value_loss(taken(v, tree.tokens), returns, weights),
         steps=1,
     )
     torch.testing.assert_close(table, tree.q(policy, beta), atol=1e-9, rtol=0)
@@ -89,7 +90,7 @@ def test_attribute_loss_is_least_at_the_share_of_rollouts_with_the_attribute(tre
     logits = torch.logit(share.clamp(1e-9, 1 - 1e-9)).requires_grad_()
 
     def loss(table: torch.Tensor) -> torch.Tensor:
-        return losses.attribute_loss(losses.taken(table[tree.nodes], tree.tokens), labels, weights)
+        return losses.attribute_loss(taken(table[tree.nodes], tree.tokens), labels, weights)
 
     (gradient,) = torch.autograd.grad(loss(logits), logits)
     assert gradient.abs().max() < 1e-9
@@ -108,7 +109,7 @@ def test_targets_carry_no_gradient_and_padding_counts_for_nothing() -> None:
     assert not targets.requires_grad
     assert targets[0, 1] == 0.25 and targets[1, 2] == 0.75  # where the responses end
     torch.testing.assert_close(targets[0, 0], values[0, 1].mean())
-    loss = losses.value_loss(losses.taken(values, tokens), targets, mask)
+    loss = losses.value_loss(taken(values, tokens), targets, mask)
     (gradient,) = torch.autograd.grad(loss, values)
     assert gradient[0, 2].eq(0).all()
     assert gradient.ne(0).sum() == 5  # one entry for each token that was taken

@@ -13,7 +13,8 @@ from tabular import Tree
 
 import mod_fused
 from mod_fused import Ensemble, generate
-from mod_fused.guidance import controlled_decoding, fudge, losses, mavis, train_mavis
+from mod_fused.guidance import controlled_decoding, fudge, mavis, train_mavis
+from mod_fused.training import losses
 
 BETA = 4.0
 

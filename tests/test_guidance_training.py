@@ -12,9 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mod_fused import Ensemble, world
-from mod_fused.guidance import Guidance, Scorer, controlled_decoding, fudge, losses, trainer
-from mod_fused.guidance.train import CONTINUATIONS, new_scorer, values_and_outcomes
-from mod_fused.world.train import MAX_NEW_TOKENS
+from mod_fused.guidance import Guidance, Scorer, controlled_decoding, fudge
+from mod_fused.guidance.scorers import prefix_values
+from mod_fused.training import losses
+from mod_fused.training import scorers as trainer
+from mod_fused.training.embedded_policies import MAX_NEW_TOKENS
+from mod_fused.training.embedded_scorers import CONTINUATIONS, new_scorer, values_and_outcomes
 
 PROMPTS = tiny.PROMPTS
 
@@ -75,7 +78,7 @@ def test_prefix_values_are_those_of_rows_without_padding(rollouts: Any, kind: An
     batch, _ = rollouts
     scorer = kind(3)
     with torch.no_grad():
-        got = trainer.prefix_values(scorer, batch)
+        got = prefix_values(scorer, batch)
         for row in range(6):
             real = batch.attention_mask[row].bool()
             out = scorer(input_ids=batch.ids[row][real][None]).logits[0]

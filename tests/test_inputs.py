@@ -11,9 +11,10 @@ import pytest
 import torch
 from cases import BARRIERS, DIVERGENCES, assert_tokens_are_the_oracle_s, check, logits, normal
 
-from mod_fused import checks, reference
-from mod_fused.check_helpers import row_parameter, weights_of
-from mod_fused.checks import check_draw, check_mixture
+from mod_fused import reference
+from mod_fused.call import checks
+from mod_fused.call.checks import check_draw, check_mixture
+from mod_fused.call.fields import row_parameter, weights_of
 from mod_fused.ops import log_probs, sample
 
 INF, NAN = math.inf, math.nan

@@ -20,7 +20,8 @@ from transformers import (
     GPTNeoForCausalLM,
 )
 
-from mod_fused import Ensemble, generate, guiding
+from mod_fused import Ensemble, generate
+from mod_fused.app import scorers as guiding
 
 WEIGHTS = "model.safetensors"
 Tensors = dict[str, torch.Tensor]

@@ -20,7 +20,8 @@ from transformers import (
     MistralConfig,
 )
 
-from mod_fused import Ensemble, generate, guidance, memory
+from mod_fused import Ensemble, generate, guidance
+from mod_fused.decoding import memory
 
 SIZES: dict[str, Any] = {
     "vocab_size": 30,
@@ -169,6 +170,6 @@ def test_scores_do_not_depend_on_how_many_rows_are_scored_at_a_time(
         score = guidance.prefix_score([scorer], [2.0])
         whole = score(ids, torch.ones_like(ids))
         with monkeypatch.context() as patch:
-            patch.setattr("mod_fused.guidance.scoring._VALUES", 3 * 5 * tiny.V)
+            patch.setattr("mod_fused.guidance.blockwise._VALUES", 3 * 5 * tiny.V)
             parts = score(ids, torch.ones_like(ids))
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)

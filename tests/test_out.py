@@ -283,7 +283,7 @@ def test_triton_launches_allocate_one_buffer_or_with_a_workspace_nothing():
     pytest.importorskip("triton")
     from mod_fused.triton_kernels import launch
 
-    from mod_fused.checks import check_draw, check_mixture
+    from mod_fused.call.checks import check_draw, check_mixture
 
     (ref, policies, weights), _ = MIXTURES["lists"]
     mixing = check_mixture(ref, policies, weights, divergence="jsd")

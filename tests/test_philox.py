@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mod_fused import philox as torch_philox
-from mod_fused import reference_sampling as oracle
+from mod_fused.reference import sampling as oracle
+from mod_fused.torch_kernels import philox as torch_philox
 
 ONES = 0xFFFFFFFF
 # Random123's published known answers for philox4x32, 10 rounds: zeros, ones, digits of pi.

@@ -10,8 +10,9 @@ from cases import logits, normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mod_fused
-from mod_fused import AlphaDivergence, tracing
-from mod_fused.checks import check_draw, check_mixture
+from mod_fused import AlphaDivergence
+from mod_fused.call.checks import check_draw, check_mixture
+from mod_fused.dispatch import tracing
 
 B, V = 3, 1100
 REF, POLICIES = logits(71, B, V, 2, kind="typical")

@@ -17,7 +17,7 @@ from cases import (
 from make_golden import PATH, POSITIONS, SEEDS, mixture_inputs, tail_log_probs
 from scipy import stats
 
-from mod_fused import reference, reference_sampling
+from mod_fused import reference
 
 INF = math.inf
 GOLDEN = json.loads(PATH.read_text())
@@ -84,7 +84,7 @@ def test_tokens_18_nats_down_are_drawn_exactly_when_their_turn_comes(op):
 
 @pytest.mark.parametrize("case", GOLDEN["tokens"], ids=lambda c: f"{c['divergence']}-{c['vocab']}")
 def test_golden_tokens(op, case):
-    assert GOLDEN["scheme_version"] == reference_sampling.SCHEME_VERSION
+    assert GOLDEN["scheme_version"] == reference.SCHEME_VERSION
     drawn = op.sample(
         *mixture_inputs(case), divergence=case["divergence"], **case["filters"],
         seed=torch.tensor(SEEDS), position=torch.tensor(POSITIONS),
@@ -134,7 +134,7 @@ def test_an_integer_seed_gives_row_b_the_seed_splitmix64_of_seed_plus_b(op):
     row = normal(43, 1500).expand(9, -1)
     for seed in (0, 5, -5, 2**63 - 4):
         tokens = op.sample(row, [row], [0.5], seed=seed).tokens
-        seeds = torch.tensor(reference_sampling.row_seeds(seed, 9))
+        seeds = torch.tensor(reference.row_seeds(seed, 9))
         assert torch.equal(tokens, op.sample(row, [row], [0.5], seed=seeds).tokens)
         assert torch.equal(tokens, op.sample(row, [row], [0.5], seed=seeds.tolist()).tokens)
         assert len(set(tokens.tolist())) > 4  # equal prompts differ
@@ -152,7 +152,7 @@ def test_every_row_uses_its_own_seed_and_permuted_rows_give_permuted_tokens(op):
     flat = torch.zeros(64, 1500)
     drawn = op.sample(flat, [flat], [0.5], seed=torch.arange(64)).tokens.tolist()
     assert len(set(drawn)) > 50
-    assert drawn == [reference_sampling.race(np.ones(1500), seed) for seed in range(64)]
+    assert drawn == [reference.race(np.ones(1500), seed) for seed in range(64)]
 
 
 def test_all_64_bits_of_seed_and_position_count(op):
@@ -162,8 +162,8 @@ def test_all_64_bits_of_seed_and_position_count(op):
     by_position = op.sample(flat, [flat], [1.0], seed=torch.zeros(8).long(), position=big).tokens
     by_seed = op.sample(flat, [flat], [1.0], seed=seeds).tokens
     p = np.ones(3000)
-    assert by_position.tolist() == [reference_sampling.race(p, 0, n) for n in big.tolist()]
-    assert by_seed.tolist() == [reference_sampling.race(p, seed) for seed in seeds.tolist()]
+    assert by_position.tolist() == [reference.race(p, 0, n) for n in big.tolist()]
+    assert by_seed.tolist() == [reference.race(p, seed) for seed in seeds.tolist()]
     assert len(set(by_position.tolist())) == len(set(by_seed.tolist())) == 8
 
 

@@ -11,8 +11,8 @@ import tiny_tokenizers
 import torch
 
 from mod_fused import Ensemble, generate
-from mod_fused.terminal import TextStream
-from mod_fused.text import Decoder, GrowingText, StopStrings
+from mod_fused.app.terminal import TextStream
+from mod_fused.decoding.text import Decoder, GrowingText, StopStrings
 
 KINDS = pytest.mark.parametrize("kind", tiny_tokenizers.ALL)
 

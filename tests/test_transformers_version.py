@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mod_fused.transformers_version import OLDEST, check_transformers_version
+from mod_fused.decoding.transformers_version import OLDEST, check_transformers_version
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ import mod_fused
 for use in (
     lambda: mod_fused.generate,
     lambda: mod_fused.Ensemble,
-    lambda: importlib.import_module("mod_fused.decoder"),
+    lambda: importlib.import_module("mod_fused.decoding.generate"),
 ):
     try:
         use()

@@ -21,7 +21,7 @@ from mod_fused.triton_kernels.ahead_of_time import (  # noqa: E402
     machine_code,
 )
 
-from mod_fused.checks import check_draw, check_mixture  # noqa: E402
+from mod_fused.call.checks import check_draw, check_mixture  # noqa: E402
 
 THREADS, TILE = 128, 1024  # of a program
 DRAW = ("temperature", "top_k", "top_p", "min_p", "mask", "return_model_logprobs")

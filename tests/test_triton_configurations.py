@@ -16,7 +16,7 @@ from mod_fused.triton_kernels.configurations import (  # noqa: E402
     rows_together,
 )
 
-from mod_fused.checks import check_mixture  # noqa: E402
+from mod_fused.call.checks import check_mixture  # noqa: E402
 
 
 def test_a_file_replaces_the_entries_that_it_has(tmp_path):

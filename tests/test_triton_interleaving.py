@@ -20,7 +20,7 @@ from mod_fused.triton_kernels import launch
 from mod_fused.triton_kernels.configurations import configuration
 from test_out import poisoned
 
-from mod_fused.checks import check_draw, check_mixture
+from mod_fused.call.checks import check_draw, check_mixture
 
 ROWS, VOCAB = 3, 2100
 CALLS: dict[str, dict[str, Any]] = {

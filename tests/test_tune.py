@@ -15,10 +15,10 @@ pytest.importorskip("triton")
 from mod_fused.triton_kernels import configurations, launch
 from mod_fused.triton_kernels.configurations import TABLE, Configuration, read_table
 
-from mod_fused import tune
+from mod_fused.app import tune
+from mod_fused.app.tune_bench import Device, Shape
 from mod_fused.cli import main
 from mod_fused.ops import Sample
-from mod_fused.tune_bench import Device, Shape
 
 DEFAULT = Configuration(threads=128, chunk=2)
 FAST = Configuration(threads=256, chunk=2)
@@ -190,7 +190,7 @@ def test_bad_arguments_give_one_line_and_exit_code_2(changed, said, capsys, tmp_
 
 
 def test_without_a_gpu_it_says_so(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("mod_fused.triton_backend.INTERPRETED", False)
+    monkeypatch.setattr("mod_fused.dispatch.backends.INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([*ARGUMENTS, "--out", str(tmp_path / "x.json")]) == 2
     out, err = capsys.readouterr()
@@ -208,7 +208,7 @@ class CommandBench(Bench):
 
 
 def test_the_file_holds_the_winners_and_reads_back(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune.triton_backend, "status", lambda: "available")
+    monkeypatch.setattr(tune, "triton_status", lambda: "available")
     monkeypatch.setattr(tune, "Device", CommandBench)
     path = tmp_path / "table.json"
     argv = ["--batch-sizes", "1,2,8", "--divergences", "jsd,kl", "--out", str(path)]
@@ -235,7 +235,7 @@ def test_refusals_are_printed_and_recorded(capsys, tmp_path, monkeypatch):
             wrong = configured.threads == 256
             return [SAME._replace(tokens=torch.tensor([5])) if wrong else SAME]
 
-    monkeypatch.setattr(tune.triton_backend, "status", lambda: "available")
+    monkeypatch.setattr(tune, "triton_status", lambda: "available")
     monkeypatch.setattr(tune, "Device", Wrong)
     path = tmp_path / "table.json"
     assert main([*ARGUMENTS, "--divergences", "jsd", "--out", str(path)]) == 0
@@ -259,7 +259,7 @@ def test_refusals_are_printed_and_recorded(capsys, tmp_path, monkeypatch):
 )
 def test_the_doctor_says_which_table_is_in_force(record, said, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("mod_fused.doctor.working", lambda: [])
+    monkeypatch.setattr("mod_fused.app.doctor.working", lambda: [])
     monkeypatch.delenv(configurations.TABLE_VARIABLE, raising=False)
     if record is not None:
         path = tmp_path / "table.json"

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mod_fused import world
-from mod_fused.world import corpus, lexicon, train
+from mod_fused.training import embedded_policies as train
+from mod_fused.world import corpus, lexicon
 from mod_fused.world.rewards import find_topic, words
 from mod_fused.world.tokenizer import build_tokenizer, vocabulary
 

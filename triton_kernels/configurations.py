@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..arguments import MixtureArguments
+from ..call.arguments import MixtureArguments
 from ..divergence import Divergence, ReverseKL, get_divergence
 
 TABLE_VARIABLE = "MOD_FUSED_TRITON_TABLE"

@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..arguments import DrawArguments, MixtureArguments
+from ..call.arguments import DrawArguments, MixtureArguments
+from ..call.outputs import new_log_probs, new_outputs
 from ..divergence import AlphaDivergence, JensenShannonDivergence, ReverseKL
-from ..outputs import new_log_probs, new_outputs
 from . import divergences
 from .configurations import Configuration, configuration, processors, rows_together
 from .filters import filter_kernel

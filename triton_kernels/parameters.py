@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import DrawArguments, MixtureArguments
+from ..call.arguments import DrawArguments, MixtureArguments
 from ..divergence import alpha_of
 
 

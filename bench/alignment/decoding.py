@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from mod_fused import Ensemble, generate, world
-from mod_fused.philox import split_mix
-from mod_fused.world import train
+from mod_fused.torch_kernels.philox import split_mix
+from mod_fused.training import embedded_policies as train
 
 Array = np.ndarray
 BATCH = 256

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mod_fused.terminal import track
+from mod_fused.app.terminal import track
 
 
 class Job(NamedTuple):

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from mod_fused import world
-from mod_fused.sweep import simplex_grid
-from mod_fused.world import train
+from mod_fused.app.trade_off import simplex_grid
+from mod_fused.training import embedded_policies as train
 
 from ..problem import DIVERGENCES
 from .decoding import DECODE_SEED, SEED, Array, decode, reference, scores

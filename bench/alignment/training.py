@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from mod_fused import world
+from mod_fused.decoding.sequences import Sequences
 from mod_fused.divergence import get_divergence
-from mod_fused.fitting import Sequences
-from mod_fused.world import train
+from mod_fused.training import embedded_policies as train
 
 TANGENT_BELOW = -4.0  # nats
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mod_fused import reference, reference_sampling
+from mod_fused import reference
 
 from .. import measure
 from ..case import Procedure, set_threads
@@ -91,9 +91,9 @@ def refusal(name: str, task: loops.Task, clock: Clock, drawn: loops.Drawn) -> st
         if not error <= (_TOLERANCE if name in OURS else _PEERS_TOLERANCE):
             return f"step {step}: the log-probability of the token is off by {error:.1e}"
         if name in OURS:
-            race = (np.exp(expected), reference_sampling.row_seeds(loops.SEED, 1)[0], step)
-            close = reference_sampling.race_margin(*race) < _CLOSE_RACE
-            if not close and tokens[step] != reference_sampling.race(*race):
+            race = (np.exp(expected), reference.row_seeds(loops.SEED, 1)[0], step)
+            close = reference.race_margin(*race) < _CLOSE_RACE
+            if not close and tokens[step] != reference.race(*race):
                 return f"step {step}: the token is not the oracle's"
     return ""
 

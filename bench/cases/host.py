@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mod_fused.arguments import DrawArguments, MixtureArguments, pack
-from mod_fused.checks import check_draw, check_mixture
-from mod_fused.dispatch import choose
+from mod_fused.call.arguments import DrawArguments, MixtureArguments
+from mod_fused.call.checks import check_draw, check_mixture
+from mod_fused.dispatch.backends import choose
+from mod_fused.dispatch.packing import pack
 from mod_fused.divergence import get_divergence
 
 from ..case import Case, Contestant, Grid, mixtures_only

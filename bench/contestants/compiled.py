@@ -62,7 +62,7 @@ def masses(logits: Sequence[Tensor], weights: Sequence[float], divergence: Diver
     tau = tau * (1.0 - 1e-4) if divergence.bounded else tau - 1e-4
     if divergence.name == "jsd":
         excess = torch.expm1(excess.clamp(max=80.0))
-    for _ in range(NEWTON_STEPS):  # in the variable q(log G), as mod_fused.normalizer
+    for _ in range(NEWTON_STEPS):  # in the variable q(log G), as mod_fused.torch_kernels.normalizer
         h, slope = _kernel(divergence, tau, excess)
         log_g = (p * h).sum(-1, keepdim=True).log()
         q = divergence.deficit(log_g)

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mod_fused.checks import check_draw, check_mixture
+from mod_fused.call.checks import check_draw, check_mixture
 
 from .. import report
 from ..problem import DIVERGENCES, WEIGHTS

@@ -1,5 +1,5 @@
 // The CPU backend as torch ops, on the stable ABI: tensors and numbers in, a Request out. The Python side has checked shapes,
-// dtypes and devices (mod_fused/checks.py) and packed them (mod_fused/arguments.py). No string crosses the dispatcher: the
+// dtypes and devices (mod_fused/call/checks.py) and packed them (mod_fused/call/arguments.py). No string crosses the dispatcher: the
 // ABI's headers before torch 2.14 lose its memory.
 
 #include <Python.h>
@@ -62,10 +62,10 @@ template <class T, class Host> PerRow<T> per_row(Host host, Pointer tensor) {
 }
 
 [[noreturn]] void not_packed() {
-  throw std::runtime_error("mod_fused: the arguments are not what mod_fused/arguments.py packs");
+  throw std::runtime_error("mod_fused: the arguments are not what mod_fused/call/arguments.py packs");
 }
 
-// The arguments of an op in their slots; see `pack` of mod_fused/arguments.py.
+// The arguments of an op in their slots; see `pack` of mod_fused/call/arguments.py.
 struct Packed {
   const std::vector<Tensor>& logits;
   const std::vector<std::optional<Tensor>>& tensors;
@@ -289,7 +289,7 @@ Tensor divergence_function(int64_t divergence, double alpha, int64_t function, c
   return y;
 }
 
-// Its place in the list of mod_fused/cpu_backend.py.
+// Its place in the list of mod_fused/dispatch/cpu_backend.py.
 int64_t instruction_set() {
   const char* const names[] = {"baseline", "neon", "avx2", "avx512"};
   int64_t i = 0;

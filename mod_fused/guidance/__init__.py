@@ -6,16 +6,21 @@
     guidance.blockwise_best_of_k(models, prompts, score_fn=score, k=4, block_length=8)
 
 A scorer is an ordinary Hugging Face model, so transformers loads, saves and runs it.
-`python -m mod_fused.guidance.train` makes those of the embedded world.
+`python -m mod_fused.training.embedded_scorers` makes those of the embedded world.
 """
 
-from .blockwise import BlockwiseOutput, best_of_n, blockwise_best_of_k
+from typing import Any
+
+from .blockwise import (
+    BlockwiseOutput,
+    best_of_n,
+    blockwise_best_of_k,
+    prefix_score,
+    response_score,
+)
 from .guide import Guidance, GuidanceState
-from .policy_iteration import train_mavis
+from .recipes import controlled_decoding, fudge, mavis
 from .scorers import Scorer
-from .scoring import prefix_score, response_score
-from .systems import controlled_decoding, fudge, mavis
-from .trainer import train_scorer
 
 __all__ = [
     "BlockwiseOutput",
@@ -32,3 +37,13 @@ __all__ = [
     "train_mavis",
     "train_scorer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Training stands above: the public names of its two functions are looked up when used.
+    if name in ("train_mavis", "train_scorer"):
+        from importlib import import_module
+
+        module = "policy_iteration" if name == "train_mavis" else "scorers"
+        return getattr(import_module(f"mod_fused.training.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

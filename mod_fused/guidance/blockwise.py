@@ -14,15 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..check_helpers import number, shape_of
-from ..decoder import generate
-from ..ensemble import Ensemble
-from ..memory import check_decoding
-from ..prompts import Prompts
-from ..responses import FINISH_REASONS
+from ..call.fields import number, shape_of
+from ..decoding.architectures import embedded_ids
+from ..decoding.ensemble import Ensemble
+from ..decoding.generate import generate
+from ..decoding.memory import check_decoding
+from ..decoding.prompts import Prompts, encode_text
+from ..decoding.responses import FINISH_REASONS
+from ..decoding.sequences import Sequences
+from ..decoding.text import Decoder
+from .scorers import Scorer, prefix_values
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
+Reward = Callable[[str, str], float]
 _INVALID = FINISH_REASONS.index("invalid")
+_VALUES = 2**28  # a dense scorer says one for each token of the vocabulary: 1 GiB at a time
 
 
 class BlockwiseOutput(NamedTuple):
@@ -254,3 +260,66 @@ def _at_least_one(name: str, x: object) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
+
+
+def prefix_score(scorers: Sequence[Any], strengths: Sequence[float] | None = None) -> ScoreFunction:
+    """sum_j v_j V_j(x, y^t) of the prefixes y^t themselves (Controlled Decoding, arXiv 2310.17022).
+
+    Args:
+        scorers: J models or `Scorer`s, dense or scalar; no callables, whose prefixes are not known.
+        strengths: v, [J]; None means ones.
+
+    Returns:
+        A score_fn: sequences and mask int64 [N, L] to float32 [N]. It reads whole sequences anew.
+
+    Raises:
+        TypeError: a scorer is a callable.
+        ValueError: not one strength per scorer.
+    """
+    known = [s if isinstance(s, Scorer) else Scorer(s) for s in scorers]
+    for scorer in known:
+        if not hasattr(scorer.model, "config"):
+            raise TypeError(f"a prefix score needs a model, got {type(scorer.model).__name__}")
+    weights = [1.0] * len(known) if strengths is None else list(strengths)
+    if len(weights) != len(known):
+        raise ValueError(f"strengths must be {len(known)} numbers, got {len(weights)}")
+
+    @torch.no_grad()
+    def score(sequences: Tensor, mask: Tensor) -> Tensor:
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        last = (columns * mask).argmax(1, keepdim=True)  # of the prefix; padding may follow
+        total = torch.zeros(len(sequences), dtype=torch.float32, device=sequences.device)
+        for weight, scorer in zip(weights, known, strict=True):
+            width = embedded_ids(scorer.model) if scorer.dense else 1
+            rows = max(1, _VALUES // (width * mask.shape[1]))
+            for start in range(0, len(sequences), rows):
+                part = slice(start, start + rows)
+                batch = Sequences(sequences[part], mask[part], mask[part])
+                values = scorer.finish(prefix_values(scorer.model, batch))
+                total[part] += weight * values.gather(1, last[part] - 1)[:, 0]
+        return total
+
+    return score
+
+
+def response_score(reward: Reward, tokenizer: Any, prompts: Sequence[str]) -> ScoreFunction:
+    """The reward of the responses as text; for `best_of_n`, where they are complete.
+
+    Args:
+        reward: reward(prompt, response), any float; the response as in `GenerateOutput.texts`.
+        tokenizer: of the first model.
+        prompts: the B prompts that are decoded; rows b K to (b + 1) K - 1 answer prompt b.
+    """
+    starts = [len(encode_text(prompt, tokenizer)) for prompt in prompts]
+    decoder = Decoder(tokenizer)
+
+    def score(sequences: Tensor, mask: Tensor) -> Tensor:
+        copies = len(sequences) // len(prompts)
+        rewards = []
+        for row, (ids, kept) in enumerate(zip(sequences, mask.bool(), strict=True)):
+            prompt = row // copies
+            text = decoder(ids[kept][starts[prompt] :].tolist())
+            rewards.append(float(reward(prompts[prompt], text)))
+        return torch.tensor(rewards, dtype=torch.float64, device="cpu")
+
+    return score

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters import check_shared
-from ..architectures import embedded_ids
-from ..model_state import CallableState
-from ..values import Scores
+from ..decoding.adapters import check_shared
+from ..decoding.architectures import embedded_ids
+from ..decoding.model_state import CallableState
+from ..decoding.values import Scores
 from .scorers import ScalarState, Scorer
 
 

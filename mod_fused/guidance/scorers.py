@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..architectures import (
+from ..decoding.architectures import (
     accepted_arguments,
     cache_name,
     check_candidates,
     is_transformers_model,
     text_config,
 )
-from ..model_state import CallableState, CausalLMState, positions_of
+from ..decoding.model_state import CallableState, CausalLMState, positions_of
+from ..decoding.sequences import Rows
 
 
 @dataclass(frozen=True)
@@ -168,3 +169,28 @@ class ScalarState(CausalLMState):
         if self.use_cache:
             cache.crop(-count)
         return output.logits[:, new:, 0].to(self.home)
+
+
+def outputs(model: Any, batch: Rows) -> Tensor:
+    """A language model's logits or values [N, L, V or 1] at every token of a batch."""
+    options = {}
+    if "position_ids" in accepted_arguments(model):
+        options["position_ids"] = positions_of(batch.attention_mask)
+    return model(
+        input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False, **options
+    ).logits
+
+
+def taken(values: Tensor, tokens: Tensor) -> Tensor:
+    """V(x, y^t) [N, T] of a dense scorer's values [N, T, V], V(x, [y^(t-1), z]) of every z, and the
+    tokens int64 [N, T] of the responses."""
+    return values.gather(-1, tokens[..., None])[..., 0]
+
+
+def prefix_values(scorer: Any, batch: Rows) -> Tensor:
+    """V(x, y^t) of every prefix that ends with token 1..L-1 of the row, [N, L-1]; what a prompt
+    gets means nothing."""
+    values = outputs(scorer, batch)
+    if Scorer(scorer).dense:
+        return taken(values[:, :-1], batch.ids[:, 1:])
+    return values[:, 1:, 0]

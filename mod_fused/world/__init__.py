@@ -3,8 +3,9 @@
 A reference model and three policies (helpful, harmless, humorous), each trained from the reference
 by preference optimisation on its own reward: four real Hugging Face checkpoints of about 1 MB that
 share one tokenizer. The rewards are plain functions of two strings, the text comes from a small
-grammar, and `python -m mod_fused.world.train` makes everything again and measures it. For each
-reward there is a value scorer of the reference, too (`python -m mod_fused.guidance.train`).
+grammar, and `python -m mod_fused.training.embedded_policies` makes everything again and measures
+it. For each reward there is a value scorer of the reference, too
+(`python -m mod_fused.training.embedded_scorers`).
 
     prompt = world.prompts(1, seed=0)[0]        # "User: How do I bake bread?\\nAssistant:"
     world.reward("helpful", prompt, " Knead the dough for ten minutes.")      # 0.49
@@ -36,7 +37,7 @@ def checkpoint(name: str) -> Path:
     names = ("reference", *OBJECTIVES)
     if name not in names:
         raise ValueError(f"checkpoint name must be one of {', '.join(names)}, got {name!r}")
-    return _complete(CHECKPOINTS / name, "mod_fused.world.train")
+    return _complete(CHECKPOINTS / name, "mod_fused.training.embedded_policies")
 
 
 def scorer(objective: str) -> Path:
@@ -52,7 +53,7 @@ def scorer(objective: str) -> Path:
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
-    return _complete(SCORERS / objective, "mod_fused.guidance.train")
+    return _complete(SCORERS / objective, "mod_fused.training.embedded_scorers")
 
 
 def _complete(folder: Path, maker: str) -> Path:

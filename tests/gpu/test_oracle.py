@@ -13,7 +13,7 @@ from interpreter import INTERPRETED
 from torch import Tensor
 
 import mod_fused
-from mod_fused import reference, reference_sampling
+from mod_fused import reference
 
 pytestmark = pytest.mark.gpu
 
@@ -185,7 +185,7 @@ def test_millions_of_draws_follow_the_oracle_s_distribution(gpu, divergence):
         )  # fmt: skip
         counts += torch.bincount(drawn.tokens, minlength=vocab)
     seen = counts.cpu().numpy()
-    tiles = np.arange(0, vocab, reference_sampling.TILE)
+    tiles = np.arange(0, vocab, reference.TILE)
     of_tiles = np.add.reduceat(seen, tiles), np.add.reduceat(p, tiles)
     for found in (chi_squared(seen, p), chi_squared(*of_tiles)):
         print(f"{total} draws, chi-squared %.1f at %d degrees of freedom, p-value %.2g" % found)

@@ -1,0 +1,113 @@
+"""`mod-fused demo`: four small models that ship with the package, steered by the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import world
+from ..decoding.ensemble import Ensemble
+from ..decoding.generate import generate
+from .terminal import TextStream, table, write
+from .trade_off import Point, draw, evaluate, leads, signed, simplex_grid, table_rows
+
+MAX_NEW_TOKENS = 64
+PAIRS = ((0, 2), (1, 2), (0, 1))  # the objectives mixed for each question
+
+INTRODUCTION = """\
+Four small language models answer everyday questions: a reference, and three policies that were
+each trained from it to please one objective: helpful, harmless or humorous. mod_fused trains
+nothing: at every token it mixes the next-token distributions of the four into the one that is
+optimal for the weighted sum of the objectives. You choose the weights while decoding."""
+
+CURVE = """\
+Now many held-out questions at each weight. Rewards are plain functions of question and answer,
+from 0 to 1; KL says how far the mixture has moved from the reference, in nats per answer.
+All-zero weights are the reference itself."""
+
+LEAD = """\
+The simple alternative is to answer each question with one policy, picked at random: its rewards
+lie on the straight line between the two. Mixing gets this far beyond that line (negative: short
+of it), where each reward is scaled to go from 0 to 1 between the two policies:"""
+
+NEXT = """\
+Next:
+  mod-fused generate --weights 0.5 0.5 0 --prompt "How do I bake bread?"
+  mod-fused sweep --divergence jsd     rewards over all weights, as CSV and picture
+    (the embedded policies were tuned with reverse KL: others are for looking, not for the best
+    trade-off)
+  mod-fused doctor                     does every backend of this machine agree with the oracle"""
+
+
+def label(weights: Sequence[float]) -> str:
+    """Weights in words: "0.5 helpful + 0.5 humorous"."""
+    parts = [f"{w:.2g} {name}" for w, name in zip(weights, world.OBJECTIVES, strict=True) if w]
+    return " + ".join(parts) or "the reference alone"
+
+
+def show_answers(
+    ensemble: Ensemble, prompt: str, pair: tuple[int, int], seed: int, divergence: str
+) -> None:
+    """Stream answers of the reference, two policies and their mixture, each with its rewards."""
+    write(f"\n{prompt}", style="bold")
+    for i_weight, j_weight in [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)]:
+        weights = [0.0] * len(world.OBJECTIVES)
+        weights[pair[0]], weights[pair[1]] = i_weight, j_weight
+        write(f"\n[{label(weights)}]", style="bold cyan")
+        (answer,) = generate(
+            ensemble,
+            prompt,
+            weights=weights,
+            divergence=divergence,
+            max_new_tokens=MAX_NEW_TOKENS,
+            seed=seed,
+            streamer=TextStream(ensemble.tokenizer),
+        ).texts or [""]
+        rewards = (f"{name} {world.reward(name, prompt, answer):.2f}" for name in world.OBJECTIVES)
+        write(f"\n   rewards: {', '.join(rewards)}", style="dim")
+
+
+def measure(
+    ensemble: Ensemble, n_prompts: int, points: int, seed: int, divergence: str
+) -> list[Point]:
+    """The reference, the edges of the simplex, and the centre, on held-out prompts."""
+    policies = len(world.OBJECTIVES)
+    edges = [w for w in simplex_grid(policies, points) if sum(x > 0 for x in w) <= 2]
+    grid = [(0.0,) * policies, *edges, (1 / policies,) * policies]
+    return evaluate(
+        ensemble,
+        world.prompts(n_prompts, seed),
+        grid,
+        [world.REWARDS[name] for name in world.OBJECTIVES],
+        seed=seed,
+        divergence=divergence,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+
+
+def run(out: Path, *, seed: int = 0, quick: bool = False, divergence: str = "reverse_kl") -> None:
+    """Stream answers, print a table of rewards, and draw the trade-off curve into `out`.
+
+    Raises:
+        ImportError: without transformers.
+        OSError: if `out` cannot be written.
+    """
+    ensemble = Ensemble.embedded()
+    write(INTRODUCTION)
+    pairs = PAIRS[:1] if quick else PAIRS
+    for prompt, pair in zip(world.prompts(len(pairs), seed), pairs, strict=True):
+        show_answers(ensemble, prompt, pair, seed, divergence)
+
+    write(f"\n{CURVE}\n")
+    points = measure(ensemble, 16 if quick else 100, 3 if quick else 5, seed, divergence)
+    table(*table_rows(points, world.OBJECTIVES))
+
+    write(f"\n{LEAD}")
+    for names, (lead, spread) in leads(points, world.OBJECTIVES).items():
+        write(f"  {names}: {signed(lead, spread)}")
+    try:
+        draw(out, points, world.OBJECTIVES, f"trade-off of the embedded policies ({divergence})")
+        write(f"\nThe curves are in {out}", style="bold")
+    except ImportError as error:
+        write(f"\nNo picture: {error}")
+    write(f"\n{NEXT}")

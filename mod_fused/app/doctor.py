@@ -1,0 +1,136 @@
+"""`mod-fused doctor`: what is installed, which backends work, do they agree with the oracle."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .. import __version__, backends, log_probs, reference, sample
+from ..dispatch.backends import AVAILABLE, BACKENDS
+from ..triton_kernels.configurations import in_force
+from .terminal import table, write
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "alpha:0.5", "jeffrey")
+TOLERANCE = 2e-5  # total variation from the oracle on the same inputs: design contract
+DRAWS = 8
+# A race that is decided by less may go the other way in fp32: about 2 TV of the draws, see design.
+CLOSE_RACE = 1e-3
+
+
+class Check(NamedTuple):
+    """One line of the self-check."""
+
+    backend: str
+    device: str
+    what: str
+    passed: bool
+    detail: str
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of each package that matters, or "not installed"."""
+    packages = ("torch", "triton", "numpy", "transformers", "matplotlib", "rich")
+    ours = {"python": platform.python_version(), "mod_fused": __version__}
+    return ours | {name: _version(name) for name in packages}
+
+
+def devices() -> list[str]:
+    """The devices torch sees, one description each."""
+    cpu = f"cpu ({torch.get_num_threads()} threads)"
+    cuda = [
+        f"cuda:{i} {torch.cuda.get_device_name(i)}, compute capability "
+        + ".".join(map(str, torch.cuda.get_device_capability(i)))
+        for i in range(torch.cuda.device_count())
+    ]
+    return [cpu, *(cuda or ["no CUDA device"])]
+
+
+def working() -> list[tuple[str, str]]:
+    """Every (backend, device type) to check: available backends on the devices of this machine."""
+    here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    found = backends()
+    return [
+        (backend.name, device)
+        for backend in BACKENDS
+        for device in backend.device_types or here
+        if found[backend.name] == AVAILABLE
+    ]
+
+
+def self_check(backend: str, device: str) -> Iterator[Check]:
+    """Compare `backend` on `device` with the float64 oracle on small random inputs.
+
+    Yields one check of log pi* (total variation at most `TOLERANCE`) and one of the drawn tokens
+    (those of the oracle's race) for each of the five divergences. A backend that raises fails its
+    check with the error as detail.
+    """
+    for divergence in DIVERGENCES:
+        generator = torch.Generator().manual_seed(0)
+        rows, vocab, policies = 4, 2500, 2  # three tiles of the race, the last one not full
+        base = 3.0 * torch.randn(rows, vocab, generator=generator)
+        shifts = torch.randn(policies, rows, vocab, generator=generator)
+        base[:, 7] = -torch.inf
+        logits = [base, *(base + shifts)]
+        weights = [0.6, 0.3]
+        oracle = reference.log_probs(logits[0], logits[1:], weights, divergence=divergence)
+        expected = np.exp(oracle)
+        ref, *pols = (x.to(device) for x in logits)
+        try:
+            out = log_probs(ref, pols, weights, divergence=divergence, backend=backend)
+            got = out.double().exp().cpu().numpy()
+            distance = float(np.abs(got - expected).sum(1).max()) / 2
+            close = distance <= TOLERANCE
+            yield Check(backend, device, f"{divergence} log pi*", close, f"TV {distance:.1e}")
+            wrong = draws = 0
+            seeds = list(range(1, rows + 1))
+            for position in range(DRAWS):
+                tokens = sample(
+                    ref, pols, weights, divergence=divergence, backend=backend,
+                    seed=torch.tensor(seeds, device=device), position=position,
+                ).tokens.tolist()  # fmt: skip
+                for token, p, seed in zip(tokens, expected, seeds, strict=True):
+                    if reference.race_margin(p, seed, position) > CLOSE_RACE:
+                        draws += 1
+                        wrong += token != reference.race(p, seed, position)
+            detail = f"{draws - wrong} of {draws} tokens as the oracle's race draws them"
+            yield Check(backend, device, f"{divergence} tokens", draws > 0 and not wrong, detail)
+        except Exception as error:  # a broken backend is what this command is for
+            detail = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            yield Check(backend, device, divergence, False, detail)
+
+
+def run() -> int:
+    """Print the report; 0 if at least one backend is available and every check passed, else 1."""
+    write("versions", style="bold")
+    table(["package", "version"], list(versions().items()))
+    write("\ndevices", style="bold")
+    for device in devices():
+        write(f"  {device}")
+    write("\nbackends", style="bold")
+    table(["backend", "state"], list(backends().items()))
+    write(f"\nlaunch table of the Triton kernels: {in_force()}")
+    write("\nself-check against the float64 oracle", style="bold")
+    checks = [check for place in working() for check in self_check(*place)]
+    table(
+        ["backend", "device", "check", "result", "detail"],
+        [[*c[:3], "ok" if c.passed else "FAILED", c.detail] for c in checks],
+    )
+    failed = [c for c in checks if not c.passed]
+    if failed or not checks:
+        problem = f"{len(failed)} of {len(checks)} checks FAILED" if checks else "no backend works"
+        write(f"\n{problem}", style="bold red")
+        return 1
+    write(f"\nall {len(checks)} checks passed", style="bold green")
+    return 0

@@ -1,0 +1,161 @@
+"""`mod-fused generate`: answers to prompts or conversations."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import world
+from ..decoding.ensemble import Ensemble
+from ..decoding.generate import GenerateOutput, generate
+from ..guidance import BlockwiseOutput
+from . import prompt_input
+from . import scorers as guiding
+from .models import (
+    UsageError,
+    as_conversations,
+    check_chat,
+    is_own,
+    load_models,
+    policy_names,
+    with_roles,
+)
+from .terminal import TextStream, working, write
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    guiding.check(args, best_of=True)
+    check_chat(args)
+    names = policy_names(args)
+    weights = _weights(args.weights, names)
+    values = guiding.strengths(args) if args.values else None
+    if args.score and is_own(args):
+        raise UsageError("--score is of the embedded world: choose by --values with own models")
+    prompts = _prompts(args)
+    ensemble = load_models(args)
+    single = len(prompts) == 1 and not args.json
+    options: dict[str, Any] = {
+        "weights": weights or None if args.best_of else weights,
+        "divergence": args.divergence,
+        "normalizer": args.normalizer,
+        "sequence_history": args.sequence_history,
+        "max_new_tokens": args.max_new_tokens,
+        "do_sample": not args.greedy,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "seed": args.seed,
+        "return_model_logprobs": args.json,
+    }
+    if not args.best_of:
+        options |= guiding.load_guidance(args) | {"value_weights": values}
+    streamer = TextStream(ensemble.tokenizer) if single and not args.best_of else None
+    out = _answers(args, ensemble, prompts, streamer, options)
+    if single:
+        write("" if streamer is not None else (out.texts or [""])[0])
+    for row, prompt in enumerate(prompts):
+        if args.json:
+            record = _record(out, row) | _given(prompt)
+            if not is_own(args):
+                text, rewards = record["text"], names or world.OBJECTIVES
+                record["rewards"] = {name: world.reward(name, prompt, text) for name in rewards}
+            write(json.dumps(_finite(record), allow_nan=False))
+        elif not single:
+            write(_shown(prompt), style="dim", end="")
+            write((out.texts or [""])[row], end="\n\n")
+    if not out.valid.all():
+        raise ValueError("no valid distribution at some step: NaN logits, or no Z = 0 solution")
+    return 0
+
+
+def _answers(
+    args: argparse.Namespace,
+    ensemble: Ensemble,
+    prompts: list[Any],
+    streamer: TextStream | None,
+    options: dict[str, Any],
+) -> GenerateOutput | BlockwiseOutput:
+    if streamer is not None:
+        return generate(ensemble, prompts, streamer=streamer, **options)
+    each = f", the best of {args.best_of} for each" if args.best_of else ""
+    with working(f"decoding {len(prompts)} responses{each}"):
+        if args.best_of:
+            return guiding.choose(args, ensemble, prompts, **options)
+        return generate(ensemble, prompts, **options)
+
+
+def _weights(texts: Sequence[str] | None, names: Sequence[str]) -> list[float]:
+    if texts is None:
+        return [1.0 / len(names) for _ in names]
+    numbers = [number for text in texts for number in text.split(",") if number]
+    try:
+        weights = [float(number) for number in numbers]
+    except ValueError:
+        raise UsageError(f"--weights must be numbers, got {' '.join(numbers)}") from None
+    if len(weights) != len(names):
+        raise UsageError(
+            f"--weights needs {len(names)} numbers, one per policy ({', '.join(names)}), "
+            f"got {len(weights)}"
+        )
+    return weights
+
+
+def _prompts(args: argparse.Namespace) -> list[Any]:
+    """Texts, or conversations with --chat and --messages."""
+    if args.messages is not None:
+        if args.prompt or args.chat:
+            raise UsageError("--messages gives whole conversations: leave out --prompt and --chat")
+        if str(args.messages) == "-":
+            data, source = prompt_input.standard_input(), "standard input"
+        else:
+            data, source = Path(args.messages).read_bytes(), str(args.messages)
+        conversations = prompt_input.read_conversations(data, source)
+        if not conversations:
+            raise UsageError(f"{source} holds no conversation")
+        return with_roles(args, conversations)
+    prompts = [prompt_input.argument(text, "--prompt") for text in args.prompt]
+    if not prompts:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("no prompt: give --prompt TEXT, or one a line on standard input")
+        prompts = prompt_input.read_prompts(prompt_input.standard_input(), "standard input")
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise UsageError("a prompt is empty" if prompts else "no prompt on standard input")
+    if is_own(args):
+        return with_roles(args, prompts)
+    return as_conversations(prompts)
+
+
+def _shown(prompt: Any) -> str:
+    """A prompt above its answer; of a conversation the last message."""
+    return prompt if isinstance(prompt, str) else f"{prompt[-1].get('content') or ''}\n"
+
+
+def _given(prompt: Any) -> dict[str, Any]:
+    return {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+
+
+def _record(out: GenerateOutput | BlockwiseOutput, row: int) -> dict[str, Any]:
+    """One response as JSON values; log-probabilities per token, the models' reference first."""
+    n, logs = int(out.lengths[row]), out.model_logprobs
+    return {
+        "text": out.texts[row] if out.texts else None,
+        "finish_reason": out.finish_reasons[row],
+        "tokens": out.tokens[row, :n].tolist(),
+        "logprobs": out.logprobs[row, :n].tolist(),
+        "model_logprobs": logs[row, :n].tolist() if logs is not None else None,
+    } | ({"score": float(out.scores[row])} if isinstance(out, BlockwiseOutput) else {})
+
+
+def _finite(value: Any) -> Any:
+    """The same JSON value with null for the numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

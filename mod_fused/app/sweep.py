@@ -1,0 +1,236 @@
+"""`mod-fused sweep`: rewards over a grid of weights, as a CSV that grows and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from .. import __version__, world
+from ..decoding.ensemble import Ensemble
+from . import prompt_input, strengths
+from . import scorers as guiding
+from . import trade_off as sweep
+from .models import (
+    UsageError,
+    as_conversations,
+    check_chat,
+    check_files,
+    is_own,
+    load_models,
+    policy_names,
+    with_roles,
+)
+from .strengths import Guided
+from .sweep_log import SweepLog, fingerprint
+from .terminal import table, write
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    guiding.check(args)
+    check_chat(args)
+    names = policy_names(args)
+    check_files(args.csv, args.picture, picture=args.picture)
+    labels, rewards = _rewards(args, names)
+    weights = sweep.grid_size(len(names), args.points) if names else 1
+    count = args.prompts if args.prompt_file is None else 1
+    sweep.check_size(count, args.samples, weights, len(labels) + len(names) + 1)
+    grid = sweep.simplex_grid(len(names), args.points) if names else [()]
+    prompts = _prompts(args)
+    ensemble = load_models(args)
+    guide = guiding.load_guidance(args).get("value_fn")
+    levels = list(args.strength or guiding.STRENGTHS) if guide is not None else []
+
+    settings = _settings(args, ensemble, guide, levels, prompts)
+    log = _log(args, settings, names, labels if rewards else None)
+    places = [(level, point) for level in levels or [None] for point in grid]
+    found = log.resume(places) if args.resume else []
+    options: dict[str, Any] = {
+        "done": len(found),
+        "samples": args.samples,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "divergence": args.divergence,
+        "normalizer": args.normalizer,
+        "sequence_history": args.sequence_history,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    batches: Iterator[list[Guided]]
+    if guide is None:
+        plain = sweep.evaluating(ensemble, prompts, grid, rewards, **options)
+        batches = ([Guided(None, point) for point in points] for points in plain)
+    else:
+        batches = strengths.evaluating(ensemble, prompts, grid, levels, guide, rewards, **options)
+    with _interruptible(f"{args.csv}, out of {len(grid) * max(1, len(levels))}", found):
+        for points in batches:
+            log.add(points)
+            found += points
+    if guide is None:
+        _show(args, found, names, len(prompts))
+    else:
+        _show_strengths(args, found, names, labels, len(prompts))
+    return 0
+
+
+def _log(
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    names: list[str],
+    labels: list[str] | None,
+) -> SweepLog:
+    """The files of a sweep of these policies; labels: of the rewards, None without any."""
+
+    def line(found: Guided) -> dict[str, float]:
+        if args.values:
+            return strengths.line(found, names, labels or [])
+        return sweep.line(found.point, names)
+
+    rewards = None if labels is None else np.zeros((len(labels), 1))
+    nothing = sweep.Point((0.0,) * len(names), rewards, np.zeros((len(names), 1)), np.zeros(1), 1)
+    return SweepLog(args.csv, settings, list(line(Guided(None, nothing))), line)
+
+
+@contextmanager
+def _interruptible(where: str, found: list[Guided]) -> Iterator[None]:
+    """SIGTERM ends the sweep as Ctrl-C does; say what is kept."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+    before = signal.signal(signal.SIGTERM, stop) if main else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"mod-fused: {len(found)} points are in {where}; --resume goes on"
+        print(kept, file=sys.stderr, flush=True)
+        raise
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _prompts(args: argparse.Namespace) -> list[Any]:
+    if args.prompt_file is None:
+        return world.prompts(args.prompts, args.seed)
+    prompts = prompt_input.read_prompts(args.prompt_file.read_bytes(), str(args.prompt_file))
+    if not prompts:
+        raise UsageError(f"{args.prompt_file} holds no prompt")
+    return with_roles(args, prompts) if is_own(args) else as_conversations(prompts)
+
+
+def _rewards(
+    args: argparse.Namespace, names: list[str]
+) -> tuple[list[str], list[sweep.Reward] | None]:
+    """The rewards to measure, and their names."""
+    if is_own(args):
+        if args.reference is None or args.prompt_file is None:
+            raise UsageError("a sweep of own models needs --reference and --prompt-file")
+        if args.reward and not args.values and len(args.reward) != len(args.policy):
+            raise UsageError(
+                f"expected one --reward per --policy ({len(args.policy)}), got {len(args.reward)}"
+            )
+        return args.reward, [_load_reward(spec) for spec in args.reward] or None
+    if args.reward:
+        raise UsageError("--reward goes with own models; the embedded world has its own rewards")
+    labels = names
+    if args.values:
+        embedded = [name for name in args.values if name in world.OBJECTIVES]
+        labels = list(dict.fromkeys([*names, *embedded])) or list(world.OBJECTIVES)
+    return labels, [world.REWARDS[name] for name in labels]
+
+
+def _load_reward(spec: str) -> sweep.Reward:
+    """The caller's function of (prompt, response); of a conversation it is given the last text."""
+    module, _, name = spec.partition(":")
+    sys.path.insert(0, "")  # modules beside the caller, as with python -m
+    try:
+        function: Callable[[str, str], float] = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the caller's module raises
+        raise UsageError(f"--reward takes MODULE:FUNCTION, got {spec!r}: {error}") from error
+    finally:
+        sys.path.remove("")
+
+    def reward(prompt: Any, response: str) -> float:
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        try:
+            return float(function(text, response))
+        except Exception as error:
+            raise UsageError(f"--reward {spec}: {type(error).__name__}: {error}") from error
+
+    return reward
+
+
+def _settings(
+    args: argparse.Namespace,
+    ensemble: Ensemble,
+    guide: Any,
+    levels: Sequence[float],
+    prompts: list[Any],
+) -> dict[str, Any]:
+    """What the numbers of a sweep depend on."""
+    models = [*ensemble.models, *(scorer.model for scorer in (guide.scorers if guide else ()))]
+    names = ["reference", *policy_names(args), *(f"scorer {name}" for name in args.values or ())]
+    hashed = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    return {
+        "mod_fused": __version__,
+        **{
+            name: getattr(args, name)
+            for name in (
+                "divergence", "normalizer", "sequence_history", "max_new_tokens", "seed", "points",
+                "samples", "batch_size", "candidates", "reward", "device", "dtype",
+            )
+        },
+        "strength": levels,
+        "prompts": f"{len(prompts)} ({hashed[:16]})",
+        "models": names,
+        **{
+            f"tensors of {name}": None if model is None else fingerprint(model)
+            for name, model in zip(names, models, strict=True)
+        },
+    }  # fmt: skip
+
+
+def _show(args: argparse.Namespace, found: Sequence[Guided], names: list[str], count: int) -> None:
+    points = [guided.point for guided in found]
+    table(*sweep.table_rows(points, names))
+    for pair, (lead, error) in sweep.leads(points, names).items():
+        write(f"{pair}, beyond the straight line between them: {sweep.signed(lead, error)}")
+    write(f"table: {args.csv}")
+    if len(names) < 2:
+        write("no picture: a trade-off needs at least two policies")
+        return
+    _draw(args, sweep.draw, points, names, f"{args.divergence}, {count} prompts")
+
+
+def _show_strengths(
+    args: argparse.Namespace,
+    found: Sequence[Guided],
+    names: list[str],
+    labels: list[str],
+    count: int,
+) -> None:
+    table(*strengths.table_rows(found, names, labels))
+    write(f"table: {args.csv}")
+    if not labels:
+        write("no picture: it shows rewards, and there is no --reward")
+        return
+    title = f"{','.join(args.values)}: {args.divergence}, {count} prompts"
+    _draw(args, strengths.draw, found, names, labels, title)
+
+
+def _draw(args: argparse.Namespace, draw: Callable[..., None], *what: Any) -> None:
+    try:
+        draw(args.picture, *what)
+        write(f"picture: {args.picture}")
+    except ImportError as error:
+        write(f"no picture: {error}")

@@ -1,0 +1,243 @@
+"""`mod-fused tune`: measures launch configurations of the Triton kernels on the GPU at hand, and
+writes the table that MOD_FUSED_TRITON_TABLE takes.
+
+For each regime of the table, the neighbours of the package's configuration are compared with it:
+first their results, which must be the same bits, then their times, side by side in the same
+rounds. The fastest replaces it only if a second measurement, of these two alone, confirms it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import math
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from ..dispatch.backends import AVAILABLE, triton_status
+from ..ops import Sample
+from ..triton_kernels.configurations import (
+    TABLE,
+    TABLE_VARIABLE,
+    Configuration,
+    device_name,
+    read_table,
+    regime,
+)
+from .doctor import versions
+from .terminal import table, write
+from .tune_bench import Bench, Device, Shape
+
+#: By how much the fastest must beat the package's configuration to replace it.
+MARGIN = 0.02
+ROUNDS, LEAST_ROUNDS = 15, 3
+#: Fields that are varied together, and those after them.
+_MIXTURE = ("threads", "chunk", "programs_per_processor")
+_FILTERS = ("filter_threads", "filter_block")
+
+
+class Outcome(NamedTuple):
+    """What was found for a regime. Times are medians in microseconds, one for each shape."""
+
+    default: Configuration
+    fastest: Configuration  # the default, if the time was up before the others were measured
+    default_us: list[float]
+    fastest_us: list[float]
+    kept: bool  # the fastest replaces the default
+    refused: list[dict[str, Any]]  # configurations and the reason
+    tried: int  # others than the default that were measured
+    out_of_time: bool
+
+    def ratio(self) -> float:
+        """Time of the fastest over that of the default, geometric mean over the shapes."""
+        return _ratio(self.fastest_us, self.default_us)
+
+
+def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    logs = [math.log(x / y) for x, y in zip(times, others, strict=True)]
+    return math.exp(sum(logs) / len(logs)) if logs else 1.0
+
+
+def neighbours(configured: Configuration, names: Sequence[str]) -> list[Configuration]:
+    """Half, the same and double of the named fields in all combinations, those that change the
+    fewest fields first."""
+    near: dict[Configuration, int] = {}
+    for factors in itertools.product((1.0, 2.0, 0.5), repeat=len(names)):
+        changes = {n: int(getattr(configured, n) * f) for n, f in zip(names, factors, strict=True)}
+        try:
+            found = replace(configured, **changes)
+        except ValueError:  # half of the least
+            continue
+        # A warp (64 threads on AMD) at least, 1024 threads at most.
+        if all(64 <= t <= 1024 for t in (found.threads, found.filter_threads)):
+            near[found] = sum(f != 1.0 for f in factors)
+    near.pop(configured, None)
+    return sorted(near, key=near.__getitem__)
+
+
+def refusal(found: Sequence[Sample], expected: Sequence[Sample]) -> str:
+    """How results differ from the default's, "" if not in a single bit."""
+    for got, want in zip(found, expected, strict=True):
+        if not torch.equal(got.tokens, want.tokens):
+            return f"{int((got.tokens != want.tokens).sum())} tokens are not the default's"
+        bits, wanted = (x.logprobs.view(torch.int32) for x in (got, want))
+        if not torch.equal(bits, wanted) or not torch.equal(got.valid, want.valid):
+            off = float((got.logprobs - want.logprobs).abs().max())
+            return f"log-probabilities are not the default's: up to {off:.1e} off"
+    return ""
+
+
+def _medians(
+    bench: Bench, candidates: Sequence[Configuration], end: float, clock: Callable[[], float]
+) -> dict[Configuration, list[float]]:
+    """Microseconds of each shape, all candidates in each round; empty if time ends too early."""
+    rounds: dict[Configuration, list[list[float]]] = {c: [] for c in candidates}
+    for done in range(ROUNDS):
+        if clock() >= end:
+            if done < LEAST_ROUNDS:
+                return {}
+            break
+        for candidate in candidates if done % 2 else reversed(candidates):
+            rounds[candidate].append(bench.seconds(candidate))
+    return {c: [1e6 * median(x) for x in zip(*r, strict=True)] for c, r in rounds.items()}
+
+
+def choose(
+    bench: Bench,
+    default: Configuration,
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> Outcome:
+    """Look for a configuration faster than `default` within `seconds`, compilation included; what
+    runs when they are over is ended first.
+
+    A candidate that gives other results than the default, or fails, is refused. When the time is
+    up, what has been measured counts, and nothing is kept that was not measured twice.
+    """
+    end = clock() + seconds
+    log_linear = all(s.divergence == "reverse_kl" for s in bench.shapes)
+    # The log-linear kernel has as many programs as tasks.
+    stages = [_MIXTURE[:2] if log_linear else _MIXTURE]
+    if any(shape.filters for shape in bench.shapes):
+        stages.append(_FILTERS)
+    best, refused, tried, late = default, [], 0, False
+    bench.compile_ahead([default], 0.3 * seconds)
+    expected = bench.results(default)
+    for index, names in enumerate(stages):
+        share = (end - clock()) / (len(stages) - index + 0.25)  # the rest is for the confirmation
+        compiled, stop = clock() + 0.7 * share, clock() + share
+        near = neighbours(best, names)
+        bench.compile_ahead(near, 0.6 * share)
+        equal = list(dict.fromkeys([default, best]))
+        for candidate in near:
+            if clock() >= compiled:
+                late = True
+                break
+            try:
+                reason = refusal(bench.results(candidate), expected)
+            except Exception as error:  # more threads than registers allow, say
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if reason:
+                refused.append({"configuration": asdict(candidate), "reason": reason})
+            elif candidate not in equal:
+                equal.append(candidate)
+        found = _medians(bench, equal, stop, clock)
+        late |= not found
+        if found:
+            best = min(equal, key=lambda c: _ratio(found[c], found[default]))
+            tried += len(equal) - 1
+    times = _medians(bench, list(dict.fromkeys([default, best])), end, clock)
+    if not times:
+        return Outcome(default, default, [], [], False, refused, tried, True)
+    kept = _ratio(times[best], times[default]) <= 1.0 - MARGIN
+    return Outcome(default, best, times[default], times[best], kept, refused, tried, late)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, str]:
+    """What the times depend on: the device and the versions."""
+    found = {"device": device_name(), "capability": "none", "driver": "none"}
+    if torch.cuda.is_available():
+        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
+        try:
+            done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+            found["driver"] = done.stdout.strip() or "unknown"
+        except (OSError, subprocess.TimeoutExpired):
+            found["driver"] = "unknown"
+    return found | {n: v for n, v in versions().items() if n in ("torch", "triton", "mod_fused")}
+
+
+def run(shapes: Sequence[Shape], minutes: float, out: Path) -> None:
+    """Tune the regimes of these shapes, write `out`, print what was found.
+
+    Raises:
+        RuntimeError: if the kernels cannot run here.
+        ValueError: if arguments do not fit each other, as `mod_fused.sample` says.
+    """
+    if (status := triton_status()) != AVAILABLE:
+        raise RuntimeError(f"nothing to tune: {status}")
+    groups: dict[str, list[Shape]] = {}
+    for shape in shapes:
+        groups.setdefault(regime(shape.divergence, shape.batch), []).append(shape)
+    end = time.monotonic() + 60.0 * minutes
+    outcomes: dict[str, Outcome] = {}
+    for index, (name, group) in enumerate(groups.items()):
+        write(f"{name}: " + ", ".join(f"{s.divergence} B={s.batch}" for s in group))
+        seconds = (end - time.monotonic()) / (len(groups) - index)
+        outcome = outcomes[name] = choose(Device(group), TABLE[name], seconds)
+        for refused in outcome.refused:
+            changed = _changes(Configuration(**refused["configuration"]), TABLE[name])
+            write(f"REFUSED {changed}: {refused['reason']}", style="bold red")
+        if outcome.out_of_time:
+            write(f"out of time: {outcome.tried} other configurations measured", style="bold")
+    record = {
+        "configurations": {n: asdict(o.fastest) for n, o in outcomes.items() if o.kept},
+        **machine(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "margin": MARGIN,
+        "measured": {
+            name: {"shapes": [s._asdict() for s in groups[name]]}
+            | {n: asdict(x) if isinstance(x, Configuration) else x for n, x in o._asdict().items()}
+            for name, o in outcomes.items()
+        },
+    }
+    out.write_text(json.dumps(record, indent=2) + "\n")
+    read_table(out)
+    _report(groups, outcomes, out)
+
+
+def _changes(configured: Configuration, default: Configuration) -> str:
+    """The fields that differ from the default."""
+    before, after = asdict(default), asdict(configured)
+    changed = [f"{name}={x}" for name, x in after.items() if x != before[name]]
+    return " ".join(changed) or "as before"
+
+
+def _report(groups: dict[str, list[Shape]], outcomes: dict[str, Outcome], out: Path) -> None:
+    rows = []
+    for name, outcome in outcomes.items():
+        changed = _changes(outcome.fastest, outcome.default)
+        verdict = "kept" if outcome.kept else f"not kept: {1 - outcome.ratio():.1%} faster"
+        if outcome.fastest == outcome.default:
+            verdict = "-"
+        times = itertools.zip_longest(groups[name], outcome.default_us, outcome.fastest_us)
+        for shape, before, after in times:
+            us = ["-" if x is None else f"{x:.1f}" for x in (before, after)]
+            rows.append([name, f"{shape.divergence} B={shape.batch}", *us, changed, verdict])
+    table(["regime", "shape", "default µs", "fastest µs", "configuration", "verdict"], rows)
+    write(f"table: {out}")
+    if any(outcome.kept for outcome in outcomes.values()):
+        write(f"to use it: export {TABLE_VARIABLE}={out.resolve()}")
+    else:
+        write(f"nothing beat the package's own table by {MARGIN:.0%}: there is no need to use it")

@@ -1,0 +1,1 @@
+"""The multi-model decoder: an ensemble of language models, and `generate`."""

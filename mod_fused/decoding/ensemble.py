@@ -1,0 +1,346 @@
+"""M+1 causal language models, their tokenizers and their KV caches, advanced one token at a time.
+
+`Ensemble` holds what does not change between calls: models, tokenizers, the check that all of them
+mean the same thing by a token id. `Ensemble.start` gives an `EnsembleState`, which holds what one
+batch needs: the KV caches, the attention masks, the positions. `mod_fused.generate` is a loop
+around it; so may be your own.
+
+transformers is imported by `from_pretrained` and `embedded` only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import check_shared
+from .architectures import check_causal_lm, embedded_ids, input_device, is_transformers_model
+from .loading import load_model, load_tokenizer
+from .model_state import CallableState, CausalLMState, EnsembleState
+from .prompts import Prompts, encode_prompts
+from .transformers_version import check_transformers_version
+
+check_transformers_version()
+
+
+class Ensemble:
+    """A reference model and M policies that share a vocabulary.
+
+    Args:
+        models: [reference, policy 1, ..., policy M]. Each is a transformers causal language model,
+            or any callable `step(tokens) -> logits`: tokens int64 [B, n], logits floating point [B,
+            V] of the token that comes next. The first call gets the prompt, later calls get the one
+            new token of each row (n = 1), so the callable keeps its own state; with
+            `use_cache=False` every call gets the whole sequence. A callable sees padding as it is:
+            give it prompts of equal length or let it know the padding. The reference may be None:
+            then only reverse KL is possible, pi* proportional to the product of pi_i^w_i.
+        tokenizers: one tokenizer for all models, or a list with one per model (None where there is
+            none). Without any, `generate` needs `input_ids` and returns no text.
+        check_tokenizers: compare the vocabularies of the tokenizers and refuse different ones.
+            Special roles may differ (a base model and its chat model often end a text differently):
+            the end-of-sequence tokens of all models count. A tokenizer may have tokens that were
+            added behind the others' vocabulary (a [PAD]): a warning names them, and only the ids
+            in common are drawn.
+
+    Raises:
+        TypeError: if a model is neither a causal language model nor callable (see
+            docs/architectures.md for what is refused).
+        ValueError: if there is no model, two models share what PEFT has changed in place, the
+            number of tokenizers is wrong, or two tokenizers differ.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Any],
+        tokenizers: Any = None,
+        *,
+        check_tokenizers: bool = True,
+    ) -> None:
+        if not isinstance(models, (list, tuple)):
+            raise TypeError(
+                "models must be a list [reference, policy 1, ...] of models or callables, "
+                f"got {type(models).__name__}; Ensemble.from_pretrained loads folders and hub names"
+            )
+        if not models or list(models) == [None]:
+            raise ValueError(f"models must hold a reference or a policy, got {list(models)}")
+        for index, model in enumerate(models):
+            if not callable(model) and not (index == 0 and model is None):
+                raise TypeError(
+                    f"{_label(index)} must be a causal language model or a callable "
+                    f"step(tokens) -> logits, got {type(model).__name__}"
+                )
+            if is_transformers_model(model):
+                check_causal_lm(model, _label(index))
+        self.models = list(models)
+        check_shared(self.places)
+        if not isinstance(tokenizers, (list, tuple)):
+            tokenizers = [tokenizers] * len(models)
+        if len(tokenizers) != len(models):
+            raise ValueError(
+                f"expected {len(models)} tokenizers, one per model, got {len(tokenizers)}"
+            )
+        self.tokenizers = [
+            t if m is not None else None for m, t in zip(models, tokenizers, strict=True)
+        ]
+        # Where tokenizers have added tokens: how many ids all have; None where all are alike.
+        self.common_ids = _common_ids(self.tokenizers) if check_tokenizers else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        reference: str | Path | None,
+        policies: Sequence[str | Path],
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        check_tokenizers: bool = True,
+        **kwargs: Any,
+    ) -> Ensemble:
+        """Load models and tokenizers with AutoModelForCausalLM and AutoTokenizer.
+
+        Args:
+            reference: local folder or hub name of the reference model; None for reverse KL without
+                one.
+            policies: local folders or hub names of the M policies. A name given twice is loaded
+                once.
+            dtype: torch dtype, its name, or "auto"; None is transformers' own default.
+            device: where to put the models; None leaves them where transformers loads them.
+            check_tokenizers: see `Ensemble`.
+            **kwargs: for AutoModelForCausalLM.from_pretrained; the options about where files come
+                from (subfolder, revision, cache_dir, local_files_only, token, trust_remote_code,
+                ...) reach the tokenizers too. use_safetensors is True unless given: no pickle is
+                loaded.
+
+        A name may be that of a PEFT adapter: it is put on a base model of its own, a `PeftModel`.
+        An adapter without a tokenizer has its base model's. Another policy without one has the
+        reference's (or the first policy's, if there is no reference).
+
+        Raises:
+            ImportError: if transformers is not installed, or PEFT for an adapter.
+            OSError: if a folder or name cannot be loaded, or a tokenizer's files are broken.
+            ValueError: if a checkpoint or adapter has tensors that are missing, unexpected or of
+                another shape; they are named.
+        """
+        if isinstance(policies, (str, Path)):
+            raise TypeError(f"policies must be a list of folders or hub names, got {policies!r}")
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError as error:
+            raise ImportError(
+                "loading language models needs transformers: pip install 'mod-fused[hf]'"
+            ) from error
+
+        options = dict(kwargs) if dtype is None else {"dtype": dtype, **kwargs}
+        names = [None if name is None else str(name) for name in (reference, *policies)]
+        models: dict[str | None, Any] = {None: None}
+        tokenizers: dict[str | None, Any] = {None: None}
+        for name in dict.fromkeys(names):
+            if name is not None:
+                model = load_model(AutoModelForCausalLM, name, **options)
+                models[name] = model if device is None else model.to(device)
+                tokenizers[name] = load_tokenizer(name, **options)
+        first = next((tokenizers[name] for name in names if name is not None), None)
+        return cls(
+            [models[name] for name in names],
+            [first if tokenizers[name] is None else tokenizers[name] for name in names],
+            check_tokenizers=check_tokenizers,
+        )
+
+    @classmethod
+    def embedded(cls, policies: Sequence[str] | None = None, **kwargs: Any) -> Ensemble:
+        """The small models that ship with the package: the reference and one policy per objective.
+
+        Args:
+            policies: names of objectives; None means all of `mod_fused.world.OBJECTIVES`.
+            **kwargs: for `from_pretrained`.
+        """
+        from .. import world
+
+        names = world.OBJECTIVES if policies is None else policies
+        return cls.from_pretrained(
+            world.checkpoint("reference"), [world.checkpoint(name) for name in names], **kwargs
+        )
+
+    def __repr__(self) -> str:
+        names = ["None" if m is None else type(m).__name__ for m in self.models]
+        return f"Ensemble(reference={names[0]}, policies=[{', '.join(names[1:])}])"
+
+    @property
+    def present(self) -> list[Any]:
+        """The models that are not None, the reference first."""
+        return [model for model in self.models if model is not None]
+
+    @property
+    def num_policies(self) -> int:
+        """M, the number of policies."""
+        return len(self.models) - 1
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """The models that are there, by what messages call them."""
+        return {_label(i): m for i, m in enumerate(self.models) if m is not None}
+
+    @property
+    def tokenizer(self) -> Any:
+        """The first tokenizer there is, used to decode responses; None if there is none."""
+        return next((t for t in self.tokenizers if t is not None), None)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where prompts go and logits are mixed: the first language model's device; None when all
+        models are plain callables."""
+        models = filter(is_transformers_model, self.models)
+        return next((input_device(model) for model in models), None)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """How many token ids all language models can read, and all tokenizers have where some have
+        added tokens; None when all are plain callables with the same tokens."""
+        sizes = [embedded_ids(m) for m in self.models if is_transformers_model(m)]
+        return min([*sizes, *([] if self.common_ids is None else [self.common_ids])], default=None)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The end-of-sequence ids of all models, from generation config or else tokenizer."""
+        found: set[int] = set()
+        for model, tokenizer in zip(self.models, self.tokenizers, strict=True):
+            ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+            ids = getattr(tokenizer, "eos_token_id", None) if ids is None else ids
+            found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+        return sorted(found)
+
+    @property
+    def pad_token_id(self) -> int:
+        """A padding id that all models can read: a tokenizer's or model's, an eos, or 0."""
+        return self.padding_id(())
+
+    def padding_id(self, eos_token_ids: Sequence[int]) -> int:
+        """The same where other ids than the models' own may end a row: of the eos the first of
+        those, before the models'."""
+        sources = [*self.tokenizers, *(getattr(m, "generation_config", None) for m in self.models)]
+        candidates = [getattr(source, "pad_token_id", None) for source in sources]
+        limit = self.vocab_size
+        for token in (*candidates, *eos_token_ids, *self.eos_token_ids):
+            if token is not None and 0 <= token and (limit is None or token < limit):
+                return token
+        return 0
+
+    def encode(
+        self,
+        prompts: Prompts | None = None,
+        *,
+        input_ids: Tensor | Sequence[Tensor] | None = None,
+        attention_mask: Tensor | Sequence[Tensor] | None = None,
+        pad_token_id: int | None = None,
+        add_special_tokens: bool | None = None,
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Token ids [B, n_k] and left-padding masks [B, n_k] (None: no padding) of each model's
+        prompts.
+
+        See `mod_fused.generate` for the arguments. Models that are None get no entry.
+        """
+        present = [i for i, model in enumerate(self.models) if model is not None]
+        return encode_prompts(
+            prompts,
+            input_ids,
+            attention_mask,
+            tokenizers=[self.tokenizers[i] for i in present],
+            labels=[_label(i) for i in present],
+            pad_token_id=self.pad_token_id if pad_token_id is None else pad_token_id,
+            device=self.device,
+            add_special_tokens=add_special_tokens,
+        )
+
+    def start(
+        self,
+        input_ids: Sequence[Tensor],
+        attention_mask: Sequence[Tensor | None],
+        *,
+        max_new_tokens: int = 1,
+        use_cache: bool = True,
+    ) -> EnsembleState:
+        """Begin a batch; runs no model yet.
+
+        Args:
+            input_ids: int64 [B, n_k] for each model that is not None, left-padded.
+            attention_mask: [B, n_k] for each of them, or None where no row is padded.
+            max_new_tokens: how many tokens the caller means to draw, to refuse what will not fit.
+            use_cache: keep KV caches; False recomputes the whole sequence at every step.
+
+        Raises:
+            ValueError: if a model is in training mode, a token id is outside its vocabulary, the
+                sequence will not fit into its table of positions, or it cannot read padded prompts.
+        """
+        states: list[CallableState] = []
+        present = [(i, model) for i, model in enumerate(self.models) if model is not None]
+        for (index, model), ids, mask in zip(present, input_ids, attention_mask, strict=True):
+            kind = CausalLMState if is_transformers_model(model) else CallableState
+            states.append(kind(model, _label(index), ids, mask, use_cache))
+            states[-1].check(max_new_tokens)
+        if self.models[0] is None:
+            return EnsembleState(None, states)
+        return EnsembleState(states[0], states[1:])
+
+
+def _label(index: int) -> str:
+    return "the reference" if index == 0 else f"policy {index}"
+
+
+def _common_ids(tokenizers: Sequence[Any]) -> int | None:
+    """Refuse tokenizers that give one id to different tokens; padded embeddings do not matter.
+
+    Tokens that were added behind the smallest vocabulary are no difference: no model may draw them.
+
+    Returns:
+        How many ids all tokenizers have in common; None: they have the same tokens.
+    """
+    known = [(i, t) for i, t in enumerate(tokenizers) if t is not None]
+    vocabularies = {id(t): t.get_vocab() for _, t in known}
+    if len({frozenset(v.items()) for v in vocabularies.values()}) < 2:
+        return None
+    first, tokenizer = min(known, key=lambda pair: len(vocabularies[id(pair[1])]))
+    expected = vocabularies[id(tokenizer)]
+    common = max(expected.values(), default=-1) + 1
+    notes = []
+    for index, other in known:
+        vocabulary = vocabularies[id(other)]
+        tokens = expected.keys() | vocabulary.keys()
+        differing = [t for t in tokens if expected.get(t) != vocabulary.get(t)]
+        differing.sort(key=lambda t: (expected.get(t, 2**63), vocabulary.get(t, 2**63)))
+        behind = other.get_added_vocab() if differing else {}
+        if all(t in behind and t not in expected and behind[t] >= common for t in differing):
+            notes += _note(index, other, differing)
+            continue
+        token = differing[0]
+        here, there = (
+            f"maps {token!r} to {v[token]}" if token in v else f"has no {token!r}"
+            for v in (vocabulary, expected)
+        )
+        raise ValueError(
+            f"the tokenizers differ: {_label(index)}'s {here}, {_label(first)}'s {there} "
+            f"({len(differing)} of {len(tokens)} tokens differ). One id must mean one token in all "
+            "models; check_tokenizers=False skips this check"
+        )
+    warnings.warn(
+        f"only the {common} token ids that all tokenizers have in common are drawn: "
+        + "; ".join(notes),
+        stacklevel=3,
+    )
+    return common
+
+
+def _note(index: int, tokenizer: Any, added: Sequence[str]) -> list[str]:
+    """Which tokens a tokenizer has beyond the common ones, in words; [] for none."""
+    if not added:
+        return []
+    names = ", ".join(map(repr, added[:3])) + (", ..." if len(added) > 3 else "")
+    ends = f", among them its end of a sequence {tokenizer.eos_token!r}"
+    return [
+        f"{_label(index)}'s adds {len(added)} ({names})"
+        + (ends if tokenizer.eos_token in added else "")
+    ]

@@ -1,0 +1,259 @@
+"""Text from several models at once: `generate` draws every token of a batch from pi*."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call.fields import check_tensor
+from ..divergence import Divergence
+from ..ops import sample
+from .adapters import check_shared
+from .ensemble import Ensemble
+from .memory import check_decoding
+from .model_state import EnsembleState
+from .options import check_limits, check_vocab_size, first_history, ready_options
+from .prompts import Prompts
+from .responses import FINISH_REASONS, GenerateOutput, Responses
+from .streaming import Stream, streaming
+from .values import ValueFunction, ValueGuide, ValueSource, value_count, value_source
+
+__all__ = ["FINISH_REASONS", "GenerateOutput", "generate"]
+
+
+# no_grad, not inference_mode: tensors made in inference mode could not enter a loss later.
+@torch.no_grad()
+def generate(
+    ensemble: Ensemble,
+    prompts: Prompts | None = None,
+    *,
+    weights: Sequence[float] | Sequence[Sequence[float]] | Tensor,
+    input_ids: Tensor | Sequence[Tensor] | None = None,
+    attention_mask: Tensor | Sequence[Tensor] | None = None,
+    add_special_tokens: bool | None = None,
+    divergence: str | Divergence = "reverse_kl",
+    normalizer: str = "exact",
+    sequence_history: bool = False,
+    prefix_logprobs: Tensor | Sequence[Sequence[float]] | None = None,
+    logit_scales: Sequence[float] | None = None,
+    vocab_size: int | None = None,
+    plausibility: float | None = None,
+    plausibility_tensor: int = 0,
+    value_fn: ValueFunction | ValueGuide | None = None,
+    value_weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
+    mask_fn: Callable[[int, Tensor], Tensor] | None = None,
+    resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None = None,
+    max_new_tokens: int = 20,
+    num_return_sequences: int = 1,
+    do_sample: bool = True,
+    temperature: float | Sequence[float] | Tensor = 1.0,
+    top_k: int | Sequence[int] | Tensor | None = None,
+    top_p: float | Sequence[float] | Tensor | None = None,
+    min_p: float | Sequence[float] | Tensor | None = None,
+    seed: int | Sequence[int] | Tensor | None = None,
+    position: int | Sequence[int] | Tensor = 0,
+    eos_token_id: int | Sequence[int] | Tensor | None = None,
+    pad_token_id: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    streamer: Any = None,
+    use_cache: bool = True,
+    return_model_logprobs: bool = False,
+    backend: str | None = None,
+) -> GenerateOutput:
+    """Draw responses from the policy that is optimal for a weighted sum of objectives.
+
+    At each step pi*(s) = pi_ref(s) (f')^-1(-Z + sum_i w_i f'(pi_i(s) / pi_ref(s))) (MOD, arXiv
+    2406.18853), or its relatives of `mod_fused.sample`, which documents divergence, normalizer,
+    logit_scales, vocab_size, plausibility, temperature, top_k, top_p, min_p and backend. weights,
+    temperature, top_k, top_p, min_p, seed and position may differ from row to row. The models' own
+    generation configs give end-of-sequence and padding ids, nothing else.
+
+    Args:
+        ensemble: the models; B rows are decoded together.
+        prompts: one prompt, a list of B prompts for all models, or one list of B prompts per model
+            (no list for a reference that is None). A prompt is a string or a conversation, a list
+            of messages {"role": ..., "content": text, or parts {"type": "text", "text": ...}}; a
+            list whose first item is a message is one conversation. Each model's tokenizer encodes
+            its own; conversations go through its chat template, with the generation prompt, or
+            going on with the last message where that is the assistant's.
+        weights: [M] or [B, M].
+        input_ids: instead of prompts: integer tensor [B, n] for all models, or a list with one per
+            model.
+        attention_mask: for input_ids, same form: 1 for tokens, 0 for padding, which stands on the
+            left.
+        add_special_tokens: for strings, as transformers' tokenizers take it. None: what the
+            tokenizer puts in front of a text, but no second BOS where the text begins with one (as
+            a rendered conversation may), and nothing behind it (T5's or BERT's end of text).
+        sequence_history: weigh whole responses, not the next token alone: the log-ratio of the
+            response so far is added to each token's. Changes nothing for reverse KL, where it
+            cancels. With normalizer="zero" this is eq. 6 of the paper, and what to use with weights
+            on the simplex: at weights [1, 0] pi* is then the first policy itself. With "exact", Z
+            is solved for the next token anew at every step, so that off reverse KL pi* at [1, 0] is
+            not that policy, and long responses may drift far from the reference. (Without history
+            "exact" gives the policy, too.)
+        prefix_logprobs: [B, M+1], with sequence_history, to go on with a response (see position):
+            its log-probability so far under each model, reference first, the sum over T of
+            model_logprobs. None: the response begins here.
+        value_fn: `value_fn(step, sequences)` returns values [J, B, V], or (values [J, B, K],
+            value_ids [B, K]); sequences int64 [B, n + step] are the first model's prompts and the
+            responses so far; step counts from 0 in every call, whatever position is. Or a
+            `mod_fused.guidance.Guidance`: trained scorers with their caches, which read the first
+            model's prompts (or any other `mod_fused.decoding.values.ValueGuide`).
+        value_weights: [J] or [B, J], for value_fn.
+        mask_fn: `mask_fn(step, sequences)` returns the tokens allowed next: bool [B, V], or packed
+            int32 [B, ceil(V/32)].
+        resample_fn: `resample_fn(step, sequences, lengths, reasons)`, called after each step, with
+            sequences int64 [B, n + step + 1], lengths int64 [B] of the responses, and reasons int64
+            [B], indices into FINISH_REASONS, 0 for rows that go on. It returns the rows to go on
+            with, int64 [B], any of them any number of times, or None for all of them. Seeds and
+            other parameters stay in their places. See `mod_fused.guidance.blockwise_best_of_k`.
+        max_new_tokens: the most tokens to draw per row.
+        num_return_sequences: K responses to each prompt, which is read once: B K rows, response k
+            to prompt b in row b K + k. Parameters have one entry per prompt, functions are given
+            all rows. Response 0 has the prompt's seed, response k SplitMix64(SplitMix64(seed) + k);
+            the output has the seeds of all.
+        do_sample: False is temperature 0, the most likely token of pi*.
+        seed: int, or one int64 per row (list or tensor), or None for seeds from torch's generator.
+            With one per row, a row's tokens depend on its own seed and prompt, not on its place or
+            its company.
+        position: of the first token in its response, int or int64 [B] (list or tensor), below
+            2^63: a row's noise is a function of seed and position, and position + step is the next
+            token's. To go on with responses that ended by length, pass input_ids=out.sequences,
+            attention_mask=out.attention_mask, seed=out.seeds and position=out.lengths (plus the
+            position of that call): the two calls draw what one would have drawn. Rows that ended
+            are the caller's to leave out.
+        eos_token_id: id or ids that end a row; None: those of all models; an empty list: none.
+        pad_token_id: what follows an ended row; None: a tokenizer's or model's, else the first of
+            eos_token_id, else an end-of-sequence id of the models, else 0.
+        stop_strings: end a row after the first token with which its decoded response, special
+            tokens included, holds one of them. The response of this call alone counts, decoded as
+            what goes on from a text (see `GenerateOutput.texts`). Needs a tokenizer.
+        streamer: `streamer(step, tokens)`, called after each step with the tokens int64 [B] on the
+            CPU, pad_token_id for rows that drew none (ended or invalid; not called if no row drew
+            one); or a transformers streamer, for one row, whose end() is called once, also when
+            generate raises.
+        use_cache: False recomputes the whole sequence at each step: for models without a KV cache.
+        return_model_logprobs: return log pi_ref and log pi_i of each token, which costs another
+            sum over every model's vocabulary at each step.
+
+    Returns:
+        GenerateOutput. One host synchronisation per step tells whether all rows have ended. (In a
+        batch with padding transformers adds its own, for its attention masks.)
+
+    Raises:
+        TypeError, ValueError: before any model runs, for arguments that do not fit; see
+            `mod_fused.sample`. (What depends on the width of a plain callable's logits: after its
+            first call.) TypeError for several responses or resample_fn with a callable that keeps
+            its own state, which cannot be copied: pass use_cache=False.
+    """
+    with streaming(streamer) as stream:
+        if not isinstance(ensemble, Ensemble):
+            raise TypeError(f"ensemble must be a mod_fused.Ensemble, got {type(ensemble).__name__}")
+        check_shared({**ensemble.places, **getattr(value_fn, "places", {})})
+        limits = check_limits(
+            ensemble, max_new_tokens, num_return_sequences, eos_token_id, pad_token_id, stop_strings
+        )
+        vocab_size = check_vocab_size(vocab_size, ensemble)
+        if value_fn is None and value_weights is not None:
+            raise ValueError("value_weights were given without value_fn")
+        if resample_fn is not None and streamer is not None:
+            raise ValueError("a streamer cannot take back the tokens that resample_fn drops")
+
+        ids, masks = ensemble.encode(
+            prompts,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pad_token_id=limits.pad_token_id,
+            add_special_tokens=add_special_tokens,
+        )
+        batch, device, copies = len(ids[0]), ids[0].device, limits.copies
+        check_decoding(ensemble.present, ids, copies, limits.max_new_tokens, use_cache)
+        options: dict[str, Any] = {
+            "weights": weights,
+            "value_weights": value_weights,
+            "divergence": divergence,
+            "normalizer": normalizer,
+            "logit_scales": logit_scales,
+            "plausibility": plausibility,
+            "plausibility_tensor": plausibility_tensor,
+            "temperature": temperature if do_sample else 0.0,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "seed": seed,
+            "position": position,
+            "backend": backend,
+        }
+        num_values = partial(value_count, value_fn)
+        options = ready_options(ensemble, options, num_values, limits, batch, device)
+        options["vocab_size"] = vocab_size
+        history = first_history(
+            prefix_logprobs, sequence_history, divergence, (batch, len(ids)), copies, device
+        )
+
+        running: dict[str, Any] = {"max_new_tokens": limits.max_new_tokens, "use_cache": use_cache}
+        state = ensemble.start(ids, masks, **running)
+        has_reference = ensemble.models[0] is not None
+        values = value_source(value_fn, ids[0], masks[0], vocab_size, has_reference, **running)
+        if copies > 1 or resample_fn is not None:
+            state.fork(copies)
+            values.fork(copies)
+        responses = Responses(
+            ids[0].repeat_interleave(copies, dim=0),
+            limits,
+            tokenizer=ensemble.tokenizer,
+            columns=len(ids) if return_model_logprobs else 0,
+            history=history,
+        )
+        _draw_all(
+            limits.max_new_tokens, state, values, responses, options, stream, mask_fn, resample_fn
+        )
+        mask = None if masks[0] is None else masks[0].repeat_interleave(copies, dim=0)
+        return responses.output(mask, options["seed"])
+
+
+def _draw_all(
+    max_new_tokens: int,
+    state: EnsembleState,
+    values: ValueSource,
+    responses: Responses,
+    options: dict[str, Any],
+    stream: Stream,
+    mask_fn: Callable[[int, Tensor], Tensor] | None,
+    resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None,
+) -> None:
+    """Step by step: the models, a draw, the record of it, until all responses have ended."""
+    first_position = options.pop("position")
+    stream.begin(responses.sequences)
+    parents = None
+    for step in range(max_new_tokens):
+        if parents is not None:
+            state.select(parents)
+            values.select(parents)
+        tokens, so_far = responses.tokens, responses.sequences
+        reference, policies = state.step(tokens)
+        drawn = sample(
+            reference,
+            policies,
+            **options,
+            **values.step(step, so_far, tokens, reference, policies),
+            mask=None if mask_fn is None else mask_fn(step, so_far),
+            prefix_logprobs=responses.history,
+            position=first_position + step,
+            return_model_logprobs=responses.wants_model_logprobs,
+        )
+        responses.add(drawn, stream)
+        if resample_fn is not None:
+            parents = responses.resample(resample_fn)
+        if parents is not None:
+            rows = len(so_far)
+            check_tensor(
+                "rows of resample_fn", parents, (torch.int64,), so_far.device, {"[B]": [rows]}
+            )
+            responses.select(parents)
+        if responses.done:
+            break

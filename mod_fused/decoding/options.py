@@ -1,0 +1,228 @@
+"""The checking of `generate`'s arguments, before any model or op runs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call.checks import check_draw, check_mixture
+from ..call.fields import FLOATS, check_tensor, number
+from ..dispatch.backends import choose
+from ..divergence import get_divergence
+from ..torch_kernels.philox import continuation_seeds, split_mix
+from .ensemble import Ensemble
+from .rows import placed, repeated
+
+
+class Limits(NamedTuple):
+    """How long responses are, how many, and what ends them."""
+
+    max_new_tokens: int
+    copies: int  # responses to each prompt
+    eos_token_ids: list[int]
+    pad_token_id: int
+    stop_strings: list[str]
+
+
+def plain(value: Any) -> Any:
+    """NumPy's numbers and arrays, also inside lists, as Python's; everything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return [plain(x) for x in value]
+    if isinstance(value, Tensor) or not hasattr(value, "tolist"):
+        return value
+    return value.tolist()
+
+
+def check_limits(
+    ensemble: Ensemble,
+    max_new_tokens: Any,
+    num_return_sequences: Any,
+    eos_token_id: Any,
+    pad_token_id: Any,
+    stop_strings: Any,
+) -> Limits:
+    """These arguments of `mod_fused.generate`, checked; see there for their meaning."""
+    eos_ids = ensemble.eos_token_ids if eos_token_id is None else _eos_ids(eos_token_id)
+    pad = ensemble.padding_id(eos_ids) if pad_token_id is None else pad_token_id
+    return Limits(
+        _count("max_new_tokens", max_new_tokens, 1),
+        _count("num_return_sequences", num_return_sequences, 1),
+        eos_ids,
+        _count("pad_token_id", pad, 0, ensemble.vocab_size),
+        _stop_strings(stop_strings, ensemble.tokenizer),
+    )
+
+
+def check_vocab_size(vocab_size: Any, ensemble: Ensemble) -> int | None:
+    """As an int; how many logits a plain callable gives is not known before it runs."""
+    if vocab_size is None:
+        # Padded embeddings are the op's to cut; tokens that some tokenizer lacks are cut here.
+        return None if ensemble.common_ids is None else ensemble.vocab_size
+    size, limit = _count("vocab_size", vocab_size, 1), ensemble.vocab_size
+    if limit is not None and size > limit:
+        raise ValueError(f"vocab_size must be at most the models' {limit} tokens, got {size}")
+    return size
+
+
+def ready_options(
+    ensemble: Ensemble,
+    options: dict[str, Any],
+    num_values: Callable[[Any], int],
+    limits: Limits,
+    batch: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Options of `mod_fused.sample`, seed and position among them, checked and made ready for all
+    steps: tensors on the device, with one entry for each of the B K responses; seeds int64 [B K].
+
+    Args:
+        ensemble: the models.
+        options: as they were given.
+        num_values: J by the value_weights.
+        limits: of the responses.
+        batch: B, how many prompts there are.
+        device: of the logits.
+
+    Raises:
+        TypeError, ValueError: for what `mod_fused.sample` would refuse.
+    """
+    options = {name: plain(value) for name, value in options.items()}
+    position = check_position(options["position"], batch, limits.max_new_tokens)
+    options["position"] = position
+    _check(ensemble, batch, device, num_values(options["value_weights"]), options)
+
+    options = {name: placed(name, value, device) for name, value in options.items()}
+    seeds = options["seed"]
+    if seeds is None:
+        # Once, not per step: position tells the steps apart.
+        seeds = torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64, device=device)
+    elif not isinstance(seeds, Tensor):
+        seeds = split_mix(seeds, batch, device)
+    options = {name: repeated(name, value, limits.copies) for name, value in options.items()}
+    options["seed"] = continuation_seeds(seeds, limits.copies)
+    return options
+
+
+def _check(
+    ensemble: Ensemble,
+    batch: int,
+    device: torch.device,
+    num_values: int,
+    options: dict[str, Any],
+) -> None:
+    """What the op itself checks, on tensors without memory ("meta"): nothing is computed, no kernel
+    compiled."""
+    given: dict[str, Any] = {
+        k: v.to("meta") if isinstance(v, Tensor) else v for k, v in options.items()
+    }
+    name, position, seed = (given.pop(key) for key in ("backend", "position", "seed"))
+    filters = {key: given.pop(key) for key in ("temperature", "top_k", "top_p", "min_p")}
+    logits = torch.empty(batch, 2, dtype=torch.float32, device="meta")
+    mixing = check_mixture(
+        ref_logits=None if ensemble.models[0] is None else logits,
+        policy_logits=[logits] * ensemble.num_policies,
+        values=logits.expand(num_values, batch, 2) if num_values else None,
+        value_ids=None,
+        prefix_logprobs=None,
+        vocab_size=None,
+        **given,
+    )
+    check_draw(
+        mixing,
+        **filters,
+        mask=None,
+        seed=0 if seed is None else seed,  # None would draw seeds
+        position=position,
+        return_model_logprobs=False,
+    )
+    choose(name, device, mixing.divergence)
+
+
+def check_position(position: Any, batch: int, max_new_tokens: int) -> int | Tensor:
+    """The first position, an int or int64 [B], from which all tokens have one below 2^63."""
+    if isinstance(position, Tensor):
+        check_tensor("position", position, (torch.int64,), position.device, {"[B]": [batch]})
+    one_each = isinstance(position, (Tensor, list))
+    first = position.tolist() if isinstance(position, Tensor) else position
+    numbers = [number("position", x, int) for x in (first if one_each else [first])]
+    if one_each and len(numbers) != batch:
+        raise ValueError(f"position must be one integer or B = {batch}, got {len(numbers)}")
+    for x in numbers:
+        if not 0 <= x <= 2**63 - max_new_tokens:
+            raise ValueError(
+                f"position must be in [0, 2^63 - max_new_tokens = {2**63 - max_new_tokens}], "
+                f"got {x}"
+            )
+    if isinstance(position, Tensor):
+        return position
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu") if one_each else numbers[0]
+
+
+def first_history(
+    prefix_logprobs: Any,
+    sequence_history: bool,
+    divergence: Any,
+    shape: tuple[int, int],
+    copies: int,
+    device: torch.device,
+) -> Tensor | None:
+    """Log-probability of the response so far under each model, float64 [B K, columns], None where
+    it is not needed; `shape` is [B, columns]."""
+    if prefix_logprobs is not None and not sequence_history:
+        raise ValueError("prefix_logprobs were given without sequence_history=True")
+    needed = sequence_history and get_divergence(divergence).name != "reverse_kl"
+    if prefix_logprobs is None:
+        rows, columns = shape
+        whole: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        return torch.zeros(rows * copies, columns, **whole) if needed else None
+    if not isinstance(prefix_logprobs, Tensor):
+        try:
+            prefix_logprobs = torch.tensor(prefix_logprobs, dtype=torch.float64, device=device)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"prefix_logprobs must be numbers [B, models]: {error}") from None
+    prefix = prefix_logprobs.to(device)
+    check_tensor("prefix_logprobs", prefix, FLOATS, device, {"[B, models]": shape})
+    if not bool(prefix.isfinite().all()):
+        raise ValueError("prefix_logprobs must be finite, got NaN or infinity")
+    return prefix.to(torch.float64).repeat_interleave(copies, dim=0) if needed else None
+
+
+def _count(name: str, value: Any, least: int, limit: int | None = None) -> int:
+    """An integer of any kind (Python, NumPy, a tensor of one) as an int, in [least, limit)."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    if limit is not None and number >= limit:
+        raise ValueError(f"{name} must be below the models' {limit} token ids, got {number}")
+    return number
+
+
+def _eos_ids(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
+    # A tensor without dimensions has __iter__, but cannot be iterated over.
+    if not isinstance(eos_token_id, Iterable) or getattr(eos_token_id, "ndim", 1) == 0:
+        eos_token_id = [_count("eos_token_id", eos_token_id, 0)]
+    return [_count("eos_token_id", token, 0) for token in eos_token_id]
+
+
+def _stop_strings(stop_strings: str | Sequence[str] | None, tokenizer: Any) -> list[str]:
+    if stop_strings is None:
+        return []
+    stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    if not all(isinstance(stop, str) for stop in stops):
+        raise TypeError(f"stop_strings must be a string or a list of strings, got {stop_strings!r}")
+    if not all(stops):
+        raise ValueError(
+            "stop_strings must not hold an empty string: it would end every row at once"
+        )
+    if stops and tokenizer is None:
+        raise ValueError("stop_strings need a tokenizer: pass tokenizers to Ensemble")
+    return stops

@@ -1,0 +1,198 @@
+"""The record of a batch's responses: filled a step at a time, and what it is in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call.outputs import Sample
+from .options import Limits
+from .streaming import Stream
+from .text import Decoder, StopStrings
+
+# Why a row ended, by code; a row still running when the tokens run out ended by length.
+FINISH_REASONS = ("length", "eos", "stop", "invalid")
+_RUNNING, _EOS, _STOP, _INVALID = range(4)
+
+#: What `Responses` holds for each row, as tensors.
+_BY_ROW = (
+    "tokens", "history", "_sequences", "_lengths", "_logprobs", "_model_logprobs", "_reason"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """What `generate` returns. T is the length of the longest response; with num_return_sequences
+    B counts responses, those of one prompt next to each other.
+
+    Attributes:
+        sequences: int64 [B, n + T], the prompts of the first model, left-padded, then the
+            responses.
+        tokens: int64 [B, T], the responses alone, with pad_token_id behind their ends.
+        lengths: int64 [B], tokens in each response, its end-of-sequence token included.
+        finish_reasons: B strings: "eos", "stop" (a stop string), "length", or "invalid" (see
+            valid).
+        texts: B decoded responses without special tokens, a stop string included; None without a
+            tokenizer. A response is decoded as what goes on from a text, so that a space in front
+            of its first word is kept and prompt + text reads on.
+        logprobs: float32 [B, T], log pi*(token), before temperature and filters. 0 behind the end
+            of a response, so that a sum over T is the log-probability of the response.
+        model_logprobs: float32 [B, T, M+1], log-probability of the token under each model (its
+            logits times its scale), reference first; M columns without a reference. 0 behind the
+            end. None unless asked for.
+        valid: bool [B]. False: at some step the op had nothing to draw from (NaN logits, everything
+            masked); the response ends before that step, whose log-probabilities are NaN.
+        seeds: int64 [B], the seed of each row: with it and the position a call goes on with the
+            responses of another.
+        attention_mask: int64 [B, n + T], of sequences: 0 for padding on both sides.
+    """
+
+    sequences: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    finish_reasons: list[str]
+    texts: list[str] | None
+    logprobs: Tensor
+    model_logprobs: Tensor | None
+    valid: Tensor
+    seeds: Tensor
+    attention_mask: Tensor
+
+
+class Responses:
+    """The responses of one batch in progress.
+
+    Args:
+        prompts: int64 [B, n], of the first model.
+        limits: room for the responses, and what ends them.
+        tokenizer: decodes them; None: no texts.
+        columns: how many model log-probabilities to record; 0: none.
+        history: float64 [B, columns], log-probability of the response so far under each model, to
+            be added to; None: not wanted.
+
+    Attributes:
+        history: the same, at this step.
+        tokens: int64 [B], the tokens drawn last; None at first.
+        done: whether all responses have ended.
+    """
+
+    def __init__(
+        self,
+        prompts: Tensor,
+        limits: Limits,
+        *,
+        tokenizer: Any,
+        columns: int,
+        history: Tensor | None,
+    ) -> None:
+        room = len(prompts), limits.max_new_tokens
+        batch, device = len(prompts), prompts.device
+        floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
+        self.history = history
+        self.tokens: Tensor | None = None
+        self.done = False
+        self._step, self._width, self._pad = 0, prompts.shape[1], limits.pad_token_id
+        self._tokenizer = tokenizer
+        self._eos = torch.tensor(limits.eos_token_ids, **whole)
+        behind = torch.full(room, limits.pad_token_id, **whole)
+        self._sequences = torch.cat([prompts, behind], dim=1)
+        self._logprobs = torch.zeros(room, **floats)
+        self._model_logprobs = torch.zeros(*room, columns, **floats) if columns else None
+        self._lengths = torch.zeros(batch, **whole)
+        self._reason = torch.full((batch,), _RUNNING, **whole)
+        self._stops: list[StopStrings] = []
+        if limits.stop_strings:
+            decoder = Decoder(tokenizer, skip_special_tokens=False)
+            self._stops = [StopStrings(limits.stop_strings, decoder) for _ in range(batch)]
+
+    @property
+    def wants_model_logprobs(self) -> bool:
+        """Whether `add` needs them, to record them or for the history."""
+        return self._model_logprobs is not None or self.history is not None
+
+    @property
+    def sequences(self) -> Tensor:
+        """The prompts and the responses so far, int64 [B, n + steps]."""
+        return self._sequences[:, : self._width + self._step]
+
+    def add(self, drawn: Sample, stream: Stream) -> None:
+        """Record a step, show it to the stream, and see which responses it ends."""
+        active = self._reason == _RUNNING
+        kept = active & drawn.valid
+        tokens = torch.where(kept, drawn.tokens, self._pad)
+        self.tokens = tokens
+        self._sequences[:, self._width + self._step] = tokens
+        self._lengths += kept
+        self._logprobs[:, self._step] = torch.where(active, drawn.logprobs, 0.0)
+        if drawn.model_logprobs is not None:
+            of_models = torch.where(active[:, None], drawn.model_logprobs, 0.0)
+            if self._model_logprobs is not None:
+                self._model_logprobs[:, self._step] = of_models
+            if self.history is not None:
+                self.history = self.history + of_models
+        self._reason = torch.where(active & ~drawn.valid, _INVALID, self._reason)
+        self._reason = torch.where(kept & torch.isin(tokens, self._eos), _EOS, self._reason)
+        if self._stops or stream.active:
+            self._watch(kept, stream)
+        else:
+            self.done = bool((self._reason != _RUNNING).all())
+        self._step += 1
+
+    def _watch(self, kept: Tensor, stream: Stream) -> None:
+        """Streaming, stop strings and the check for the end, with one transfer to the host."""
+        assert self.tokens is not None
+        tokens, drawn, reason = torch.stack([self.tokens, kept.long(), self._reason]).cpu()
+        stream.put(self._step, tokens, drawn.bool())
+        if self._stops:
+            going = (drawn.bool() & (reason == _RUNNING)).nonzero()[:, 0].tolist()
+            stopped = [row for row in going if self._stops[row].add(int(tokens[row]))]
+            reason[stopped] = _STOP
+            self._reason = reason.to(self._reason.device)
+        self.done = bool((reason != _RUNNING).all())
+
+    def resample(self, choose: Callable[..., Tensor | None]) -> Tensor | None:
+        """What `resample_fn` chooses of the responses so far."""
+        return choose(self._step - 1, self.sequences, self._lengths, self._reason)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, int64 [B], any of them any number of times."""
+        for name in _BY_ROW:
+            if (values := getattr(self, name)) is not None:
+                setattr(self, name, values[rows])
+        if self._stops:
+            self._stops = [self._stops[row].copy() for row in rows.tolist()]
+        self.done = bool((self._reason != _RUNNING).all())
+
+    def output(self, prompt_mask: Tensor | None, seeds: Tensor) -> GenerateOutput:
+        """The end: prompt_mask [B, n] (None: no padding) and seeds int64 [B] are the batch's."""
+        # Rows that were dropped may have been longer; an invalid step counts.
+        steps = int((self._lengths + (self._reason == _INVALID)).max())
+        tokens, logs = self._sequences[:, self._width :][:, :steps], self._model_logprobs
+        prompts = self._sequences[:, : self._width]
+        mask = torch.ones_like(prompts) if prompt_mask is None else prompt_mask
+        places = torch.arange(steps, dtype=torch.int64, device=tokens.device)
+        written = (places < self._lengths[:, None]).to(torch.int64)
+        return GenerateOutput(
+            sequences=self._sequences[:, : self._width + steps],
+            tokens=tokens,
+            lengths=self._lengths,
+            finish_reasons=[FINISH_REASONS[code] for code in self._reason.tolist()],
+            texts=self._texts(tokens),
+            logprobs=self._logprobs[:, :steps],
+            model_logprobs=logs if logs is None else logs[:, :steps],
+            valid=self._reason != _INVALID,
+            seeds=seeds,
+            attention_mask=torch.cat([mask, written], dim=1),
+        )
+
+    def _texts(self, tokens: Tensor) -> list[str] | None:
+        if self._tokenizer is None:
+            return None
+        decoder = Decoder(self._tokenizer)
+        rows = zip(tokens.tolist(), self._lengths.tolist(), strict=True)
+        return [decoder(row[:length]) for row, length in rows]

@@ -1,0 +1,117 @@
+"""The arguments of a registered op: all fields in four, each in its slot.
+
+The dispatcher charges for every argument, about a microsecond each for lists. No string is among
+them: torch's stable ABI loses the memory of every one that crosses it. The C++ reader is
+csrc/cpu/binding.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..call.arguments import DrawArguments, MixtureArguments
+from ..divergence import alpha_of, divergence_of, number_of
+
+_PACKED = "Tensor[] logits, Tensor?[] tensors, int[] integers, float[] numbers"
+LOG_PROBS_SCHEMA = f"({_PACKED}) -> Tensor"
+SAMPLE_SCHEMA = f"({_PACKED}) -> (Tensor, Tensor, Tensor, Tensor)"
+# With outputs and a workspace that are the caller's.
+LOG_PROBS_OUT_SCHEMA = f"({_PACKED}, Tensor(a!) out, Tensor(b!)? workspace) -> ()"
+SAMPLE_OUT_SCHEMA = (
+    f"({_PACKED}, Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!) valid, "
+    "Tensor(d!)? model_logprobs, Tensor(e!)? workspace) -> ()"
+)
+
+Packed = tuple[list[Tensor], list[Tensor | None], list[int], list[float]]
+
+#: Slots of the mixture; those of the draw follow.
+_TENSORS, _INTEGERS, _NUMBERS = 5, 5, 2
+
+
+def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Packed:
+    """All fields as the four arguments of an op; without `drawing` those of `log_probs`.
+
+    A field that is a number leaves its tensor's slot empty, and the other way round. Behind their
+    slots, numbers go on with the weights, the values' weights and the scales.
+    """
+    (
+        ref, policies, weights, divergence, normalizer, values, value_ids, value_weights, prefix,
+        scales, vocab, plausibility, plausible,
+    ) = mixing  # fmt: skip
+    # Fields are of these very types, and asking for them is faster than asking for tensors.
+    w, v = type(weights) is tuple, type(value_weights) is tuple
+    logits = list(policies) if ref is None else [ref, *policies]
+    tensors: list[Any] = [
+        None if w else weights,
+        values,
+        value_ids,
+        None if v else value_weights,
+        prefix,
+    ]
+    exact = int(normalizer == "exact")
+    integers: list[Any] = [int(ref is not None), vocab, plausible, exact, number_of(divergence)]
+    numbers: list[Any] = [plausibility, alpha_of(divergence)]
+    if drawing is not None:
+        temperature, top_k, top_p, min_p, mask, seed, position, with_logprobs = drawing
+        t, p, m = type(temperature) is float, type(top_p) is float, type(min_p) is float
+        k, s, n = type(top_k) is int, type(seed) is int, type(position) is int
+        tensors += (mask, None if t else temperature, None if k else top_k, None if p else top_p)
+        tensors += (None if m else min_p, None if s else seed, None if n else position)
+        integers += (top_k if k else 0, seed if s else 0, position if n else 0, int(with_logprobs))
+        numbers += (temperature if t else 0.0, top_p if p else 0.0, min_p if m else 0.0)
+    if w:
+        numbers += weights
+    if v:
+        numbers += value_weights
+    numbers += scales
+    return logits, tensors, integers, numbers
+
+
+def unpack(
+    logits: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
+    integers: Sequence[int],
+    numbers: Sequence[float],
+) -> tuple[MixtureArguments, DrawArguments | None]:
+    """What was packed."""
+    weights, values, value_ids, value_weights, prefix = tensors[:_TENSORS]
+    reference, vocab, plausible, exact, number = integers[:_INTEGERS]
+    plausibility, alpha = numbers[:_NUMBERS]
+    slots, drawing = _NUMBERS, None
+    if len(tensors) > _TENSORS:
+        mask, temperature, top_k, top_p, min_p, seed, position = tensors[_TENSORS:]
+        k, seed_number, position_number, with_logprobs = integers[_INTEGERS:]
+        slots += 3
+        t, p, least = numbers[_NUMBERS:slots]
+        drawing = DrawArguments(
+            t if temperature is None else temperature,
+            k if top_k is None else top_k,
+            p if top_p is None else top_p,
+            least if min_p is None else min_p,
+            mask,
+            seed_number if seed is None else seed,
+            position_number if position is None else position,
+            bool(with_logprobs),
+        )
+    policies = list(logits[reference:])
+    weighted = slots + (len(policies) if weights is None else 0)
+    scored = weighted + (0 if values is None or value_weights is not None else len(values))
+    mixing = MixtureArguments(
+        logits[0] if reference else None,
+        policies,
+        tuple(numbers[slots:weighted]) if weights is None else weights,
+        divergence_of(number, alpha),
+        "exact" if exact else "zero",
+        values,
+        value_ids,
+        tuple(numbers[weighted:scored]) if value_weights is None else value_weights,
+        prefix,
+        tuple(numbers[scored:]),
+        vocab,
+        plausibility,
+        plausible,
+    )
+    return mixing, drawing

@@ -1,0 +1,65 @@
+"""Numbers that change from call to call of compiled code.
+
+torch.compile makes such a number a symbol. In an op's list of numbers a symbol becomes a constant
+of the graph, so that every new value takes a new graph, of which torch.compile allows eight. So
+symbols travel in tensors where those have a slot, and scales multiply their logits beforehand.
+Plausibility and alpha remain constants.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call.arguments import DrawArguments, MixtureArguments
+from ..call.fields import any_symbol, tensor_of
+from ..torch_kernels.philox import mix
+
+
+def mixture_without_symbols(mixing: MixtureArguments) -> MixtureArguments:
+    """The same distribution."""
+    device, scales = mixing.batch_tensor().device, mixing.logit_scales
+    ref, policies = mixing.ref_logits, mixing.policy_logits
+    if any_symbol(scales):
+        scaled = [x.float() * scale for x, scale in zip(mixing.tensors(), scales, strict=True)]
+        ref, policies = (None, scaled) if ref is None else (scaled[0], scaled[1:])
+        scales = ()
+
+    def weights(given: tuple[float, ...] | Tensor) -> tuple[float, ...] | Tensor:
+        if isinstance(given, Tensor) or not any_symbol(given):
+            return given
+        return tensor_of(given, torch.float64, device)
+
+    return mixing._replace(
+        ref_logits=ref,
+        policy_logits=policies,
+        weights=weights(mixing.weights),
+        value_weights=weights(mixing.value_weights),
+        logit_scales=scales,
+    )
+
+
+def draw_without_symbols(drawing: DrawArguments, like: Tensor) -> DrawArguments:
+    """The same draw, for the batch and the device of `like`."""
+    count, device = like.shape[0], like.device
+
+    def rows(given: Any, off: float, dtype: torch.dtype) -> Any:
+        # What is off stays a number: a filter's tensor would be looked at.
+        if isinstance(given, Tensor) or not any_symbol([given]) or given == off:
+            return given
+        return torch.ones((count,), dtype=dtype, device=device) * given
+
+    seed = drawing.seed
+    if not isinstance(seed, Tensor) and any_symbol([seed]):
+        # SplitMix64 of each row's number, as `philox.split_mix` has it.
+        seed = mix(torch.arange(count, device=device) + tensor_of([seed], torch.int64, device))
+    return drawing._replace(
+        temperature=rows(drawing.temperature, 1.0, torch.float64),
+        top_k=rows(drawing.top_k, 0, torch.int64),
+        top_p=rows(drawing.top_p, 1.0, torch.float64),
+        min_p=rows(drawing.min_p, 0.0, torch.float64),
+        seed=seed,
+        position=rows(drawing.position, -1, torch.int64),
+    )

@@ -1,0 +1,78 @@
+"""The workspace of a call: its size and its check."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ..call.arguments import MixtureArguments
+from ..call.fields import number
+
+#: Bytes: a workspace begins at a multiple.
+ALIGNMENT = 16
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result  # not to be traced: it imports triton
+def _workspace_bytes(rows: int, vocab_size: int, models: int, filters: bool) -> int:
+    if not _TRITON:
+        return 0
+    from ..triton_kernels.workspace import workspace_bytes
+
+    return workspace_bytes(rows, vocab_size, models, filters)
+
+
+def check_workspace(mixing: MixtureArguments, filters: bool, workspace: object) -> Tensor:
+    """`workspace` of a call, with `filters` or not, checked."""
+    batch = mixing.batch_tensor()
+    if not isinstance(workspace, Tensor):
+        raise TypeError(f"workspace must be a tensor, got {type(workspace).__name__}")
+    needed = _workspace_bytes(batch.shape[0], mixing.vocab_size, mixing.model_count(), filters)
+    expected = f"workspace must be a contiguous uint8 vector of at least {needed} bytes"
+    if workspace.dtype != torch.uint8:
+        raise TypeError(f"{expected}, got {workspace.dtype}")
+    if workspace.device != batch.device:
+        raise ValueError(f"{expected} on {batch.device} like the logits, got {workspace.device}")
+    if workspace.dim() != 1 or not workspace.is_contiguous():
+        raise ValueError(
+            f"{expected}, got shape {list(workspace.shape)}, strides {list(workspace.stride())}"
+        )
+    if workspace.numel() < needed:
+        raise ValueError(f"{expected}, got {workspace.numel()}")
+    # Dynamo cannot trace the offset. In compiled code Triton sees for itself what it may assume.
+    if not torch.compiler.is_compiling() and workspace.storage_offset() % ALIGNMENT:
+        raise ValueError(
+            f"{expected} that begins at a multiple of {ALIGNMENT}, "
+            f"got a view from byte {workspace.storage_offset()} on"
+        )
+    return workspace
+
+
+def workspace_size(batch: int, vocab_size: int, policies: int = 2, *, filters: bool = True) -> int:
+    """Bytes of a `workspace` that is large enough for every call of `sample` and `log_probs`, of
+    any divergence, with at most so many rows, token ids and policies.
+
+    Not covered are candidates: `values` with `value_ids` become [J, B, V] float32, which torch's
+    allocator provides.
+
+    Args:
+        batch: B, the most rows of a call.
+        vocab_size: V, the most token ids.
+        policies: M, the most policies; a reference model beside them is covered.
+        filters: also for calls with top-k, top-p or min-p, which need 4 B V bytes for keys.
+
+    Returns:
+        The bytes; 0 where triton is not installed: the other backends need no workspace.
+
+    Raises:
+        ValueError: negative numbers, or no token ids.
+        TypeError: what is not an integer.
+    """
+    sizes = {"batch": batch, "vocab_size": vocab_size, "policies": policies}
+    for name, size in sizes.items():
+        least = int(name == "vocab_size")
+        if number(name, size, int) < least:
+            raise ValueError(f"{name} must be at least {least}, got {size}")
+    return _workspace_bytes(batch, vocab_size, policies + 1, filters)

@@ -1,0 +1,245 @@
+"""The mathematics of the op in plain torch, on any device.
+
+A row is padded to whole tiles of 1024 ids, [B, T, 1024]. `mix` gives its *key*, log pi* up to a
+constant of the row, and that constant apart: filters and the race work on the key, so that order
+never depends on a normaliser's rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call.arguments import MixtureArguments
+from ..divergence import Divergence, ReverseKL
+from . import normalizer
+from .parameters import row_vector
+from .philox import TILE
+
+# The range of float32, the same in every backend and in the oracle (design §2).
+_SMALLEST_LOG_REF = -80.0
+_SMALLEST_LOG_RATIO = -80.0
+_SMALLEST_PREFIX_DIFFERENCE = -40.0
+_LARGEST_DEFICIT = 9.999999933815813e36  # 1e37 in float32
+_LEAST_TAU = 1e-36
+_WEIGHT_ROUNDING, _FLOAT32_ROUNDING = 2.0**-40, 2.0**-24  # of a sum, of each number of one
+
+
+class Mixture(NamedTuple):
+    """A chunk of b rows after the mathematics: log pi* = (key - level) - log_norm."""
+
+    key: Tensor  # float32 [b, T, TILE], -inf off the support
+    level: Tensor  # float32 [b], the largest key
+    log_norm: Tensor  # float64 [b]
+    valid: Tensor  # bool [b]
+    logits: list[Tensor]  # float32 [b, T, TILE] each: scaled, reference first if there is one
+
+
+def _tiles(x: Tensor, vocab_size: int) -> Tensor:
+    """The first V columns of [b, >= V] as float32 [b, T, TILE], the tail filled with -inf."""
+    x = x[:, :vocab_size].float()
+    padded = torch.nn.functional.pad(x, (0, -vocab_size % TILE), value=-torch.inf)
+    return padded.unflatten(1, (-1, TILE))
+
+
+def _float32(x: float) -> float:
+    """x rounded to float32."""
+    return torch.tensor(x, dtype=torch.float32).item()
+
+
+def _normal(weights: Tensor) -> Tensor:
+    """Weights [b, n] in the range of float32: infinite beyond it, 0 below its normal numbers."""
+    overflows = weights.float().isinf()
+    weights = torch.where(weights.abs() < torch.finfo(torch.float32).tiny, 0.0, weights)
+    return torch.where(overflows, torch.inf, weights)
+
+
+def _fma(c: Tensor, x: Tensor, total: Tensor) -> Tensor:
+    """fma(c, x, total) with one rounding to float32, c [b] against [b, T, TILE]; `total` where c is
+    0.
+
+    The product of two float32 is exact in float64. x may be infinite off the support, where nothing
+    reads the result.
+    """
+    c = c.float()[:, None, None]
+    return torch.where(c == 0, total, (c.double() * x.double() + total.double()).float())
+
+
+def _dense_values(
+    mixing: MixtureArguments, rows: slice
+) -> tuple[list[Tensor], Tensor | None, Tensor]:
+    """Values as J tensors [b, T, TILE], the candidate set (None: every token), and bool [b]: all
+    ids in range."""
+    assert mixing.values is not None
+    values = mixing.values[:, rows].float()
+    if mixing.value_ids is None:
+        ids_ok = torch.ones(values.shape[1], dtype=torch.bool, device=values.device)
+        return [_tiles(x, mixing.vocab_size) for x in values], None, ids_ok
+    ids = mixing.value_ids[rows]
+    inside = (ids >= 0) & (ids < mixing.vocab_size)
+    ids_ok = (inside | (ids == -1)).all(1)
+    # One column more than the row has takes what the padding writes.
+    width = mixing.vocab_size + -mixing.vocab_size % TILE
+    target = torch.where(inside, ids, width)
+    zeros = values.new_zeros((ids.shape[0], width + 1))
+    dense = [zeros.scatter(1, target, x)[:, :width].unflatten(1, (-1, TILE)) for x in values]
+    candidates = zeros.scatter(1, target, 1.0)[:, :width].unflatten(1, (-1, TILE)) > 0
+    return dense, candidates, ids_ok
+
+
+def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
+    """Support, validity and log pi* of a chunk of rows (design §2)."""
+    divergence = mixing.divergence
+    vocab_size = mixing.vocab_size
+    tensors = [x[rows] for x in mixing.tensors()]
+    logits = [_tiles(x, vocab_size) for x in tensors]
+    if mixing.logit_scales:
+        logits = [x * scale for x, scale in zip(logits, mixing.logit_scales, strict=True)]
+    policies = logits[mixing.ref_logits is not None :]
+    count, device = logits[0].shape[0], logits[0].device
+
+    weights = _normal(row_vector(mixing.weights, rows, device))
+    valid = weights.isfinite().all(1)
+    columns = torch.arange(logits[0][0].numel(), device=device).view(logits[0].shape[1:])
+    support = (columns < vocab_size).expand(count, -1, -1)
+
+    values: list[Tensor] = []
+    value_weights = weights.new_zeros((count, 0))
+    if mixing.values is not None:
+        values, candidates, ids_ok = _dense_values(mixing, rows)
+        value_weights = _normal(row_vector(mixing.value_weights, rows, device))
+        valid = valid & ids_ok & value_weights.isfinite().all(1)
+        if candidates is not None:
+            support = support & candidates
+
+    # A tensor of weight 0 is ignored entirely.
+    pairs = [(x, weights[:, i]) for i, x in enumerate(policies)]
+    pairs += [(x, value_weights[:, j]) for j, x in enumerate(values)]
+    own = None
+    if mixing.ref_logits is not None:
+        own = torch.ones_like(weights.new_empty(count))
+        if type(divergence) is ReverseKL:
+            own = _own_coefficient(mixing, weights)
+        pairs.append((logits[0], own))
+    for x, weight in pairs:
+        counts = weight != 0
+        broken = (x.isnan() | (x == torch.inf)).flatten(1).any(1)
+        valid = valid & ~(counts & broken)
+        support = support & (x.isfinite() | ~counts[:, None, None])
+
+    if mixing.plausibility > 0.0:
+        x = logits[mixing.plausibility_tensor - (mixing.ref_logits is None)]
+        peak = x.amax((-2, -1))
+        valid = valid & peak.isfinite()  # NaN and +inf both end up in the peak
+        support = support & (x - peak[:, None, None] >= _float32(math.log(mixing.plausibility)))
+
+    if type(divergence) is ReverseKL:
+        key = _log_linear(own, logits, weights, values, value_weights)
+    else:
+        key, support, solvable = _general(
+            mixing, divergence, rows, logits, weights, values, value_weights, support
+        )
+        valid = valid & solvable
+    key = torch.where(support, key, -torch.inf)
+    level = key.amax((-2, -1))
+    # Neither an empty support (-inf) nor an overflow (NaN, +inf) leaves a finite level.
+    log_norm = normalizer.row_logsumexp(key - level[:, None, None])
+    return Mixture(key, level, log_norm, valid & level.isfinite(), logits)
+
+
+def _own_coefficient(mixing: MixtureArguments, weights: Tensor) -> Tensor:
+    """1 - sum w [b], 0 where that is no more than rounding."""
+    total = weights.new_zeros(weights.shape[0])
+    for i in range(weights.shape[1]):
+        total = total + weights[:, i]
+    single = isinstance(mixing.weights, Tensor) and mixing.weights.dtype == torch.float32
+    rounding = (weights.shape[1] + 1) * _FLOAT32_ROUNDING if single else _WEIGHT_ROUNDING
+    return torch.where((1.0 - total).abs() <= rounding, 0.0, 1.0 - total)
+
+
+def _log_linear(
+    own: Tensor | None,
+    logits: list[Tensor],
+    weights: Tensor,
+    values: list[Tensor],
+    value_weights: Tensor,
+) -> Tensor:
+    """Reverse KL: (1 - sum w) l_0 + sum w_i l_i + sum v_j V_j on the raw logits, in the order fixed
+    by design §3."""
+    coefficients = [] if own is None else [own]
+    coefficients += [weights[:, i] for i in range(weights.shape[1])]
+    coefficients += [value_weights[:, j] for j in range(value_weights.shape[1])]
+    key = torch.zeros_like(logits[0])
+    for c, x in zip(coefficients, [*logits, *values], strict=True):
+        key = _fma(c, x, key)
+    return key
+
+
+def _general(
+    mixing: MixtureArguments,
+    divergence: Divergence,
+    rows: slice,
+    logits: list[Tensor],
+    weights: Tensor,
+    values: list[Tensor],
+    value_weights: Tensor,
+    support: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every other divergence, in deficit form: the key lr + log H(tau + D), the support, and
+    whether Z exists [b]."""
+    log_norms = [normalizer.row_logsumexp(x) for x in logits]
+    # Levels and log-sums apart: beside a level of 1e17 float64 would lose the other.
+    levels = [x.amax((-2, -1)).nan_to_num(0.0, 0.0, 0.0).double()[:, None, None] for x in logits]
+    log_sums = [
+        normalizer.row_logsumexp((x - level).float())
+        for x, level in zip(logits, levels, strict=True)
+    ]
+    ref = logits[0] - levels[0]
+    log_ref = (ref - log_sums[0][:, None, None]).float()
+    support = support & (log_ref >= _SMALLEST_LOG_REF)
+    solvable = torch.ones_like(support[:, 0, 0])
+
+    shifts = torch.stack(log_sums, 1)
+    shifts = shifts[:, :1] - shifts[:, 1:]
+    if mixing.prefix_logprobs is not None:
+        prefix = mixing.prefix_logprobs[rows].double()
+        used = weights != 0
+        solvable = prefix[:, 0].isfinite() & (prefix[:, 1:].isfinite() | ~used).all(1)
+        difference = prefix[:, 1:] - prefix[:, :1]
+        if divergence.clamped and difference.shape[1]:
+            least = torch.where(used, difference, torch.inf).amin(1, keepdim=True)
+            difference = difference + (_SMALLEST_PREFIX_DIFFERENCE - least).clamp(min=0.0)
+        shifts = shifts + difference
+
+    deficit = torch.zeros_like(log_ref)  # Q
+    for i, x in enumerate(logits[1:]):
+        # In float64: the models' logits may lie around different levels, however far from 0.
+        d = (((x - levels[i + 1]) - ref) + shifts[:, i, None, None]).float()
+        if divergence.clamped:
+            d = d.clamp(min=_SMALLEST_LOG_RATIO)
+        w = weights[:, i, None, None].float()
+        deficit = torch.where(w == 0, deficit, deficit + w * divergence.deficit(d))
+        log_policy = x - log_norms[i + 1].float()[:, None, None]  # may be beyond float32
+        support = support & ((w == 0) | (log_policy > -torch.inf))
+    support = support & (deficit < _LARGEST_DEFICIT)
+    if values:
+        # A tilt moves min Q away from 0, and D would keep only its rounding: in float64 until then.
+        deficit = deficit.double()
+    for j, x in enumerate(values):
+        v = value_weights[:, j, None, None].float().double()
+        deficit = torch.where(v == 0, deficit, deficit - v * x.double())
+
+    support = support & (deficit < _LARGEST_DEFICIT)
+    log_ref = torch.where(support, log_ref, -torch.inf)
+    excess, least, best = normalizer.excess_deficit(deficit, support)
+    solvable = solvable & (least > -_LARGEST_DEFICIT)
+    if mixing.normalizer == "exact":
+        tau = normalizer.solve(divergence, log_ref, excess, best)
+    else:
+        tau = (divergence.supremum * (1.0 - weights.sum(1)) + least.double()).float()
+        if divergence.bounded:
+            solvable = solvable & (tau > _LEAST_TAU)
+    return log_ref + divergence.log_ratio(tau[:, None, None] + excess), support, solvable

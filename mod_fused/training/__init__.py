@@ -1,0 +1,1 @@
+"""Training: scorers for value guidance, and the models of the embedded world."""

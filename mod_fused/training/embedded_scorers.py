@@ -1,0 +1,176 @@
+"""Trains and measures the dense scorers of the embedded world, one per reward.
+
+    python -m mod_fused.training.embedded_scorers [--out DIR] [--steps N]
+        [--method cd_fudge|cd_q] [--seed N]
+
+1. The reference answers every training prompt `GROUP` times.
+2. For every objective a copy of the reference learns the rewards of these answers from their
+   prefixes (Controlled Decoding, arXiv 2310.17022).
+3. Held-out prompts: how well values predict the reward of what follows, and what tokenwise control
+   makes of the rewards and of KL(pi* || reference), on the reference and, untouched, on a policy.
+
+The same seed on the same machine and torch version gives the same scorers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import world
+from ..decoding.ensemble import Ensemble
+from ..guidance.guide import Guidance
+from .embedded_policies import GROUP, MAX_NEW_TOKENS, rounded_mean, save
+from .scorers import METHODS, Reward, alone, fit_scorer, prefix_values, rewards_of, roll_out
+
+STRENGTHS = (0.0, 5.0, 10.0, 20.0)
+CONTINUATIONS = 16
+
+
+def new_scorer(reference: Any) -> Any:
+    """A copy of the reference whose logits, now values, begin close to zero."""
+    scorer = copy.deepcopy(reference)
+    with torch.no_grad():
+        scorer.model.norm.weight *= 0.05
+    return scorer
+
+
+def values_and_outcomes(
+    scorer: Any, reference: Any, tokenizer: Any, prompts: Sequence[str], reward: Reward, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """V of one half answer to each prompt, and the mean reward of `CONTINUATIONS` ways on from it.
+
+    Both float32 [n], n the number of answers of more than one token.
+    """
+    models = alone(reference, tokenizer)
+    options: dict[str, Any] = {"weights": [1.0], "max_new_tokens": MAX_NEW_TOKENS}
+    answers, _ = roll_out(models, prompts, seed=seed, **options)
+    with torch.no_grad():
+        values = prefix_values(scorer, answers)
+    lengths = answers.response_mask.sum(1)
+    first = answers.ids.shape[1] - MAX_NEW_TOKENS  # column of the first token of an answer
+    halves = [(row, first + int(n) // 2) for row, n in enumerate(lengths) if n > 1]
+    starts = [tokenizer.decode(answers.ids[row, first:end]) for row, end in halves]
+    asked = [prompts[row] for row, _ in halves for _ in range(CONTINUATIONS)]
+    begun = [start for start in starts for _ in range(CONTINUATIONS)]
+    texts = [prompt + start for prompt, start in zip(asked, begun, strict=True)]
+    _, rest = roll_out(models, texts, seed=seed + 1, **options)
+    whole = [start + end for start, end in zip(begun, rest, strict=True)]
+    outcomes = rewards_of(reward, asked, whole).view(-1, CONTINUATIONS).mean(1)
+    return torch.stack([values[row, end - 2] for row, end in halves]), outcomes
+
+
+def measure(
+    scorer: Any, reference: Any, tokenizer: Any, prompts: Sequence[str], strength: float, seed: int
+) -> dict[str, dict[str, float]]:
+    """Mean rewards, and KL(pi* || reference) in nats per response, under tokenwise control."""
+    answers, texts = roll_out(
+        Ensemble([reference], [tokenizer]),
+        prompts,
+        weights=[],
+        value_fn=Guidance([scorer]),
+        value_weights=[strength],
+        max_new_tokens=MAX_NEW_TOKENS,
+        seed=seed,
+    )
+    row = {name: rounded_mean(rewards_of(r, prompts, texts)) for name, r in world.REWARDS.items()}
+    return row | {"kl": rounded_mean(answers.log_ratios.sum(1))}
+
+
+def run(
+    out: Path,
+    *,
+    method: str = "cd_fudge",
+    steps: int = 300,
+    seed: int = 0,
+    n_prompts: int = 2400,
+    n_eval: int = 300,
+) -> None:
+    """The whole recipe; writes a checkpoint per objective and evaluation.json under `out`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    began = time.time()
+    tokenizer = AutoTokenizer.from_pretrained(world.checkpoint("reference"))
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(world.checkpoint(name)).eval()
+        for name in ("reference", *world.OBJECTIVES)
+    }
+    reference = models["reference"]
+    texts = [text for text in world.prompts(n_prompts, seed, held_out=False) for _ in range(GROUP)]
+    options: dict[str, Any] = {"weights": [1.0], "max_new_tokens": MAX_NEW_TOKENS, "seed": seed}
+    rollouts, responses = roll_out(alone(reference, tokenizer), texts, **options)
+    print(f"{len(texts)} roll-outs, {time.time() - began:.0f} s", flush=True)
+
+    held_out = world.prompts(n_eval, seed + 1)
+    results: dict[str, Any] = {}
+    for index, (objective, reward) in enumerate(world.REWARDS.items()):
+        scorer = new_scorer(reference)
+        fit_scorer(
+            scorer,
+            rollouts,
+            rewards_of(reward, texts, responses),
+            method=method,
+            reference=reference,
+            steps=steps,
+            seed=seed,
+            label=objective,
+        )
+        save(scorer, out / objective)
+        values, outcomes = values_and_outcomes(
+            scorer, reference, tokenizer, held_out[: max(2, n_eval // 3)], reward, seed
+        )
+        correlation = torch.corrcoef(torch.stack([values, outcomes]))[0, 1].item()
+        control = {
+            f"{strength:g}": measure(scorer, reference, tokenizer, held_out, strength, seed)
+            for strength in STRENGTHS
+        }
+        other = world.OBJECTIVES[(index + 1) % len(world.OBJECTIVES)]
+        transfer = {
+            f"{strength:g}": measure(scorer, models[other], tokenizer, held_out, strength, seed)
+            for strength in (0.0, 10.0)
+        }
+        results[objective] = {
+            "correlation": round(correlation, 4),
+            "control": control,
+            "transfer": {"model": other, "control": transfer},
+        }
+        print(f"{objective}: values and outcomes correlate by {correlation:.2f}", flush=True)
+        for name, table in (("reference", control), (f"policy {other}", transfer)):
+            for strength, row in table.items():
+                cells = (f"{k} {x['mean']:.3f} ± {x['se']:.3f}" for k, x in row.items())
+                print(f"  {name}, strength {strength}: " + ", ".join(cells), flush=True)
+
+    settings = {
+        "method": method,
+        "seed": seed,
+        "steps": steps,
+        "rollouts": len(texts),
+        "held_out_prompts": n_eval,
+    }
+    text = json.dumps({"settings": settings, "scorers": results}, indent=2)
+    (out / "evaluation.json").write_text(text + "\n")
+    print(f"saved in {out}, {time.time() - began:.0f} s in all")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train and measure the embedded world's scorers.")
+    parser.add_argument("--out", type=Path, default=world.SCORERS, help="where the scorers go")
+    parser.add_argument("--method", choices=METHODS[:2], default="cd_fudge")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of each scorer")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # more do not help models this small, and would change the rounding
+    run(args.out, method=args.method, steps=args.steps, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()
