@@ -17,13 +17,6 @@ SANITIZED_RUN = PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
 	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255 \
 	UBSAN_OPTIONS=print_stacktrace=1 $(CURDIR)/$(BIN)/python
-# Without what takes hundreds of megabytes or millions of draws.
-SANITIZED_TESTS := $(patsubst %,tests/test_%.py,combinations filters inputs log_probs out sampling registration) \
-	-k "cpu-cpu and not language_models and not 18_nats and not full_vocabulary"
-
-INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,triton_interpreter combinations extremes filters inputs \
-	log_probs out sampling registration tune user_divergence)
-
 .DEFAULT_GOAL := help
 .PHONY: help setup demo docs test test-transformers architectures lint fuzz sanitize gpu-check clean
 
@@ -58,7 +51,7 @@ lint: $(READY)  ## ruff and mypy
 # 5: PYTEST_ARGS leaves none of its tests.
 test: lint  ## linters, then the whole test suite; PYTEST_ARGS="-x -k world" narrows it
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest $(PYTEST_ARGS) $(INTERPRETED_TESTS) || test $$? = 5
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest $(PYTEST_ARGS) || test $$? = 5
 
 architectures: $(READY)  ## every causal architecture of transformers against its own generate
 	OMP_NUM_THREADS=1 $(BIN)/python tests/architectures.py --out docs/architectures.md
@@ -78,7 +71,7 @@ sanitize: $(READY)  ## tests and fuzzing of the C++ backend under address and un
 	cd $(SANITIZED) && CXXFLAGS="$(SANITIZERS) -fno-sanitize-recover=all -fno-omit-frame-pointer -g1" \
 		LDFLAGS="$(SANITIZERS)" $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
 	test -f $(SANITIZED)/mod_fused/_cpu.abi3.so
-	cd $(SANITIZED) && $(SANITIZED_RUN) -m pytest -q -s -p no:cacheprovider $(SANITIZED_TESTS)
+	cd $(SANITIZED) && $(SANITIZED_RUN) -m pytest -q -s -p no:cacheprovider -m "sanitized and not slow" -k cpu-cpu
 	cd $(SANITIZED) && $(SANITIZED_RUN) tests/fuzz_op.py --minutes $(MINUTES)
 
 # .venv's Python if there is one, else PYTHON: needs torch, triton, numpy, pytest; installs nothing.

@@ -22,6 +22,18 @@ BARRIERS = DIVERGENCES[1:]  # those that need a normaliser
 MAX_TV = 2e-5  # of a backend to the float64 oracle on identical inputs
 MAX_SUM_ERROR = 1e-5
 
+_ONES = 0xFFFFFFFF
+# Random123's published known answers for philox4x32, 10 rounds: zeros, ones, digits of pi.
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((_ONES,) * 4, (_ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
 # Standard deviation of the reference's logits, and of each policy's difference from them.
 KINDS = {"mild": (1.5, 0.3), "typical": (3.0, 1.0), "apart": (4.5, 3.0), "brutal": (6.0, 4.0)}
 

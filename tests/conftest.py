@@ -18,14 +18,15 @@ if INTERPRETED:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The interpreter runs its own tests and some of those of the op, the rest as usual."""
+    """The interpreter runs its own tests and some of those of the op, and no others run with it."""
+    own = {id(item) for item in items if item.get_closest_marker("interpreted")}
     if INTERPRETED:
-        chosen = {*map(id, affordable(items))}
-        own = ("test_triton_", "test_tune.")
-        chosen |= {id(x) for x in items if x.get_closest_marker("gpu")}
-        keep = [x for x in items if id(x) in chosen or x.path.name.startswith(own)]
-        config.hook.pytest_deselected(items=[x for x in items if x not in keep])
-        items[:] = keep
+        own |= {id(item) for item in items if item.get_closest_marker("gpu")}
+        keep = own | {*map(id, affordable(items))}
+    else:
+        keep = {*map(id, items)} - own
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in keep])
+    items[:] = [item for item in items if id(item) in keep]
 
 
 def _targets() -> list[tuple[str, str]]:

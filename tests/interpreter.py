@@ -33,33 +33,12 @@ def patch_language_once() -> None:
     interpreter._patch_lang = patch_what_is_not
 
 
-#: Tests with huge vocabularies or many rows or calls: minutes each in the interpreter.
-TOO_LARGE = (
-    "language_models",
-    "textbook_bisection",
-    "18_nats",
-    "full_vocabulary",
-    "one_tokenizer",
-    "fixed_order_float32",
-    "mixed_bandits",
-    "batch_mates",
-    "log_probabilities_are_the_oracle_s",
-    "never_drawn",
-    "filters_that_are_off",
-    "may_differ_by_row",
-    "race_on_the_filtered",
-    "over_several_tiles",
-    "keeps_every_token_tied",
-    "temperature_comes_first",
-)
-
-
 def affordable(items: list[Any]) -> list[Any]:
     """Of every test that runs on a backend one case and a fourteenth of the others, spread over its
     parameters. INTERPRET=all takes all cases (most of an hour)."""
     tests: dict[str, list[Any]] = {}
     for item in items:
-        if "op" in item.fixturenames and not any(x in item.name for x in TOO_LARGE):
+        if "op" in item.fixturenames and not item.get_closest_marker("slow"):
             tests.setdefault(f"{item.path.name}::{item.originalname}", []).append(item)
     chosen = []
     for name, cases in tests.items():

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from cases import normal
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -25,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mod_fused import Ensemble
+from mod_fused import Ensemble, reference
 
 WORDS = (
     "a the red blue old fox dog cat bird saw ran sat slept over under near and then it is".split()
@@ -160,3 +162,43 @@ def without_transformers(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", blocked + code], capture_output=True, text=True, cwd=root
     )
+
+
+def ids_of(prompt: str) -> list[int]:
+    return [VOCAB[word] for word in prompt.split()]
+
+
+def by_hand(
+    models: list[Any], prompts: list[list[int]], response: list[int], history: bool, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """log pi* [T] and the models' log-probabilities [T, M+1] of a response, by full passes."""
+    logits = [
+        teacher_forced(model, prompt, response)
+        for model, prompt in zip(models, prompts, strict=True)
+    ]
+    prefix = np.zeros(len(models))
+    drawn, each = [], []
+    for step, token in enumerate(response):
+        now = [x[step].double().numpy() for x in logits]
+        mixed = reference.log_probs_row(
+            now[0], now[1:], prefix_logprobs=prefix if history else None, **options
+        )
+        vocab = len(mixed)
+        each.append([reference.log_softmax(x[:vocab])[token] for x in now])
+        drawn.append(mixed[token])
+        prefix = prefix + each[-1]
+    return np.array(drawn), np.array(each)
+
+
+TASTE = normal(0, 64)
+
+
+def taste(sequences: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A score of the tokens alone, wherever padding stands."""
+    return (TASTE[sequences] * mask).sum(dim=1)
+
+
+def seeds_of(row_seed: int, count: int) -> list[int]:
+    """The documented seeds of one prompt's continuations."""
+    mix = reference.splitmix64
+    return [row_seed, *(mix(mix(row_seed) + k) for k in range(1, count))]

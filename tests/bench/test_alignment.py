@@ -1,0 +1,313 @@
+"""The alignment study: exact optima, estimators against enumeration, and a tiny run of it all."""
+
+from __future__ import annotations
+
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed
+
+from bench import report
+from bench.alignment import __main__ as study
+from bench.alignment import command, loop, policies, statistics, tables, tabular, training
+from bench.problem import DIVERGENCES
+from mod_fused import Ensemble, reference
+from mod_fused.training import embedded_policies as train
+
+# f' of design §2 as a function of x, as printed.
+F_PRIME = {
+    "reverse_kl": lambda x: np.log(x) + 1.0,
+    "forward_kl": lambda x: -1.0 / x,
+    "jsd": lambda x: np.log(2.0) + np.log(x / (1.0 + x)),
+    "alpha:0.5": lambda x: (1.0 - x**-0.5) / 0.5,
+    "jeffrey": lambda x: np.log(x) - 1.0 / x + 1.0,
+}
+MAX_TV = 2e-5  # the op's, of the contract
+
+
+def total_variation(log_p: np.ndarray, log_q: np.ndarray) -> float:
+    return float(0.5 * np.abs(np.exp(log_p) - np.exp(log_q)).sum())
+
+
+# --- the tabular worlds ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_optimum_and_objective_are_those_of_the_printed_f(divergence):
+    # R - f'(x) constant, sum 1: with f strictly convex, the one maximum of J.
+    rng = np.random.default_rng(1)
+    x = rng.uniform(0.05, 6.0, size=50)
+    step = 1e-6
+    f = tabular.F[divergence]
+    numeric = (f(np.log(x + step)) - f(np.log(x - step))) / (2 * step)
+    assert np.abs(numeric - F_PRIME[divergence](x)).max() <= 1e-5
+    assert abs(f(np.zeros(1))[0]) <= 1e-12
+    for _ in range(20):
+        log_ref = reference.log_softmax(1.5 * rng.normal(size=9))
+        reward = 2.0 * rng.normal(size=9)
+        best = tabular.optimum(divergence, log_ref, reward)
+        assert abs(np.exp(best).sum() - 1.0) <= 1e-10
+        assert np.ptp(reward - F_PRIME[divergence](np.exp(best - log_ref))) <= 1e-7
+        top = tabular.objective(divergence, log_ref, best, reward)
+        other = reference.log_softmax(best + 0.1 * rng.normal(size=9))
+        assert tabular.objective(divergence, log_ref, other, reward) < top
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_op_mixes_optimal_policies_to_the_exact_optimum_of_the_mixed_reward(divergence):
+    rng = np.random.default_rng(2)
+    for k in range(40):
+        arms, policies = int(rng.integers(2, 60)), int(rng.integers(1, 5))
+        log_ref = reference.log_softmax(1.5 * rng.normal(size=arms))
+        rewards = 2.0 * rng.normal(size=(policies, arms))
+        weights = rng.dirichlet(np.ones(policies)) * (1.0, 0.5, 1.7)[k % 3]
+        optima = np.stack([tabular.optimum(divergence, log_ref, r) for r in rewards])
+        got = tabular.mixed(divergence, log_ref[None], optima[:, None], weights)[0]
+        best = tabular.optimum(divergence, log_ref, weights @ rewards)
+        assert total_variation(got, best) <= MAX_TV
+
+
+def test_a_tree_s_prefixes_and_decoder_agree_with_its_leaves():
+    tree = tabular.random_tree(np.random.default_rng(3), vocab=3, depth=3)
+    leaves = np.exp(tree.log_ref).reshape(3, 3, 3)
+    empty, one, two, three = tree.marginals(tree.log_ref)
+    assert np.exp(empty) == pytest.approx([1.0])
+    assert np.exp(one) == pytest.approx(leaves.sum((1, 2)))
+    assert np.exp(two) == pytest.approx(leaves.sum(2).ravel())
+    assert np.exp(three) == pytest.approx(leaves.ravel())
+    best = tabular.optimum("jsd", tree.log_ref, tree.rewards[0])
+    again = tree.decoded(lambda prefixes, tokens: tokens[1], best)  # one policy by itself
+    assert again == pytest.approx(best, abs=1e-10)
+
+
+def test_token_by_token_is_exact_for_reverse_kl_and_additive_rewards_and_not_beyond():
+    weights = np.array([0.3, 0.7])
+
+    def found(divergence: str, additive: bool) -> dict[str, Any]:
+        tree = tabular.random_tree(np.random.default_rng(4), additive=additive)
+        assert sum(np.exp(tree.log_ref)) == pytest.approx(1.0)
+        return dict(tabular.shortfalls(divergence, tree, weights))
+
+    additive, general = found("reverse_kl", True), found("reverse_kl", False)
+    for mix in ("token by token, exact Z", "token by token, Z = 0", "with history, exact Z"):
+        assert additive[mix].total_variation <= MAX_TV
+        assert abs(additive[mix].lost) <= 1e-4
+    assert additive["mean of probabilities"].lost > 0.01
+    # Another Z after every prefix: no optimum of the whole response.
+    assert general["token by token, exact Z"].total_variation > 0.02
+    assert 0.005 < general["token by token, exact Z"].lost < 1.0
+    assert found("forward_kl", True)["token by token, exact Z"].lost > 0.01
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha:0.5"])
+def test_zero_z_and_averages_fall_short_where_exact_z_does_not(divergence):
+    rng, lost = np.random.default_rng(5), {}
+    for _ in range(10):
+        tree = tabular.bandit(tabular.random_tree(rng, depth=3))
+        for mix, result in tabular.shortfalls(divergence, tree, np.array([0.5, 0.5])):
+            lost.setdefault(mix, []).append(np.nan if result is None else result.lost)
+    assert np.abs(lost["token by token, exact Z"]).max() <= 1e-4
+    for mix in ("token by token, Z = 0", "mean of logits", "mean of probabilities"):
+        assert np.mean(lost[mix]) > 0.02
+
+
+# --- estimators -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergence_terms_are_not_negative_and_have_the_divergence_as_their_mean(divergence):
+    rng = np.random.default_rng(6)
+    log_ref, log_pi = (reference.log_softmax(rng.normal(size=30)) for _ in range(2))
+    terms = statistics.divergence_terms(divergence, log_pi - log_ref)
+    assert terms.min() >= -1e-12
+    exact = np.exp(log_ref) @ tabular.F[divergence](log_pi - log_ref)
+    assert np.exp(log_pi) @ terms == pytest.approx(exact, rel=1e-10)
+    assert np.isfinite(statistics.divergence_terms(divergence, np.array([-90.0, 2000.0]))).all()
+
+
+def test_best_of_n_equals_the_mean_over_all_subsets():
+    rewards = np.random.default_rng(7).random((2, 6, 3))
+    weights = np.array([0.2, 0.5, 0.3])
+    for prompt, got in zip(rewards, statistics.best_of(rewards, weights, 3), strict=True):
+        best = [max(s, key=lambda r: r @ weights) for s in map(list, combinations(prompt, 3))]
+        assert got == pytest.approx(np.mean(best, axis=0))
+    assert statistics.best_of_kl(1) == 0.0
+
+
+def test_reweighting_the_pool_gives_the_exponential_tilt_for_reverse_kl():
+    rewards = np.random.default_rng(8).random((3, 40, 3))
+    weights = np.array([0.5, 0.5, 0.0])
+    got, divergence = statistics.reweighted(rewards, weights, "reverse_kl")
+    tilt = np.exp(10.0 * rewards @ weights)
+    x = tilt / tilt.mean(1, keepdims=True)
+    assert got == pytest.approx((x[..., None] * rewards).mean(1))
+    assert divergence == pytest.approx((x * np.log(x)).mean(1))
+
+
+def test_hypervolume_is_the_area_of_the_union_of_rectangles():
+    points = np.random.default_rng(9).random((7, 2))
+    grid = (np.arange(1000) + 0.5) / 1000
+    below = [(grid[:, None] < x) & (grid[None] < y) for x, y in points]
+    assert statistics.hypervolume(points) == pytest.approx(np.any(below, axis=0).mean(), abs=3e-3)
+    assert statistics.hypervolume(np.array([[0.5, 0.5], [0.2, 0.2]])) == 0.25
+
+
+def test_intervals_are_those_of_a_normal_mean_and_paired():
+    x = np.random.default_rng(10).normal(3.0, 2.0, size=400)
+    found = statistics.interval(lambda m: m, x)
+    error = x.std() / 20.0
+    assert found.value == pytest.approx(x.mean(), abs=1e-4)
+    # 1000 resamples: the quantiles' own error is below 0.12 standard errors in 99% of seeds.
+    assert found.low == pytest.approx(x.mean() - 1.96 * error, abs=0.25 * error)
+    assert found.high == pytest.approx(x.mean() + 1.96 * error, abs=0.25 * error)
+    pair = statistics.interval(lambda a, b: a - b, x + 1.0, x)
+    assert pair.low == pytest.approx(1.0, abs=1e-4) == pair.high
+
+
+def test_intervals_over_trainings_hold_the_mean_as_often_as_they_say():
+    for n in (2, 3, 5):
+        draws = np.random.default_rng(n).normal(1.0, 2.0, size=(4000, n))
+        found = [statistics.over_seeds(row) for row in draws.tolist()]
+        assert [f.value for f in found] == pytest.approx(draws.mean(1), abs=1e-5)
+        held = np.mean([f.low <= 1.0 <= f.high for f in found])
+        assert abs(held - 0.95) <= 4.9 * (0.95 * 0.05 / 4000) ** 0.5  # false alarms: 1e-6
+
+
+# --- training and merging -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_slope_is_f_prime_and_goes_on_as_a_line_that_pulls(divergence):
+    d = torch.linspace(-3.9, 6.0, 60, dtype=torch.float64)
+    slope = training.slope(divergence)
+    offset = slope(d) - torch.from_numpy(F_PRIME[divergence](d.exp().numpy()))
+    assert float(offset.max() - offset.min()) <= 1e-5
+    far = torch.tensor([-4.1, -30.0, -200.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(slope(far).sum(), far)
+    assert bool(torch.isfinite(slope(far)).all()) and bool((gradient > 0.5).all())
+    near = slope(torch.tensor([-4.0 - 1e-3, -4.0 + 1e-3], dtype=torch.float64))
+    assert 0.0 < float(near[1] - near[0]) < 0.2  # no step where the line begins
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_loss_is_least_at_the_optimum_under_every_divergence(divergence):
+    rewards = np.linspace(0.0, 1.0, 8)
+    log_ref = np.full(8, -np.log(8.0))
+    best = tabular.optimum(divergence, log_ref, train.PREFERENCE_SCALE * rewards) - log_ref
+    # Reverse KL and JSD are never continued; the others stay where f' is itself.
+    assert divergence in ("reverse_kl", "jsd") or best.min() > training.TANGENT_BELOW
+    log_ratios = torch.from_numpy(best[None]).requires_grad_()
+    loss = train.preference_loss(
+        log_ratios, torch.from_numpy(rewards[None]), slope=training.slope(divergence)
+    )
+    (gradient,) = torch.autograd.grad(loss, log_ratios)
+    assert gradient.abs().max() < 1e-6
+
+
+def test_no_log_ratios_have_less_loss_than_the_least(monkeypatch):
+    rewards = torch.rand(5, train.GROUP, generator=torch.Generator().manual_seed(1)).double()
+    monkeypatch.setattr(training, "mixed_rewards", lambda answers, weights: rewards.flatten())
+    least = training.least_loss(None, [1.0, 0.0, 0.0])
+    p = torch.sigmoid(10.0 * (rewards[:, :, None] - rewards[:, None]))
+    entropy = torch.special.entr(p) + torch.special.entr(1 - p)
+    i, j = torch.triu_indices(train.GROUP, train.GROUP, 1)
+    assert least == pytest.approx(entropy[:, i, j].mean().item())
+
+
+def test_the_soup_is_the_mean_of_the_parameters_and_goes_on_outside_the_simplex():
+    models = Ensemble.embedded(dtype=torch.float32).models
+    ref, *tuned = (dict(m.named_parameters()) for m in models)
+    for weights in ([1.0, 0.0, 0.0], [0.25, 0.25, 0.5], [1.5, -0.5, 0.0], [1.0, 1.0, 1.0]):
+        merged = dict(policies.soup(models, weights).named_parameters())
+        for name in ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"):
+            left = 1.0 - sum(weights)
+            expected = left * ref[name].double()
+            for w, policy in zip(weights, tuned, strict=True):
+                expected = expected + w * policy[name].double()
+            torch.testing.assert_close(merged[name].double(), expected, atol=1e-5, rtol=0)
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def test_every_job_has_its_own_file_and_what_a_cell_needs_is_trained():
+    sizes = policies.Sizes()
+    files = [loop.file_of(Path(), job.name) for _, jobs in policies.phases(sizes) for job in jobs]
+    assert len(set(files)) == len(files) == 3 + 4 + 75 + 587
+    trained = set(policies.policies(sizes))
+    assert all(set(policies.needed(cell)) <= trained for cell in policies.cells(sizes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The work folder and the results of a tiny run."""
+    work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("out")
+    words = ["--tiny", "--workers", "1", "--work", str(work), "--out", str(out)]
+    assert command.main(study.STUDY, words) == 0
+    return work, out
+
+
+def test_a_tiny_run_writes_every_cell_table_and_picture(finished):
+    work, out = finished
+    result = report.load(out / "alignment.json")
+    cells = policies.cells(policies.TINY)
+    assert [c["method"] for c in result["cells"]] == [c.method for c in cells]
+    assert all(r["loss"] > r["least_loss"] > 0.1 for r in result["trainings"])
+    for cell, record in zip(cells, result["cells"], strict=True):
+        arrays = loop.load(work, cell.name)
+        assert arrays["rewards"].shape == (cell.samples, policies.TINY.prompts, 3)
+        for k, name in enumerate(("helpful", "harmless", "humorous")):
+            assert record[name][0] == pytest.approx(arrays["rewards"][..., k].mean(), abs=1e-4)
+        assert (record["kl"] is not None) == (not cell.greedy and record["invalid"] == 0)
+    # The reference answers alike whatever it is called: weight 0, or greedy twice.
+    assert np.abs(loop.load(work, cells[0].name)["kl"]).max() <= 1e-3
+    text = (out / "alignment.md").read_text()
+    assert (
+        text.count("\n## ") == 15 and str(work) not in text + (out / "alignment.json").read_text()
+    )
+    assert {p.name for p in out.glob("*.png")} == {"alignment_pareto.png", "alignment_kl.png"}
+
+
+def test_an_interrupted_run_goes_on_and_repeats_itself(finished, capsys):
+    work, out = finished
+    before = report.load(out / "alignment.json")
+    policy, cell = policies.policies(policies.TINY)[0], policies.cells(policies.TINY)[2]
+    redone = [loop.file_of(work, name) for name in (policy.name, cell.name)]
+    kept = {p: p.stat().st_mtime_ns for p in work.glob("*.pt") if p not in redone}
+    weights = loop.load(work, policy.name)["model"]
+    for file in redone:
+        file.unlink()
+    words = ["--tiny", "--workers", "1", "--work", str(work), "--out", str(out)]
+    assert command.main(study.STUDY, words) == 0
+    printed = capsys.readouterr().err
+    assert "trainings, 1 of" in printed and "cells, 1 of" in printed
+    assert all(p.stat().st_mtime_ns == then for p, then in kept.items())
+    for name, tensor in loop.load(work, policy.name)["model"].items():
+        torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=0)
+    assert report.load(out / "alignment.json")["cells"] == before["cells"]
+
+
+def test_a_folder_of_another_run_is_refused(finished):
+    work, _ = finished
+    with pytest.raises(ValueError, match="holds results of other sizes"):
+        loop.run(work, [], policies.TINY._replace(steps=3), 1)
+    with pytest.raises(SystemExit, match="at least 1, got 0"):
+        command.main(study.STUDY, ["--workers", "0", "--out", str(work)])
+
+
+@pytest.mark.parametrize(
+    ("column", "shown"),
+    [
+        ("kl 2", "0.13"), ("kl (+1%)", "+12.5 (-1.0 to +20.0)"), ("weights", "0.33, 0.5"),
+        ("n", "3"), ("length 1", "7.2"), ("why 2", "none"), ("nothing (3)", ""),
+    ],
+)  # fmt: skip
+def test_a_column_says_which_field_is_shown_and_how(column, shown):
+    record = {"kl": [0.1251, -0.01, 0.2], "weights": [1 / 3, 0.5], "n": 3, "length": 7.24}
+    assert tables.figure(record | {"why": "none", "nothing": None}, column) == shown

@@ -1,0 +1,38 @@
+"""What a call of the op launches on a GPU, without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mod_fused.triton_kernels import launch
+
+from mod_fused.call.checks import check_draw, check_mixture
+
+DRAW = ("temperature", "top_k", "top_p", "min_p", "mask", "return_model_logprobs")
+
+
+def launches(
+    op: str = "sample",
+    vocab: int = 128256,
+    policies: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    **arguments: Any,
+) -> list[launch.Launch]:
+    """What a call launches for one row."""
+    logits = torch.empty((1, vocab), dtype=dtype, device="meta")
+    mixture = {k: x for k, x in arguments.items() if k not in DRAW}
+    draw = {k: x for k, x in arguments.items() if k in DRAW} | {"seed": 5, "position": 3}
+    weights = [0.9 / policies] * policies
+    mixing = check_mixture(logits, [logits] * policies, weights, **mixture)
+    if op == "log_probs":
+        out = logits.new_empty((1, vocab), dtype=torch.float32)
+        return launch.log_probs_launches(mixing, out)[0]
+    drawing = check_draw(mixing, **draw)
+    outputs = (
+        logits.new_empty((1,), dtype=torch.int64),
+        logits.new_empty((1,), dtype=torch.float32),
+        logits.new_empty((1,), dtype=torch.bool),
+        logits.new_empty((1, policies + 1), dtype=torch.float32),
+    )
+    return launch.sample_launches(mixing, drawing, outputs)[0]

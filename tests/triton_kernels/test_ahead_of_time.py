@@ -1,0 +1,90 @@
+"""The Triton kernels compiled for GPUs that need not be here: no spills, no stack, and loads that
+show that every logit is read once. The launches are those of `mod_fused.sample` and `log_probs`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from interpreter import INTERPRETED
+from launches import launches
+
+pytest.importorskip("triton")
+if INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from mod_fused.triton_kernels import launch  # noqa: E402
+from mod_fused.triton_kernels.ahead_of_time import (  # noqa: E402
+    TARGETS,
+    compile_launch,
+    machine_code,
+)
+
+THREADS, TILE = 128, 1024  # of a program
+#: Names, and arguments that differ from the defaults; `vocab`, `policies`, `dtype` and `op` too.
+CALLS: dict[str, dict[str, Any]] = {
+    "reverse_kl": {},
+    "reverse_kl-fp32": {"dtype": torch.float32},
+    "reverse_kl-8_policies": {"policies": 8},
+    "reverse_kl-misaligned": {"vocab": 50257},
+    "reverse_kl-padded": {"vocab": 50304, "vocab_size": 50257},
+    "reverse_kl-model_logprobs": {"return_model_logprobs": True},
+    "reverse_kl-mask": {
+        "temperature": 0.7,
+        "mask": torch.empty((1, 128256), dtype=torch.bool, device="meta"),
+    },
+    "reverse_kl-filters": {"top_k": 50, "top_p": 0.9, "min_p": 0.1},
+    "reverse_kl-log_probs": {"op": "log_probs"},
+    "forward_kl": {"divergence": "forward_kl"},
+    "jsd": {"divergence": "jsd"},
+    "jsd-log_probs": {"divergence": "jsd", "op": "log_probs"},
+    "alpha": {"divergence": "alpha:0.5"},
+    "jeffrey": {"divergence": "jeffrey"},
+}
+EVERYWHERE = ("reverse_kl", "reverse_kl-filters", "jsd")
+CASES = [(t, name) for t in TARGETS for name in CALLS if t == "sm_90" or name in EVERYWHERE]
+
+
+def logit_loads(variant: launch.Variant, logit_bytes: int, whole: int, last: int) -> Counter[int]:
+    """Loads by bytes that a thread of the mixture kernel has for logits: every phase reads its tile
+    of every model once, and so does the race in the winner's tile, each in a branch for whole tiles
+    and in one for a row's last tile; one branch runs. Log-linear keys have a second form, for whole
+    tiles in which all logits are finite."""
+    phases = 1 + variant.sums + (2 if variant.evaluations else 0)
+    finite = not (variant.general or variant.sums or variant.model_logprobs)
+    loads: Counter[int] = Counter()
+    for width, forms in ((whole, phases + variant.draw + finite), (last, phases + variant.draw)):
+        loads[width] += variant.models * forms * (TILE // THREADS) * logit_bytes // width
+    return loads
+
+
+@pytest.mark.parametrize(("target", "name"), CASES, ids=["-".join(case) for case in CASES])
+def test_compiled_kernels_spill_nothing_and_read_each_logit_once(target: str, name: str) -> None:
+    call = CALLS[name]
+    mixture, *filters = launches(**call)
+    code = machine_code(compile_launch(mixture, TARGETS[target]))
+    assert (code.spills, code.stack) == (0, 0), code
+    logit_bytes = call.get("dtype", torch.bfloat16).itemsize
+    # Rows that do not start at multiples of 16 bytes are read logit by logit, and so is the last
+    # tile where the vocabulary ends at no such multiple.
+    whole = logit_bytes if call.get("vocab", 128256) % 8 else 16
+    last = logit_bytes if mixture.arguments[0].vocab % 8 else whole
+    expected = logit_loads(mixture.variant, logit_bytes, whole, last)
+    if mixture.variant.finish:
+        expected[16] += 2  # the keys of a tile, for the last phase
+    assert {w: n for w, n in code.loads.items() if w in expected or w > 8} == expected, code
+    if mixture.variant.phases == 1 and not mixture.variant.model_logprobs:
+        # Besides logits: two numbers of every tile, four where they are kept at a temperature too,
+        # and the mask of a tile and of the winner's, at most byte by byte.
+        others = 4 + mixture.variant.mask * 2 * TILE // THREADS
+        assert code.loads.total() - expected.total() <= others, code
+    for filter_launch in filters:
+        code = machine_code(compile_launch(filter_launch, TARGETS[target]))
+        assert (code.spills, code.stack) == (0, 0), code
+
+
+def test_all_targets_and_calls_are_covered() -> None:
+    assert {target for target, _ in CASES} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {name for _, name in CASES} == set(CALLS)

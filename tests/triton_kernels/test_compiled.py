@@ -1,0 +1,171 @@
+"""How a compiled kernel is found again and run (triton_kernels/launching.py), without a GPU."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from interpreter import INTERPRETED
+from launches import launches
+
+pytest.importorskip("triton")
+if INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from mod_fused.triton_kernels import launching  # noqa: E402
+from mod_fused.triton_kernels.ahead_of_time import TARGETS  # noqa: E402
+from mod_fused.triton_kernels.launching import Launch, specialization  # noqa: E402
+from triton.compiler.compiler import make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+BYTES = torch.zeros(4096, dtype=torch.uint8)
+#: What may stand in an argument's place: each may be compiled for.
+INTEGERS = [0, 1, -1, 2, 16, 24, 2**31 - 1, 2**31, 2**31 + 16, -(2**31), -(2**31) - 1, 2**40, 2**62]
+TENSORS = [
+    BYTES[begin : begin + 1024].view(dtype)
+    for begin, dtype in product(
+        (0, 8, 16, 24), (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8)
+    )
+]
+OTHERS: list[Any] = [None, 0.5, 1.0, 16.0, (), (1, 16), (16, 1), ((1,), None)]
+
+
+class Huge(torch.Tensor):
+    """As if it had 2 GB."""
+
+    def untyped_storage(self) -> Any:
+        class Storage:
+            def nbytes(self) -> int:
+                return 2**31
+
+            size = nbytes
+
+        return Storage()
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_equal_keys_are_one_kernel_for_triton_too(target, monkeypatch):
+    amd = target == "gfx942"
+    monkeypatch.setattr(launching, "_AMD", amd)
+    (launch,) = launches(divergence="jsd")
+    kernel, options = launch.kernel, launch.options(amd, 64 if amd else 32)
+    bind = create_function_from_signature(
+        kernel.signature, kernel.params, make_backend(TARGETS[target])
+    )
+    _, *rest = launch.arguments
+    huge = TENSORS[0].as_subclass(Huge)
+    found = [
+        (specialization((x, *rest)), repr(bind(x, *rest, **options)[1]))
+        for x in [*INTEGERS, *TENSORS, huge, *OTHERS]
+    ]
+    equal = [(a, b) for (x, a), (y, b) in combinations(found, 2) if x == y]
+    assert len(equal) >= 10  # what is 16 bytes further on, or another number of the same kind
+    assert [(a, b) for a, b in equal if a != b] == []
+    assert len({x for x, _ in found}) >= len({a for _, a in found}) >= 20
+    # The other arguments count as well, however deep they lie.
+    mixing = launch.arguments[0]
+    other = mixing._replace(strides=(mixing.strides[0] + 1, *mixing.strides[1:]))
+    assert specialization((other, *rest)) != specialization(launch.arguments)
+
+
+class Compiled:
+    """A compiled kernel, and what it was launched with."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments: self.calls.append((grid, arguments))
+
+
+class Kernel:
+    """A kernel that has to be compiled each time it is called by its own name."""
+
+    def __init__(self, constant: int = -1) -> None:
+        self.compiled: list[tuple[dict[str, Any], Compiled]] = []
+        self.params = [SimpleNamespace(is_constexpr=i == constant) for i in range(8)]
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Compiled:
+            self.compiled.append((options, Compiled()))
+            return self.compiled[-1][1]
+
+        return run
+
+
+@pytest.fixture
+def launch(monkeypatch) -> Launch:
+    """A launch of a `Kernel`."""
+    monkeypatch.setattr(launching, "_compiled", {})
+    (real,) = launches(divergence="jsd")
+    return real._replace(kernel=Kernel())
+
+
+CPU = torch.device("cpu")
+
+
+def test_a_kernel_is_compiled_once_for_all_calls_that_may_share_it(launch):
+    launch.run(CPU)
+    m, *rest = launch.arguments
+    again = launch._replace(grid=(7,), arguments=(m._replace(alpha=0.25), *rest))
+    again.run(CPU)
+    ((options, compiled),) = launch.kernel.compiled
+    assert options == launch.options(False, 32)
+    assert compiled.calls == [((7, 1, 1), (*again.arguments, launch.variant))]
+    odd = m._replace(logits=tuple(torch.zeros(1, 2048)[:, 1:] for _ in m.logits))
+    changed = [
+        launch._replace(arguments=(odd, *rest)),
+        launch._replace(threads=2 * launch.threads),
+        launch._replace(variant=launch.variant._replace(chunk=2)),
+    ]
+    for other in [*changed, *changed]:
+        other.run(CPU)
+    assert len(launch.kernel.compiled) == 4
+    assert [len(c.calls) for _, c in launch.kernel.compiled] == [1, 1, 1, 1]
+
+
+def test_constants_among_the_arguments_count_as_they_are(launch):
+    kernel = Kernel(constant=3)
+    for constant in (2, 3, 2, 3):  # alike as numbers: neither 1 nor multiples of 16
+        arguments = (*launch.arguments[:3], constant)
+        launch._replace(kernel=kernel, arguments=arguments).run(CPU)
+    assert [len(c.calls) for _, c in kernel.compiled] == [1, 1]
+    (real,) = launches(divergence="jsd")
+    assert real.kernel.params[-1].is_constexpr  # a name that Triton's kernels have
+
+
+def test_kernels_are_not_kept_for_ever(launch, monkeypatch):
+    monkeypatch.setattr(launching, "_MOST", 3)
+    for threads in (32, 64, 128, 256, 512):
+        launch._replace(threads=threads).run(CPU)
+    assert len(launching._compiled) <= 3
+
+
+def test_it_runs_on_the_tensors_gpu_and_each_gpu_has_its_own_kernel(launch, monkeypatch):
+    current = [0]
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *why: Any) -> None:
+            current.pop()
+
+    seen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(
+        Kernel, "__getitem__", lambda k, g: lambda *a, **o: seen.append(current[-1]) or Compiled()
+    )
+    monkeypatch.setattr(
+        Compiled, "__getitem__", lambda k, g: lambda *a: seen.append(("again", current[-1]))
+    )
+    for index in (1, 0, 1, 0):
+        launch.run(torch.device("cuda", index))
+    assert seen == [1, 0, ("again", 1), ("again", 0)] and current == [0]
