@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import mod_fused
+from mod_fused.divergence import DIVERGENCES
 
 from .measure import Call
-from .problem import DIVERGENCES, POLICIES, Problem, filters, mixture, weights_of
+from .problem import POLICIES, Problem, filters, mixture, weights_of
 
 Builder = Callable[[Problem, list[Tensor]], Call]
 

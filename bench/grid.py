@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from mod_fused.divergence import DIVERGENCES
+
 from . import check, measure, memory, other_commit, report
 from .case import Case, Contestant, Grid, NotTimed, Refused, ours, set_threads
 from .logits import RECORDED, SETTINGS
-from .problem import DIVERGENCES, FILTERS, WEIGHTS, Problem, logits
+from .problem import FILTERS, WEIGHTS, Problem, logits
 from .report import note
 
 #: Seconds for all repetitions of one contestant in one cell, and the fewest rounds.

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .logits import RECORDED, generated, recorded
 
-#: In the order of `DivergenceId` in floors.cpp.
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "alpha:0.5", "jeffrey")
 POLICIES = 2
 WEIGHTS = (0.6, 0.3)  # their sum is not 1: the reference counts in every divergence
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("test_architectures", "test_ensemble", "test_decoder")
+TESTS = ("architectures", "ensemble", "generate")
 
 
 def _installed(version: str) -> Path:
@@ -52,7 +52,7 @@ def main() -> int:
         path = os.pathsep.join([str(_installed(version)), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         run = [sys.executable, "-m", "pytest", "-q"]
-        tests = [f"tests/{name}.py" for name in TESTS]
+        tests = [f"tests/decoding/test_{name}.py" for name in TESTS]
         print(f"transformers {version}", flush=True)
         found = "import transformers; print(transformers.__version__)"
         done = subprocess.run(

@@ -12,12 +12,12 @@ import torch
 
 from mod_fused import Ensemble, guidance, world
 from mod_fused.decoding.sequences import Rollouts
+from mod_fused.divergence import DIVERGENCES
 from mod_fused.torch_kernels.philox import split_mix
 from mod_fused.training import embedded_policies as train
 from mod_fused.training.embedded_scorers import new_scorer
 from mod_fused.training.scorers import fit_scorer, rewards_of
 
-from ..problem import DIVERGENCES
 from .decoding import BATCH, DECODE_SEED, SEED, Array, decode, reference, scores
 from .loop import Job, Phases, load
 from .policies import load_answers, load_policy

@@ -13,9 +13,9 @@ import torch
 
 from mod_fused import world
 from mod_fused.app.trade_off import simplex_grid
+from mod_fused.divergence import DIVERGENCES
 from mod_fused.training import embedded_policies as train
 
-from ..problem import DIVERGENCES
 from .decoding import DECODE_SEED, SEED, Array, decode, reference, scores
 from .loop import Job, Phases, load
 from .training import Answers, draw_answers, train_policy

@@ -23,8 +23,7 @@ import torch
 
 import mod_fused
 from mod_fused import reference
-
-from ..problem import DIVERGENCES
+from mod_fused.divergence import DIVERGENCES
 
 Array = np.ndarray
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from mod_fused import reference
+from mod_fused.divergence import DIVERGENCES
 
 from .. import measure
 from ..case import Procedure, set_threads
 from ..contestants import loops, models
-from ..problem import DIVERGENCES, POLICIES, WEIGHTS
+from ..problem import POLICIES, WEIGHTS
 from ..report import note
 
 ROUNDS = 3

@@ -18,11 +18,11 @@ from mod_fused.call.arguments import DrawArguments, MixtureArguments
 from mod_fused.call.checks import check_draw, check_mixture
 from mod_fused.dispatch.backends import choose
 from mod_fused.dispatch.packing import pack
-from mod_fused.divergence import get_divergence
+from mod_fused.divergence import DIVERGENCES, get_divergence
 
 from ..case import Case, Contestant, Grid, mixtures_only
 from ..measure import Call
-from ..problem import DIVERGENCES, Problem
+from ..problem import Problem
 
 
 def _checked(problem: Problem, logits: list[Tensor]) -> tuple[Call, Call]:

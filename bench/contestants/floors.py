@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from ..problem import DIVERGENCES, POLICIES, Problem
+from mod_fused.divergence import DIVERGENCES
+
+from ..problem import POLICIES, Problem
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SOURCES = (_ROOT / "bench/contestants/floors.cpp", _ROOT / "csrc/scalar_math.h")

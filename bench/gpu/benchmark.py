@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 import mod_fused
+from mod_fused.divergence import DIVERGENCES
 
 from .. import check
 from ..cases.cpu import CPU
 from ..measure import Call
-from ..problem import DIVERGENCES, FILTERS, POLICIES, Problem, logits, weights_of
+from ..problem import FILTERS, POLICIES, Problem, logits, weights_of
 from . import device as devices
 from . import table
 from .device import Gpu

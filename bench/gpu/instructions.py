@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 
 from mod_fused.call.checks import check_draw, check_mixture
+from mod_fused.divergence import DIVERGENCES
 
 from .. import report
-from ..problem import DIVERGENCES, WEIGHTS
+from ..problem import WEIGHTS
 from .device import link_kernels
 
 link_kernels()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import world
 from ..decoding.ensemble import Ensemble
 from ..decoding.generate import generate
+from ..divergence import DIVERGENCES
+from . import options
+from .models import check_files, quiet_transformers, use_one_thread
 from .terminal import TextStream, table, write
 from .trade_off import Point, draw, evaluate, leads, signed, simplex_grid, table_rows
 
@@ -111,3 +116,33 @@ def run(out: Path, *, seed: int = 0, quick: bool = False, divergence: str = "rev
     except ImportError as error:
         write(f"\nNo picture: {error}")
     write(f"\n{NEXT}")
+
+
+def add_options(commands: Any) -> None:
+    """Add the command and its options."""
+    demo = commands.add_parser("demo", help="steer the embedded models, draw their trade-off")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("mod_fused_demo.png"),
+        metavar="FILE",
+        help="the picture (default: mod_fused_demo.png)",
+    )
+    demo.add_argument("--seed", type=options.whole(0), default=0, help="(default: 0)")
+    demo.add_argument(
+        "--divergence",
+        type=options.divergence,
+        default="reverse_kl",
+        metavar="NAME",
+        help=f"{', '.join(DIVERGENCES)} (default: reverse_kl)",
+    )
+    demo.add_argument("--quick", action="store_true", help="fewer questions and weights")
+    demo.set_defaults(run=run_demo)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    check_files(args.out, picture=args.out)
+    quiet_transformers()
+    use_one_thread()
+    run(args.out, seed=args.seed, quick=args.quick, divergence=args.divergence)
+    return 0

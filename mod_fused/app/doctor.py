@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 from collections.abc import Iterator
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from .. import __version__, backends, log_probs, reference, sample
 from ..dispatch.backends import AVAILABLE, BACKENDS
+from ..divergence import DIVERGENCES
 from ..triton_kernels.configurations import in_force
 from .terminal import table, write
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "alpha:0.5", "jeffrey")
 TOLERANCE = 2e-5  # total variation from the oracle on the same inputs: design contract
 DRAWS = 8
 # A race that is decided by less may go the other way in fp32: about 2 TV of the draws, see design.
@@ -134,3 +135,13 @@ def run() -> int:
         return 1
     write(f"\nall {len(checks)} checks passed", style="bold green")
     return 0
+
+
+def add_options(commands: Any) -> None:
+    """Add the command."""
+    doctor = commands.add_parser("doctor", help="versions, devices, backends and a self-check")
+    doctor.set_defaults(run=run_doctor)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    return run()

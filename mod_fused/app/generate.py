@@ -14,10 +14,8 @@ from .. import world
 from ..decoding.ensemble import Ensemble
 from ..decoding.generate import GenerateOutput, generate
 from ..guidance import BlockwiseOutput
-from . import prompt_input
-from . import scorers as guiding
+from . import options, prompt_input, scorers
 from .models import (
-    UsageError,
     as_conversations,
     check_chat,
     is_own,
@@ -25,21 +23,22 @@ from .models import (
     policy_names,
     with_roles,
 )
+from .options import UsageError
 from .terminal import TextStream, working, write
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    guiding.check(args, best_of=True)
+    scorers.check(args, best_of=True)
     check_chat(args)
     names = policy_names(args)
     weights = _weights(args.weights, names)
-    values = guiding.strengths(args) if args.values else None
+    values = scorers.strengths(args) if args.values else None
     if args.score and is_own(args):
         raise UsageError("--score is of the embedded world: choose by --values with own models")
     prompts = _prompts(args)
     ensemble = load_models(args)
     single = len(prompts) == 1 and not args.json
-    options: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "weights": weights or None if args.best_of else weights,
         "divergence": args.divergence,
         "normalizer": args.normalizer,
@@ -54,9 +53,9 @@ def run_generate(args: argparse.Namespace) -> int:
         "return_model_logprobs": args.json,
     }
     if not args.best_of:
-        options |= guiding.load_guidance(args) | {"value_weights": values}
+        settings |= scorers.load_guidance(args) | {"value_weights": values}
     streamer = TextStream(ensemble.tokenizer) if single and not args.best_of else None
-    out = _answers(args, ensemble, prompts, streamer, options)
+    out = _answers(args, ensemble, prompts, streamer, settings)
     if single:
         write("" if streamer is not None else (out.texts or [""])[0])
     for row, prompt in enumerate(prompts):
@@ -79,15 +78,15 @@ def _answers(
     ensemble: Ensemble,
     prompts: list[Any],
     streamer: TextStream | None,
-    options: dict[str, Any],
+    settings: dict[str, Any],
 ) -> GenerateOutput | BlockwiseOutput:
     if streamer is not None:
-        return generate(ensemble, prompts, streamer=streamer, **options)
+        return generate(ensemble, prompts, streamer=streamer, **settings)
     each = f", the best of {args.best_of} for each" if args.best_of else ""
     with working(f"decoding {len(prompts)} responses{each}"):
         if args.best_of:
-            return guiding.choose(args, ensemble, prompts, **options)
-        return generate(ensemble, prompts, **options)
+            return scorers.choose(args, ensemble, prompts, **settings)
+        return generate(ensemble, prompts, **settings)
 
 
 def _weights(texts: Sequence[str] | None, names: Sequence[str]) -> list[float]:
@@ -159,3 +158,63 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def add_options(commands: Any, mixture: argparse.ArgumentParser) -> None:
+    """Add the command and its options."""
+    generate = commands.add_parser("generate", parents=[mixture], help="answer prompts")
+    generate.add_argument(
+        "--weights",
+        nargs="+",
+        metavar="W",
+        help="one number per policy, any sign (default: equal, summing to 1); with commas and a"
+        " minus sign in front write --weights=-1,2,0",
+    )
+    generate.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="repeat it for several; default: the lines of standard input",
+    )
+    generate.add_argument(
+        "--messages",
+        metavar="FILE",
+        help='whole conversations, JSON Lines of [{"role": ..., "content": ...}, ...] or of'
+        ' {"messages": [...]}; - is standard input',
+    )
+    generate.add_argument("--temperature", type=float, default=1.0, metavar="T")
+    generate.add_argument("--top-k", type=int, metavar="K")
+    generate.add_argument("--top-p", type=float, metavar="P")
+    generate.add_argument("--min-p", type=float, metavar="P")
+    generate.add_argument(
+        "--strength",
+        type=options.numbers,
+        metavar="L",
+        help="of --values: one number, or one per scorer (default: 1)",
+    )
+    generate.add_argument(
+        "--best-of",
+        type=options.whole(1),
+        metavar="K",
+        help="draw K continuations and keep the best by --values or --score",
+    )
+    generate.add_argument(
+        "--block-length",
+        type=options.whole(1),
+        metavar="L",
+        help="choose after every L tokens (default: once, among whole responses)",
+    )
+    generate.add_argument(
+        "--score",
+        type=options.names,
+        metavar="A,B",
+        help="choose by the sum of these rewards of the embedded world",
+    )
+    generate.add_argument("--greedy", action="store_true", help="the most likely token each time")
+    generate.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object a line and prompt; infinite and undefined numbers are null",
+    )
+    generate.set_defaults(run=run_generate)

@@ -1,4 +1,4 @@
-"""What the commands demo, tune and doctor do with their arguments, and what all commands share."""
+"""What the commands share: the options of a mixture, the models they name, conversations, files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,92 @@ from typing import Any
 import torch
 
 from .. import world
+from ..call.checks import NORMALIZERS
 from ..decoding.ensemble import Ensemble
-from . import demo, doctor, prompt_input, tune
+from ..divergence import DIVERGENCES
+from . import options, prompt_input
+from .options import DTYPES, Parser, UsageError
 from .terminal import working
 from .trade_off import picture_endings
 
 
-class UsageError(ValueError):
-    """An argument that does not fit; its text is the one line that the user sees."""
+def mixture_options() -> argparse.ArgumentParser:
+    """The options that generate and sweep have in common."""
+    mixture = Parser(add_help=False)
+    group = mixture.add_argument_group("models (default: the embedded ones)")
+    group.add_argument(
+        "--reference",
+        type=options.model,
+        metavar="PATH",
+        help="folder or hub name of the reference",
+    )
+    group.add_argument(
+        "--policy",
+        type=options.model,
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="folder or hub name of a policy; repeat it for several",
+    )
+    group.add_argument(
+        "--objectives",
+        type=options.names,
+        metavar="A,B",
+        help="embedded policies to use: helpful, harmless, humorous (default: all)",
+    )
+    group.add_argument("--device", type=options.device, help="cpu, cuda, cuda:1, ...")
+    group.add_argument("--dtype", choices=DTYPES, help="of the models' weights")
+    group = mixture.add_argument_group("mixture")
+    group.add_argument(
+        "--divergence",
+        type=options.divergence,
+        default="reverse_kl",
+        metavar="NAME",
+        help=f"{', '.join(DIVERGENCES)} (default: reverse_kl)",
+    )
+    group.add_argument(
+        "--normalizer",
+        choices=NORMALIZERS,
+        default="exact",
+        help="zero: the paper's formula as printed, Z = 0 (default: exact)",
+    )
+    group.add_argument(
+        "--sequence-history",
+        action="store_true",
+        help="weigh the whole response so far, not the next token alone",
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=options.whole(1),
+        default=64,
+        metavar="N",
+        help="the most tokens of a response (default: 64)",
+    )
+    group.add_argument("--seed", type=options.whole(0), default=0, help="(default: 0)")
+    group = mixture.add_argument_group("conversations (with own models)")
+    group.add_argument(
+        "--chat",
+        action="store_true",
+        help="each prompt is a user's message, rendered by each model's own chat template",
+    )
+    group.add_argument("--system", metavar="TEXT", help="a system message in front")
+    group = mixture.add_argument_group(
+        "value guidance (of the reference alone, unless --objectives or --policy names policies)"
+    )
+    group.add_argument(
+        "--values",
+        type=options.names,
+        metavar="A,B",
+        help="scorers: helpful, harmless, humorous, or folders",
+    )
+    group.add_argument(
+        "--candidates",
+        type=options.whole(1),
+        metavar="K",
+        help="score the reference's K most likely tokens alone (needed for scalar scorers)",
+    )
+
+    return mixture
 
 
 def policy_names(args: argparse.Namespace) -> list[str]:
@@ -44,14 +122,14 @@ def policy_names(args: argparse.Namespace) -> list[str]:
 
 def load_models(args: argparse.Namespace) -> Ensemble:
     """The models that the arguments name: own ones, or embedded ones."""
-    _quiet_transformers()
+    quiet_transformers()
     # Said here, or transformers would ask on the terminal.
-    options = {"device": args.device, "dtype": args.dtype, "trust_remote_code": False}
+    given = {"device": args.device, "dtype": args.dtype, "trust_remote_code": False}
     if is_own(args):
         with working("loading " + ", ".join(filter(None, [args.reference, *args.policy]))):
-            return Ensemble.from_pretrained(args.reference, args.policy, **options)
-    _use_one_thread()
-    return Ensemble.embedded(policy_names(args), **options)
+            return Ensemble.from_pretrained(args.reference, args.policy, **given)
+    use_one_thread()
+    return Ensemble.embedded(policy_names(args), **given)
 
 
 def is_own(args: argparse.Namespace) -> bool:
@@ -91,12 +169,12 @@ def as_conversations(prompts: Sequence[str]) -> list[str]:
     return [p if p.endswith("\nAssistant:") else world.format_prompt(p) for p in prompts]
 
 
-def _use_one_thread() -> None:
+def use_one_thread() -> None:
     """The embedded models are so small that more threads cost more than they bring."""
     torch.set_num_threads(1)
 
 
-def _quiet_transformers() -> None:
+def quiet_transformers() -> None:
     try:
         from transformers.utils import logging
     except ImportError:
@@ -113,29 +191,3 @@ def check_files(*files: Path, picture: Path) -> None:
     endings = picture_endings()
     if endings and picture.suffix[1:].lower() not in endings:
         raise UsageError(f"cannot draw {picture}: expected a name ending in .{', .'.join(endings)}")
-
-
-def run_demo(args: argparse.Namespace) -> int:
-    check_files(args.out, picture=args.out)
-    _quiet_transformers()
-    _use_one_thread()
-    demo.run(args.out, seed=args.seed, quick=args.quick, divergence=args.divergence)
-    return 0
-
-
-def run_tune(args: argparse.Namespace) -> int:
-    if not args.out.parent.is_dir() or args.out.is_dir():
-        raise UsageError(f"cannot write {args.out}: expected a file in a folder that exists")
-    filters = {n: getattr(args, n) for n in ("top_k", "top_p", "min_p")}
-    filters = {name: x for name, x in filters.items() if x is not None}
-    shapes = [
-        tune.Shape(divergence, batch, args.vocab_size, args.policies, args.dtype, filters)
-        for divergence in args.divergences
-        for batch in args.batch_sizes
-    ]
-    tune.run(shapes, args.minutes, args.out)
-    return 0
-
-
-def run_doctor(args: argparse.Namespace) -> int:
-    return doctor.run()

@@ -1,4 +1,5 @@
-"""Types of the command line's arguments: each takes a text, or says what was expected."""
+"""What the commands' options are made of: a parser, and types that take a text or say what was
+expected."""
 
 from __future__ import annotations
 
@@ -6,12 +7,23 @@ import argparse
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ..decoding.loading import missing_folder
 from ..divergence import get_divergence
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class UsageError(ValueError):
+    """An argument that does not fit; its text is the one line that the user sees."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def divergence(text: str) -> str:
@@ -75,3 +87,14 @@ def minutes(text: str) -> float:
     if not 0.0 < minutes < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number of minutes > 0, got {text!r}")
     return minutes
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r}")
+    return found

@@ -15,17 +15,6 @@ from .terminal import working
 STRENGTHS = (0.0, 2.0, 5.0, 10.0, 20.0)  # a sweep's
 
 
-def numbers(text: str) -> list[float]:
-    """Numbers with commas between them."""
-    try:
-        found = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        found = []
-    if not found:
-        raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r}")
-    return found
-
-
 def check(args: argparse.Namespace, best_of: bool = False) -> None:
     """Refuse options of guidance that do not fit each other.
 

@@ -11,17 +11,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import __version__, world
 from ..decoding.ensemble import Ensemble
-from . import prompt_input, strengths
-from . import scorers as guiding
-from . import trade_off as sweep
+from . import options, prompt_input, scorers, strengths, trade_off
 from .models import (
-    UsageError,
     as_conversations,
     check_chat,
     check_files,
@@ -30,31 +28,33 @@ from .models import (
     policy_names,
     with_roles,
 )
+from .options import UsageError
+from .scorers import STRENGTHS
 from .strengths import Guided
 from .sweep_log import SweepLog, fingerprint
 from .terminal import table, write
 
 
 def run_sweep(args: argparse.Namespace) -> int:
-    guiding.check(args)
+    scorers.check(args)
     check_chat(args)
     names = policy_names(args)
     check_files(args.csv, args.picture, picture=args.picture)
     labels, rewards = _rewards(args, names)
-    weights = sweep.grid_size(len(names), args.points) if names else 1
+    weights = trade_off.grid_size(len(names), args.points) if names else 1
     count = args.prompts if args.prompt_file is None else 1
-    sweep.check_size(count, args.samples, weights, len(labels) + len(names) + 1)
-    grid = sweep.simplex_grid(len(names), args.points) if names else [()]
+    trade_off.check_size(count, args.samples, weights, len(labels) + len(names) + 1)
+    grid = trade_off.simplex_grid(len(names), args.points) if names else [()]
     prompts = _prompts(args)
     ensemble = load_models(args)
-    guide = guiding.load_guidance(args).get("value_fn")
-    levels = list(args.strength or guiding.STRENGTHS) if guide is not None else []
+    guide = scorers.load_guidance(args).get("value_fn")
+    levels = list(args.strength or scorers.STRENGTHS) if guide is not None else []
 
     settings = _settings(args, ensemble, guide, levels, prompts)
     log = _log(args, settings, names, labels if rewards else None)
     places = [(level, point) for level in levels or [None] for point in grid]
     found = log.resume(places) if args.resume else []
-    options: dict[str, Any] = {
+    how: dict[str, Any] = {
         "done": len(found),
         "samples": args.samples,
         "seed": args.seed,
@@ -66,10 +66,10 @@ def run_sweep(args: argparse.Namespace) -> int:
     }
     batches: Iterator[list[Guided]]
     if guide is None:
-        plain = sweep.evaluating(ensemble, prompts, grid, rewards, **options)
+        plain = trade_off.evaluating(ensemble, prompts, grid, rewards, **how)
         batches = ([Guided(None, point) for point in points] for points in plain)
     else:
-        batches = strengths.evaluating(ensemble, prompts, grid, levels, guide, rewards, **options)
+        batches = strengths.evaluating(ensemble, prompts, grid, levels, guide, rewards, **how)
     with _interruptible(f"{args.csv}, out of {len(grid) * max(1, len(levels))}", found):
         for points in batches:
             log.add(points)
@@ -92,10 +92,12 @@ def _log(
     def line(found: Guided) -> dict[str, float]:
         if args.values:
             return strengths.line(found, names, labels or [])
-        return sweep.line(found.point, names)
+        return trade_off.line(found.point, names)
 
     rewards = None if labels is None else np.zeros((len(labels), 1))
-    nothing = sweep.Point((0.0,) * len(names), rewards, np.zeros((len(names), 1)), np.zeros(1), 1)
+    nothing = trade_off.Point(
+        (0.0,) * len(names), rewards, np.zeros((len(names), 1)), np.zeros(1), 1
+    )
     return SweepLog(args.csv, settings, list(line(Guided(None, nothing))), line)
 
 
@@ -130,7 +132,7 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
 
 def _rewards(
     args: argparse.Namespace, names: list[str]
-) -> tuple[list[str], list[sweep.Reward] | None]:
+) -> tuple[list[str], list[trade_off.Reward] | None]:
     """The rewards to measure, and their names."""
     if is_own(args):
         if args.reference is None or args.prompt_file is None:
@@ -149,7 +151,7 @@ def _rewards(
     return labels, [world.REWARDS[name] for name in labels]
 
 
-def _load_reward(spec: str) -> sweep.Reward:
+def _load_reward(spec: str) -> trade_off.Reward:
     """The caller's function of (prompt, response); of a conversation it is given the last text."""
     module, _, name = spec.partition(":")
     sys.path.insert(0, "")  # modules beside the caller, as with python -m
@@ -202,14 +204,14 @@ def _settings(
 
 def _show(args: argparse.Namespace, found: Sequence[Guided], names: list[str], count: int) -> None:
     points = [guided.point for guided in found]
-    table(*sweep.table_rows(points, names))
-    for pair, (lead, error) in sweep.leads(points, names).items():
-        write(f"{pair}, beyond the straight line between them: {sweep.signed(lead, error)}")
+    table(*trade_off.table_rows(points, names))
+    for pair, (lead, error) in trade_off.leads(points, names).items():
+        write(f"{pair}, beyond the straight line between them: {trade_off.signed(lead, error)}")
     write(f"table: {args.csv}")
     if len(names) < 2:
         write("no picture: a trade-off needs at least two policies")
         return
-    _draw(args, sweep.draw, points, names, f"{args.divergence}, {count} prompts")
+    _draw(args, trade_off.draw, points, names, f"{args.divergence}, {count} prompts")
 
 
 def _show_strengths(
@@ -234,3 +236,71 @@ def _draw(args: argparse.Namespace, draw: Callable[..., None], *what: Any) -> No
         write(f"picture: {args.picture}")
     except ImportError as error:
         write(f"no picture: {error}")
+
+
+def add_options(commands: Any, mixture: argparse.ArgumentParser) -> None:
+    """Add the command and its options."""
+    sweep = commands.add_parser(
+        "sweep", parents=[mixture], help="rewards over a grid of weights, as CSV and picture"
+    )
+    sweep.add_argument(
+        "--points",
+        type=options.whole(2),
+        default=5,
+        metavar="K",
+        help="weights per edge of the simplex (default: 5: 0, 1/4, ..., 1)",
+    )
+    sweep.add_argument(
+        "--prompts",
+        type=options.whole(1),
+        default=100,
+        metavar="N",
+        help="held-out prompts of the embedded world (default: 100)",
+    )
+    sweep.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="own prompts, one a line (needed with own models)",
+    )
+    sweep.add_argument(
+        "--samples",
+        type=options.whole(1),
+        default=1,
+        metavar="N",
+        help="responses per prompt and weight (default: 1)",
+    )
+    sweep.add_argument(
+        "--batch-size",
+        type=options.whole(1),
+        default=256,
+        metavar="N",
+        help="responses decoded at the same time (default: 256)",
+    )
+    sweep.add_argument(
+        "--reward",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="function of (prompt, response) for own models, one per policy; without"
+        " them the table shows log pi_i/pi_ref, the policies' implicit reward",
+    )
+    sweep.add_argument(
+        "--strength",
+        type=options.numbers,
+        metavar="L,L",
+        help="of --values, a grid; each number counts for all scorers"
+        f" (default: {','.join(f'{x:g}' for x in STRENGTHS)})",
+    )
+    sweep.add_argument(
+        "--csv",
+        type=Path,
+        default=Path("mod_fused_sweep.csv"),
+        metavar="FILE",
+        help="each point is written as soon as it is finished; FILE.points is what --resume needs",
+    )
+    sweep.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted sweep of the same options"
+    )
+    sweep.add_argument("--picture", type=Path, default=Path("mod_fused_sweep.png"), metavar="FILE")
+    sweep.set_defaults(run=run_sweep)

@@ -8,6 +8,7 @@ rounds. The fastest replaces it only if a second measurement, of these two alone
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import itertools
 import json
@@ -32,7 +33,9 @@ from ..triton_kernels.configurations import (
     read_table,
     regime,
 )
+from . import options
 from .doctor import versions
+from .options import UsageError
 from .terminal import table, write
 from .tune_bench import Bench, Device, Shape
 
@@ -161,9 +164,6 @@ def choose(
     return Outcome(default, best, times[default], times[best], kept, refused, tried, late)
 
 
-# --- the command ----------------------------------------------------------------------------------
-
-
 def machine() -> dict[str, str]:
     """What the times depend on: the device and the versions."""
     found = {"device": device_name(), "capability": "none", "driver": "none"}
@@ -241,3 +241,61 @@ def _report(groups: dict[str, list[Shape]], outcomes: dict[str, Outcome], out: P
         write(f"to use it: export {TABLE_VARIABLE}={out.resolve()}")
     else:
         write(f"nothing beat the package's own table by {MARGIN:.0%}: there is no need to use it")
+
+
+def add_options(commands: Any) -> None:
+    """Add the command and its options."""
+    tune = commands.add_parser("tune", help="measure launch configurations of the Triton kernels")
+    tune.add_argument("--vocab-size", type=options.whole(1), required=True, metavar="V")
+    tune.add_argument(
+        "--policies", type=options.whole(1), default=2, metavar="M", help="(default: 2)"
+    )
+    tune.add_argument(
+        "--dtype", choices=options.DTYPES[1:], default="bfloat16", help="of the logits"
+    )
+    tune.add_argument(
+        "--divergences",
+        type=options.each(options.divergence),
+        default=["reverse_kl", "jsd"],
+        metavar="A,B",
+        help="(default: reverse_kl,jsd)",
+    )
+    tune.add_argument(
+        "--batch-sizes",
+        type=options.each(options.whole(1)),
+        default=[1, 64],
+        metavar="A,B",
+        help="few rows and many have configurations of their own (default: 1,64)",
+    )
+    tune.add_argument("--top-k", type=int, metavar="K", help="tune the filters too")
+    tune.add_argument("--top-p", type=float, metavar="P", help="tune the filters too")
+    tune.add_argument("--min-p", type=float, metavar="P", help="tune the filters too")
+    tune.add_argument(
+        "--minutes",
+        type=options.minutes,
+        default=10.0,
+        metavar="N",
+        help="for everything, compilation included (default: 10)",
+    )
+    tune.add_argument(
+        "--out",
+        type=Path,
+        default=Path("mod_fused_table.json"),
+        metavar="FILE",
+        help="(default: mod_fused_table.json)",
+    )
+    tune.set_defaults(run=run_tune)
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    if not args.out.parent.is_dir() or args.out.is_dir():
+        raise UsageError(f"cannot write {args.out}: expected a file in a folder that exists")
+    filters = {n: getattr(args, n) for n in ("top_k", "top_p", "min_p")}
+    filters = {name: x for name, x in filters.items() if x is not None}
+    shapes = [
+        Shape(divergence, batch, args.vocab_size, args.policies, args.dtype, filters)
+        for divergence in args.divergences
+        for batch in args.batch_sizes
+    ]
+    run(shapes, args.minutes, args.out)
+    return 0

@@ -86,7 +86,7 @@ def test_bad_arguments_give_one_line_and_exit_code_2(argv, said, capsys, tmp_pat
 def test_a_runtime_error_is_one_line_and_the_debug_variable_shows_the_traceback(
     capsys, monkeypatch
 ):
-    monkeypatch.setattr("mod_fused.app.main.run_doctor", crash)
+    monkeypatch.setattr("mod_fused.app.doctor.run", crash)
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == "mod-fused: no kernel\n"
     monkeypatch.setenv("MOD_FUSED_DEBUG", "1")

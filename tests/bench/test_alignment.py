@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not ins
 from bench import report
 from bench.alignment import __main__ as study
 from bench.alignment import command, loop, policies, statistics, tables, tabular, training
-from bench.problem import DIVERGENCES
 from mod_fused import Ensemble, reference
+from mod_fused.divergence import DIVERGENCES
 from mod_fused.training import embedded_policies as train
 
 # f' of design §2 as a function of x, as printed.

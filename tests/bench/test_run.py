@@ -18,9 +18,9 @@ import mod_fused
 from bench import case, check, grid, measure, memory, report, run
 from bench.cases import CASES
 from bench.contestants import compiled, eager, floors
-from bench.problem import DIVERGENCES, POLICIES, WEIGHTS, Problem, logits
+from bench.problem import POLICIES, WEIGHTS, Problem, logits
 from mod_fused import reference
-from mod_fused.divergence import get_divergence
+from mod_fused.divergence import DIVERGENCES, get_divergence
 
 TINY = ["cpu", "--quick", "--budget", "0.001", "--dtypes", "float32", "--shapes", "2x512"]
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 import mod_fused
 from mod_fused import Sample
+from mod_fused.divergence import DIVERGENCES
 
 pytestmark = pytest.mark.gpu
 
 WEIGHTS = [0.6, 0.3]
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "alpha:0.5", "jeffrey")
 FILTERS: dict[str, Any] = {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "temperature": 0.8}
 #: Every divergence; a log-linear and a solved one with filters.
 CALLS: dict[str, dict[str, Any]] = {d: {"divergence": d} for d in DIVERGENCES} | {

@@ -1,8 +1,8 @@
 """The Triton kernels in Triton's interpreter: how the work is cut, the device functions, the C++
 backend's tokens. The tests of the op run there too, some of their cases (interpreter.py).
 
-More draws: `MOD_FUSED_DRAWS=5000 TRITON_INTERPRET=1 pytest tests/triton_kernels/test_interpreter.py -k
-tokens`.
+More draws: `MOD_FUSED_DRAWS=5000 TRITON_INTERPRET=1 pytest tests/triton_kernels/test_interpreter.py
+-k tokens`.
 """
 
 from __future__ import annotations
