@@ -61,7 +61,7 @@ struct JensenShannon {
   }
 
   // 1 / expm1(tau + D) = e^-tau c / ((1 - e^-tau) c + u - base) with u = expm1(Q), c = 1 + base. Where that would overflow
-  // u is 1e30 Q, which counts nothing in a sum and still has the logarithm.
+  // u, far beyond kFar, has a quarter of Q's bits: it counts nothing in a sum and still holds all Q below 1e37.
   double factor() const { return 1.0; }
   MOD_FUSED_MEMBER float term(float y) const {
     const float size = fabsf(y);  // log(2) / 2 (|y| - y) is the linear part
@@ -69,14 +69,13 @@ struct JensenShannon {
   }
   MOD_FUSED_MEMBER float close(float q) const { return expm1_near(q); }
   MOD_FUSED_MEMBER float excess(float d) const {
-    const float x = expm1_of(d < 60.0f ? d : 60.0f), far = (d < 9e6f ? d : 9e6f) * 1e30f;
+    const float x = expm1_of(d < 60.0f ? d : 60.0f), far = bits_float(kFarBits + ((float_bits(d) + 2u) >> 2));
     return d > 60.0f ? far : x;
   }
   MOD_FUSED_MEMBER float power(float, float r) const { return r; }
-  MOD_FUSED_MEMBER float log_power(float y) const {
-    const float near = -log_of(y), far = y * -1e-30f;
-    return y > 1e30f ? far : near;
-  }
+  MOD_FUSED_MEMBER float log_power(float y) const { return -log_of(y); }
+  static constexpr float kFar = 1e27f;
+  MOD_FUSED_MEMBER float log_power_far(float y) const { return -bits_float((float_bits(y) - kFarBits) << 2); }
   double least_deficit(double u) const { return log1p(u); }
   double mean_deficit(double q) const { return q; }
   void measure_from(double base) { scale_ = 1.0 + base; }
@@ -91,6 +90,7 @@ struct JensenShannon {
   MOD_FUSED_MEMBER static float one_minus_exp(float q) { return -expm1_of(-(q > 80.0f ? 80.0f : q)); }
   MOD_FUSED_MEMBER static double one_minus_exp(double q) { return -expm1(-q); }
 
+  static constexpr uint32_t kFarBits = 0x5ce40000u;  // 60 becomes 2^92, 1e37 3.3e36
   double scale_ = 1.0;  // c
 };
 

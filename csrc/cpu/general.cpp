@@ -96,8 +96,9 @@ template <class D> bool Row::collect_deficits(const D& divergence, const Diverge
   double norms[kMaxModels], shifts[kMaxModels], lift = 0.0;
   float levels[kMaxModels];  // whole numbers, which leave differences of 16-bit logits exact
   for (int model = 0; model < request_.models; ++model) {
-    levels[model] = std::fabs(log_norms_[model]) > kFarLevel ? (float)std::nearbyint(log_norms_[model]) : 0.0f;
-    norms[model] = log_norms_[model] - levels[model];
+    const ModelSum& sum = model_sums_[model];
+    levels[model] = std::fabs(sum.log_norm()) > kFarLevel ? (float)std::nearbyint(sum.log_norm()) : 0.0f;
+    norms[model] = (sum.level - levels[model]) + sum.log_sum;
   }
   const auto load = [&](int model, int64_t begin, int n, float* out) {
     loops_.load(logits(model), begin, n, out);
@@ -165,7 +166,7 @@ template <class D> bool Row::collect_deficits(const D& divergence, const Diverge
     }
     if (request_.plausibility_model >= 0) {
       loops_.load(logits(request_.plausibility_model), begin, n, other);
-      const float peak = (float)model_peaks_[request_.plausibility_model];
+      const float peak = (float)model_sums_[request_.plausibility_model].level;
       for (int i = 0; i < n; ++i) q[i] = other[i] - peak >= request_.log_plausibility ? q[i] : kExcluded;
     }
     alignas(64) double tilt[kTile];
@@ -345,8 +346,8 @@ template <class D> bool Row::mix(D divergence, const DivergenceLoops& loops) {
   }
 
   const float t = (float)divergence.shift(tau), alpha = (float)request_.alpha, base = total.base;
-  const float constant = (float)divergence.constant(tau);
-  // With Z = 0 the masses may be of any size: only their logarithms are safe.
+  // With Z = 0 the masses may be of any size: only their logarithms are safe, and less the constant that normalising removes.
+  const float constant = request_.exact ? (float)divergence.constant(tau) : 0.0f;
   if (!request_.exact || !sampling() || filters() || temperature_ != 1.0f) {
     for_tiles([&](int64_t tile) {
       alignas(64) float key[kTile];

@@ -131,7 +131,7 @@ bool Row::log_linear_keys() {
     if (constrained >= 0) {
       alignas(64) float x[kTile];
       loops_.load(logits(constrained), begin, n, x);
-      const float peak = (float)model_peaks_[constrained];
+      const float peak = (float)model_sums_[constrained].level;
       for (int i = 0; i < n; ++i) key[i] = x[i] - peak >= least ? key[i] : -kInfinity;
       // A sum that overflowed may be out now; a value that is broken breaks the row all the same.
       bool broken = false;

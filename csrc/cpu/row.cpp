@@ -15,7 +15,7 @@ constexpr double kLeastSum = 1e-20, kMostSum = 1e30;
 }  // namespace
 
 void Scratch::reserve(int64_t tiles, int models, bool per_token) {
-  model_sums.resize((size_t)(tiles * models));
+  logit_sums.resize((size_t)(tiles * models));
   mixes.resize((size_t)tiles);
   deficits.resize((size_t)tiles);
   sums.resize((size_t)tiles);
@@ -71,21 +71,21 @@ bool Row::read_parameters() {
 // suffice: something is not finite, or the level is far off.
 bool Row::sum_quickly(int model) {
   const Source x = logits(model);
-  PeakSum* parts = scratch_.model_sums.data() + model * tiles_;
+  PeakSum* parts = scratch_.logit_sums.data() + model * tiles_;
   const float first = loops_.peak_sum(x, 0, tile_size(0)).peak;
   const float level = std::isfinite(first) ? first : 0.0f;
   if (std::fabs(level) > kFarLevel) return false;
   for_tiles([&](int64_t tile) { parts[tile].sum = loops_.sum_from(x, tile * kTile, tile_size(tile), level); });
   double sum = 0.0;
   for (int64_t tile = 0; tile < tiles_; ++tile) sum += parts[tile].sum;
-  log_norms_[model] = level + std::log(sum);
+  model_sums_[model] = {level, std::log(sum)};
   return sum < kMostSum && sum > kLeastSum;
 }
 
 // The same from the tiles' own peaks. False where NaN or +inf stands in the logits.
 bool Row::sum_carefully(int model) {
   const Source x = logits(model);
-  PeakSum* parts = scratch_.model_sums.data() + model * tiles_;
+  PeakSum* parts = scratch_.logit_sums.data() + model * tiles_;
   for_tiles([&](int64_t tile) { parts[tile] = loops_.peak_sum(x, tile * kTile, tile_size(tile)); });
   double peak = -kInfinity, sum = 0.0;
   for (int64_t tile = 0; tile < tiles_; ++tile) peak = std::fmax(peak, (double)parts[tile].peak);
@@ -94,8 +94,7 @@ bool Row::sum_carefully(int model) {
     broken |= std::isnan(parts[tile].sum);
     if (parts[tile].peak > -kInfinity) sum += parts[tile].sum * std::exp(parts[tile].peak - peak);
   }
-  model_peaks_[model] = peak;
-  log_norms_[model] = broken ? std::numeric_limits<double>::quiet_NaN() : peak + std::log(sum);
+  model_sums_[model] = {peak, broken ? std::numeric_limits<double>::quiet_NaN() : std::log(sum)};
   return !broken;
 }
 
@@ -169,7 +168,8 @@ void Row::finish(bool valid) {
   if (!request_.model_logprobs) return;
   for (int model = 0; model < request_.models; ++model) {
     float* out = request_.token_model_logprobs + b_ * request_.models + model;
-    *out = valid ? (float)(element(loops_, logits(model), token_) - log_norms_[model]) : nan;
+    const ModelSum& sum = model_sums_[model];
+    *out = valid ? (float)(element(loops_, logits(model), token_) - sum.level - sum.log_sum) : nan;
   }
 }
 

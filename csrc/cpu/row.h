@@ -16,7 +16,7 @@ constexpr double kFarLevel = 128.0;
 struct Scratch {
   float* first = nullptr;   // keys, or p
   float* second = nullptr;  // Q or u, divergence.h
-  std::vector<PeakSum> model_sums;     // [models][tiles]
+  std::vector<PeakSum> logit_sums;     // [models][tiles]
   std::vector<TileMix> mixes;          // [tiles], as are the following
   std::vector<DeficitSums> deficits;
   std::vector<float> sums, slopes;     // sum of e^(key - tile's peak), or s1 and s2
@@ -44,6 +44,11 @@ class Row {
   void run();
 
  private:
+  // log-sum-exp of a model's logits. Beside a level of 1e17 double would lose the logarithm.
+  struct ModelSum {
+    double level = 0.0, log_sum = 0.0;  // the level is the peak after `sum_carefully`
+    double log_norm() const { return level + log_sum; }
+  };
   struct Candidate {
     int64_t token;
     double tilt;  // -sum v V
@@ -138,8 +143,7 @@ class Row {
   int64_t top_k_ = 0;
   std::vector<Term> terms_;            // of the log-linear sum: models, then values
   size_t model_terms_ = 0;
-  double log_norms_[kMaxModels] = {};  // log-sum-exp of each model's logits, where needed
-  double model_peaks_[kMaxModels] = {};
+  ModelSum model_sums_[kMaxModels];    // where needed
   int64_t best_ = 0;                   // s*, and pi_ref of it
   double best_mass_ = 0.0;
   std::vector<Candidate> candidates_;  // off reverse KL, sorted by token

@@ -163,10 +163,21 @@ template <class D> struct Loops {
   static void keys(const float* __restrict p, const float* __restrict u, int n, float alpha, float base, float t,
                    float constant, float* __restrict out) {
     const D divergence(alpha);
-#pragma omp simd
+    float most = 0.0f;
+#pragma omp simd reduction(max : most)
     for (int i = 0; i < n; ++i) {
-      const float key = log_of(p[i] > 0.0f ? p[i] : 1.0f) + (constant + divergence.log_power((u[i] - base) + t));
+      const float y = (u[i] - base) + t, inside = p[i] > 0.0f ? y : 0.0f;
+      const float key = log_of(p[i] > 0.0f ? p[i] : 1.0f) + (constant + divergence.log_power(y));
+      most = inside > most ? inside : most;
       out[i] = p[i] > 0.0f ? key : -kInfinity;
+    }
+    if constexpr (symmetric) {
+      if (!(most > D::kFar)) return;
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        const float y = (u[i] - base) + t, key = log_of(p[i] > 0.0f ? p[i] : 1.0f) + (constant + divergence.log_power_far(y));
+        out[i] = (p[i] > 0.0f) & (y > D::kFar) ? key : out[i];
+      }
     }
   }
 
