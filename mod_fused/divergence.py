@@ -203,7 +203,7 @@ def wright_omega(z: Tensor) -> Tensor:
     return v
 
 
-#: In the order of their numbers, by which the ops know them; csrc/cpu/request.h has the same.
+#: In the order of their numbers, by which the ops know them; csrc/divergence.h has them too.
 _BUILT_IN = (ReverseKL, ForwardKL, JensenShannonDivergence, AlphaDivergence, JeffreyDivergence)
 _ALPHA = _BUILT_IN.index(AlphaDivergence)
 #: By number and by name: the built-in ones but alpha, of which there are many, and the registered.

@@ -25,16 +25,15 @@ void Scratch::reserve(int64_t tiles, int models, bool per_token) {
   weights.resize((size_t)tiles);
   const int64_t needed = per_token ? tiles * kTile : 0;
   if (needed > capacity_) {
-    ::operator delete(first, kAlignment);
-    first = nullptr;
+    ::operator delete(first_, kAlignment);
+    first_ = nullptr;
     capacity_ = 0;
-    first = static_cast<float*>(::operator new(sizeof(float) * 2 * (size_t)needed, kAlignment));
+    first_ = static_cast<float*>(::operator new(sizeof(float) * 2 * (size_t)needed, kAlignment));
     capacity_ = needed;
   }
-  second = first == nullptr ? nullptr : first + capacity_;
 }
 
-Scratch::~Scratch() { ::operator delete(first, kAlignment); }
+Scratch::~Scratch() { ::operator delete(first_, kAlignment); }
 
 Row::Row(const Request& request, int64_t index, Scratch& scratch, const TileRunner& run_tiles)
     : request_(request),
@@ -49,7 +48,7 @@ bool Row::read_parameters() {
   const int policies = request_.models - (request_.reference ? 1 : 0);
   for (int i = 0; i < policies; ++i) good &= std::isfinite((float)request_.weights[b_][i]);
   for (size_t j = 0; j < request_.values.size(); ++j) good &= std::isfinite((float)value_weight(j));
-  if (request_.reference && request_.kind == Kind::reverse_kl) {
+  if (request_.reference && request_.log_linear()) {
     double sum = 0.0;
     for (int model = 1; model < request_.models; ++model) sum += policy_weight(model);
     own_coefficient_ = std::fabs(1.0 - sum) <= request_.weight_rounding ? 0.0 : 1.0 - sum;
@@ -99,13 +98,12 @@ bool Row::sum_carefully(int model) {
 }
 
 bool Row::sum_models() {
-  const bool log_linear = request_.kind == Kind::reverse_kl;
   bool good = true;
   for (int model = 0; model < request_.models; ++model) {
     const bool counted = counts(model);
     const bool plausible = model == request_.plausibility_model;
     // The log-linear sum checks its tensors itself, but for candidates it looks at those alone.
-    const bool needed = request_.model_logprobs || plausible || (counted && (!log_linear || request_.value_ids));
+    const bool needed = request_.model_logprobs || plausible || (counted && (!request_.log_linear() || request_.value_ids));
     if (!needed || (!plausible && sum_quickly(model))) continue;
     good &= sum_carefully(model) || !(counted || plausible);
   }
@@ -113,7 +111,7 @@ bool Row::sum_models() {
 }
 
 void Row::sum_tile(int64_t tile) {
-  const PeakSum part = loops_.peak_sum({scratch_.first + tile * kTile, DType::float32, 1.0f}, 0, tile_size(tile));
+  const PeakSum part = loops_.peak_sum({scratch_.keys() + tile * kTile, DType::float32, 1.0f}, 0, tile_size(tile));
   scratch_.mixes[tile].peak = part.peak;
   scratch_.sums[tile] = part.sum;
 }
@@ -136,11 +134,11 @@ bool Row::sum_tiles() {
 
 void Row::run() {
   bool good = read_parameters();
-  if (good && request_.prefix.size() && request_.kind != Kind::reverse_kl)
+  if (good && request_.prefix.size() && !request_.log_linear())
     for (int model = 0; model < request_.models; ++model)
       good &= !counts(model) || std::isfinite(request_.prefix[(size_t)(b_ * request_.models + model)]);
   good = good && sum_models();
-  if (good && request_.kind == Kind::reverse_kl) {
+  if (good && request_.log_linear()) {
     collect_terms();
     const bool whole_row = !sampling() || filters() || request_.value_ids || request_.plausibility_model >= 0;
     good = whole_row ? log_linear_keys() && (!sampling() || draw_from_keys()) : draw_log_linear();
@@ -157,7 +155,7 @@ void Row::finish(bool valid) {
     for_tiles([&](int64_t tile) {
       const int64_t begin = tile * kTile;
       const int n = tile_size(tile);
-      if (valid) loops_.normalised(scratch_.first + begin, n, level_, log_norm_, out + begin);
+      if (valid) loops_.normalised(scratch_.keys() + begin, n, level_, log_norm_, out + begin);
       else std::fill(out + begin, out + begin + n, nan);
     });
     return;

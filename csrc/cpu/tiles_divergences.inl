@@ -55,7 +55,7 @@ template <class D> struct Loops {
             q = multiply_add(weights[k], divergence.term(near) + (y < -120.0f ? (-120.0f - y) * 0.693147181f : 0.0f), q);
             continue;
           }
-          if (__is_same(D, Jeffrey)) q = multiply_add(weights[k], y < -126.0f ? (y + 126.0f) * 0.693147181f : 0.0f, q);  // its linear part
+          if (D::linear) q = multiply_add(weights[k], y < -126.0f ? (y + 126.0f) * 0.693147181f : 0.0f, q);
           y = y > limit ? limit : y < -126.0f ? -126.0f : y;
         }
         q = multiply_add(weights[k], divergence.term(y), q);
