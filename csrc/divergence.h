@@ -10,8 +10,15 @@
 //
 //   y = distance(base, t, u) = (u - base) + t,     base = u at the least Q,     t = shift(tau).
 //
-// The three bounded ones are Stieltjes kernels: power(y) = y^(-order), so that a sum over tokens costs a reciprocal each
-// where order is 1 or 2, and no logarithm. u is made of terms of y = factor * log2(e) * d, as `close(sum of w * term(y))`.
+// u is made of terms of y = factor * log2(e) * d, as `close(sum of w * term(y))`. What holds for a divergence:
+//
+//   bounded    sup f' is finite, and H has a pole there
+//   clamped    log-ratios have a floor
+//   stieltjes  power(y) = y^(-order): a sum over tokens costs a reciprocal each where order is 1 or 2, and no logarithm;
+//              without, `ratio` is H
+//   linear     f' goes on linearly where `term` ends
+//
+// A new divergence is a struct here and an entry of the list at the end.
 #pragma once
 
 #include "scalar_math.h"
@@ -19,8 +26,10 @@
 namespace mod_fused {
 
 struct ForwardKL {
-  static constexpr bool bounded = true, clamped = true, stieltjes = true;
-  explicit ForwardKL(double = 0.0) {}
+  static constexpr int number = 1;
+  static constexpr bool bounded = true, clamped = true, stieltjes = true, linear = false;
+  explicit ForwardKL(double) {}
+  static bool takes(double) { return true; }
   double supremum() const { return 0.0; }
 
   template <class Real> MOD_FUSED_MEMBER Real deficit(Real d) const { return exp_near(-d); }
@@ -44,8 +53,10 @@ struct ForwardKL {
 };
 
 struct JensenShannon {
-  static constexpr bool bounded = true, clamped = false, stieltjes = true;
-  explicit JensenShannon(double = 0.0) {}
+  static constexpr int number = 2;
+  static constexpr bool bounded = true, clamped = false, stieltjes = true, linear = false;
+  explicit JensenShannon(double) {}
+  static bool takes(double) { return true; }
   double supremum() const { return 0.6931471805599453; }
 
   // softplus(-d); d may be -inf-free but of any size: linear where it is very negative.
@@ -61,7 +72,7 @@ struct JensenShannon {
   }
 
   // 1 / expm1(tau + D) = e^-tau c / ((1 - e^-tau) c + u - base) with u = expm1(Q), c = 1 + base. Where that would overflow
-  // u is 1e30 Q, which counts nothing in a sum and still has the logarithm.
+  // u, far beyond kFar, has a quarter of Q's bits: it counts nothing in a sum and still holds all Q below 1e37.
   double factor() const { return 1.0; }
   MOD_FUSED_MEMBER float term(float y) const {
     const float size = fabsf(y);  // log(2) / 2 (|y| - y) is the linear part
@@ -69,14 +80,13 @@ struct JensenShannon {
   }
   MOD_FUSED_MEMBER float close(float q) const { return expm1_near(q); }
   MOD_FUSED_MEMBER float excess(float d) const {
-    const float x = expm1_of(d < 60.0f ? d : 60.0f), far = (d < 9e6f ? d : 9e6f) * 1e30f;
+    const float x = expm1_of(d < 60.0f ? d : 60.0f), far = bits_float(kFarBits + ((float_bits(d) + 2u) >> 2));
     return d > 60.0f ? far : x;
   }
   MOD_FUSED_MEMBER float power(float, float r) const { return r; }
-  MOD_FUSED_MEMBER float log_power(float y) const {
-    const float near = -log_of(y), far = y * -1e-30f;
-    return y > 1e30f ? far : near;
-  }
+  MOD_FUSED_MEMBER float log_power(float y) const { return -log_of(y); }
+  static constexpr float kFar = 1e27f;
+  MOD_FUSED_MEMBER float log_power_far(float y) const { return -bits_float((float_bits(y) - kFarBits) << 2); }
   double least_deficit(double u) const { return log1p(u); }
   double mean_deficit(double q) const { return q; }
   void measure_from(double base) { scale_ = 1.0 + base; }
@@ -91,12 +101,15 @@ struct JensenShannon {
   MOD_FUSED_MEMBER static float one_minus_exp(float q) { return -expm1_of(-(q > 80.0f ? 80.0f : q)); }
   MOD_FUSED_MEMBER static double one_minus_exp(double q) { return -expm1(-q); }
 
+  static constexpr uint32_t kFarBits = 0x5ce40000u;  // 60 becomes 2^92, 1e37 3.3e36
   double scale_ = 1.0;  // c
 };
 
 // alpha = 1/2 has a compile-time order: its kernel is a square.
 template <bool half> struct Alpha {
-  static constexpr bool bounded = true, clamped = true, stieltjes = true;
+  static constexpr int number = 3;
+  static bool takes(double alpha) { return !half || alpha == 0.5; }
+  static constexpr bool bounded = true, clamped = true, stieltjes = true, linear = false;
   float alpha, inverse;  // a, 1/a
   explicit Alpha(double a) : alpha((float)a), inverse((float)(1.0 / a)) {}
   double supremum() const { return 1.0 / alpha; }
@@ -135,7 +148,9 @@ template <bool half> struct Alpha {
 constexpr double kSmallAlpha = 0.03;
 
 struct SmallAlpha {
-  static constexpr bool bounded = false, clamped = true, stieltjes = false;
+  static constexpr int number = 3;
+  static bool takes(double alpha) { return alpha < kSmallAlpha; }
+  static constexpr bool bounded = false, clamped = true, stieltjes = false, linear = false;
   float alpha, inverse;  // a, 1/a
   explicit SmallAlpha(double a) : alpha((float)a), inverse((float)(1.0 / a)) {}
   double supremum() const { return 0.0; }
@@ -170,8 +185,10 @@ struct SmallAlpha {
 
 // f' is unbounded: sup f' counts as 0, q = -f' takes any sign, and there is no pole.
 struct Jeffrey {
-  static constexpr bool bounded = false, clamped = true, stieltjes = false;
-  explicit Jeffrey(double = 0.0) {}
+  static constexpr int number = 4;
+  static constexpr bool bounded = false, clamped = true, stieltjes = false, linear = true;
+  explicit Jeffrey(double) {}
+  static bool takes(double) { return true; }
   double supremum() const { return 0.0; }
 
   template <class Real> MOD_FUSED_MEMBER Real deficit(Real d) const { return expm1_signed(-d) - d; }
@@ -252,5 +269,26 @@ struct Jeffrey {
     return v;
   }
 };
+
+// The list of them: whatever asks for a divergence, checks a number or holds a table goes by it. Of several entries of one
+// number the first that takes the alpha is meant.
+template <class... D> struct DivergenceList {
+  static constexpr int size = sizeof...(D);
+
+  // Place of a divergence in the list.
+  template <class Wanted> static constexpr int place() {
+    int i = 0;
+    const bool found = ((__is_same(D, Wanted) || (++i, false)) || ...);
+    return found ? i : -1;
+  }
+
+  // Calls body(divergence); false where no divergence has the number.
+  template <class Body> static bool visit(int64_t number, double alpha, const Body& body) {
+    return ((D::number == number && D::takes(alpha) ? (body(D(alpha)), true) : false) || ...);
+  }
+};
+
+using Divergences = DivergenceList<ForwardKL, JensenShannon, SmallAlpha, Alpha<true>, Alpha<false>, Jeffrey>;
+constexpr int kReverseKL = 0;  // log-linear: it has no deficit
 
 }  // namespace mod_fused

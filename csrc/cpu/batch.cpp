@@ -24,7 +24,7 @@ void run(const Request& request) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t row_work = request.vocab * (request.models + (int64_t)request.values.size());
   // What the log-linear sum needs when nothing looks at the row as a whole: nothing per token.
-  const bool whole_row = request.kind != Kind::reverse_kl || request.log_probs || request.mask.data ||
+  const bool whole_row = !request.log_linear() || request.log_probs || request.mask.data ||
                          request.value_ids || request.plausibility_model >= 0 || request.filters;
 
   const TileRunner serial = [](int64_t count, const TileBody& body) { body(0, count); };

@@ -152,16 +152,16 @@ Request mixture(const Packed& packed, bool draws) {
   Numbers numbers(packed.numbers, draws ? kDrawNumbers : kMixtureNumbers);
   if (packed.tensors.size() != (draws ? kDrawTensors : kMixtureTensors) ||
       integers.size() != (draws ? kDrawIntegers : kMixtureIntegers) || packed.logits.empty() ||
-      packed.logits.size() > kMaxModels || packed.numbers.size() < (draws ? kDrawNumbers : kMixtureNumbers) ||
-      (uint64_t)integers[kDivergence] > (uint64_t)Kind::jeffrey)
+      packed.logits.size() > kMaxModels || packed.numbers.size() < (draws ? kDrawNumbers : kMixtureNumbers))
     not_packed();
 
   Request request;
   request.reference = integers[kReference] != 0;
   request.vocab = integers[kVocab];
   request.exact = integers[kExact] != 0;
-  request.kind = (Kind)integers[kDivergence];
+  request.divergence = integers[kDivergence];
   request.alpha = packed.numbers[kAlpha];
+  if (!request.log_linear() && !Divergences::visit(request.divergence, request.alpha, [](const auto&) {})) not_packed();
   for (const Tensor& x : packed.logits) request.logits[request.models++] = rows_of(x);
   request.rows = packed.logits[0].size(0);
   add_tensors(packed, request);
@@ -269,23 +269,7 @@ Tensor divergence_function(int64_t divergence, double alpha, int64_t function, c
   const float* from = static_cast<const float*>(x.const_data_ptr());
   float* to = static_cast<float*>(y.mutable_data_ptr());
   const int64_t n = x.size(0);
-  switch ((Kind)divergence) {
-    case Kind::forward_kl:
-      apply(ForwardKL(), function, from, to, n);
-      break;
-    case Kind::jsd:
-      apply(JensenShannon(), function, from, to, n);
-      break;
-    case Kind::alpha:
-      if (alpha < kSmallAlpha) apply(SmallAlpha(alpha), function, from, to, n);
-      else apply(Alpha<false>(alpha), function, from, to, n);
-      break;
-    case Kind::jeffrey:
-      apply(Jeffrey(), function, from, to, n);
-      break;
-    default:
-      not_packed();
-  }
+  if (!Divergences::visit(divergence, alpha, [&](const auto& d) { apply(d, function, from, to, n); })) not_packed();
   return y;
 }
 

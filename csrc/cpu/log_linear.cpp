@@ -124,14 +124,14 @@ bool Row::log_linear_keys() {
   for_tiles([&](int64_t tile) {
     const int64_t begin = tile * kTile;
     const int n = tile_size(tile);
-    float* key = scratch_.first + begin;
+    float* key = scratch_.keys() + begin;
     TileMix& mix = scratch_.mixes[tile];
     mix.broken = false;
     if (!request_.value_ids) mix = loops_.log_linear(terms_.data(), (int)terms_.size(), begin, n, key);
     if (constrained >= 0) {
       alignas(64) float x[kTile];
       loops_.load(logits(constrained), begin, n, x);
-      const float peak = (float)model_peaks_[constrained];
+      const float peak = (float)model_sums_[constrained].level;
       for (int i = 0; i < n; ++i) key[i] = x[i] - peak >= least ? key[i] : -kInfinity;
       // A sum that overflowed may be out now; a value that is broken breaks the row all the same.
       bool broken = false;
@@ -151,7 +151,7 @@ bool Row::log_linear_keys() {
 
 // Everything is excluded but the candidates, which are few: one at a time. `sum_models` has looked for broken logits.
 bool Row::candidate_keys() {
-  std::fill(scratch_.first, scratch_.first + request_.vocab, -kInfinity);
+  std::fill(scratch_.keys(), scratch_.keys() + request_.vocab, -kInfinity);
   bool good = true;
   for (int64_t k = 0; k < request_.candidates; ++k) {
     const int64_t token = candidate(k);
@@ -164,7 +164,7 @@ bool Row::candidate_keys() {
       inside &= x > -kInfinity;
       key = fused_multiply_add(terms_[t].weight, x, key);
     }
-    scratch_.first[token] = inside ? key : -kInfinity;
+    scratch_.keys()[token] = inside ? key : -kInfinity;
   }
   return good;
 }

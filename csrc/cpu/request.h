@@ -11,9 +11,6 @@ namespace mod_fused {
 
 constexpr int kMaxModels = 9;  // reference and at most 8 policies
 
-// By the numbers of mod_fused/divergence.py.
-enum class Kind { reverse_kl, forward_kl, jsd, alpha, jeffrey };
-
 // A tensor [B, n] with contiguous rows.
 struct Rows {
   const char* data = nullptr;
@@ -60,7 +57,7 @@ struct Request {
   float scales[kMaxModels];
   PerRowVector weights;    // of the policies
   double weight_rounding = 0x1p-40;  // 1 - sum w no larger is 0 under reverse KL
-  Kind kind = Kind::reverse_kl;
+  int64_t divergence = kReverseKL;   // its number
   double alpha = 0.0;
   bool exact = true;       // the normaliser
 
@@ -80,6 +77,8 @@ struct Request {
   Mask mask;
   bool filters = false;  // some row has a mask, top-k, top-p or min-p, or log pi* is asked for itself
   bool model_logprobs = false;
+
+  bool log_linear() const { return divergence == kReverseKL; }
 
   // Outputs; `log_probs` [B, V] alone, or the others.
   float* log_probs = nullptr;

@@ -15,7 +15,7 @@ constexpr double kLeastSum = 1e-20, kMostSum = 1e30;
 }  // namespace
 
 void Scratch::reserve(int64_t tiles, int models, bool per_token) {
-  model_sums.resize((size_t)(tiles * models));
+  logit_sums.resize((size_t)(tiles * models));
   mixes.resize((size_t)tiles);
   deficits.resize((size_t)tiles);
   sums.resize((size_t)tiles);
@@ -25,16 +25,15 @@ void Scratch::reserve(int64_t tiles, int models, bool per_token) {
   weights.resize((size_t)tiles);
   const int64_t needed = per_token ? tiles * kTile : 0;
   if (needed > capacity_) {
-    ::operator delete(first, kAlignment);
-    first = nullptr;
+    ::operator delete(first_, kAlignment);
+    first_ = nullptr;
     capacity_ = 0;
-    first = static_cast<float*>(::operator new(sizeof(float) * 2 * (size_t)needed, kAlignment));
+    first_ = static_cast<float*>(::operator new(sizeof(float) * 2 * (size_t)needed, kAlignment));
     capacity_ = needed;
   }
-  second = first == nullptr ? nullptr : first + capacity_;
 }
 
-Scratch::~Scratch() { ::operator delete(first, kAlignment); }
+Scratch::~Scratch() { ::operator delete(first_, kAlignment); }
 
 Row::Row(const Request& request, int64_t index, Scratch& scratch, const TileRunner& run_tiles)
     : request_(request),
@@ -49,7 +48,7 @@ bool Row::read_parameters() {
   const int policies = request_.models - (request_.reference ? 1 : 0);
   for (int i = 0; i < policies; ++i) good &= std::isfinite((float)request_.weights[b_][i]);
   for (size_t j = 0; j < request_.values.size(); ++j) good &= std::isfinite((float)value_weight(j));
-  if (request_.reference && request_.kind == Kind::reverse_kl) {
+  if (request_.reference && request_.log_linear()) {
     double sum = 0.0;
     for (int model = 1; model < request_.models; ++model) sum += policy_weight(model);
     own_coefficient_ = std::fabs(1.0 - sum) <= request_.weight_rounding ? 0.0 : 1.0 - sum;
@@ -71,21 +70,21 @@ bool Row::read_parameters() {
 // suffice: something is not finite, or the level is far off.
 bool Row::sum_quickly(int model) {
   const Source x = logits(model);
-  PeakSum* parts = scratch_.model_sums.data() + model * tiles_;
+  PeakSum* parts = scratch_.logit_sums.data() + model * tiles_;
   const float first = loops_.peak_sum(x, 0, tile_size(0)).peak;
   const float level = std::isfinite(first) ? first : 0.0f;
   if (std::fabs(level) > kFarLevel) return false;
   for_tiles([&](int64_t tile) { parts[tile].sum = loops_.sum_from(x, tile * kTile, tile_size(tile), level); });
   double sum = 0.0;
   for (int64_t tile = 0; tile < tiles_; ++tile) sum += parts[tile].sum;
-  log_norms_[model] = level + std::log(sum);
+  model_sums_[model] = {level, std::log(sum)};
   return sum < kMostSum && sum > kLeastSum;
 }
 
 // The same from the tiles' own peaks. False where NaN or +inf stands in the logits.
 bool Row::sum_carefully(int model) {
   const Source x = logits(model);
-  PeakSum* parts = scratch_.model_sums.data() + model * tiles_;
+  PeakSum* parts = scratch_.logit_sums.data() + model * tiles_;
   for_tiles([&](int64_t tile) { parts[tile] = loops_.peak_sum(x, tile * kTile, tile_size(tile)); });
   double peak = -kInfinity, sum = 0.0;
   for (int64_t tile = 0; tile < tiles_; ++tile) peak = std::fmax(peak, (double)parts[tile].peak);
@@ -94,19 +93,17 @@ bool Row::sum_carefully(int model) {
     broken |= std::isnan(parts[tile].sum);
     if (parts[tile].peak > -kInfinity) sum += parts[tile].sum * std::exp(parts[tile].peak - peak);
   }
-  model_peaks_[model] = peak;
-  log_norms_[model] = broken ? std::numeric_limits<double>::quiet_NaN() : peak + std::log(sum);
+  model_sums_[model] = {peak, broken ? std::numeric_limits<double>::quiet_NaN() : std::log(sum)};
   return !broken;
 }
 
 bool Row::sum_models() {
-  const bool log_linear = request_.kind == Kind::reverse_kl;
   bool good = true;
   for (int model = 0; model < request_.models; ++model) {
     const bool counted = counts(model);
     const bool plausible = model == request_.plausibility_model;
     // The log-linear sum checks its tensors itself, but for candidates it looks at those alone.
-    const bool needed = request_.model_logprobs || plausible || (counted && (!log_linear || request_.value_ids));
+    const bool needed = request_.model_logprobs || plausible || (counted && (!request_.log_linear() || request_.value_ids));
     if (!needed || (!plausible && sum_quickly(model))) continue;
     good &= sum_carefully(model) || !(counted || plausible);
   }
@@ -114,7 +111,7 @@ bool Row::sum_models() {
 }
 
 void Row::sum_tile(int64_t tile) {
-  const PeakSum part = loops_.peak_sum({scratch_.first + tile * kTile, DType::float32, 1.0f}, 0, tile_size(tile));
+  const PeakSum part = loops_.peak_sum({scratch_.keys() + tile * kTile, DType::float32, 1.0f}, 0, tile_size(tile));
   scratch_.mixes[tile].peak = part.peak;
   scratch_.sums[tile] = part.sum;
 }
@@ -137,11 +134,11 @@ bool Row::sum_tiles() {
 
 void Row::run() {
   bool good = read_parameters();
-  if (good && request_.prefix.size() && request_.kind != Kind::reverse_kl)
+  if (good && request_.prefix.size() && !request_.log_linear())
     for (int model = 0; model < request_.models; ++model)
       good &= !counts(model) || std::isfinite(request_.prefix[(size_t)(b_ * request_.models + model)]);
   good = good && sum_models();
-  if (good && request_.kind == Kind::reverse_kl) {
+  if (good && request_.log_linear()) {
     collect_terms();
     const bool whole_row = !sampling() || filters() || request_.value_ids || request_.plausibility_model >= 0;
     good = whole_row ? log_linear_keys() && (!sampling() || draw_from_keys()) : draw_log_linear();
@@ -158,7 +155,7 @@ void Row::finish(bool valid) {
     for_tiles([&](int64_t tile) {
       const int64_t begin = tile * kTile;
       const int n = tile_size(tile);
-      if (valid) loops_.normalised(scratch_.first + begin, n, level_, log_norm_, out + begin);
+      if (valid) loops_.normalised(scratch_.keys() + begin, n, level_, log_norm_, out + begin);
       else std::fill(out + begin, out + begin + n, nan);
     });
     return;
@@ -169,7 +166,8 @@ void Row::finish(bool valid) {
   if (!request_.model_logprobs) return;
   for (int model = 0; model < request_.models; ++model) {
     float* out = request_.token_model_logprobs + b_ * request_.models + model;
-    *out = valid ? (float)(element(loops_, logits(model), token_) - log_norms_[model]) : nan;
+    const ModelSum& sum = model_sums_[model];
+    *out = valid ? (float)(element(loops_, logits(model), token_) - sum.level - sum.log_sum) : nan;
   }
 }
 

@@ -1,5 +1,5 @@
-// One row on its way from logits to a token. The phases live in log_linear.cpp, general.cpp and draw.cpp; each leaves what
-// the next needs in the scratch and in the members below.
+// One row on its way from logits to a token. The files of the phases stand below; each phase leaves what the next needs in the
+// scratch and in the members.
 #pragma once
 
 #include <cmath>
@@ -14,14 +14,19 @@ constexpr double kFarLevel = 128.0;
 
 // Two floats per vocabulary entry and a few per tile, kept by a thread between its calls.
 struct Scratch {
-  float* first = nullptr;   // keys, or p
-  float* second = nullptr;  // Q or u, divergence.h
-  std::vector<PeakSum> model_sums;     // [models][tiles]
+  // The two, by the name of what is there: first p and u (before it Q, divergence.h), then the keys and, for the filters, those
+  // of them that are candidates.
+  float* p() const { return first_; }
+  float* u() const { return first_ + capacity_; }
+  float* keys() const { return first_; }
+  float* candidates() const { return first_ + capacity_; }
+
+  std::vector<PeakSum> logit_sums;     // [models][tiles]
   std::vector<TileMix> mixes;          // [tiles], as are the following
   std::vector<DeficitSums> deficits;
   std::vector<float> sums, slopes;     // sum of e^(key - tile's peak), or s1 and s2
   std::vector<float> masses;           // of the race
-  std::vector<int> counts;             // of candidates for the filters, kept in `second`
+  std::vector<int> counts;             // of candidates
   std::vector<int64_t> weights;        // of top-p
 
   void reserve(int64_t tiles, int models, bool per_token);
@@ -31,6 +36,7 @@ struct Scratch {
   ~Scratch();
 
  private:
+  float* first_ = nullptr;
   int64_t capacity_ = 0;
 };
 
@@ -44,6 +50,11 @@ class Row {
   void run();
 
  private:
+  // log-sum-exp of a model's logits. Beside a level of 1e17 double would lose the logarithm.
+  struct ModelSum {
+    double level = 0.0, log_sum = 0.0;  // the level is the peak after `sum_carefully`
+    double log_norm() const { return level + log_sum; }
+  };
   struct Candidate {
     int64_t token;
     double tilt;  // -sum v V
@@ -61,38 +72,57 @@ class Row {
 
   // log_linear.cpp
   void collect_terms();
-  bool log_linear_keys();    // keys of the whole row into scratch.first
+  bool log_linear_keys();    // keys of the whole row into scratch
   bool candidate_keys();
   bool draw_log_linear();    // keys never leave their tile
   bool sum_log_linear(float* level, bool* certain);
 
-  // general.cpp; all return false where the row is invalid
+  // general.cpp; false where the row is invalid
   bool mix_general();
+  template <class D> bool mix(D divergence, const DivergenceLoops& loops);
+
+  // values.cpp; false where a value is broken
+  bool tile_tilt(int64_t tile, double* tilt) const;
+  bool collect_candidates();
+  const Candidate* first_candidate(int64_t token) const;
+
+  // bracket.h
+  struct Offsets {
+    float levels[kMaxModels];   // taken off the logits: whole numbers, which leave differences of 16-bit ones exact
+    double norms[kMaxModels];   // log-sum-exps of what is left
+    double shifts[kMaxModels];  // from a policy's logit less the reference's to d
+  };
   struct Deficits {
     DeficitSums sums;  // of Q, but for s1 and s2, which are fused only and leave the tile of s* out
     float base;        // of u, divergence.h
     bool fused;
   };
-  template <class D> bool mix(D divergence, const DivergenceLoops& loops);
-  template <class D>
-  bool collect_deficits(const D& divergence, const DivergenceLoops& loops, bool in_one_loop, Deficits* total);
-  bool tile_tilt(int64_t tile, double* tilt) const;
-  bool collect_candidates();
-  const Candidate* first_candidate(int64_t token) const;
-  struct RowSums {
-    double s1, s2;
-  };
   struct Bracket {
     double lower, upper;
   };
-  RowSums evaluate(const DivergenceLoops& loops, float base, float t);
+  Offsets offsets(bool clamped) const;
+  template <class D> bool fuse(const D& divergence, const Offsets& offsets, DeficitTile* fused) const;
+  void collect_fused(const DivergenceLoops& loops, DeficitTile fused, int64_t tile);
+  void collect_buffered(const DivergenceLoops& loops, const Offsets& offsets, int64_t tile);
+  void close_excesses(const DivergenceLoops& loops, double least);
+  int64_t sum_deficits(DeficitSums* sum) const;
+  template <class D>
+  bool collect_deficits(const D& divergence, const DivergenceLoops& loops, bool in_one_loop, Deficits* total);
   template <class D> Bracket bracket(const D& divergence, const DeficitSums& total) const;
+
+  // normalizer.h
+  struct RowSums {
+    double s1, s2;
+  };
+  RowSums evaluate(const DivergenceLoops& loops, float base, float t);
   template <class D>
   double solve(const D& divergence, const DivergenceLoops& loops, const Deficits& total, Bracket ends);
 
   // draw.cpp
   bool draw_from_keys();
   bool race(const std::function<void(int64_t, float*)>& token_masses);  // tiles' masses in scratch.masses
+
+  // filters.cpp
   void apply_mask(int64_t tile) const;
   float top_k_cut(float peak);               // least key that top-k keeps, -inf for all
   float top_p_cut(float peak, float least);  // least key that top-p keeps of those from `least` on
@@ -138,8 +168,7 @@ class Row {
   int64_t top_k_ = 0;
   std::vector<Term> terms_;            // of the log-linear sum: models, then values
   size_t model_terms_ = 0;
-  double log_norms_[kMaxModels] = {};  // log-sum-exp of each model's logits, where needed
-  double model_peaks_[kMaxModels] = {};
+  ModelSum model_sums_[kMaxModels];    // where needed
   int64_t best_ = 0;                   // s*, and pi_ref of it
   double best_mass_ = 0.0;
   std::vector<Candidate> candidates_;  // off reverse KL, sorted by token

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "../divergence.h"
+
 namespace mod_fused {
 
 constexpr int kTile = 1024;      // tile of the race in token ids; part of the random numbers' definition
@@ -135,7 +137,7 @@ struct TileLoops {
   // (key - level) - log_norm
   void (*normalised)(const float* key, int n, double level, double log_norm, float* out);
   FilterLoops filters;
-  DivergenceLoops forward_kl, jsd, alpha, alpha_half, small_alpha, jeffrey;
+  DivergenceLoops divergences[Divergences::size];
 };
 
 const TileLoops* baseline_loops();

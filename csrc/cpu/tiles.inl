@@ -316,27 +316,26 @@ RaceResult race(const float* __restrict mass, int n, uint64_t seed, uint64_t pos
 #include "tiles_filters.inl"
 #include "tiles_divergences.inl"
 
-const TileLoops kLoops = {
-    MOD_FUSED_LOOPS_NAME,
-    load,
-    peak_sum,
-    log_linear,
-    log_linear_sum,
-    sum_from,
-    sum_exp,
-    exps,
-    add_tilt,
-    close_deficit,
-    race,
-    normalised,
-    kFilters,
-    Loops<ForwardKL>::table(),
-    Loops<JensenShannon>::table(),
-    Loops<Alpha<false>>::table(),
-    Loops<Alpha<true>>::table(),
-    Loops<SmallAlpha>::table(),
-    Loops<Jeffrey>::table(),
-};
+template <class... D> constexpr TileLoops table_of(DivergenceList<D...>) {
+  return {
+      MOD_FUSED_LOOPS_NAME,
+      load,
+      peak_sum,
+      log_linear,
+      log_linear_sum,
+      sum_from,
+      sum_exp,
+      exps,
+      add_tilt,
+      close_deficit,
+      race,
+      normalised,
+      kFilters,
+      {Loops<D>::table()...},
+  };
+}
+
+constexpr TileLoops kLoops = table_of(Divergences());
 
 }  // namespace
 

@@ -55,7 +55,7 @@ template <class D> struct Loops {
             q = multiply_add(weights[k], divergence.term(near) + (y < -120.0f ? (-120.0f - y) * 0.693147181f : 0.0f), q);
             continue;
           }
-          if (__is_same(D, Jeffrey)) q = multiply_add(weights[k], y < -126.0f ? (y + 126.0f) * 0.693147181f : 0.0f, q);  // its linear part
+          if (D::linear) q = multiply_add(weights[k], y < -126.0f ? (y + 126.0f) * 0.693147181f : 0.0f, q);
           y = y > limit ? limit : y < -126.0f ? -126.0f : y;
         }
         q = multiply_add(weights[k], divergence.term(y), q);
@@ -163,10 +163,21 @@ template <class D> struct Loops {
   static void keys(const float* __restrict p, const float* __restrict u, int n, float alpha, float base, float t,
                    float constant, float* __restrict out) {
     const D divergence(alpha);
-#pragma omp simd
+    float most = 0.0f;
+#pragma omp simd reduction(max : most)
     for (int i = 0; i < n; ++i) {
-      const float key = log_of(p[i] > 0.0f ? p[i] : 1.0f) + (constant + divergence.log_power((u[i] - base) + t));
+      const float y = (u[i] - base) + t, inside = p[i] > 0.0f ? y : 0.0f;
+      const float key = log_of(p[i] > 0.0f ? p[i] : 1.0f) + (constant + divergence.log_power(y));
+      most = inside > most ? inside : most;
       out[i] = p[i] > 0.0f ? key : -kInfinity;
+    }
+    if constexpr (symmetric) {
+      if (!(most > D::kFar)) return;
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        const float y = (u[i] - base) + t, key = log_of(p[i] > 0.0f ? p[i] : 1.0f) + (constant + divergence.log_power_far(y));
+        out[i] = (p[i] > 0.0f) & (y > D::kFar) ? key : out[i];
+      }
     }
   }
 

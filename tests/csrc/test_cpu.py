@@ -195,6 +195,13 @@ def test_strided_masks_values_and_parameters_give_the_same_bits(divergence):
         assert_identical(plain, drawn)
 
 
+def test_model_log_probabilities_far_from_0():
+    ref, policy = torch.full((1, 4), 1e17), torch.tensor([[0.0, 1.0, -1.0, 2.0]]) - 1e4
+    drawn = sample(ref, [policy], [0.5], divergence="jsd", seed=1)
+    expected = torch.stack([x.double().log_softmax(1)[0, drawn.tokens[0]] for x in (ref, policy)])
+    assert (drawn.model_logprobs[0] - expected).abs().max() <= 1e-6
+
+
 # --- what a call leaves behind, and what it does not depend on ----------------------------------
 
 STATM = Path("/proc/self/statm")

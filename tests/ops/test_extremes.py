@@ -110,6 +110,10 @@ TABLE: dict[str, Row] = {
     "a sum that plausibility leaves out overflows": (
         KL, [0.0, -50.0], [[0.0, 10.0]], [1e38], {"plausibility": 0.1, "plausible": 0}, True,
     ),
+    "a reference far from its policy": (OTHERS, [1e17, 1e17], [[0.0, 3.0]], [0.5], {}, True),
+    "policies far from their reference": (
+        OTHERS, MILD, [[-1e17] * 4, [3e38] * 4, [0.0, 0.0, 3.0, 1.0]], [0.5, 0.5, -0.25], {}, True,
+    ),
     "plausibility far from the peak": (
         ALL, MILD, [[3e38, -3e38, 2.9e38, 0.0]], [0.0], {"plausibility": 1e-30}, True,
     ),
@@ -166,6 +170,17 @@ def test_log_ratios_around_the_floor_are_clamped_there(op, divergence, options):
         log_p = op.log_probs(*args, divergence=divergence, **options)
         expected = reference.log_probs(*args, divergence=divergence, **options)
         assert_same_everywhere(log_p, expected)
+
+
+@pytest.mark.parametrize("normalizer", ["exact", "zero"])
+@pytest.mark.parametrize("size", [70.0, 3e7, 1e20, 1e36])
+def test_log_pi_of_jensen_shannon_goes_down_as_far_as_tilts_do(op, size, normalizer):
+    # Tilts below 0: others leave no tau > 0 where Z = 0.
+    values = -size * torch.tensor([[[1.0, 2.0, 1.5, 3.0], [0.25, 1.0, 0.5, 0.5]]])
+    options = {"values": values, "divergence": "jsd", "normalizer": normalizer}
+    args = torch.tensor([MILD, MILD]), [torch.tensor([[0.0, 1.0, 2.0, -1.0]] * 2)], [0.5]
+    log_p = op.log_probs(*args, **options)
+    assert_same_everywhere(log_p, reference.log_probs(*args, **options))
 
 
 @pytest.mark.parametrize("divergence", ALL)

@@ -1,0 +1,199 @@
+// Q and p over the vocabulary off reverse KL, and the ends between which tau lies (design §2).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "../divergence.h"
+#include "row.h"
+
+namespace mod_fused {
+
+constexpr double kSmallestPrefixDifference = -40.0;
+constexpr double kLeastExponent = -1.0, kMostExponent = 30.0;  // of min Q where Jensen-Shannon keeps e^Q
+constexpr double kLog2E = 1.4426950216293335;  // what the loops' float32 constant holds
+constexpr double kMostFusedWeight = 100.0;  // times e^80 it is below kExcluded
+constexpr double kWiden = 1e-4;
+constexpr double kRounding = 1e-5;  // of float32 sums over a row
+
+inline Row::Offsets Row::offsets(bool clamped) const {
+  Offsets result;
+  for (int model = 0; model < request_.models; ++model) {
+    const ModelSum& sum = model_sums_[model];
+    result.levels[model] = std::fabs(sum.log_norm()) > kFarLevel ? (float)std::nearbyint(sum.log_norm()) : 0.0f;
+    result.norms[model] = (sum.level - result.levels[model]) + sum.log_sum;
+  }
+  const double* prefix = request_.prefix.empty() ? nullptr : request_.prefix.data() + b_ * request_.models;
+  double lift = 0.0;
+  for (int model = 1; model < request_.models && prefix && clamped; ++model)
+    if (counts(model)) lift = std::max(lift, kSmallestPrefixDifference - (prefix[model] - prefix[0]));
+  for (int model = 1; model < request_.models; ++model) {
+    const double difference = prefix ? prefix[model] - prefix[0] + lift : 0.0;
+    result.shifts[model] = result.norms[0] - result.norms[model] + difference;
+  }
+  return result;
+}
+
+// The usual case takes one loop a tile. False for scaled, mixed, many, tilted or far-off tensors, which go through buffers.
+template <class D> bool Row::fuse(const D& divergence, const Offsets& offsets, DeficitTile* fused) const {
+  if (!request_.values.empty() || request_.plausibility_model >= 0) return false;
+  double weight_sum = 0.0;
+  for (int model = 0; model < request_.models; ++model) {
+    if (!counts(model)) continue;
+    if (request_.scales[model] != 1.0f || request_.logits[model].dtype != request_.logits[0].dtype) return false;
+    if (offsets.levels[model] != 0.0f) return false;
+    if (model == 0) continue;
+    if (fused->count == kMaxFused) return false;
+    fused->offsets[fused->count] = (float)(divergence.factor() * kLog2E * offsets.shifts[model]);
+    fused->weights[fused->count++] = (float)policy_weight(model);
+    weight_sum += std::fabs(policy_weight(model));
+    // Ratios above e^80 take a prefix: pi_ref is larger than e^-80.
+    fused->careful |= std::fabs(offsets.shifts[model] - (offsets.norms[0] - offsets.norms[model])) > 4.0;
+  }
+  fused->dtype = request_.logits[0].dtype;
+  fused->log_norm = (float)offsets.norms[0];
+  fused->log_norm_offset = (float)(-offsets.norms[0] * kLog2E);
+  fused->factor = (float)(divergence.factor() * kLog2E);
+  fused->limit = D::clamped ? std::fabs(fused->factor) * 80.0f : std::min(115.0f, (float)(80.0 / weight_sum - 1.0));
+  return fused->count > 0 && weight_sum <= kMostFusedWeight;
+}
+
+// p and u of a tile in one loop.
+inline void Row::collect_fused(const DivergenceLoops& loops, DeficitTile fused, int64_t tile) {
+  const int64_t begin = tile * kTile, offset = begin * (fused.dtype == DType::float32 ? 4 : 2);
+  int count = 0;
+  for (int model = 0; model < request_.models; ++model) {
+    if (!counts(model)) continue;
+    const void* data = static_cast<const char*>(logits(model).data) + offset;
+    if (model == 0) fused.ref = data;
+    else fused.policies[count++] = data;
+  }
+  scratch_.deficits[tile] =
+      loops.deficits(fused, tile_size(tile), (float)request_.alpha, scratch_.p() + begin, scratch_.u() + begin);
+}
+
+// p and Q of a tile, a tensor at a time.
+inline void Row::collect_buffered(const DivergenceLoops& loops, const Offsets& offsets, int64_t tile) {
+  const int64_t begin = tile * kTile;
+  const int n = tile_size(tile);
+  float* q = scratch_.u() + begin;
+  alignas(64) float ref[kTile], other[kTile];
+  const auto load = [&](int model, float* out) {
+    loops_.load(logits(model), begin, n, out);
+    const float level = offsets.levels[model];
+    for (int i = 0; i < n && level != 0.0f; ++i) out[i] -= level;
+  };
+  load(0, ref);
+  std::memset(q, 0, sizeof(float) * (size_t)n);
+  for (int model = 1; model < request_.models; ++model) {
+    if (!counts(model)) continue;
+    load(model, other);
+    loops.add_deficit(ref, other, n, (float)request_.alpha, (float)offsets.shifts[model], (float)policy_weight(model), q);
+  }
+  if (request_.plausibility_model >= 0) {
+    loops_.load(logits(request_.plausibility_model), begin, n, other);
+    const float peak = (float)model_sums_[request_.plausibility_model].level;
+    for (int i = 0; i < n; ++i) q[i] = other[i] - peak >= request_.log_plausibility ? q[i] : kExcluded;
+  }
+  const bool tilted = !request_.values.empty();
+  alignas(64) double tilt[kTile];
+  scratch_.mixes[tile].broken = tilted && !tile_tilt(tile, tilt);
+  scratch_.deficits[tile] =
+      loops_.close_deficit(ref, tilted ? tilt : nullptr, n, (float)offsets.norms[0], scratch_.p() + begin, q);
+}
+
+// What buffers left becomes u, once min Q is known.
+inline void Row::close_excesses(const DivergenceLoops& loops, double least) {
+  const bool tilted = !request_.values.empty();
+  for_tiles([&](int64_t tile) {
+    alignas(64) double tilt[kTile];
+    if (tilted) tile_tilt(tile, tilt);
+    loops.excesses(scratch_.u() + tile * kTile, tilted ? tilt : nullptr, tile_size(tile), (float)request_.alpha, least);
+  });
+}
+
+// Sums over the row's tiles, and the tile of min Q; -1 where a value is broken or min Q is out of range.
+inline int64_t Row::sum_deficits(DeficitSums* sum) const {
+  *sum = {kExcluded, 0.0, 0.0, 0.0, 0.0};
+  int64_t best_tile = 0;
+  for (int64_t tile = 0; tile < tiles_; ++tile) {
+    const DeficitSums& part = scratch_.deficits[tile];
+    if (scratch_.mixes[tile].broken) return -1;
+    if (part.least < sum->least) {
+      sum->least = part.least;
+      best_tile = tile;
+    }
+    sum->mass += part.mass;
+    sum->first += part.first;
+    sum->s1 += part.s1;
+    sum->s2 += part.s2;
+  }
+  return std::fabs(sum->least) < (double)kExcluded ? best_tile : -1;
+}
+
+// p and u over the row into scratch, and what the bracket needs of them.
+template <class D>
+bool Row::collect_deficits(const D& divergence, const DivergenceLoops& loops, bool in_one_loop, Deficits* total) {
+  const Offsets offsets = this->offsets(D::clamped);
+  DeficitTile fused{};
+  total->fused = in_one_loop && fuse(divergence, offsets, &fused);
+  for_tiles([&](int64_t tile) {
+    scratch_.mixes[tile].broken = false;
+    if (total->fused) collect_fused(loops, fused, tile);
+    else collect_buffered(loops, offsets, tile);
+  });
+  DeficitSums& sum = total->sums;
+  const int64_t best_tile = sum_deficits(&sum);
+  if (best_tile < 0) return false;
+  total->base = 0.0f;
+  if (total->fused) {
+    total->base = (float)sum.least;
+    sum.least = divergence.least_deficit(sum.least);
+    sum.first = divergence.mean_deficit(sum.first);
+    // Jensen-Shannon: e^Q holds too few digits of Q.
+    if (!D::clamped && !(sum.least > kLeastExponent && sum.least < kMostExponent))
+      return collect_deficits(divergence, loops, false, total);
+    sum.s1 -= scratch_.deficits[best_tile].s1;
+    sum.s2 -= scratch_.deficits[best_tile].s2;
+  } else {
+    close_excesses(loops, sum.least);
+  }
+  // s*, the first token of the support whose excess is 0.
+  const float* p = scratch_.p() + best_tile * kTile;
+  const float* u = scratch_.u() + best_tile * kTile;
+  int best = 0;
+  while (best < tile_size(best_tile) - 1 && !(p[best] > 0.0f && u[best] == total->base)) ++best;
+  best_ = best_tile * kTile + best;
+  best_mass_ = p[best];
+  return true;
+}
+
+// The ends between which tau lies (design §2), a little apart: rounding inverts them where all policies agree.
+template <class D> Row::Bracket Row::bracket(const D& divergence, const DeficitSums& total) const {
+  const double log_mass = std::log((double)total.mass);
+  Bracket ends;
+  ends.upper = divergence.deficit(-log_mass);
+  // E[D], and what the sums' rounding may have taken from it.
+  const double mean = total.first / total.mass;
+  const double mean_excess = mean - total.least + kRounding * (std::fabs(mean) + std::fabs(total.least));
+  ends.lower = std::max(divergence.deficit(-std::log(best_mass_)), ends.upper - mean_excess);
+  if (D::bounded) {
+    double sum = 0.0;
+    bool simplex = request_.values.empty() && request_.prefix.empty();
+    for (int model = 1; model < request_.models; ++model) {
+      sum += policy_weight(model);
+      simplex &= policy_weight(model) >= 0.0;
+    }
+    if (simplex && std::fabs(sum - 1.0) < 1e-6) ends.upper = std::min(ends.upper, total.least);  // Z <= 0
+    ends.lower *= 1.0 - kWiden;
+    ends.upper *= 1.0 + kWiden;
+  } else {
+    ends.lower -= kWiden;
+    ends.upper += kWiden;
+  }
+  ends.upper = std::max(ends.upper, ends.lower);
+  return ends;
+}
+
+}  // namespace mod_fused
