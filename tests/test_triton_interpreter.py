@@ -23,7 +23,9 @@ if not INTERPRETED:
 
 import triton
 import triton.language as tl
-from mod_fused.triton_kernels import divergences, elementary, launch, mixture, phases, solver
+from mod_fused.triton_kernels import divergences, elementary, launch, mixture
+from mod_fused.triton_kernels import keys as phases
+from mod_fused.triton_kernels import normalizer as solver
 from mod_fused.triton_kernels.configurations import configuration
 from mod_fused.triton_kernels.tiles import STEPS
 from test_philox import KNOWN_ANSWERS

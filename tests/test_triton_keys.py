@@ -14,7 +14,7 @@ from interpreter import INTERPRETED
 if not INTERPRETED:
     pytest.skip("runs with TRITON_INTERPRET=1", allow_module_level=True)
 
-from mod_fused.triton_kernels import phases
+from mod_fused.triton_kernels import keys as phases
 
 import mod_fused
 from mod_fused import reference

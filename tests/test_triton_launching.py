@@ -14,9 +14,9 @@ pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from mod_fused.triton_kernels import launching  # noqa: E402
+from mod_fused.triton_kernels import compiled as launching  # noqa: E402
 from mod_fused.triton_kernels.ahead_of_time import TARGETS  # noqa: E402
-from mod_fused.triton_kernels.launching import Launch, specialization  # noqa: E402
+from mod_fused.triton_kernels.compiled import Launch, specialization  # noqa: E402
 from test_triton_compile import launches  # noqa: E402
 from triton.compiler.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .elementary import exponential, split_mix
-from .solver import store_model_norms
+from .normalizer import store_model_norms
 from .tiles import INFINITY, LOG_NORM, TILE, value_weight, weight
 
 LARGEST = tl.constexpr(3.4028234663852886e38)

@@ -17,7 +17,7 @@ from .draw import (
     winner_token,
 )
 from .elementary import exp
-from .solver import DRAW_PEAK, DRAW_SUM, KEY_PEAK, TILE_FIELDS, tile_field
+from .normalizer import DRAW_PEAK, DRAW_SUM, KEY_PEAK, TILE_FIELDS, tile_field
 from .tiles import INFINITY, LEVEL, MIX_LOG_NORM, STATE_FIELDS, TILE, VALID
 
 FIXED_POINT = tl.constexpr(1099511627776.0)  # 2^40

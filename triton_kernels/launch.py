@@ -14,7 +14,7 @@ from ..outputs import new_log_probs, new_outputs
 from . import divergences
 from .configurations import Configuration, configuration, processors, rows_together
 from .filters import filter_kernel
-from .launching import Launch
+from .compiled import Launch
 from .mixture import mixture_kernel
 from .parameters import Drawing, dense, drawing_of, mixing_of
 from .tiles import TILE

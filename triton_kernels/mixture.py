@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .phases import (
+from .keys import (
     deficits_of_tile,
     end_draw,
     end_evaluation,
@@ -31,7 +31,7 @@ from .phases import (
     keys_of_tile,
     sums_of_tile,
 )
-from .solver import TILE_FIELDS, end_deficits, end_sums
+from .normalizer import TILE_FIELDS, end_deficits, end_sums
 from .tiles import SOLVED, STATE_FIELDS, TILE
 
 MAX_EVALUATIONS = tl.constexpr(32)

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .solver import TILE_FIELDS
+from .normalizer import TILE_FIELDS
 from .tiles import STATE_FIELDS, TILE
 
 ALIGNMENT = 256  # bytes, of each part

@@ -33,7 +33,7 @@ from mod_fused.triton_kernels.ahead_of_time import (  # noqa: E402
     disassembled,
     machine_code,
 )
-from mod_fused.triton_kernels.launching import Launch  # noqa: E402
+from mod_fused.triton_kernels.compiled import Launch  # noqa: E402
 from mod_fused.triton_kernels.mixture import run_task  # noqa: E402
 from mod_fused.triton_kernels.tiles import TILE  # noqa: E402
 

@@ -20,7 +20,7 @@ from .draw import (
     winner_token,
 )
 from .elementary import exp
-from .solver import (
+from .normalizer import (
     BEST_P,
     DRAW_PEAK,
     DRAW_SUM,
