@@ -23,11 +23,9 @@ if not INTERPRETED:
 
 import triton
 import triton.language as tl
-from mod_fused.triton_kernels import divergences, elementary, launch, mixture
-from mod_fused.triton_kernels import keys as phases
-from mod_fused.triton_kernels import normalizer as solver
+from mod_fused.triton_kernels import divergences, elementary, launch, mixture, normalizer
 from mod_fused.triton_kernels.configurations import configuration
-from mod_fused.triton_kernels.tiles import STEPS
+from mod_fused.triton_kernels.workspace import STEPS
 from test_philox import KNOWN_ANSWERS
 
 import mod_fused
@@ -168,13 +166,13 @@ def test_rows_that_are_not_solved_in_time_finish_alone(divergence, monkeypatch):
     ref, policies = logits(204, 3, 2100, 2, kind="apart")
     steps = []
     name = "step_newton" if divergence == "jeffrey" else "step_stieltjes"
-    step = getattr(phases, name)
+    step = getattr(normalizer, name)
 
-    def count(m, state, s1, s2, C):
+    def count(mixing, state, s1, s2, variant):
         steps.append(state)
-        step(m, state, s1, s2, C)
+        step(mixing, state, s1, s2, variant)
 
-    monkeypatch.setattr(phases, name, count)
+    monkeypatch.setattr(normalizer, name, count)
     check(OP, ref, policies, [0.5, 0.5], divergence=divergence)
     assert len(steps) > 3  # steps after the one that is spread
 
@@ -340,15 +338,15 @@ def test_the_stieltjes_forms_are_the_divergences_own(name):
 
 
 class Order(NamedTuple):
-    is_alpha: bool
+    root: bool
 
 
 @triton.jit
-def two_poles_kernel(near, far, distance, right, out, order, C: tl.constexpr, N: tl.constexpr):
+def two_poles_kernel(near, far, distance, right, out, order, V: tl.constexpr, N: tl.constexpr):
     i = tl.arange(0, N)
     n = tl.full([], order, tl.float64)
     args = tl.load(near + i), tl.load(far + i), tl.load(distance + i), tl.load(right + i)
-    tl.store(out + i, solver.two_poles(args[0], args[1], args[2], args[3], n, C))
+    tl.store(out + i, normalizer.two_poles(args[0], args[1], args[2], args[3], n, V))
 
 
 @pytest.mark.parametrize("alpha", [None, 0.1, 0.5, 0.75, 0.9])
@@ -363,7 +361,7 @@ def test_the_model_with_two_poles_is_solved(alpha):
     distance[:50], far[:100] = 0.0, 0.0
     out = torch.empty(count, dtype=torch.float64)
     inputs = [torch.from_numpy(x) for x in (near, far, distance, right)]
-    two_poles_kernel[(1,)](*inputs, out, order, C=Order(alpha is not None), N=count)
+    two_poles_kernel[(1,)](*inputs, out, order, V=Order(alpha is not None), N=count)
     y = out.numpy()
     model = near * y**-order + far * (y + distance) ** -order
     assert np.abs(model / right - 1.0).max() <= 1e-6

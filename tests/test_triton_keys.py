@@ -14,7 +14,7 @@ from interpreter import INTERPRETED
 if not INTERPRETED:
     pytest.skip("runs with TRITON_INTERPRET=1", allow_module_level=True)
 
-from mod_fused.triton_kernels import keys as phases
+from mod_fused.triton_kernels import draw, keys
 
 import mod_fused
 from mod_fused import reference
@@ -32,13 +32,14 @@ def test_log_linear_tiles_are_read_again_where_a_logit_that_counts_is_not_finite
     if bad is not None:
         [ref, *policies][tensor][0, 1500] = bad
     weights = [2.5, -0.5, 0.0]
-    again, key_tile = [], phases.key_tile
+    again, key_tile = [], keys.key_tile
 
-    def count(m, state, model_fields, row, tile, count, C):
+    def count(mixing, state, model_fields, row, tile, count, variant):
         again.append(int(tile))
-        return key_tile(m, state, model_fields, row, tile, count, C)
+        return key_tile(mixing, state, model_fields, row, tile, count, variant)
 
-    monkeypatch.setattr(phases, "key_tile", count)
+    for module in (keys, draw):
+        monkeypatch.setattr(module, "key_tile", count)
     found = mod_fused.sample(ref, policies, weights, seed=3, backend="triton")
     assert found.valid == (bad in (None, -math.inf, -3e38) or tensor == 3)
     expected = mod_fused.sample(ref, policies, weights, seed=3, backend="torch")

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from ..arguments import MixtureArguments
-from ..divergence import Divergence, ReverseKL, get_divergence
+from ..divergence import Divergence, get_divergence
+from .divergences import device_functions
 
 TABLE_VARIABLE = "MOD_FUSED_TRITON_TABLE"
 #: From this number of rows on, tasks are coarse: the rows fill the device.
@@ -62,7 +63,7 @@ TABLE: Table = {
 
 def regime(divergence: str | Divergence, rows: int) -> str:
     """Which entry of the table a call uses."""
-    log_linear = type(get_divergence(divergence)) is ReverseKL
+    log_linear = device_functions(get_divergence(divergence)).log_linear
     kind = "log_linear" if log_linear else "general"
     return f"{kind}, {'many' if rows >= MANY_ROWS else 'few'} rows"
 
