@@ -21,8 +21,8 @@ SANITIZED_RUN = PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
 SANITIZED_TESTS := $(patsubst %,tests/test_%.py,combinations filters inputs log_probs out sampling registration) \
 	-k "cpu-cpu and not language_models and not 18_nats and not full_vocabulary"
 
-INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,triton_interpreter combinations extremes filters inputs \
-	log_probs out sampling registration tune user_divergence)
+INTERPRETED_TESTS := $(patsubst %,tests/test_%.py,triton_interpreter triton_keys triton_interleaving combinations \
+	extremes filters inputs log_probs out sampling registration tune user_divergence)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo docs test test-transformers architectures lint fuzz sanitize gpu-check clean

@@ -51,10 +51,9 @@ def start_ratios(q, mixing, row, variant: tl.constexpr):
 
 
 @triton.jit
-def store_bracket(
-    mixing, work, fields, log_ref, q, broken, row, tile, tiles, variant: tl.constexpr
-):
-    """What the bracket needs of a tile's deficits. Its p, least Q, and which token has that."""
+def deficits_of_tile(mixing, work, state, fields, row, tile, tiles, variant: tl.constexpr):
+    """What the bracket needs of a tile's deficits, and its share of the first evaluation."""
+    log_ref, q, broken = deficit_tile(mixing, state, row, tile, variant)
     inside = q < EXCLUDED
     i = tl.arange(0, TILE)
     p = tl.where(inside, exp(log_ref), 0.0)
@@ -65,27 +64,13 @@ def store_bracket(
     tl.store(fields + BEST_P * variant.tiles + tile, tl.sum(tl.where(i == best, p, 0.0), 0))
     tl.store(fields + MASS * variant.tiles + tile, tl.sum(tl.where(broken, float("nan"), p), 0))
     tl.store(fields + FIRST * variant.tiles + tile, tl.sum(p * q.to(tl.float32), 0))
-    return p, least, best
-
-
-@triton.jit
-def store_deficits(
-    mixing, work, fields, log_ref, q, broken, row, tile, tiles, variant: tl.constexpr
-):
-    p, _, best = store_bracket(mixing, work, fields, log_ref, q, broken, row, tile, tiles, variant)
     if variant.excess is not None:
-        p = tl.where(tl.arange(0, TILE) == best, 0.0, p)  # it may be s*
+        p = tl.where(i == best, 0.0, p)  # it may be s*
     else:
-        q = tl.where(q < EXCLUDED, q, 1.0)
+        q = tl.where(inside, q, 1.0)
     h, slope = start_ratios(q, mixing, row, variant)
     tl.store(fields + S1 * variant.tiles + tile, tl.sum(p * h, 0))
     tl.store(fields + S2 * variant.tiles + tile, tl.sum(p * slope, 0))
-
-
-@triton.jit
-def deficits_of_tile(mixing, work, state, fields, row, tile, tiles, variant: tl.constexpr):
-    log_ref, q, broken = deficit_tile(mixing, state, row, tile, variant)
-    store_deficits(mixing, work, fields, log_ref, q, broken, row, tile, tiles, variant)
 
 
 @triton.jit

@@ -71,8 +71,8 @@ def winner_token(key, mass, tile, temperature, peak, seed, position):
 
 @triton.jit
 def store_draw(
-    drawing,
     mixing,
+    drawing,
     state,
     model_fields,
     row,
@@ -118,7 +118,7 @@ def draw(
         sums = tile_field(fields, KEY_SUM, tiles, variant, 0.0)
     peak = tl.max(peaks, 0)
     valid = (
-        (good > 0.0) & (tl.abs(peak) < INFINITY) & good_parameters(drawing, mixing, row, variant)
+        (good > 0.0) & (tl.abs(peak) < INFINITY) & good_parameters(mixing, drawing, row, variant)
     )
     peak = tl.where(valid, peak, 0.0)
     mass = tl.where(peaks == -INFINITY, 0.0, sums * exp((peaks - peak) * beta))
@@ -129,14 +129,14 @@ def draw(
     tile, found = winner_tile(mass, temperature, peaks, peak, own_seed, own_position, variant)
     tile = tl.where(valid & found, tile, 0)
     key, _ = key_tile(mixing, state, model_fields, row, tile, tiles, variant)
-    key = masked_key(drawing, mixing, key, row, tile, variant)
+    key = masked_key(mixing, drawing, key, row, tile, variant)
     token, token_key, inside = winner_token(
         key, exp((key - peak) * beta), tile, temperature, peak, own_seed, own_position
     )
     valid = valid & found & inside
     # Keys and masses are rounded apart: no token is likelier than certain.
     logprob = tl.minimum(token_key - level - norm, 0.0)
-    store_draw(drawing, mixing, state, model_fields, row, token, logprob, valid, tiles, variant)
+    store_draw(mixing, drawing, state, model_fields, row, token, logprob, valid, tiles, variant)
 
 
 @triton.jit

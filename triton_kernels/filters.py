@@ -130,6 +130,7 @@ def filter_kernel(
     seed: tl.int64,
     position: tl.int64,
     top_k: tl.int64,
+    # Meta-parameters
     variant: tl.constexpr,
 ):
     """Filters and draws a row whose keys, masked, and their norm `mixture_kernel` has left."""
@@ -153,7 +154,7 @@ def filter_kernel(
     valid = (
         (tl.load(state + VALID) > 0.0)
         & (tl.abs(peak) < INFINITY)
-        & good_parameters(drawing, mixing, row, variant)
+        & good_parameters(mixing, drawing, row, variant)
     )
     peak = tl.where(valid, peak, 0.0)
     searching = valid & (temperature > 0.0)
@@ -213,4 +214,4 @@ def filter_kernel(
     )
     valid = valid & found & inside
     logprob = token_key - tl.load(state + LEVEL) - tl.load(state + MIX_LOG_NORM)
-    store_draw(drawing, mixing, state, model_fields, row, token, logprob, valid, tiles, variant)
+    store_draw(mixing, drawing, state, model_fields, row, token, logprob, valid, tiles, variant)

@@ -61,7 +61,7 @@ def store_key_sums(
     tl.store(fields + KEY_SUM * variant.tiles + tile, total)
     if variant.mask or variant.tempered:
         beta = inverse_temperature(temperature_of(drawing, row))
-        key = masked_key(drawing, mixing, key, row, tile, variant)
+        key = masked_key(mixing, drawing, key, row, tile, variant)
         peak = tl.max(key, 0)
         below = key - tl.where(peak == -INFINITY, 0.0, peak)
         tl.store(fields + DRAW_PEAK * variant.tiles + tile, peak)
@@ -85,16 +85,12 @@ def store_deficit_keys(
     mixing, drawing, work, state, fields, log_ref, q, broken, row, tile, variant: tl.constexpr
 ):
     """`store_keys` off reverse KL, from a tile's deficits."""
-    if (
-        variant.exact
-        and variant.excess is not None
-        and not (variant.mask or variant.tempered or variant.store_keys)
-    ):
-        # Only sums are asked for, and a Stieltjes kernel has them without logarithms.
+    KEPT: tl.constexpr = variant.mask or variant.tempered or variant.store_keys
+    if variant.exact and variant.excess is not None and not KEPT:
+        # Only sums are asked for, and a Stieltjes form has them without logarithms.
         point = tl.load(state + POINT).to(tl.float32)
-        h, _ = ratios(
-            point + variant.excess(above_least(state, q, variant), mixing.alpha), mixing, variant
-        )
+        excess = variant.excess(above_least(state, q, variant), mixing.alpha)
+        h, _ = ratios(point + excess, mixing, variant)
         if variant.factor:
             h = h * (1.0 - point)
         total = tl.sum(tl.where(broken, float("nan"), exp(log_ref) * h), 0)

@@ -52,6 +52,7 @@ def mixture_kernel(
     group: tl.int32,
     seed: tl.int64,
     position: tl.int64,
+    # Meta-parameters
     variant: tl.constexpr,
 ):
     """See the head of this file.

@@ -59,9 +59,10 @@ def above_least(state, q, variant: tl.constexpr):
 
 
 @triton.jit
-def evaluate(mixing, state, log_ref, q, tile, variant: tl.constexpr):
+def evaluation_of_tile(mixing, state, fields, row, tile, variant: tl.constexpr):
     """sum p H and sum p (-H') of a tile at the row's point. A Stieltjes form leaves s* out: beside
     its pole float32 loses the other tokens."""
+    log_ref, q, _ = deficit_tile(mixing, state, row, tile, variant)
     distance = above_least(state, q, variant)
     point = tl.load(state + POINT).to(tl.float32)
     if variant.excess is not None:
@@ -76,20 +77,10 @@ def evaluate(mixing, state, log_ref, q, tile, variant: tl.constexpr):
         p = tl.where(inside, exp(log_ref), 0.0)
         y = point + tl.where(inside, distance, 0.0)
     h, slope = ratios(y, mixing, variant)
-    return tl.sum(p * h, 0), tl.sum(p * slope, 0)
-
-
-@triton.jit
-def store_evaluation(mixing, state, fields, log_ref, q, tile, variant: tl.constexpr):
-    s1, s2 = evaluate(mixing, state, log_ref, q, tile, variant)
+    s1 = tl.sum(p * h, 0)
+    s2 = tl.sum(p * slope, 0)
     tl.store(fields + S1 * variant.tiles + tile, s1)
     tl.store(fields + S2 * variant.tiles + tile, s2)
-
-
-@triton.jit
-def evaluation_of_tile(mixing, state, fields, row, tile, variant: tl.constexpr):
-    log_ref, q, _ = deficit_tile(mixing, state, row, tile, variant)
-    store_evaluation(mixing, state, fields, log_ref, q, tile, variant)
 
 
 @triton.jit
@@ -177,7 +168,7 @@ def secular_point(mixing, best, s1, s2, t, variant: tl.constexpr):
 
 @triton.jit
 def secular_step(mixing, best, s1, s2, t, lower, upper, variant: tl.constexpr):
-    """The next point for a Stieltjes kernel, the bracket, and whether that point is the solution.
+    """The next point for a Stieltjes form, the bracket, and whether that point is the solution.
     s1 and s2 leave s* out."""
     g = s1 + best * power(t, mixing, variant)
     if variant.factor:
@@ -197,7 +188,7 @@ def secular_step(mixing, best, s1, s2, t, lower, upper, variant: tl.constexpr):
 
 @triton.jit
 def step_stieltjes(mixing, state, s1, s2, variant: tl.constexpr):
-    """The next point for a Stieltjes kernel. s1 and s2 leave s* out."""
+    """The next point for a Stieltjes form. s1 and s2 leave s* out."""
     t = tl.load(state + POINT)
     lower = tl.load(state + LOWER)
     upper = tl.load(state + UPPER)

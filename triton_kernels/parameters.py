@@ -27,7 +27,7 @@ class Mixing(NamedTuple):
     weights_pointer: Tensor | None
     weights_strides: tuple[int, int]  # row (0: one for all), policy
     reference_weight: float  # 1 - sum w
-    scores: Tensor | None  # [J, B, V]
+    scores: Tensor | None  # [J, B, V], the values: a tuple has a `values` of its own in Triton
     value_strides: tuple[int, int]  # J, B
     value_weights: tuple[float, ...]
     value_weights_pointer: Tensor | None
@@ -257,7 +257,7 @@ def good_weights(mixing, row, variant: tl.constexpr):
 
 
 @triton.jit
-def good_parameters(drawing, mixing, row, variant: tl.constexpr):
+def good_parameters(mixing, drawing, row, variant: tl.constexpr):
     """Whether what only the device can see is in range."""
     good = good_weights(mixing, row, variant)
     if drawing.temperature_pointer is not None:
@@ -277,7 +277,7 @@ def good_parameters(drawing, mixing, row, variant: tl.constexpr):
 
 
 @triton.jit
-def allowed(drawing, mixing, row, offsets, variant: tl.constexpr):
+def allowed(mixing, drawing, row, offsets, variant: tl.constexpr):
     """The mask of some tokens."""
     inside = offsets < mixing.vocab
     columns = offsets.to(tl.int64)
@@ -290,9 +290,9 @@ def allowed(drawing, mixing, row, offsets, variant: tl.constexpr):
 
 
 @triton.jit
-def masked_key(drawing, mixing, key, row, tile, variant: tl.constexpr):
+def masked_key(mixing, drawing, key, row, tile, variant: tl.constexpr):
     if variant.mask:
         key = tl.where(
-            allowed(drawing, mixing, row, tl.arange(0, TILE) + tile * TILE, variant), key, -INFINITY
+            allowed(mixing, drawing, row, tl.arange(0, TILE) + tile * TILE, variant), key, -INFINITY
         )
     return key
