@@ -30,7 +30,8 @@ from test_philox import KNOWN_ANSWERS
 
 import mod_fused
 from mod_fused import philox, reference_sampling
-from mod_fused.divergence import get_divergence
+from mod_fused.checks import check_mixture
+from mod_fused.divergence import Divergence, get_divergence
 
 DRAWS = int(os.environ.get("MOD_FUSED_DRAWS", "56"))
 
@@ -335,6 +336,20 @@ def test_the_stieltjes_forms_are_the_divergences_own(name):
         assert np.ptp(difference) <= 2e-6 / (alpha or 1.0)
         back = apply(functions.unshift, np.array([t]), alpha)[0]
         assert abs(back / tau - 1.0) <= 1e-6 / min(1.0, math.exp(-tau))
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "jeffrey"])
+def test_the_list_of_divergences_alone_says_how_one_is_computed(name, monkeypatch):
+    known = get_divergence(name)
+    fields = {x: getattr(known, x) for x in ("supremum", "bounded", "clamped")}
+    unknown = type("Unknown", (Divergence,), {"name": "unknown", **fields})()
+    entries = divergences.DIVERGENCES
+    monkeypatch.setattr(divergences, "DIVERGENCES", {"unknown": entries[name]})
+    ref, policies = logits(220, 2, 1100, 2, kind="typical")
+    mixing = check_mixture(ref, policies, [0.5, 0.4], divergence=name)
+    found = launch.log_probs(mixing._replace(divergence=unknown))
+    monkeypatch.setattr(divergences, "DIVERGENCES", entries)
+    assert_identical([found], [OP.log_probs(ref, policies, [0.5, 0.4], divergence=name)])
 
 
 class Order(NamedTuple):

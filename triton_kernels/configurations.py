@@ -62,8 +62,9 @@ TABLE: Table = {
 
 
 def regime(divergence: str | Divergence, rows: int) -> str:
-    """Which entry of the table a call uses."""
-    log_linear = device_functions(get_divergence(divergence)).log_linear
+    """Which entry of the table a call uses. A `Divergence` comes from `get_divergence`."""
+    known = get_divergence(divergence) if isinstance(divergence, str) else divergence
+    log_linear = device_functions(known).log_linear
     kind = "log_linear" if log_linear else "general"
     return f"{kind}, {'many' if rows >= MANY_ROWS else 'few'} rows"
 
