@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mod_fused.triton_kernels.launching import Launch
+from mod_fused.triton_kernels.compiled import Launch
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from .launching import Launch
+from .compiled import Launch
 
 #: By the names of their architectures.
 TARGETS = {

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from ..call.arguments import MixtureArguments
-from ..divergence import Divergence, ReverseKL, get_divergence
+from ..divergence import Divergence, get_divergence
+from .divergences import device_functions
 
 TABLE_VARIABLE = "MOD_FUSED_TRITON_TABLE"
 #: From this number of rows on, tasks are coarse: the rows fill the device.
@@ -61,8 +62,9 @@ TABLE: Table = {
 
 
 def regime(divergence: str | Divergence, rows: int) -> str:
-    """Which entry of the table a call uses."""
-    log_linear = type(get_divergence(divergence)) is ReverseKL
+    """Which entry of the table a call uses. A `Divergence` comes from `get_divergence`."""
+    known = get_divergence(divergence) if isinstance(divergence, str) else divergence
+    log_linear = device_functions(known).log_linear
     kind = "log_linear" if log_linear else "general"
     return f"{kind}, {'many' if rows >= MANY_ROWS else 'few'} rows"
 

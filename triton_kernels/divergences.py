@@ -1,16 +1,17 @@
 """The f-divergences as Triton device functions (design §2), as in mod_fused/divergence.py and
-csrc/divergence.h, and the table of what the kernel needs of each.
+csrc/divergence.h, and the list of all that the kernels know about each. Nothing else in this folder
+asks which divergence it is.
 
     deficit(d, a)    q = sup f' - f'(e^d)
     log_ratio(q, a)  log H(q), H the inverse of q in ratio space
     log_slope(q, a)  log(-H'(q))
 
-`a` is the divergence's number; only alpha has one. The bounded three are Stieltjes kernels: with
-x = excess(D, a) and t = shift(tau, a),
+`a` is the divergence's number; only alpha has one. The bounded three have a Stieltjes form, H as a
+power: with x = excess(D, a) and t = shift(tau, a),
 
-    H(tau + D) = e^log_constant(t, a) y^(-1/order),     y = t + x,
+    H(tau + D) = factor(t) y^-order,     y = t + x,
 
-so that a sum over tokens costs a division each.
+so that a sum over tokens costs a division each. The order is 1, or 1/a; the factor 1, or 1 - t.
 """
 
 from __future__ import annotations
@@ -20,21 +21,28 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..divergence import AlphaDivergence, Divergence
+from ..divergence import Divergence
 from .elementary import exp, expm1, log1p_unit, log_of, reciprocal, wright_omega
 
 
 class TritonDivergence(NamedTuple):
-    """The device functions of a divergence; see the head of this file."""
+    """A divergence to the kernels; see the head of this file."""
 
-    deficit: Any
-    log_ratio: Any
-    log_slope: Any
-    clamped: bool  # d is clamped below at -80
-    bounded: bool  # sup f' is finite
-    excess: Any = None  # the last three: None without a Stieltjes form
+    deficit: Any = None  # these three: None for the log-linear one
+    log_ratio: Any = None
+    log_slope: Any = None
+    clamped: bool = False  # d is clamped below at -80
+    bounded: bool = False  # sup f' is finite
+    excess: Any = None  # these three: None without a Stieltjes form
     shift: Any = None
-    unshift: Any = None
+    unshift: Any = None  # tau from t
+    root: bool = False  # the order is 1/a
+    factor: bool = False  # the factor is 1 - t
+
+    @property
+    def log_linear(self) -> bool:
+        """Whether log pi* is a weighted sum of logits."""
+        return self.deficit is None
 
 
 @triton.jit
@@ -166,47 +174,41 @@ def jeffrey_log_slope(q, a):
     return 2.0 * log_x - (tl.maximum(log_x, 0.0) + log1p_unit(exp(-tl.abs(log_x))))
 
 
-FORWARD_KL = TritonDivergence(
-    forward_kl_deficit,
-    forward_kl_log_ratio,
-    forward_kl_log_slope,
-    True,
-    True,
-    identity,
-    identity,
-    identity,
-)
-JSD = TritonDivergence(
-    jsd_deficit, jsd_log_ratio, jsd_log_slope, False, True, jsd_excess, jsd_shift, jsd_unshift
-)
-ALPHA = TritonDivergence(
-    alpha_deficit,
-    alpha_log_ratio,
-    alpha_log_slope,
-    True,
-    True,
-    alpha_scaled,
-    alpha_scaled,
-    alpha_unscaled,
-)
-SMALL_ALPHA = TritonDivergence(
-    small_alpha_deficit, small_alpha_log_ratio, small_alpha_log_slope, True, False
-)
-JEFFREY = TritonDivergence(jeffrey_deficit, jeffrey_log_ratio, jeffrey_log_slope, True, False)
-
-_TABLE = {
-    "reverse_kl": TritonDivergence(None, None, None, False, False),
-    "forward_kl": FORWARD_KL,
-    "jsd": JSD,
-    "alpha": ALPHA,
-    "jeffrey": JEFFREY,
-}
+#: All divergences, by name. Small alphas are measured from f'(1) = 0 and have no Stieltjes form.
+DIVERGENCES = {
+    "reverse_kl": TritonDivergence(),
+    "forward_kl": TritonDivergence(
+        forward_kl_deficit, forward_kl_log_ratio, forward_kl_log_slope, clamped=True, bounded=True,
+        excess=identity, shift=identity, unshift=identity,
+    ),
+    "jsd": TritonDivergence(
+        jsd_deficit, jsd_log_ratio, jsd_log_slope, bounded=True,
+        excess=jsd_excess, shift=jsd_shift, unshift=jsd_unshift, factor=True,
+    ),
+    "alpha": TritonDivergence(
+        alpha_deficit, alpha_log_ratio, alpha_log_slope, clamped=True, bounded=True,
+        excess=alpha_scaled, shift=alpha_scaled, unshift=alpha_unscaled, root=True,
+    ),
+    "small alpha": TritonDivergence(
+        small_alpha_deficit, small_alpha_log_ratio, small_alpha_log_slope, clamped=True
+    ),
+    "jeffrey": TritonDivergence(
+        jeffrey_deficit, jeffrey_log_ratio, jeffrey_log_slope, clamped=True
+    ),
+}  # fmt: skip
 
 
 def device_functions(divergence: Divergence) -> TritonDivergence:
-    """The device functions of a built-in or registered divergence."""
+    """A built-in or registered divergence to the kernels.
+
+    Raises:
+        ValueError: if it has no device functions.
+    """
     if divergence.triton is not None:
         return TritonDivergence(*divergence.triton, divergence.clamped, divergence.bounded)
-    if isinstance(divergence, AlphaDivergence) and not divergence.bounded:
-        return SMALL_ALPHA
-    return _TABLE[divergence.name.split(":")[0]]
+    name = divergence.name.split(":")[0]
+    if name == "alpha" and not divergence.bounded:
+        name = "small alpha"
+    if name not in DIVERGENCES:
+        raise ValueError(f"divergence {divergence.name!r} has no Triton device functions")
+    return DIVERGENCES[name]

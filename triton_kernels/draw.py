@@ -1,86 +1,34 @@
-"""From the masses of a row's tiles to a token: parameters, mask and the two-level race (design §3).
-`m` is a
-`Mixing`, `r` a `Drawing` (parameters.py), `C` a `Variant` (launch.py)."""
+"""From the masses of a row's tiles to a token: the two-level race and the outputs (design §3)."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .elementary import exponential, split_mix
-from .solver import store_model_norms
-from .tiles import INFINITY, LOG_NORM, TILE, value_weight, weight
-
-LARGEST = tl.constexpr(3.4028234663852886e38)
-
-
-@triton.jit
-def row_parameter(number, pointer, stride, row, DTYPE: tl.constexpr):
-    """A row's parameter, from the launch or from a tensor."""
-    if pointer is None:
-        return tl.full([], number, DTYPE)
-    else:
-        return tl.load(pointer + row.to(tl.int64) * stride).to(DTYPE)
-
-
-@triton.jit
-def temperature_of(r, row):
-    return row_parameter(
-        r.temperature, r.temperature_pointer, r.temperature_stride, row, tl.float32
-    )
-
-
-@triton.jit
-def inverse_temperature(temperature):
-    """Finite even for the smallest temperatures, so that 0 times it is 0; 1 for temperature 0."""
-    beta = tl.where(temperature > 1e-38, 1.0 / temperature, 1e38)
-    return tl.where(temperature > 0.0, beta, 1.0)
-
-
-@triton.jit
-def good_weights(m, row, C: tl.constexpr):
-    """Whether the weights are finite; those of the launch have been checked."""
-    POLICIES: tl.constexpr = C.models - C.first_policy
-    VALUES: tl.constexpr = C.scores
-    good = tl.full([], True, tl.int1)
-    if m.weights_pointer is not None:
-        for i in tl.static_range(POLICIES):
-            good = good & (tl.abs(weight(m, row, i)) < INFINITY)
-    if m.value_weights_pointer is not None:
-        for j in tl.static_range(VALUES):
-            good = good & (tl.abs(value_weight(m, row, j)) < INFINITY)
-    return good
-
-
-@triton.jit
-def good_parameters(r, m, row, C: tl.constexpr):
-    """Whether what only the device can see is in range."""
-    good = good_weights(m, row, C)
-    if r.temperature_pointer is not None:
-        t = temperature_of(r, row)
-        good = good & (t >= 0.0) & (t < INFINITY)
-    if r.top_k_pointer is not None:
-        good = good & (tl.load(r.top_k_pointer + row.to(tl.int64) * r.top_k_stride) >= 0)
-    if r.top_p_pointer is not None:
-        p = tl.load(r.top_p_pointer + row.to(tl.int64) * r.top_p_stride)
-        good = good & (p > 0.0) & (p <= 1.0)
-    if r.min_p_pointer is not None:
-        p = tl.load(r.min_p_pointer + row.to(tl.int64) * r.min_p_stride)
-        good = good & (p >= 0.0) & (p <= 1.0)
-    return good
-
-
-@triton.jit
-def allowed(r, m, row, offsets, C: tl.constexpr):
-    """The mask of some tokens."""
-    inside = offsets < m.vocab
-    columns = offsets.to(tl.int64)
-    row_mask = r.mask + row.to(tl.int64) * r.mask_strides[0]
-    if C.packed_mask:
-        word = tl.load(row_mask + (columns // 32) * r.mask_strides[1], mask=inside, other=0)
-        return ((word >> (offsets % 32)) & 1) != 0
-    else:
-        return tl.load(row_mask + columns * r.mask_strides[1], mask=inside, other=0) != 0
+from .constants import INFINITY, LARGEST, TILE
+from .elementary import exp, exponential
+from .keys import end_keys, key_tile
+from .parameters import (
+    good_parameters,
+    good_weights,
+    inverse_temperature,
+    masked_key,
+    row_parameter,
+    row_seed,
+    temperature_of,
+)
+from .sums import store_model_norms
+from .workspace import (
+    DRAW_PEAK,
+    DRAW_SUM,
+    KEY_PEAK,
+    KEY_SUM,
+    LEVEL,
+    LOG_NORM,
+    MIX_LOG_NORM,
+    VALID,
+    tile_field,
+)
 
 
 @triton.jit
@@ -103,21 +51,12 @@ def race(
 
 
 @triton.jit
-def row_seed(r, seed, row):
-    """Row b's own seed, or SplitMix64(seed + b)."""
-    if r.seed_pointer is None:
-        return split_mix(row.to(tl.int64) + seed)
-    else:
-        return tl.load(r.seed_pointer + row.to(tl.int64) * r.seed_stride)
-
-
-@triton.jit
-def winner_tile(mass, temperature, peaks, peak, seed, position, C: tl.constexpr):
+def winner_tile(mass, temperature, peaks, peak, seed, position, variant: tl.constexpr):
     """The tile that holds the token, and whether there is one; at temperature 0 the first that
     holds the largest key."""
-    i = tl.arange(0, C.tiles)
+    i = tl.arange(0, variant.tiles)
     cold = temperature == 0.0
-    return race(mass, peaks == peak, cold, i, i, seed, position, 0, C.tiles)
+    return race(mass, peaks == peak, cold, i, i, seed, position, 0, variant.tiles)
 
 
 @triton.jit
@@ -132,8 +71,8 @@ def winner_token(key, mass, tile, temperature, peak, seed, position):
 
 @triton.jit
 def store_draw(
-    r,
-    m,
+    mixing,
+    drawing,
     state,
     model_fields,
     row,
@@ -141,21 +80,75 @@ def store_draw(
     logprob,
     valid,
     tiles,
-    C: tl.constexpr,
+    variant: tl.constexpr,
 ):
     """The outputs of a row."""
-    MODELS: tl.constexpr = C.models
+    MODELS: tl.constexpr = variant.models
     token = tl.where(valid, token, 0).to(tl.int64)
-    tl.store(r.tokens + row, token)
-    tl.store(r.logprobs + row, tl.where(valid, logprob, float("nan")).to(tl.float32))
-    tl.store(r.valid + row, valid.to(tl.int8))
-    if C.model_logprobs:
-        if not C.sums:
-            store_model_norms(state, model_fields, tiles, C)
+    tl.store(drawing.tokens + row, token)
+    tl.store(drawing.logprobs + row, tl.where(valid, logprob, float("nan")).to(tl.float32))
+    tl.store(drawing.valid + row, valid.to(tl.int8))
+    if variant.model_logprobs:
+        if not variant.sums:
+            store_model_norms(state, model_fields, tiles, variant)
         for k in tl.static_range(MODELS):
             norm = tl.load(state + LOG_NORM + k)
-            x = tl.load(m.logits[k] + row.to(tl.int64) * m.strides[k] + token).to(tl.float32)
-            if m.scales is not None:
-                x = x * m.scales[k]
+            x = tl.load(mixing.logits[k] + row.to(tl.int64) * mixing.strides[k] + token).to(
+                tl.float32
+            )
+            if mixing.scales is not None:
+                x = x * mixing.scales[k]
             own = tl.where(valid, x - norm, float("nan")).to(tl.float32)
-            tl.store(r.model_logprobs + row.to(tl.int64) * MODELS + k, own)
+            tl.store(drawing.model_logprobs + row.to(tl.int64) * MODELS + k, own)
+
+
+@triton.jit
+def draw(
+    mixing, drawing, state, model_fields, fields, row, tiles, seed, position, variant: tl.constexpr
+):
+    """The race of a row whose keys are summed, without filters."""
+    level, norm, good = end_keys(state, fields, tiles, variant)
+    temperature = temperature_of(drawing, row)
+    beta = inverse_temperature(temperature)
+    if variant.mask or variant.tempered:
+        peaks = tile_field(fields, DRAW_PEAK, tiles, variant, float("-inf"))
+        sums = tile_field(fields, DRAW_SUM, tiles, variant, 0.0)
+    else:
+        peaks = tile_field(fields, KEY_PEAK, tiles, variant, float("-inf"))
+        sums = tile_field(fields, KEY_SUM, tiles, variant, 0.0)
+    peak = tl.max(peaks, 0)
+    valid = (
+        (good > 0.0) & (tl.abs(peak) < INFINITY) & good_parameters(mixing, drawing, row, variant)
+    )
+    peak = tl.where(valid, peak, 0.0)
+    mass = tl.where(peaks == -INFINITY, 0.0, sums * exp((peaks - peak) * beta))
+    own_seed = row_seed(drawing, seed, row)
+    own_position = row_parameter(
+        position, drawing.position_pointer, drawing.position_stride, row, tl.int64
+    )
+    tile, found = winner_tile(mass, temperature, peaks, peak, own_seed, own_position, variant)
+    tile = tl.where(valid & found, tile, 0)
+    key, _ = key_tile(mixing, state, model_fields, row, tile, tiles, variant)
+    key = masked_key(mixing, drawing, key, row, tile, variant)
+    token, token_key, inside = winner_token(
+        key, exp((key - peak) * beta), tile, temperature, peak, own_seed, own_position
+    )
+    valid = valid & found & inside
+    # Keys and masses are rounded apart: no token is likelier than certain.
+    logprob = tl.minimum(token_key - level - norm, 0.0)
+    store_draw(mixing, drawing, state, model_fields, row, token, logprob, valid, tiles, variant)
+
+
+@triton.jit
+def end_draw(
+    mixing, drawing, state, model_fields, fields, row, tiles, seed, position, variant: tl.constexpr
+):
+    """The draw, or what the launch after this one needs."""
+    if variant.draw:
+        draw(mixing, drawing, state, model_fields, fields, row, tiles, seed, position, variant)
+    else:
+        level, norm, valid = end_keys(state, fields, tiles, variant)
+        valid = tl.where(good_weights(mixing, row, variant), valid, 0.0)
+        tl.store(state + LEVEL, level)
+        tl.store(state + MIX_LOG_NORM, norm)
+        tl.store(state + VALID, valid)

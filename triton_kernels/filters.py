@@ -6,19 +6,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .draw import (
+from .constants import INFINITY, TILE
+from .draw import store_draw, winner_tile, winner_token
+from .elementary import exp
+from .parameters import (
     good_parameters,
     inverse_temperature,
     row_parameter,
     row_seed,
-    store_draw,
     temperature_of,
-    winner_tile,
-    winner_token,
 )
-from .elementary import exp
-from .solver import DRAW_PEAK, DRAW_SUM, KEY_PEAK, TILE_FIELDS, tile_field
-from .tiles import INFINITY, LEVEL, MIX_LOG_NORM, STATE_FIELDS, TILE, VALID
+from .workspace import (
+    DRAW_PEAK,
+    DRAW_SUM,
+    KEY_PEAK,
+    LEVEL,
+    MIX_LOG_NORM,
+    STATE_FIELDS,
+    TILE_FIELDS,
+    VALID,
+    tile_field,
+)
 
 FIXED_POINT = tl.constexpr(1099511627776.0)  # 2^40
 BITS = tl.constexpr(3)  # of the threshold, found in one sweep over the row
@@ -107,66 +115,94 @@ def weighted_rank(
     return tl.where(lowest, -INFINITY, unordered(found))
 
 
+@triton.jit
+def kept_mass(key, peak, beta, least, log_min_p):
+    scaled = (tl.where(key > -INFINITY, key, peak) - peak) * beta
+    kept = (key > -INFINITY) & (key >= least) & (scaled >= log_min_p)
+    return tl.where(kept, exp(scaled), 0.0)
+
+
 @triton.jit(do_not_specialize=["seed", "position", "top_k"])
-def filter_kernel(m, r, w, seed: tl.int64, position: tl.int64, top_k: tl.int64, C: tl.constexpr):
+def filter_kernel(
+    mixing,
+    drawing,
+    work,
+    seed: tl.int64,
+    position: tl.int64,
+    top_k: tl.int64,
+    # Meta-parameters
+    variant: tl.constexpr,
+):
     """Filters and draws a row whose keys, masked, and their norm `mixture_kernel` has left."""
-    BLOCK: tl.constexpr = C.filter_block
-    ROWS: tl.constexpr = C.filter_block // TILE
-    MODEL_FIELDS: tl.constexpr = 2 * C.models
-    FIELDS: tl.constexpr = TILE_FIELDS + 2 * C.models
+    BLOCK: tl.constexpr = variant.filter_block
+    ROWS: tl.constexpr = variant.filter_block // TILE
+    MODEL_FIELDS: tl.constexpr = 2 * variant.models
+    FIELDS: tl.constexpr = TILE_FIELDS + 2 * variant.models
     row = tl.program_id(0)
-    tiles = tl.cdiv(m.vocab, TILE)
-    state = w.states + row.to(tl.int64) * STATE_FIELDS
-    model_fields = w.fields + row.to(tl.int64) * FIELDS * C.tiles
-    fields = model_fields + MODEL_FIELDS * C.tiles
-    keys = w.keys + row.to(tl.int64) * m.vocab
-    temperature = temperature_of(r, row)
+    tiles = tl.cdiv(mixing.vocab, TILE)
+    state = work.states + row.to(tl.int64) * STATE_FIELDS
+    model_fields = work.fields + row.to(tl.int64) * FIELDS * variant.tiles
+    fields = model_fields + MODEL_FIELDS * variant.tiles
+    keys = work.keys + row.to(tl.int64) * mixing.vocab
+    temperature = temperature_of(drawing, row)
     beta = inverse_temperature(temperature)
-    if C.mask or C.tempered:
-        peaks = tile_field(fields, DRAW_PEAK, tiles, C, float("-inf"))
+    if variant.mask or variant.tempered:
+        peaks = tile_field(fields, DRAW_PEAK, tiles, variant, float("-inf"))
     else:
-        peaks = tile_field(fields, KEY_PEAK, tiles, C, float("-inf"))
+        peaks = tile_field(fields, KEY_PEAK, tiles, variant, float("-inf"))
     peak = tl.max(peaks, 0)
     valid = (
-        (tl.load(state + VALID) > 0.0) & (tl.abs(peak) < INFINITY) & good_parameters(r, m, row, C)
+        (tl.load(state + VALID) > 0.0)
+        & (tl.abs(peak) < INFINITY)
+        & good_parameters(mixing, drawing, row, variant)
     )
     peak = tl.where(valid, peak, 0.0)
     searching = valid & (temperature > 0.0)
 
     least = tl.full([], float("-inf"), tl.float32)
     one = tl.full([], 1.0, tl.float64)
-    if C.top_k:
-        k = row_parameter(top_k, r.top_k_pointer, r.top_k_stride, row, tl.int64)
-        if searching & (k > 0) & (k < m.vocab):
-            least = weighted_rank(keys, m.vocab, peak, beta, least, one, k, False, BLOCK)
-    if C.top_p:
-        p = row_parameter(r.top_p, r.top_p_pointer, r.top_p_stride, row, tl.float64)
+    if variant.top_k:
+        k = row_parameter(top_k, drawing.top_k_pointer, drawing.top_k_stride, row, tl.int64)
+        if searching & (k > 0) & (k < mixing.vocab):
+            least = weighted_rank(keys, mixing.vocab, peak, beta, least, one, k, False, BLOCK)
+    if variant.top_p:
+        p = row_parameter(
+            drawing.top_p, drawing.top_p_pointer, drawing.top_p_stride, row, tl.float64
+        )
         if searching & (p < 1.0):
             none = tl.zeros([], tl.int64)
-            cut = weighted_rank(keys, m.vocab, peak, beta, least, p, none, True, BLOCK)
+            cut = weighted_rank(keys, mixing.vocab, peak, beta, least, p, none, True, BLOCK)
             least = tl.maximum(least, cut)
     log_min_p = tl.full([], float("-inf"), tl.float32)
-    if C.min_p:
-        min_p = row_parameter(r.min_p, r.min_p_pointer, r.min_p_stride, row, tl.float32)
+    if variant.min_p:
+        min_p = row_parameter(
+            drawing.min_p, drawing.min_p_pointer, drawing.min_p_stride, row, tl.float32
+        )
         log_min_p = tl.where(min_p > 0.0, tl.log(tl.where(min_p > 0.0, min_p, 1.0)), log_min_p)
 
     for begin in range(0, tiles, ROWS):
         tile = begin + tl.arange(0, ROWS)
         offsets = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        key = tl.load(keys + offsets, mask=offsets < m.vocab, other=-INFINITY, cache_modifier=".cg")
+        key = tl.load(
+            keys + offsets, mask=offsets < mixing.vocab, other=-INFINITY, cache_modifier=".cg"
+        )
         tl.store(
-            fields + DRAW_SUM * C.tiles + tile,
+            fields + DRAW_SUM * variant.tiles + tile,
             tl.sum(kept_mass(key, peak, beta, least, log_min_p), 1),
             mask=tile < tiles,
         )
     tl.debug_barrier()
-    mass = tile_field(fields, DRAW_SUM, tiles, C, 0.0)
-    own_seed = row_seed(r, seed, row)
-    own_position = row_parameter(position, r.position_pointer, r.position_stride, row, tl.int64)
-    tile, found = winner_tile(mass, temperature, peaks, peak, own_seed, own_position, C)
+    mass = tile_field(fields, DRAW_SUM, tiles, variant, 0.0)
+    own_seed = row_seed(drawing, seed, row)
+    own_position = row_parameter(
+        position, drawing.position_pointer, drawing.position_stride, row, tl.int64
+    )
+    tile, found = winner_tile(mass, temperature, peaks, peak, own_seed, own_position, variant)
     tile = tl.where(valid & found, tile, 0)
     offsets = tile * TILE + tl.arange(0, TILE)
-    key = tl.load(keys + offsets, mask=offsets < m.vocab, other=-INFINITY, cache_modifier=".cg")
+    key = tl.load(
+        keys + offsets, mask=offsets < mixing.vocab, other=-INFINITY, cache_modifier=".cg"
+    )
     token, token_key, inside = winner_token(
         key,
         kept_mass(key, peak, beta, least, log_min_p),
@@ -178,11 +214,4 @@ def filter_kernel(m, r, w, seed: tl.int64, position: tl.int64, top_k: tl.int64, 
     )
     valid = valid & found & inside
     logprob = token_key - tl.load(state + LEVEL) - tl.load(state + MIX_LOG_NORM)
-    store_draw(r, m, state, model_fields, row, token, logprob, valid, tiles, C)
-
-
-@triton.jit
-def kept_mass(key, peak, beta, least, log_min_p):
-    scaled = (tl.where(key > -INFINITY, key, peak) - peak) * beta
-    kept = (key > -INFINITY) & (key >= least) & (scaled >= log_min_p)
-    return tl.where(kept, exp(scaled), 0.0)
+    store_draw(mixing, drawing, state, model_fields, row, token, logprob, valid, tiles, variant)

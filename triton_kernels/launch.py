@@ -9,15 +9,14 @@ import triton
 from torch import Tensor
 
 from ..call.arguments import DrawArguments, MixtureArguments
-from ..call.outputs import new_log_probs, new_outputs
-from ..divergence import AlphaDivergence, JensenShannonDivergence, ReverseKL
-from . import divergences
+from ..call.outputs import Outputs
+from .compiled import Launch
 from .configurations import Configuration, configuration, processors, rows_together
+from .constants import TILE
+from .divergences import device_functions
 from .filters import filter_kernel
-from .launching import Launch
 from .mixture import mixture_kernel
 from .parameters import Drawing, dense, drawing_of, mixing_of
-from .tiles import TILE
 from .workspace import cdiv, make_workspace, row_tiles
 
 #: The solver's evaluations that are spread over the GPU; rows that need more finish on one program.
@@ -35,16 +34,16 @@ class Variant(NamedTuple):
     general: bool  # not reverse KL
     exact: bool
     simplex: bool  # neither values nor prefix
-    deficit: Any
+    deficit: Any  # from here to `factor`: a `TritonDivergence`
     log_ratio: Any
     log_slope: Any
+    clamped: bool
+    bounded: bool
     excess: Any
     shift: Any
     unshift: Any
-    clamped: bool
-    bounded: bool
-    is_alpha: bool
-    is_jsd: bool
+    root: bool
+    factor: bool
     sums: bool  # a phase of its own for the log-sum-exps
     evaluations: int
     finish: bool
@@ -72,9 +71,8 @@ def variant_of(
     mixing: MixtureArguments, drawing: DrawArguments | None, configured: Configuration
 ) -> Variant:
     """The variant for these arguments."""
-    kind = type(mixing.divergence)  # a subclass has its own mathematics
-    general = kind is not ReverseKL
-    functions = divergences.device_functions(mixing.divergence)
+    divergence = device_functions(mixing.divergence)
+    general = not divergence.log_linear
     exact = general and mixing.normalizer == "exact"
     plausible = -1
     if mixing.plausibility > 0.0:
@@ -82,7 +80,7 @@ def variant_of(
     sums = general or plausible >= 0
     evaluations = 0
     if exact:
-        stieltjes = functions.excess is not None
+        stieltjes = divergence.excess is not None
         evaluations = SECULAR_EVALUATIONS if stieltjes else NEWTON_EVALUATIONS
     mask = tempered = top_k = top_p = min_p = False
     packed = False
@@ -102,16 +100,7 @@ def variant_of(
         general=general,
         exact=exact,
         simplex=mixing.values is None and mixing.prefix_logprobs is None,
-        deficit=functions.deficit,
-        log_ratio=functions.log_ratio,
-        log_slope=functions.log_slope,
-        excess=functions.excess,
-        shift=functions.shift,
-        unshift=functions.unshift,
-        clamped=functions.clamped,
-        bounded=functions.bounded,
-        is_alpha=kind is AlphaDivergence,
-        is_jsd=kind is JensenShannonDivergence,
+        **divergence._asdict(),
         sums=sums,
         evaluations=evaluations,
         finish=finish,
@@ -150,18 +139,11 @@ def log_probs_launches(
     mixing, bad = dense(mixing)
     configured = configuration(mixing, rows)
     variant = variant_of(mixing, None, configured)
-    m = mixing_of(mixing)
-    w = make_workspace(out, rows, m.vocab, variant.models, False, workspace)._replace(keys=out)
+    made = make_workspace(out, rows, mixing.vocab_size, variant.models, False, workspace)
+    work = made._replace(keys=out)
     grid, group = _cut(mixing, variant, rows, configured)
-    arguments = (m, Drawing(), w, rows, group, 0, 0)
+    arguments = (mixing_of(mixing), Drawing(), work, rows, group, 0, 0)
     return [Launch(mixture_kernel, grid, arguments, variant, configured.threads)], bad
-
-
-def log_probs(mixing: MixtureArguments) -> Tensor:
-    """log pi* [B, V]."""
-    out = new_log_probs(mixing)
-    log_probs_out(mixing, out)
-    return out
 
 
 def log_probs_out(mixing: MixtureArguments, out: Tensor, workspace: Tensor | None = None) -> None:
@@ -173,10 +155,6 @@ def log_probs_out(mixing: MixtureArguments, out: Tensor, workspace: Tensor | Non
         launch.run(out.device)
     if bad is not None:
         out.masked_fill_(bad[:, None], torch.nan)
-
-
-#: tokens, logprobs, valid, model_logprobs; see `mod_fused.Sample`.
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def sample_launches(
@@ -191,29 +169,21 @@ def sample_launches(
     mixing, bad = dense(mixing)
     configured = configuration(mixing, rows)
     variant = variant_of(mixing, drawing, configured)
-    m = mixing_of(mixing)
-    r = drawing_of(drawing, outputs)
-    w = make_workspace(logits, rows, m.vocab, variant.models, variant.store_keys, workspace)
+    work = make_workspace(
+        logits, rows, mixing.vocab_size, variant.models, variant.store_keys, workspace
+    )
     grid, group = _cut(mixing, variant, rows, configured)
     changing = (drawing.seed, drawing.position, drawing.top_k)
     seed, position, top_k = (0 if isinstance(x, Tensor) else x for x in changing)
-    arguments = (m, r, w, rows, group, seed, position)
+    records = (mixing_of(mixing), drawing_of(drawing, outputs), work)
+    arguments = (*records, rows, group, seed, position)
     launches = [Launch(mixture_kernel, grid, arguments, variant, configured.threads)]
     if not variant.draw:
-        filtering = (m, r, w, seed, position, top_k)
+        filtering = (*records, seed, position, top_k)
         launches.append(
             Launch(filter_kernel, (rows,), filtering, variant, configured.filter_threads)
         )
     return launches, bad
-
-
-def sample(
-    mixing: MixtureArguments, drawing: DrawArguments
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """tokens, logprobs, valid, model_logprobs; see `mod_fused.sample`."""
-    outputs = new_outputs(mixing, drawing)
-    sample_out(mixing, drawing, outputs)
-    return outputs
 
 
 def sample_out(

@@ -22,17 +22,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .phases import (
-    deficits_of_tile,
-    end_draw,
-    end_evaluation,
-    evaluation_of_tile,
-    finish_tile,
-    keys_of_tile,
-    sums_of_tile,
-)
-from .solver import TILE_FIELDS, end_deficits, end_sums
-from .tiles import SOLVED, STATE_FIELDS, TILE
+from .bracket import deficits_of_tile, end_deficits
+from .constants import TILE
+from .draw import end_draw
+from .keys import finish_tile, keys_of_tile
+from .normalizer import end_evaluation, evaluation_of_tile
+from .sums import end_sums, sums_of_tile
+from .workspace import SOLVED, STATE_FIELDS, TILE_FIELDS
 
 MAX_EVALUATIONS = tl.constexpr(32)
 
@@ -49,26 +45,35 @@ def wait_for(flag, value):
 # What changes from call to call is not specialised on: it would compile the kernel again.
 @triton.jit(do_not_specialize=["rows", "group", "seed", "position"])
 def mixture_kernel(
-    m, r, w, rows: tl.int32, group: tl.int32, seed: tl.int64, position: tl.int64, C: tl.constexpr
+    mixing,
+    drawing,
+    work,
+    rows: tl.int32,
+    group: tl.int32,
+    seed: tl.int64,
+    position: tl.int64,
+    # Meta-parameters
+    variant: tl.constexpr,
 ):
     """See the head of this file.
 
     Args:
-        m, r, w: `Mixing` and `Drawing` of parameters.py, `Workspace` of workspace.py.
+        mixing, drawing, work: `Mixing` and `Drawing` of parameters.py, `Workspace` of
+            workspace.py.
         rows: B.
         group: rows whose phases are interleaved with those of the next.
         seed, position: of the launch, where they are no tensors.
-        C: the `Variant`.
+        variant: the `Variant` of launch.py.
     """
-    PHASES: tl.constexpr = C.phases
-    CHUNK: tl.constexpr = C.chunk
-    tiles = tl.cdiv(m.vocab, TILE)
+    PHASES: tl.constexpr = variant.phases
+    CHUNK: tl.constexpr = variant.chunk
+    tiles = tl.cdiv(mixing.vocab, TILE)
     chunks = tl.cdiv(tiles, CHUNK)
     if PHASES == 1:
         run_task(
-            m,
-            r,
-            w,
+            mixing,
+            drawing,
+            work,
             tl.program_id(0) // chunks,
             tl.program_id(0) % chunks,
             0,
@@ -77,13 +82,13 @@ def mixture_kernel(
             chunks,
             seed,
             position,
-            C,
+            variant,
         )
     else:
         groups = tl.cdiv(rows, group)
         slot_tasks = group * chunks
         total = groups * PHASES * slot_tasks
-        ticket = tl.atomic_add(w.tickets, 1, sem="relaxed")
+        ticket = tl.atomic_add(work.tickets, 1, sem="relaxed")
         alone = 0
         while ticket < total:
             slot = ticket // slot_tasks
@@ -106,89 +111,117 @@ def mixture_kernel(
             row = (s - phase) * group + inside // chunks
             if row < rows:
                 if phase > 0:
-                    wait_for(w.flags + row, phase)
+                    wait_for(work.flags + row, phase)
                 chunk = inside % chunks
                 result = run_task(
-                    m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C
+                    mixing,
+                    drawing,
+                    work,
+                    row,
+                    chunk,
+                    phase,
+                    alone,
+                    tiles,
+                    chunks,
+                    seed,
+                    position,
+                    variant,
                 )
                 alone = tl.maximum(result, 0)
                 if result < 0:
-                    tl.atomic_xchg(w.flags + row, -result, sem="release")
+                    tl.atomic_xchg(work.flags + row, -result, sem="release")
             if alone == 0:
-                ticket = tl.atomic_add(w.tickets, 1, sem="relaxed")
+                ticket = tl.atomic_add(work.tickets, 1, sem="relaxed")
         # The last program out leaves the counters as it found them; before, another may still be
         # waiting for a phase that is long over.
-        leaving = tl.atomic_add(w.tickets + 1, 1, sem="acq_rel")
+        leaving = tl.atomic_add(work.tickets + 1, 1, sem="acq_rel")
         if leaving == tl.num_programs(0) - 1:
-            tl.atomic_xchg(w.tickets, 0, sem="relaxed")
-            tl.atomic_xchg(w.tickets + 1, 0, sem="relaxed")
+            tl.atomic_xchg(work.tickets, 0, sem="relaxed")
+            tl.atomic_xchg(work.tickets + 1, 0, sem="relaxed")
             for begin in range(0, rows, TILE):
                 i = begin + tl.arange(0, TILE)
-                tl.store(w.flags + i, 0, mask=i < rows)
+                tl.store(work.flags + i, 0, mask=i < rows)
 
 
 @triton.jit
-def run_task(m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C: tl.constexpr):
+def run_task(
+    mixing,
+    drawing,
+    work,
+    row,
+    chunk,
+    phase,
+    alone,
+    tiles,
+    chunks,
+    seed,
+    position,
+    variant: tl.constexpr,
+):
     """One phase of one chunk of a row, and what ends the phase if it is the row's last chunk: then
     the result is less the row's next phase. A row that the last evaluation leaves unsolved is
     returned to: the result is positive then, and is `alone` of the next call, which evaluates the
     whole row."""
-    KEYS: tl.constexpr = C.phases - 1 - C.finish
-    MODEL_FIELDS: tl.constexpr = 2 * C.models
-    FIELDS: tl.constexpr = TILE_FIELDS + 2 * C.models
-    state = w.states + row.to(tl.int64) * STATE_FIELDS
-    model_fields = w.fields + row.to(tl.int64) * FIELDS * C.tiles
-    fields = model_fields + MODEL_FIELDS * C.tiles
-    begin = chunk * C.chunk
-    end = tl.minimum(begin + C.chunk, tiles)
-    if C.evaluations > 0:
+    KEYS: tl.constexpr = variant.phases - 1 - variant.finish
+    MODEL_FIELDS: tl.constexpr = 2 * variant.models
+    FIELDS: tl.constexpr = TILE_FIELDS + 2 * variant.models
+    state = work.states + row.to(tl.int64) * STATE_FIELDS
+    model_fields = work.fields + row.to(tl.int64) * FIELDS * variant.tiles
+    fields = model_fields + MODEL_FIELDS * variant.tiles
+    begin = chunk * variant.chunk
+    end = tl.minimum(begin + variant.chunk, tiles)
+    if variant.evaluations > 0:
         if alone > 0:
             begin = 0
             end = tiles
     skipped = tl.full([], False, tl.int1)  # an evaluation of a row that is solved
-    if C.evaluations > 0:
+    if variant.evaluations > 0:
         if (phase > 1) & (phase < KEYS):
             skipped = tl.load(state + SOLVED, cache_modifier=".cg") != 0.0
     # A loop per phase: what one loop keeps in registers for all tiles is not kept in another.
     if phase == KEYS:
         for tile in range(begin, end):
-            keys_of_tile(m, r, w, state, model_fields, fields, row, tile, tiles, C)
-    if C.sums:
+            keys_of_tile(
+                mixing, drawing, work, state, model_fields, fields, row, tile, tiles, variant
+            )
+    if variant.sums:
         if phase == 0:
             for tile in range(begin, end):
-                sums_of_tile(m, model_fields, row, tile, C)
-    if C.evaluations > 0:
+                sums_of_tile(mixing, model_fields, row, tile, variant)
+    if variant.evaluations > 0:
         if phase == 1:
             for tile in range(begin, end):
-                deficits_of_tile(m, w, state, fields, row, tile, tiles, C)
+                deficits_of_tile(mixing, work, state, fields, row, tile, tiles, variant)
         elif (phase > 1) & (phase < KEYS):
             if skipped == 0:
                 for tile in range(begin, end):
-                    evaluation_of_tile(m, state, fields, row, tile, C)
-    if C.finish:
+                    evaluation_of_tile(mixing, state, fields, row, tile, variant)
+    if variant.finish:
         if phase > KEYS:
             for tile in range(begin, end):
-                finish_tile(m, w, state, row, tile)
+                finish_tile(mixing, work, state, row, tile)
     tl.debug_barrier()
     arrived = chunks - 1
     if skipped:
         arrived = -1
     elif alone == 0:
-        arrived = tl.atomic_add(w.arrivals + row, 1, sem="acq_rel")
+        arrived = tl.atomic_add(work.arrivals + row, 1, sem="acq_rel")
     result = 0
     if arrived == chunks - 1:
         result = -(phase + 1)
         tl.debug_barrier()
         if phase == KEYS:
-            end_draw(m, r, state, model_fields, fields, row, tiles, seed, position, C)
-        if C.sums:
+            end_draw(
+                mixing, drawing, state, model_fields, fields, row, tiles, seed, position, variant
+            )
+        if variant.sums:
             if phase == 0:
-                end_sums(m, state, model_fields, row, tiles, C)
-        if C.evaluations > 0:
+                end_sums(mixing, state, model_fields, row, tiles, variant)
+        if variant.evaluations > 0:
             if phase == 1:
-                end_deficits(m, w, state, fields, row, tiles, C)
+                end_deficits(mixing, work, state, fields, row, tiles, variant)
             elif (phase > 1) & (phase < KEYS):
-                end_evaluation(m, state, fields, tiles, C)
+                end_evaluation(mixing, state, fields, tiles, variant)
                 tl.debug_barrier()
                 if tl.load(state + SOLVED) != 0.0:
                     result = -KEYS  # nobody waits for the evaluations that are left
@@ -196,5 +229,5 @@ def run_task(m, r, w, row, chunk, phase, alone, tiles, chunks, seed, position, C
                     result = alone + 1
         tl.debug_barrier()
         if result < 0:
-            tl.atomic_xchg(w.arrivals + row, 0, sem="relaxed")
+            tl.atomic_xchg(work.arrivals + row, 0, sem="relaxed")
     return result

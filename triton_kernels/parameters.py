@@ -1,4 +1,5 @@
-"""From the op's arguments to plain data that the kernels read."""
+"""From the op's arguments to plain data, and how kernels read it: a row's weights, temperature,
+mask and seed."""
 
 from __future__ import annotations
 
@@ -6,10 +7,15 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..call.arguments import DrawArguments, MixtureArguments
 from ..divergence import alpha_of
+from .constants import FLOAT32_ROUNDING, INFINITY, SMALLEST_WEIGHT, TILE, WEIGHT_ROUNDING
+from .divergences import device_functions
+from .elementary import split_mix
 
 
 class Mixing(NamedTuple):
@@ -22,7 +28,7 @@ class Mixing(NamedTuple):
     weights_pointer: Tensor | None
     weights_strides: tuple[int, int]  # row (0: one for all), policy
     reference_weight: float  # 1 - sum w
-    scores: Tensor | None  # [J, B, V]
+    scores: Tensor | None  # [J, B, V], the values: a tuple has a `values` of its own in Triton
     value_strides: tuple[int, int]  # J, B
     value_weights: tuple[float, ...]
     value_weights_pointer: Tensor | None
@@ -101,6 +107,9 @@ def mixing_of(mixing: MixtureArguments) -> Mixing:
     divergence, logits, values = mixing.divergence, mixing.tensors(), mixing.values
     weights, weights_pointer = _weights(mixing.weights)
     value_weights, value_weights_pointer = _weights(mixing.value_weights)
+    reference_weight = 1.0 - sum(weights)
+    if device_functions(divergence).log_linear and abs(reference_weight) <= WEIGHT_ROUNDING.value:
+        reference_weight = 0.0
     return Mixing(
         logits=tuple(logits),
         strides=tuple(x.stride(0) for x in logits),
@@ -108,7 +117,7 @@ def mixing_of(mixing: MixtureArguments) -> Mixing:
         weights=weights,
         weights_pointer=weights_pointer,
         weights_strides=_strides(weights_pointer, 2),
-        reference_weight=1.0 - sum(weights),
+        reference_weight=reference_weight,
         scores=values,
         value_strides=(0, 0) if values is None else (values.stride(0), values.stride(1)),
         value_weights=value_weights,
@@ -146,3 +155,143 @@ def drawing_of(
         valid=valid.view(torch.int8),
         model_logprobs=model_logprobs,
     )
+
+
+@triton.jit
+def row_parameter(number, pointer, stride, row, DTYPE: tl.constexpr):
+    """A row's parameter, from the launch or from a tensor."""
+    if pointer is None:
+        return tl.full([], number, DTYPE)
+    else:
+        return tl.load(pointer + row.to(tl.int64) * stride).to(DTYPE)
+
+
+@triton.jit
+def temperature_of(drawing, row):
+    return row_parameter(
+        drawing.temperature,
+        drawing.temperature_pointer,
+        drawing.temperature_stride,
+        row,
+        tl.float32,
+    )
+
+
+@triton.jit
+def inverse_temperature(temperature):
+    """Finite even for the smallest temperatures, so that 0 times it is 0; 1 for temperature 0."""
+    beta = tl.where(temperature > 1e-38, 1.0 / temperature, 1e38)
+    return tl.where(temperature > 0.0, beta, 1.0)
+
+
+@triton.jit
+def row_seed(drawing, seed, row):
+    """Row b's own seed, or SplitMix64(seed + b)."""
+    if drawing.seed_pointer is None:
+        return split_mix(row.to(tl.int64) + seed)
+    else:
+        return tl.load(drawing.seed_pointer + row.to(tl.int64) * drawing.seed_stride)
+
+
+@triton.jit
+def normal(weight):
+    """A weight; 0 where float32 holds no normal number for it."""
+    return tl.where(tl.abs(weight) < SMALLEST_WEIGHT, 0.0, weight)
+
+
+@triton.jit
+def weight(mixing, row, i: tl.constexpr):
+    """w of policy i (counted from 0), float64."""
+    if mixing.weights_pointer is None:
+        return normal(tl.full([], mixing.weights[i], tl.float64))
+    else:
+        offset = row.to(tl.int64) * mixing.weights_strides[0] + i * mixing.weights_strides[1]
+        return normal(tl.load(mixing.weights_pointer + offset).to(tl.float64))
+
+
+@triton.jit
+def value_weight(mixing, row, j: tl.constexpr):
+    """v of value j, float64."""
+    if mixing.value_weights_pointer is None:
+        return normal(tl.full([], mixing.value_weights[j], tl.float64))
+    else:
+        offset = (
+            row.to(tl.int64) * mixing.value_weights_strides[0] + j * mixing.value_weights_strides[1]
+        )
+        return normal(tl.load(mixing.value_weights_pointer + offset).to(tl.float64))
+
+
+@triton.jit
+def reference_weight(mixing, row, variant: tl.constexpr):
+    """1 - sum w, float32; under reverse KL 0 where that is no more than rounding."""
+    POLICIES: tl.constexpr = variant.models - 1
+    if mixing.weights_pointer is None:
+        return tl.full([], mixing.reference_weight, tl.float32)
+    else:
+        total = tl.zeros([], tl.float64)
+        for i in tl.static_range(POLICIES):
+            total += weight(mixing, row, i)
+        own = 1.0 - total
+        if variant.general == 0:
+            rounding = tl.full([], WEIGHT_ROUNDING, tl.float64)
+            if mixing.weights_pointer.dtype.element_ty == tl.float32:
+                rounding = tl.full([], variant.models * FLOAT32_ROUNDING, tl.float64)
+            own = tl.where(tl.abs(own) <= rounding, 0.0, own)
+        return own.to(tl.float32)
+
+
+@triton.jit
+def good_weights(mixing, row, variant: tl.constexpr):
+    """Whether the weights are finite; those of the launch have been checked."""
+    POLICIES: tl.constexpr = variant.models - variant.first_policy
+    VALUES: tl.constexpr = variant.scores
+    good = tl.full([], True, tl.int1)
+    if mixing.weights_pointer is not None:
+        for i in tl.static_range(POLICIES):
+            good = good & (tl.abs(weight(mixing, row, i)) < INFINITY)
+    if mixing.value_weights_pointer is not None:
+        for j in tl.static_range(VALUES):
+            good = good & (tl.abs(value_weight(mixing, row, j)) < INFINITY)
+    return good
+
+
+@triton.jit
+def good_parameters(mixing, drawing, row, variant: tl.constexpr):
+    """Whether what only the device can see is in range."""
+    good = good_weights(mixing, row, variant)
+    if drawing.temperature_pointer is not None:
+        t = temperature_of(drawing, row)
+        good = good & (t >= 0.0) & (t < INFINITY)
+    if drawing.top_k_pointer is not None:
+        good = good & (
+            tl.load(drawing.top_k_pointer + row.to(tl.int64) * drawing.top_k_stride) >= 0
+        )
+    if drawing.top_p_pointer is not None:
+        p = tl.load(drawing.top_p_pointer + row.to(tl.int64) * drawing.top_p_stride)
+        good = good & (p > 0.0) & (p <= 1.0)
+    if drawing.min_p_pointer is not None:
+        p = tl.load(drawing.min_p_pointer + row.to(tl.int64) * drawing.min_p_stride)
+        good = good & (p >= 0.0) & (p <= 1.0)
+    return good
+
+
+@triton.jit
+def allowed(mixing, drawing, row, offsets, variant: tl.constexpr):
+    """The mask of some tokens."""
+    inside = offsets < mixing.vocab
+    columns = offsets.to(tl.int64)
+    row_mask = drawing.mask + row.to(tl.int64) * drawing.mask_strides[0]
+    if variant.packed_mask:
+        word = tl.load(row_mask + (columns // 32) * drawing.mask_strides[1], mask=inside, other=0)
+        return ((word >> (offsets % 32)) & 1) != 0
+    else:
+        return tl.load(row_mask + columns * drawing.mask_strides[1], mask=inside, other=0) != 0
+
+
+@triton.jit
+def masked_key(mixing, drawing, key, row, tile, variant: tl.constexpr):
+    if variant.mask:
+        key = tl.where(
+            allowed(mixing, drawing, row, tl.arange(0, TILE) + tile * TILE, variant), key, -INFINITY
+        )
+    return key

@@ -1,42 +1,20 @@
-"""What a program computes from one tile of 1024 token ids: loads, log-sum-exps, keys and deficits
-(design §2). `m` is a `Mixing`, `C` a `Variant` (launch.py)."""
+"""What a program computes from one tile of 1024 token ids: loads, log-sum-exps, log-linear keys and
+deficits (design §2).
+
+A key is log pi* of a token up to a constant of its row. The deficit of a ratio pi_i / pi_ref is how
+far f' of it lies below sup f'; Q is their weighted sum over the policies, less the values.
+`mixing` is a `Mixing` (parameters.py), `variant` a `Variant` (launch.py) everywhere.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from .constants import EXCLUDED, FAR_LEVEL, INFINITY, SMALLEST_LOG_RATIO, SMALLEST_LOG_REF, TILE
 from .elementary import exp
-
-#: Tile of the race in token ids; part of the definition of the random numbers (design §3).
-TILE = tl.constexpr(1024)
-INFINITY = tl.constexpr(float("inf"))
-#: Q of a token outside the support: its ratio is 0 in float32, and it is still finite.
-EXCLUDED = tl.constexpr(9.999999933815813e36)  # 1e37 in float32
-SMALLEST_WEIGHT = tl.constexpr(2.0**-126)  # a normal float32
-WEIGHT_ROUNDING = tl.constexpr(2.0**-40)  # of a sum of weights
-FLOAT32_ROUNDING = tl.constexpr(2.0**-24)  # of each number of one
-LEAST_TAU = tl.constexpr(1e-36)  # of Z = 0 where sup f' is finite
-SMALLEST_LOG_REF = tl.constexpr(-80.0)  # the range of float32, design §2
-SMALLEST_LOG_RATIO = tl.constexpr(-80.0)
-FAR_LEVEL = tl.constexpr(128.0)  # of a model's log-sum-exp
-
-# Fields of a row's state, float64.
-LOG_NORM = tl.constexpr(0)  # [9], log-sum-exp of each model's logits
-PEAK = tl.constexpr(9)  # [9]
-SHIFT = tl.constexpr(18)  # [9], added to differences of logits less their levels to make d
-LEAST = tl.constexpr(27)  # min Q over the support
-BEST_TOKEN = tl.constexpr(28)  # s* = argmin Q, and pi_ref of it
-BEST_MASS = tl.constexpr(29)
-POINT = tl.constexpr(30)  # where G is evaluated next: t = shift(tau), or tau
-LOWER = tl.constexpr(31)  # the bracket of that
-UPPER = tl.constexpr(32)
-SOLVED = tl.constexpr(33)
-LEVEL = tl.constexpr(34)  # log pi* = (key - level) - log_norm
-MIX_LOG_NORM = tl.constexpr(35)
-VALID = tl.constexpr(36)
-STEPS = tl.constexpr(37)  # evaluations of G so far, that of the deficits aside
-STATE_FIELDS = tl.constexpr(40)
+from .parameters import reference_weight, value_weight, weight
+from .workspace import LOG_NORM, PEAK, SHIFT
 
 
 @triton.jit
@@ -52,70 +30,22 @@ def load_tile(row_pointer, tile, vocab, OTHER: tl.constexpr):
 
 
 @triton.jit
-def model_tile(m, k: tl.constexpr, row, tile):
+def model_tile(mixing, k: tl.constexpr, row, tile):
     """Scaled logits of model k."""
-    x = load_tile(m.logits[k] + row.to(tl.int64) * m.strides[k], tile, m.vocab, float("-inf"))
-    if m.scales is not None:
-        x = x * m.scales[k]
+    x = load_tile(
+        mixing.logits[k] + row.to(tl.int64) * mixing.strides[k], tile, mixing.vocab, float("-inf")
+    )
+    if mixing.scales is not None:
+        x = x * mixing.scales[k]
     return x
 
 
 @triton.jit
-def value_tile(m, j: tl.constexpr, row, tile):
+def value_tile(mixing, j: tl.constexpr, row, tile):
     """V_j, -inf beyond the vocabulary."""
-    pointer = m.scores + tl.full([], j, tl.int64) * m.value_strides[0]
-    pointer += row.to(tl.int64) * m.value_strides[1]
-    return load_tile(pointer, tile, m.vocab, float("-inf"))
-
-
-@triton.jit
-def normal(weight):
-    """A weight; 0 where float32 holds no normal number for it."""
-    return tl.where(tl.abs(weight) < SMALLEST_WEIGHT, 0.0, weight)
-
-
-@triton.jit
-def weight(m, row, i: tl.constexpr):
-    """w of policy i (counted from 0), float64."""
-    if m.weights_pointer is None:
-        return normal(tl.full([], m.weights[i], tl.float64))
-    else:
-        offset = row.to(tl.int64) * m.weights_strides[0] + i * m.weights_strides[1]
-        return normal(tl.load(m.weights_pointer + offset).to(tl.float64))
-
-
-@triton.jit
-def value_weight(m, row, j: tl.constexpr):
-    """v of value j, float64."""
-    if m.value_weights_pointer is None:
-        return normal(tl.full([], m.value_weights[j], tl.float64))
-    else:
-        offset = row.to(tl.int64) * m.value_weights_strides[0] + j * m.value_weights_strides[1]
-        return normal(tl.load(m.value_weights_pointer + offset).to(tl.float64))
-
-
-@triton.jit
-def reference_weight(m, row, C: tl.constexpr):
-    """1 - sum w, float32."""
-    POLICIES: tl.constexpr = C.models - 1
-    if m.weights_pointer is None:
-        return tl.full([], m.reference_weight, tl.float32)
-    else:
-        total = tl.zeros([], tl.float64)
-        for i in tl.static_range(POLICIES):
-            total += weight(m, row, i)
-        return (1.0 - total).to(tl.float32)
-
-
-@triton.jit
-def own_coefficient(m, row, C: tl.constexpr):
-    """1 - sum w under reverse KL, float32; 0 where that is no more than rounding."""
-    own = reference_weight(m, row, C)
-    rounding = tl.full([], WEIGHT_ROUNDING, tl.float32)
-    if m.weights_pointer is not None:
-        if m.weights_pointer.dtype.element_ty == tl.float32:
-            rounding = tl.full([], C.models * FLOAT32_ROUNDING, tl.float32)
-    return tl.where(tl.abs(own) <= rounding, 0.0, own)
+    pointer = mixing.scores + tl.full([], j, tl.int64) * mixing.value_strides[0]
+    pointer += row.to(tl.int64) * mixing.value_strides[1]
+    return load_tile(pointer, tile, mixing.vocab, float("-inf"))
 
 
 @triton.jit
@@ -140,48 +70,50 @@ def peak_and_sum(x):
 
 
 @triton.jit
-def store_model_sum(x, k: tl.constexpr, fields, tile, C: tl.constexpr):
+def store_model_sum(x, k: tl.constexpr, fields, tile, variant: tl.constexpr):
     peak, total = peak_and_sum(x)
-    tl.store(fields + 2 * k * C.tiles + tile, peak)
-    tl.store(fields + (2 * k + 1) * C.tiles + tile, total)
+    tl.store(fields + 2 * k * variant.tiles + tile, peak)
+    tl.store(fields + (2 * k + 1) * variant.tiles + tile, total)
 
 
 @triton.jit
 def log_linear_tile(
-    m,
+    mixing,
     state,
     fields,
     row,
     tile,
     tiles,
-    C: tl.constexpr,
+    variant: tl.constexpr,
 ):
     """The log-linear key, -inf off the support, and where a tensor that counts is broken. Terms
     are accumulated in the order of design §3: the order of tokens depends on it."""
-    MODELS: tl.constexpr = C.models
-    VALUES: tl.constexpr = C.scores
-    FIRST_POLICY: tl.constexpr = C.first_policy
+    MODELS: tl.constexpr = variant.models
+    VALUES: tl.constexpr = variant.scores
+    FIRST_POLICY: tl.constexpr = variant.first_policy
     zeros = tl.zeros([TILE], tl.float32)
     key = zeros
-    inside = tile * TILE + tl.arange(0, TILE) < m.vocab
+    inside = tile * TILE + tl.arange(0, TILE) < mixing.vocab
     broken = tl.zeros([TILE], tl.int1)
     for k in tl.static_range(MODELS):
-        x = model_tile(m, k, row, tile)
-        if C.model_logprobs and not C.sums:
-            store_model_sum(x, k, fields, tile, C)
-        if k == C.plausible:
-            inside &= x - tl.load(state + PEAK + k).to(tl.float32) >= m.log_plausibility
+        x = model_tile(mixing, k, row, tile)
+        if variant.model_logprobs and not variant.sums:
+            store_model_sum(x, k, fields, tile, variant)
+        if k == variant.plausible:
+            inside &= x - tl.load(state + PEAK + k).to(tl.float32) >= mixing.log_plausibility
         if k < FIRST_POLICY:
-            c = zeros + own_coefficient(m, row, C)
+            c = zeros + reference_weight(mixing, row, variant)
+            x = tl.where(c != 0.0, x, 0.0)
+            counts = zeros == 0.0
         else:
-            c = zeros + weight(m, row, k - FIRST_POLICY).to(tl.float32)
-        counts = c != 0.0
+            c = zeros + weight(mixing, row, k - FIRST_POLICY).to(tl.float32)
+            counts = c != 0.0
         broken |= counts & ((x < INFINITY) == 0)
         inside &= finite(x) | (counts == 0)
         key = tl.fma(c, tl.where(finite(x) & counts, x, 0.0), key)
     for j in tl.static_range(VALUES):
-        v = zeros + value_weight(m, row, j).to(tl.float32)
-        x = value_tile(m, j, row, tile)
+        v = zeros + value_weight(mixing, row, j).to(tl.float32)
+        x = value_tile(mixing, j, row, tile)
         counts = v != 0.0
         broken |= counts & ((x < INFINITY) == 0)
         inside &= finite(x) | (counts == 0)
@@ -191,23 +123,23 @@ def log_linear_tile(
 
 
 @triton.jit
-def finite_log_linear_tile(m, row, tile, C: tl.constexpr):
-    """`log_linear_tile` to the bit where all that counts is finite, NaN elsewhere, in half the
-    instructions."""
-    MODELS: tl.constexpr = C.models
-    VALUES: tl.constexpr = C.scores
-    FIRST_POLICY: tl.constexpr = C.first_policy
+def finite_log_linear_tile(mixing, row, tile, variant: tl.constexpr):
+    """`log_linear_tile` to the bit where the reference and all that counts is finite, NaN elsewhere,
+    in half the instructions."""
+    MODELS: tl.constexpr = variant.models
+    VALUES: tl.constexpr = variant.scores
+    FIRST_POLICY: tl.constexpr = variant.first_policy
     key = tl.zeros([TILE], tl.float32)
     for k in tl.static_range(MODELS):
-        x = model_tile(m, k, row, tile)
+        x = model_tile(mixing, k, row, tile)
         if k < FIRST_POLICY:
-            c = own_coefficient(m, row, C)
+            key = tl.fma(x, reference_weight(mixing, row, variant), key)
         else:
-            c = weight(m, row, k - FIRST_POLICY).to(tl.float32)
-        key = tl.where(c != 0.0, tl.fma(x, c, key), key)
+            c = weight(mixing, row, k - FIRST_POLICY).to(tl.float32)
+            key = tl.where(c != 0.0, tl.fma(x, c, key), key)
     for j in tl.static_range(VALUES):
-        v = value_weight(m, row, j).to(tl.float32)
-        key = tl.where(v != 0.0, tl.fma(value_tile(m, j, row, tile), v, key), key)
+        v = value_weight(mixing, row, j).to(tl.float32)
+        key = tl.where(v != 0.0, tl.fma(value_tile(mixing, j, row, tile), v, key), key)
     return tl.fma(key, 0.0, key)
 
 
@@ -220,15 +152,15 @@ def level_of(state, k: tl.constexpr):
 
 
 @triton.jit
-def deficit_tile(m, state, row, tile, C: tl.constexpr):
+def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
     """log pi_ref, Q (EXCLUDED off the support; float64 where there are values, because a tilt moves
     min Q away from 0), and where a value is broken."""
-    MODELS: tl.constexpr = C.models
-    VALUES: tl.constexpr = C.scores
-    ref = model_tile(m, 0, row, tile)
+    MODELS: tl.constexpr = variant.models
+    VALUES: tl.constexpr = variant.scores
+    ref = model_tile(mixing, 0, row, tile)
     plausible = tl.full([TILE], True, tl.int1)
-    if C.plausible == 0:
-        plausible = ref - tl.load(state + PEAK).to(tl.float32) >= m.log_plausibility
+    if variant.plausible == 0:
+        plausible = ref - tl.load(state + PEAK).to(tl.float32) >= mixing.log_plausibility
     level = level_of(state, 0)
     ref = ref - level.to(tl.float32)
     log_ref = ref - (tl.load(state + LOG_NORM) - level).to(tl.float32)
@@ -238,26 +170,28 @@ def deficit_tile(m, state, row, tile, C: tl.constexpr):
     zeros = tl.zeros([TILE], tl.float32)
     q = zeros
     for k in tl.static_range(1, MODELS):
-        x = model_tile(m, k, row, tile)
-        if k == C.plausible:
-            plausible = x - tl.load(state + PEAK + k).to(tl.float32) >= m.log_plausibility
+        x = model_tile(mixing, k, row, tile)
+        if k == variant.plausible:
+            plausible = x - tl.load(state + PEAK + k).to(tl.float32) >= mixing.log_plausibility
         x = x - level_of(state, k).to(tl.float32)
-        w = zeros + weight(m, row, k - 1).to(tl.float32)
+        w = zeros + weight(mixing, row, k - 1).to(tl.float32)
         counts = w != 0.0
         support = tl.where(counts, tl.fma(x, 0.0, support), support)
         # Raw differences first: they are exact for logits of 16 bits.
         d = (x - ref) + tl.load(state + SHIFT + k).to(tl.float32)
-        if C.clamped:
+        if variant.clamped:
             d = tl.maximum(d, SMALLEST_LOG_RATIO)
-        q = tl.where(counts, q + w * C.deficit(d, m.alpha), q)
+        q = tl.where(counts, q + w * variant.deficit(d, mixing.alpha), q)
     inside = plausible & (support >= SMALLEST_LOG_REF)
     inside &= q < EXCLUDED
     broken = tl.zeros([TILE], tl.int1)
     if VALUES > 0:
         tilted = q.to(tl.float64)
         for j in tl.static_range(VALUES):
-            v = value_weight(m, row, j).to(tl.float32).to(tl.float64) + tl.zeros([TILE], tl.float64)
-            x = value_tile(m, j, row, tile)
+            v = value_weight(mixing, row, j).to(tl.float32).to(tl.float64) + tl.zeros(
+                [TILE], tl.float64
+            )
+            x = value_tile(mixing, j, row, tile)
             counts = v != 0.0
             broken |= counts & ((x < INFINITY) == 0)
             inside &= finite(x) | (counts == 0)

@@ -1,4 +1,5 @@
-"""Memory between the phases of a launch: views of one buffer, the launch's own or the caller's.
+"""Memory between the phases of a launch, and its fields: views of one buffer, the launch's own or
+the caller's.
 
 A buffer begins with the counters, which are zero before and after every launch; the rest is written
 before it is read. Where the rest begins depends on the buffer's size alone, so that launches of
@@ -12,14 +13,45 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from .solver import TILE_FIELDS
-from .tiles import STATE_FIELDS, TILE
+from .constants import INFINITY, TILE
+from .elementary import exp
 
 ALIGNMENT = 256  # bytes, of each part
 #: One part in so many of a buffer is for counters: 8 bytes a row, which has more than 256 others.
 COUNTER_SHARE = 32
+
+# Fields of a row's state, float64.
+LOG_NORM = tl.constexpr(0)  # [9], log-sum-exp of each model's logits
+PEAK = tl.constexpr(9)  # [9]
+SHIFT = tl.constexpr(18)  # [9], added to differences of logits less their levels to make d
+LEAST = tl.constexpr(27)  # min Q over the support
+BEST_TOKEN = tl.constexpr(28)  # s* = argmin Q, and pi_ref of it
+BEST_MASS = tl.constexpr(29)
+POINT = tl.constexpr(30)  # where G is evaluated next: t = shift(tau), or tau
+LOWER = tl.constexpr(31)  # the bracket of that
+UPPER = tl.constexpr(32)
+SOLVED = tl.constexpr(33)
+LEVEL = tl.constexpr(34)  # log pi* = (key - level) - log_norm
+MIX_LOG_NORM = tl.constexpr(35)
+VALID = tl.constexpr(36)
+STEPS = tl.constexpr(37)  # evaluations of G so far, that of the deficits aside
+STATE_FIELDS = tl.constexpr(40)
+
+# Fields of a tile, float32 [fields, variant.tiles] a row. Before them stand 2 a model: the tile's
+# largest logit, and the sum of exp(logit - it).
+KEY_PEAK = tl.constexpr(0)
+KEY_SUM = tl.constexpr(1)  # sum exp(key - peak); NaN where a tensor that counts is broken
+DRAW_PEAK = tl.constexpr(2)  # the same after the mask and at the temperature
+DRAW_SUM = tl.constexpr(3)
+MASS = tl.constexpr(4)  # sum p; NaN where a value is broken
+FIRST = tl.constexpr(5)  # sum p Q
+S1 = tl.constexpr(6)  # sum p H, sum p (-H'); of a Stieltjes form see `ratios`
+S2 = tl.constexpr(7)
+BEST_P = tl.constexpr(8)  # p of the tile's argmin Q
+TILE_FIELDS = tl.constexpr(9)
 
 
 class Workspace(NamedTuple):
@@ -113,3 +145,24 @@ def make_workspace(
     tickets, flags, arrivals = counters.views(buffer, 0)
     kept = rest[0] if keys else None
     return Workspace(states, fields, leasts, winners, kept, tickets, flags, arrivals)
+
+
+@triton.jit
+def tile_field(fields, field, tiles, variant: tl.constexpr, OTHER: tl.constexpr):
+    """One number per tile of a row."""
+    i = tl.arange(0, variant.tiles)
+    return tl.load(
+        fields + field * variant.tiles + i, mask=i < tiles, other=OTHER, cache_modifier=".cg"
+    )
+
+
+@triton.jit
+def log_sum_exp(fields, field, tiles, variant: tl.constexpr):
+    """max and log-sum-exp of a row out of its tiles' (max, sum exp(. - max)) at field, field + 1;
+    NaN where a sum is."""
+    peaks = tile_field(fields, field, tiles, variant, float("-inf"))
+    sums = tile_field(fields, field + 1, tiles, variant, 0.0)
+    peak = tl.max(peaks, 0)
+    scaled = exp(peaks - tl.where(peak == -INFINITY, 0.0, peak))
+    parts = tl.where(peaks == -INFINITY, 0.0, scaled).to(tl.float64) * sums.to(tl.float64)
+    return peak.to(tl.float64), tl.log(tl.sum(parts, 0)) + peak

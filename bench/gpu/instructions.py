@@ -34,9 +34,9 @@ from mod_fused.triton_kernels.ahead_of_time import (  # noqa: E402
     disassembled,
     machine_code,
 )
-from mod_fused.triton_kernels.launching import Launch  # noqa: E402
+from mod_fused.triton_kernels.compiled import Launch  # noqa: E402
+from mod_fused.triton_kernels.constants import TILE  # noqa: E402
 from mod_fused.triton_kernels.mixture import run_task  # noqa: E402
-from mod_fused.triton_kernels.tiles import TILE  # noqa: E402
 
 VOCAB, ROWS = 128256, 64
 #: An H100 or H200 (SXM) at its highest clock; other clocks scale.
@@ -92,14 +92,23 @@ def loops(assembly: str) -> list[Loop]:
 
 
 @triton.jit(do_not_specialize=["seed", "position"])
-def phase_kernel(m, r, w, seed: tl.int64, position: tl.int64, PHASE: tl.constexpr, C: tl.constexpr):
+def phase_kernel(
+    mixing,
+    drawing,
+    work,
+    seed: tl.int64,
+    position: tl.int64,
+    # Meta-parameters
+    PHASE: tl.constexpr,
+    variant: tl.constexpr,
+):
     """One phase of the shipped kernel, alone: which loop is whose shows."""
     phase = tl.full([], PHASE, tl.int32)  # folded all the same
-    tiles = tl.cdiv(m.vocab, TILE)
-    chunks = tl.cdiv(tiles, C.chunk)
+    tiles = tl.cdiv(mixing.vocab, TILE)
+    chunks = tl.cdiv(tiles, variant.chunk)
     row = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
-    run_task(m, r, w, row, chunk, phase, 0, tiles, chunks, seed, position, C)
+    run_task(mixing, drawing, work, row, chunk, phase, 0, tiles, chunks, seed, position, variant)
 
 
 def launched(divergence: str) -> Launch:
@@ -127,9 +136,9 @@ def launch_per_phase(made: Launch) -> list[Launch]:
     """Its phases, each as a launch of its own; the launch itself where it has no more than one."""
     if made.variant.phases == 1:
         return [made]
-    m, r, w, _, _, seed, position = made.arguments
+    *records, _, _, seed, position = made.arguments
     return [
-        made._replace(kernel=phase_kernel, arguments=(m, r, w, seed, position, phase))
+        made._replace(kernel=phase_kernel, arguments=(*records, seed, position, phase))
         for phase in range(made.variant.phases)
     ]
 

@@ -1,4 +1,4 @@
-"""How a compiled kernel is found again and run (triton_kernels/launching.py), without a GPU."""
+"""How a compiled kernel is found again and run (triton_kernels/compiled.py), without a GPU."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from mod_fused.triton_kernels import launching  # noqa: E402
+from mod_fused.triton_kernels import compiled  # noqa: E402
 from mod_fused.triton_kernels.ahead_of_time import TARGETS  # noqa: E402
-from mod_fused.triton_kernels.launching import Launch, specialization  # noqa: E402
+from mod_fused.triton_kernels.compiled import Launch, specialization  # noqa: E402
 from triton.compiler.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
@@ -49,7 +49,7 @@ class Huge(torch.Tensor):
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_equal_keys_are_one_kernel_for_triton_too(target, monkeypatch):
     amd = target == "gfx942"
-    monkeypatch.setattr(launching, "_AMD", amd)
+    monkeypatch.setattr(compiled, "_AMD", amd)
     (launch,) = launches(divergence="jsd")
     kernel, options = launch.kernel, launch.options(amd, 64 if amd else 32)
     bind = create_function_from_signature(
@@ -99,7 +99,7 @@ class Kernel:
 @pytest.fixture
 def launch(monkeypatch) -> Launch:
     """A launch of a `Kernel`."""
-    monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(compiled, "_compiled", {})
     (real,) = launches(divergence="jsd")
     return real._replace(kernel=Kernel())
 
@@ -112,9 +112,9 @@ def test_a_kernel_is_compiled_once_for_all_calls_that_may_share_it(launch):
     m, *rest = launch.arguments
     again = launch._replace(grid=(7,), arguments=(m._replace(alpha=0.25), *rest))
     again.run(CPU)
-    ((options, compiled),) = launch.kernel.compiled
+    ((options, shared),) = launch.kernel.compiled
     assert options == launch.options(False, 32)
-    assert compiled.calls == [((7, 1, 1), (*again.arguments, launch.variant))]
+    assert shared.calls == [((7, 1, 1), (*again.arguments, launch.variant))]
     odd = m._replace(logits=tuple(torch.zeros(1, 2048)[:, 1:] for _ in m.logits))
     changed = [
         launch._replace(arguments=(odd, *rest)),
@@ -138,10 +138,10 @@ def test_constants_among_the_arguments_count_as_they_are(launch):
 
 
 def test_kernels_are_not_kept_for_ever(launch, monkeypatch):
-    monkeypatch.setattr(launching, "_MOST", 3)
+    monkeypatch.setattr(compiled, "_MOST", 3)
     for threads in (32, 64, 128, 256, 512):
         launch._replace(threads=threads).run(CPU)
-    assert len(launching._compiled) <= 3
+    assert len(compiled._compiled) <= 3
 
 
 def test_it_runs_on_the_tensors_gpu_and_each_gpu_has_its_own_kernel(launch, monkeypatch):

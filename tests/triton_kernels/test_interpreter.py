@@ -18,13 +18,14 @@ import torch
 import triton
 import triton.language as tl
 from cases import DIVERGENCES, KNOWN_ANSWERS, check, logits, normal
-from mod_fused.triton_kernels import divergences, elementary, launch, mixture, phases, solver
+from mod_fused.triton_kernels import divergences, elementary, launch, mixture, normalizer
 from mod_fused.triton_kernels.configurations import configuration
-from mod_fused.triton_kernels.tiles import STEPS
+from mod_fused.triton_kernels.workspace import STEPS
 
 import mod_fused
 from mod_fused import reference
-from mod_fused.divergence import get_divergence
+from mod_fused.call.checks import check_mixture
+from mod_fused.divergence import Divergence, get_divergence
 from mod_fused.torch_kernels import philox
 
 pytestmark = pytest.mark.interpreted
@@ -163,13 +164,13 @@ def test_rows_that_are_not_solved_in_time_finish_alone(divergence, monkeypatch):
     ref, policies = logits(204, 3, 2100, 2, kind="apart")
     steps = []
     name = "step_newton" if divergence == "jeffrey" else "step_stieltjes"
-    step = getattr(phases, name)
+    step = getattr(normalizer, name)
 
-    def count(m, state, s1, s2, C):
+    def count(mixing, state, s1, s2, variant):
         steps.append(state)
-        step(m, state, s1, s2, C)
+        step(mixing, state, s1, s2, variant)
 
-    monkeypatch.setattr(phases, name, count)
+    monkeypatch.setattr(normalizer, name, count)
     check(OP, ref, policies, [0.5, 0.5], divergence=divergence)
     assert len(steps) > 3  # steps after the one that is spread
 
@@ -334,16 +335,30 @@ def test_the_stieltjes_forms_are_the_divergences_own(name):
         assert abs(back / tau - 1.0) <= 1e-6 / min(1.0, math.exp(-tau))
 
 
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "jeffrey"])
+def test_the_list_of_divergences_alone_says_how_one_is_computed(name, monkeypatch):
+    known = get_divergence(name)
+    fields = {x: getattr(known, x) for x in ("supremum", "bounded", "clamped")}
+    unknown = type("Unknown", (Divergence,), {"name": "unknown", **fields})()
+    entries = divergences.DIVERGENCES
+    monkeypatch.setattr(divergences, "DIVERGENCES", {"unknown": entries[name]})
+    ref, policies = logits(220, 2, 1100, 2, kind="typical")
+    mixing = check_mixture(ref, policies, [0.5, 0.4], divergence=name)
+    found = launch.log_probs(mixing._replace(divergence=unknown))
+    monkeypatch.setattr(divergences, "DIVERGENCES", entries)
+    assert_identical([found], [OP.log_probs(ref, policies, [0.5, 0.4], divergence=name)])
+
+
 class Order(NamedTuple):
-    is_alpha: bool
+    root: bool
 
 
 @triton.jit
-def two_poles_kernel(near, far, distance, right, out, order, C: tl.constexpr, N: tl.constexpr):
+def two_poles_kernel(near, far, distance, right, out, order, V: tl.constexpr, N: tl.constexpr):
     i = tl.arange(0, N)
     n = tl.full([], order, tl.float64)
     args = tl.load(near + i), tl.load(far + i), tl.load(distance + i), tl.load(right + i)
-    tl.store(out + i, solver.two_poles(args[0], args[1], args[2], args[3], n, C))
+    tl.store(out + i, normalizer.two_poles(args[0], args[1], args[2], args[3], n, V))
 
 
 @pytest.mark.parametrize("alpha", [None, 0.1, 0.5, 0.75, 0.9])
@@ -358,7 +373,7 @@ def test_the_model_with_two_poles_is_solved(alpha):
     distance[:50], far[:100] = 0.0, 0.0
     out = torch.empty(count, dtype=torch.float64)
     inputs = [torch.from_numpy(x) for x in (near, far, distance, right)]
-    two_poles_kernel[(1,)](*inputs, out, order, C=Order(alpha is not None), N=count)
+    two_poles_kernel[(1,)](*inputs, out, order, V=Order(alpha is not None), N=count)
     y = out.numpy()
     model = near * y**-order + far * (y + distance) ** -order
     assert np.abs(model / right - 1.0).max() <= 1e-6

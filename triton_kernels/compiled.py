@@ -1,5 +1,5 @@
-"""A launch: what is compiled for it, and how it is run with as little work on the host as there
-can be."""
+"""A launch of a compiled kernel: the compiler's options, and how the kernel is found again with
+little work on the host."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Launch(NamedTuple):
 
     def options(self, amd: bool, warp_size: int) -> dict[str, Any]:
         """The compiler's options."""
-        options = {"C": self.variant, "num_warps": self.threads // warp_size}
+        options = {"variant": self.variant, "num_warps": self.threads // warp_size}
         if self.variant.general and not amd:
             options["maxnreg"] = min(MOST_REGISTERS, _REGISTERS // self.threads)
         return options

@@ -1,0 +1,165 @@
+"""Deficits of a tile, and the bracket of tau that a row's deficits give (design §2): tau is the
+number for which the probabilities p H(tau + D) sum to 1, D = Q - min Q."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .constants import EXCLUDED, INFINITY, TILE
+from .elementary import exp
+from .normalizer import newton_point, point_of_poles, ratios, secular_point
+from .parameters import reference_weight, weight
+from .tiles import deficit_tile
+from .workspace import (
+    BEST_MASS,
+    BEST_P,
+    BEST_TOKEN,
+    FIRST,
+    LEAST,
+    LOWER,
+    MASS,
+    POINT,
+    S1,
+    S2,
+    SOLVED,
+    STEPS,
+    UPPER,
+    VALID,
+    tile_field,
+)
+
+WIDEN = tl.constexpr(1e-4)
+ROUNDING = tl.constexpr(1e-5)  # of float32 sums over a row
+
+
+@triton.jit
+def start_offset(mixing, row, variant: tl.constexpr):
+    return reference_weight(mixing, row, variant) * variant.deficit(
+        tl.zeros([], tl.float32), mixing.alpha
+    )
+
+
+@triton.jit
+def start_ratios(q, mixing, row, variant: tl.constexpr):
+    """`ratios` where G is evaluated first, beside the deficits: where Z = 0 if the reference counts
+    as one policy more, of the weight that the others leave. Its tau is least + `start_offset`."""
+    y = (q + start_offset(mixing, row, variant)).to(tl.float32)
+    if variant.excess is not None:
+        y = variant.excess(y, mixing.alpha)
+    return ratios(y, mixing, variant)
+
+
+@triton.jit
+def deficits_of_tile(mixing, work, state, fields, row, tile, tiles, variant: tl.constexpr):
+    """What the bracket needs of a tile's deficits, and its share of the first evaluation."""
+    log_ref, q, broken = deficit_tile(mixing, state, row, tile, variant)
+    inside = q < EXCLUDED
+    i = tl.arange(0, TILE)
+    p = tl.where(inside, exp(log_ref), 0.0)
+    least = tl.min(q, 0)
+    best = tl.min(tl.where(q == least, i, TILE - 1), 0)
+    tl.store(work.leasts + row.to(tl.int64) * tiles + tile, least.to(tl.float64))
+    tl.store(work.winners + row.to(tl.int64) * tiles + tile, best + tile * TILE)
+    tl.store(fields + BEST_P * variant.tiles + tile, tl.sum(tl.where(i == best, p, 0.0), 0))
+    tl.store(fields + MASS * variant.tiles + tile, tl.sum(tl.where(broken, float("nan"), p), 0))
+    tl.store(fields + FIRST * variant.tiles + tile, tl.sum(p * q.to(tl.float32), 0))
+    if variant.excess is not None:
+        p = tl.where(i == best, 0.0, p)  # it may be s*
+    else:
+        q = tl.where(inside, q, 1.0)
+    h, slope = start_ratios(q, mixing, row, variant)
+    tl.store(fields + S1 * variant.tiles + tile, tl.sum(p * h, 0))
+    tl.store(fields + S2 * variant.tiles + tile, tl.sum(p * slope, 0))
+
+
+@triton.jit
+def end_deficits(mixing, work, state, fields, row, tiles, variant: tl.constexpr):
+    """s*, the bracket of the point at which G is 1, and where it is evaluated next."""
+    MODELS: tl.constexpr = variant.models
+    i = tl.arange(0, variant.tiles)
+    leasts = work.leasts + row.to(tl.int64) * tiles
+    winners = work.winners + row.to(tl.int64) * tiles
+    least_of = tl.load(leasts + i, mask=i < tiles, other=EXCLUDED, cache_modifier=".cg")
+    least = tl.min(least_of, 0)
+    best_tile = tl.min(tl.where((least_of == least) & (i < tiles), i, variant.tiles - 1), 0)
+    best_token = tl.load(winners + best_tile, cache_modifier=".cg")
+    best = tl.load(fields + BEST_P * variant.tiles + best_tile, cache_modifier=".cg").to(tl.float64)
+    mass = tl.sum(tile_field(fields, MASS, tiles, variant, 0.0).to(tl.float64), 0)
+    first = tl.sum(tile_field(fields, FIRST, tiles, variant, 0.0).to(tl.float64), 0)
+    good = (tl.abs(least) < EXCLUDED) & (mass > 0.0) & (best > 0.0)
+    mass = tl.where(good, mass, 1.0)
+    best = tl.where(good, best, 1.0)
+
+    upper = variant.deficit(-tl.log(mass).to(tl.float32), mixing.alpha).to(tl.float64)
+    lower = variant.deficit(-tl.log(best).to(tl.float32), mixing.alpha).to(tl.float64)
+    mean = first / mass
+    # E[D], and what the sums' rounding may have taken from it.
+    jensen = upper - (mean - least + ROUNDING * (tl.abs(mean) + tl.abs(least)))
+    lower = tl.where(jensen > lower, jensen, lower)
+    if variant.bounded:
+        if variant.simplex:
+            # On the simplex, without tilt and prefix, Z <= 0.
+            total = tl.zeros([], tl.float64)
+            positive = tl.full([], True, tl.int1)
+            for k in tl.static_range(1, MODELS):
+                own = weight(mixing, row, k - 1)
+                total += own
+                positive &= own >= 0.0
+            # float32 weights sum to one within their rounding
+            if tl.abs(total - 1.0) < 1e-6:
+                upper = tl.where(positive & (least < upper), least, upper)
+        lower = lower * (1.0 - WIDEN)
+        upper = upper * (1.0 + WIDEN)
+    else:
+        lower -= WIDEN
+        upper += WIDEN
+    upper = tl.where(upper < lower, lower, upper)
+    tl.store(state + LEAST, least)
+    tl.store(state + BEST_TOKEN, best_token.to(tl.float64))
+    tl.store(state + BEST_MASS, best)
+    valid = tl.load(state + VALID)
+    tl.store(state + VALID, tl.where(good, valid, 0.0))
+
+    # The first step, from the sums beside the deficits.
+    s1 = tl.sum(tile_field(fields, S1, tiles, variant, 0.0).to(tl.float64), 0)
+    s2 = tl.sum(tile_field(fields, S2, tiles, variant, 0.0).to(tl.float64), 0)
+    tau = least + start_offset(mixing, row, variant).to(tl.float64)
+    usable = good
+    if variant.bounded:
+        usable = good & (tau > 0.0)
+    tau = tl.where(usable, tau, 1.0)
+    if variant.excess is not None:
+        # The best token of each tile is missing in its sums: all but s* are added.
+        others = (i < tiles) & (i != best_tile) & (least_of < EXCLUDED)
+        h, slope = start_ratios(tl.where(others, least_of, least), mixing, row, variant)
+        p = tl.where(others, tile_field(fields, BEST_P, tiles, variant, 0.0), 0.0).to(tl.float64)
+        s1 += tl.sum(p * h.to(tl.float64), 0)
+        s2 += tl.sum(p * slope.to(tl.float64), 0)
+        if variant.factor:
+            # There y is expm1(tau + D) = e^tau (t + x).
+            growth = tl.exp(tl.minimum(tau, 300.0))
+            s1 *= growth
+            s2 *= growth * growth
+        lower = variant.shift(lower.to(tl.float32), mixing.alpha).to(tl.float64)
+        upper = variant.shift(upper.to(tl.float32), mixing.alpha).to(tl.float64)
+        tau = variant.shift(tau.to(tl.float32), mixing.alpha).to(tl.float64)
+        # Without those sums: everything but s* at its mean deficit, which is left of the solution.
+        rest = tl.maximum(mass - best, 0.0)
+        apart = tl.maximum(mean - least, 0.0) * mass / tl.where(rest > 0.0, rest, 1.0)
+        distance = variant.excess(tl.minimum(apart, EXCLUDED).to(tl.float32), mixing.alpha).to(
+            tl.float64
+        )
+        point = point_of_poles(mixing, best, rest, distance, variant)
+        point = tl.where((point >= lower) & (point <= upper), point, tl.sqrt(lower * upper))
+        following = secular_point(mixing, best, s1, s2, tau, variant)
+        usable = usable & (s1 < INFINITY) & (s2 < INFINITY)
+    else:
+        point = lower
+        following = newton_point(mixing, tau, s1, s2, variant)
+    usable = usable & (following >= lower) & (following <= upper)
+    tl.store(state + LOWER, lower)
+    tl.store(state + UPPER, upper)
+    tl.store(state + POINT, tl.where(usable, following, point).to(tl.float32).to(tl.float64))
+    tl.store(state + STEPS, 0.0)
+    tl.store(state + SOLVED, 0.0)

@@ -1,0 +1,153 @@
+"""Keys of a tile, log pi* up to a constant of its row, and what a row's keys sum to (design §2)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .constants import EXCLUDED, INFINITY, LEAST_TAU, TILE
+from .elementary import exp
+from .normalizer import above_least, ratios
+from .parameters import inverse_temperature, masked_key, reference_weight, temperature_of
+from .tiles import deficit_tile, finite_log_linear_tile, log_linear_tile, sum_exp
+from .workspace import (
+    DRAW_PEAK,
+    DRAW_SUM,
+    KEY_PEAK,
+    KEY_SUM,
+    LEVEL,
+    MIX_LOG_NORM,
+    POINT,
+    VALID,
+    log_sum_exp,
+)
+
+
+@triton.jit
+def deficit_key(mixing, state, log_ref, q, broken, row, variant: tl.constexpr):
+    """`key_tile` off reverse KL, from a tile's deficits."""
+    inside = q < EXCLUDED
+    if variant.exact:
+        point = tl.load(state + POINT).to(tl.float32)
+        if variant.unshift is not None:
+            point = variant.unshift(point, mixing.alpha)
+        y = point + above_least(state, q, variant)
+    else:
+        # Eq. 6 as printed: Z = 0, that is tau = c (1 - sum w) + min Q.
+        y = (q + mixing.supremum * reference_weight(mixing, row, variant)).to(tl.float32)
+        if variant.bounded:
+            broken |= inside & (((y > LEAST_TAU) & (y < INFINITY)) == 0)
+        else:
+            broken |= q <= -EXCLUDED
+    key = log_ref + variant.log_ratio(tl.where(inside, y, 1.0), mixing.alpha)
+    return tl.where(inside, key, -INFINITY), broken
+
+
+@triton.jit
+def key_tile(mixing, state, model_fields, row, tile, tiles, variant: tl.constexpr):
+    """log pi* up to a row's constant, -inf off the support, and where something is broken."""
+    if variant.general:
+        log_ref, q, broken = deficit_tile(mixing, state, row, tile, variant)
+        return deficit_key(mixing, state, log_ref, q, broken, row, variant)
+    else:
+        return log_linear_tile(mixing, state, model_fields, row, tile, tiles, variant)
+
+
+@triton.jit
+def store_key_sums(
+    mixing, drawing, work, fields, key, peak, total, row, tile, variant: tl.constexpr
+):
+    tl.store(fields + KEY_PEAK * variant.tiles + tile, peak)
+    tl.store(fields + KEY_SUM * variant.tiles + tile, total)
+    if variant.mask or variant.tempered:
+        beta = inverse_temperature(temperature_of(drawing, row))
+        key = masked_key(mixing, drawing, key, row, tile, variant)
+        peak = tl.max(key, 0)
+        below = key - tl.where(peak == -INFINITY, 0.0, peak)
+        tl.store(fields + DRAW_PEAK * variant.tiles + tile, peak)
+        tl.store(fields + DRAW_SUM * variant.tiles + tile, tl.sum(exp(below * beta), 0))
+    if variant.store_keys:
+        offsets = tile * TILE + tl.arange(0, TILE)
+        keys = work.keys + row.to(tl.int64) * mixing.vocab
+        tl.store(keys + offsets, key, mask=offsets < mixing.vocab)
+
+
+@triton.jit
+def store_keys(mixing, drawing, work, fields, key, broken, row, tile, variant: tl.constexpr):
+    peak = tl.max(key, 0)
+    store_key_sums(
+        mixing, drawing, work, fields, key, peak, sum_exp(key, peak, broken), row, tile, variant
+    )
+
+
+@triton.jit
+def store_deficit_keys(
+    mixing, drawing, work, state, fields, log_ref, q, broken, row, tile, variant: tl.constexpr
+):
+    """`store_keys` off reverse KL, from a tile's deficits."""
+    KEPT: tl.constexpr = variant.mask or variant.tempered or variant.store_keys
+    if variant.exact and variant.excess is not None and not KEPT:
+        # Only sums are asked for, and a Stieltjes form has them without logarithms.
+        point = tl.load(state + POINT).to(tl.float32)
+        excess = variant.excess(above_least(state, q, variant), mixing.alpha)
+        h, _ = ratios(point + excess, mixing, variant)
+        if variant.factor:
+            h = h * (1.0 - point)
+        total = tl.sum(tl.where(broken, float("nan"), exp(log_ref) * h), 0)
+        tl.store(fields + KEY_PEAK * variant.tiles + tile, 0.0)
+        tl.store(fields + KEY_SUM * variant.tiles + tile, total)
+    else:
+        key, broken = deficit_key(mixing, state, log_ref, q, broken, row, variant)
+        store_keys(mixing, drawing, work, fields, key, broken, row, tile, variant)
+
+
+@triton.jit
+def keys_of_tile(
+    mixing, drawing, work, state, model_fields, fields, row, tile, tiles, variant: tl.constexpr
+):
+    if variant.general:
+        log_ref, q, broken = deficit_tile(mixing, state, row, tile, variant)
+        store_deficit_keys(
+            mixing, drawing, work, state, fields, log_ref, q, broken, row, tile, variant
+        )
+    elif variant.sums or variant.model_logprobs:
+        key, broken = key_tile(mixing, state, model_fields, row, tile, tiles, variant)
+        store_keys(mixing, drawing, work, fields, key, broken, row, tile, variant)
+    else:
+        # Rarely is there a token that is excluded or broken: then the tile is read once more.
+        key = tl.zeros([TILE], tl.float32)
+        peak = tl.full([], 0.0, tl.float32)
+        total = tl.full([], float("nan"), tl.float32)
+        if (tile + 1) * TILE <= mixing.vocab:
+            key = finite_log_linear_tile(mixing, row, tile, variant)
+            peak = tl.max(key, 0)
+            total = tl.sum(exp(key - peak), 0)
+        if total != total:
+            key, broken = key_tile(mixing, state, model_fields, row, tile, tiles, variant)
+            peak = tl.max(key, 0)
+            total = sum_exp(key, peak, broken)
+        store_key_sums(mixing, drawing, work, fields, key, peak, total, row, tile, variant)
+
+
+@triton.jit
+def end_keys(state, fields, tiles, variant: tl.constexpr):
+    """Level and norm of the keys, and whether they can be trusted."""
+    level, norm = log_sum_exp(fields, KEY_PEAK, tiles, variant)
+    good = (tl.abs(level) < INFINITY) & (tl.abs(norm) < INFINITY)
+    valid = tl.where(good, 1.0, 0.0)
+    if variant.sums:
+        valid = tl.where(good, tl.load(state + VALID), 0.0)
+    return level, norm - level, valid
+
+
+@triton.jit
+def finish_tile(mixing, work, state, row, tile):
+    """log pi* out of the keys, in place; NaN in an invalid row."""
+    offsets = tile * TILE + tl.arange(0, TILE)
+    keys = work.keys + row.to(tl.int64) * mixing.vocab + offsets
+    key = tl.load(keys, mask=offsets < mixing.vocab, other=0.0, cache_modifier=".cg")
+    result = (
+        key - tl.load(state + LEVEL).to(tl.float32) - tl.load(state + MIX_LOG_NORM).to(tl.float32)
+    )
+    result = tl.where(tl.load(state + VALID) > 0.0, result, float("nan"))
+    tl.store(keys, result, mask=offsets < mixing.vocab)

@@ -1,0 +1,235 @@
+"""The search for tau (design §2): G(tau) = sum p H(tau + D) over a tile, and the step towards G = 1
+over a row.
+
+A divergence with a Stieltjes form (divergences.py) is searched in t = shift(tau), where G is a sum
+of poles p / (t + x)^order: the step solves a model with two poles. Others take Newton steps in tau.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .constants import EXCLUDED, INFINITY, TILE
+from .elementary import exp, log_of, reciprocal
+from .tiles import deficit_tile
+from .workspace import (
+    BEST_MASS,
+    BEST_TOKEN,
+    LEAST,
+    LOWER,
+    POINT,
+    S1,
+    S2,
+    SOLVED,
+    STEPS,
+    UPPER,
+    tile_field,
+)
+
+#: Below this |log G| a short step is the last: its error is about the square, what float32 sums
+#: leave.
+LAST_STEP = tl.constexpr(1e-3)
+LAST_RATIO = tl.constexpr(1e-2)
+TOLERANCE = tl.constexpr(1e-6)  # where float32 sums leave log G
+
+
+@triton.jit
+def ratios(y, mixing, variant: tl.constexpr):
+    """H and -H' at y = tau + D; of a Stieltjes form y^-order and the same over y, at y = t + x."""
+    if variant.excess is not None:
+        fall = reciprocal(y)
+        h = fall
+        if variant.root:
+            h = exp(-log_of(y) * (1.0 / mixing.alpha))
+        slope = h * fall
+    else:
+        h = exp(variant.log_ratio(y, mixing.alpha))
+        slope = exp(variant.log_slope(y, mixing.alpha))
+    return h, slope
+
+
+@triton.jit
+def above_least(state, q, variant: tl.constexpr):
+    """D = Q - min Q, float32. A Q without values is float32, and so are all of its row."""
+    distance = (q - tl.load(state + LEAST).to(q.dtype)).to(tl.float32)
+    if variant.scores > 0:
+        distance = tl.minimum(distance, EXCLUDED)  # the value of another token may be that large
+    return distance
+
+
+@triton.jit
+def evaluation_of_tile(mixing, state, fields, row, tile, variant: tl.constexpr):
+    """sum p H and sum p (-H') of a tile at the row's point. A Stieltjes form leaves s* out: beside
+    its pole float32 loses the other tokens."""
+    log_ref, q, _ = deficit_tile(mixing, state, row, tile, variant)
+    distance = above_least(state, q, variant)
+    point = tl.load(state + POINT).to(tl.float32)
+    if variant.excess is not None:
+        # Off the support Q is so large that H is 0.
+        best = tl.load(state + BEST_TOKEN).to(tl.int32) - tile * TILE
+        p = exp(log_ref)
+        if (best >= 0) & (best < TILE):
+            p = tl.where(tl.arange(0, TILE) == best, 0.0, p)
+        y = point + variant.excess(distance, mixing.alpha)
+    else:
+        inside = q < EXCLUDED
+        p = tl.where(inside, exp(log_ref), 0.0)
+        y = point + tl.where(inside, distance, 0.0)
+    h, slope = ratios(y, mixing, variant)
+    s1 = tl.sum(p * h, 0)
+    s2 = tl.sum(p * slope, 0)
+    tl.store(fields + S1 * variant.tiles + tile, s1)
+    tl.store(fields + S2 * variant.tiles + tile, s2)
+
+
+@triton.jit
+def end_evaluation(mixing, state, fields, tiles, variant: tl.constexpr):
+    """The step after an evaluation."""
+    if tl.load(state + SOLVED) == 0.0:
+        s1 = tl.sum(tile_field(fields, S1, tiles, variant, 0.0).to(tl.float64), 0)
+        s2 = tl.sum(tile_field(fields, S2, tiles, variant, 0.0).to(tl.float64), 0)
+        if variant.excess is not None:
+            step_stieltjes(mixing, state, s1, s2, variant)
+        else:
+            step_newton(mixing, state, s1, s2, variant)
+
+
+@triton.jit
+def two_poles(near, far, distance, right, order, variant: tl.constexpr):
+    """y with near y^-order + far (y + distance)^-order = right."""
+    # The norm of two numbers that the order makes is at least its largest ratio to their sum, which
+    # makes a quadratic equation: its root is the solution for order 1, otherwise left of it.
+    inverse = 1.0 / order
+    a = near
+    b = far
+    r = right
+    if variant.root:
+        a = tl.exp(tl.log(near) * inverse)
+        b = tl.where(far > 0.0, tl.exp(tl.log(tl.where(far > 0.0, far, 1.0)) * inverse), 0.0)
+        r = 2.0 * tl.exp(tl.log(0.5 * right) * inverse)
+    p = r * distance - a - b
+    root = tl.sqrt(p * p + 4.0 * r * a * distance)
+    y = tl.where(p > 0.0, 2.0 * a * distance / (p + root), (root - p) / (2.0 * r))
+    if variant.root:
+        # Two Newton steps that climb from the left, each on a concave function: in the variable in
+        # which one pole alone is a straight line, for poles close together, and on what the far
+        # one leaves to the near one.
+        alone = tl.exp(tl.log(near / right) * inverse)
+        together = tl.exp(tl.log((near + far) / right) * inverse) - distance
+        y = tl.maximum(tl.maximum(y, alone), together)
+        for _ in range(8):
+            a = near * tl.exp(-order * tl.log(y))
+            b = far * tl.exp(-order * tl.log(y + distance))
+            g = a + b
+            ratio = tl.exp(tl.log(g / right) * inverse)
+            step = (ratio - 1.0) * g / (a / y + b / (y + distance))
+            left = right - b
+            target = tl.exp(tl.log(near / left) * inverse)
+            other = (target - y) / (1.0 + target / left * b / (y + distance))
+            step = tl.where((left > 0.0) & (other > step), other, step)
+            y = tl.where((y + step > 0.0) & (step == step), y + step, y)
+    return y
+
+
+@triton.jit
+def power(y, mixing, variant: tl.constexpr):
+    """y^-order, float64."""
+    if variant.root:
+        return tl.exp(-tl.log(y) / tl.full([], mixing.alpha, tl.float64))
+    else:
+        return 1.0 / y
+
+
+@triton.jit
+def point_of_poles(mixing, near, far, distance, variant: tl.constexpr):
+    """t at which G is 1 if p H is near y^-order + far (y + distance)^-order, y = t."""
+    order = tl.full([], 1.0, tl.float64)
+    if variant.root:
+        order = 1.0 / tl.full([], mixing.alpha, tl.float64)
+    right = tl.full([], 1.0, tl.float64)
+    if variant.factor:
+        # (1 - t) (near / t + far / (t + distance)) = 1, with the factor multiplied out
+        right = 1.0 + near + far
+        far = far * (1.0 + distance)
+    return two_poles(near, far, distance, right, order, variant)
+
+
+@triton.jit
+def secular_point(mixing, best, s1, s2, t, variant: tl.constexpr):
+    """t at which a model of G with two poles is 1: s* exactly where it is and everything else as
+    the one that has its sum and slope at `t` (the secular equation of eigenvalue updates)."""
+    pole = (s1 > 0.0) & (s2 > 0.0) & (s1 < INFINITY) & (s2 < INFINITY)
+    distance = tl.where(pole, s1 / tl.where(pole, s2, 1.0) - t, 0.0)
+    distance = tl.where(distance > 0.0, distance, 0.0)
+    far = tl.where(pole, s1 / power(tl.where(pole, t + distance, 1.0), mixing, variant), 0.0)
+    return point_of_poles(mixing, best, far, distance, variant)
+
+
+@triton.jit
+def secular_step(mixing, best, s1, s2, t, lower, upper, variant: tl.constexpr):
+    """The next point for a Stieltjes form, the bracket, and whether that point is the solution.
+    s1 and s2 leave s* out."""
+    g = s1 + best * power(t, mixing, variant)
+    if variant.factor:
+        g = g * (1.0 - t)
+    log_g = tl.log(g)
+    lower = tl.where(log_g > 0.0, t, lower)
+    upper = tl.where(log_g <= 0.0, t, upper)
+    good = (tl.abs(log_g) < INFINITY) & (tl.abs(s2) < INFINITY)
+    following = secular_point(mixing, best, s1, s2, t, variant)
+    inside = good & (following >= lower) & (following <= upper)
+    otherwise = tl.where(tl.abs(log_g) < TOLERANCE, t, tl.sqrt(lower * upper))
+    following = tl.where(inside, following, otherwise)
+    last = inside & (tl.abs(log_g) < LAST_STEP) & (tl.abs(following - t) < LAST_RATIO * t)
+    following = following.to(tl.float32).to(tl.float64)
+    return following, lower, upper, last | (following == t)
+
+
+@triton.jit
+def step_stieltjes(mixing, state, s1, s2, variant: tl.constexpr):
+    """The next point for a Stieltjes form. s1 and s2 leave s* out."""
+    t = tl.load(state + POINT)
+    lower = tl.load(state + LOWER)
+    upper = tl.load(state + UPPER)
+    best = tl.load(state + BEST_MASS)
+    following, lower, upper, done = secular_step(mixing, best, s1, s2, t, lower, upper, variant)
+    tl.store(state + LOWER, lower)
+    tl.store(state + UPPER, upper)
+    tl.store(state + POINT, following)
+    tl.store(state + SOLVED, tl.where(done, 1.0, 0.0))
+    tl.store(state + STEPS, tl.load(state + STEPS) + 1.0)
+
+
+@triton.jit
+def newton_point(mixing, tau, s1, s2, variant: tl.constexpr):
+    """A Newton step for any divergence, on q(log G(tau)), which is almost straight; NaN or infinite
+    where there is none."""
+    q = variant.deficit(tl.log(s1).to(tl.float32), mixing.alpha)
+    slope = tl.exp(variant.log_slope(q, mixing.alpha).to(tl.float64))
+    return (
+        tau
+        + (variant.deficit(tl.zeros([], tl.float32), mixing.alpha) - q).to(tl.float64) * slope / s2
+    )
+
+
+@triton.jit
+def step_newton(mixing, state, s1, s2, variant: tl.constexpr):
+    """The next point for any divergence."""
+    tau = tl.load(state + POINT)
+    lower = tl.load(state + LOWER)
+    upper = tl.load(state + UPPER)
+    log_g = tl.log(s1)
+    lower = tl.where(log_g > 0.0, tau, lower)
+    upper = tl.where(log_g <= 0.0, tau, upper)
+    newton = newton_point(mixing, tau, s1, s2, variant)
+    good = (tl.abs(log_g) < INFINITY) & (newton > lower) & (newton < upper)
+    following = tl.where(good, newton, 0.5 * (lower + upper)).to(tl.float32).to(tl.float64)
+    short = tl.abs(following - tau) < LAST_RATIO * tl.maximum(tl.abs(tau), 1.0)
+    last = good & (tl.abs(log_g) < LAST_STEP) & short
+    done = last | (tl.abs(log_g) < TOLERANCE) | (following == tau)
+    tl.store(state + LOWER, lower)
+    tl.store(state + UPPER, upper)
+    tl.store(state + POINT, tl.where(tl.abs(log_g) < TOLERANCE, tau, following))
+    tl.store(state + SOLVED, tl.where(done, 1.0, 0.0))
+    tl.store(state + STEPS, tl.load(state + STEPS) + 1.0)

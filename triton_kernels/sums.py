@@ -1,0 +1,86 @@
+"""Log-sum-exps of the models' logits: a tile's, and a row's with the shifts of its log ratios."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .constants import INFINITY, SMALLEST_PREFIX_DIFFERENCE
+from .elementary import exp
+from .parameters import reference_weight, weight
+from .tiles import level_of, model_tile, store_model_sum
+from .workspace import LOG_NORM, PEAK, SHIFT, VALID
+
+
+@triton.jit
+def sums_of_tile(mixing, model_fields, row, tile, variant: tl.constexpr):
+    MODELS: tl.constexpr = variant.models
+    for k in tl.static_range(MODELS):
+        store_model_sum(model_tile(mixing, k, row, tile), k, model_fields, tile, variant)
+
+
+@triton.jit
+def store_model_norms(state, fields, tiles, variant: tl.constexpr):
+    """`log_sum_exp` of all models at once, into the row's state."""
+    k = tl.arange(0, variant.model_block)
+    i = tl.arange(0, variant.tiles)
+    pointers = fields + 2 * k[:, None] * variant.tiles + i[None, :]
+    there = (k[:, None] < variant.models) & (i[None, :] < tiles)
+    peaks = tl.load(pointers, mask=there, other=-INFINITY, cache_modifier=".cg")
+    sums = tl.load(pointers + variant.tiles, mask=there, other=0.0, cache_modifier=".cg")
+    peak = tl.max(peaks, 1)
+    scaled = exp(peaks - tl.where(peak == -INFINITY, 0.0, peak)[:, None])
+    parts = tl.where(peaks == -INFINITY, 0.0, scaled).to(tl.float64) * sums.to(tl.float64)
+    norm = tl.log(tl.sum(parts, 1)) + peak
+    tl.store(state + LOG_NORM + k, norm, mask=k < variant.models)
+    tl.store(state + PEAK + k, peak.to(tl.float64), mask=k < variant.models)
+    tl.debug_barrier()
+
+
+@triton.jit
+def prefix_of(mixing, row, k: tl.constexpr):
+    """Log-probability of the response so far under model k, float64."""
+    offset = row.to(tl.int64) * mixing.prefix_strides[0] + k * mixing.prefix_strides[1]
+    return tl.load(mixing.prefix + offset).to(tl.float64)
+
+
+@triton.jit
+def end_sums(mixing, state, fields, row, tiles, variant: tl.constexpr):
+    """Log-sum-exps, shifts of d, and whether a model that counts is broken."""
+    MODELS: tl.constexpr = variant.models
+    FIRST_POLICY: tl.constexpr = variant.first_policy
+    valid = tl.full([], 1.0, tl.float64)
+    ref_norm = tl.zeros([], tl.float64)
+    store_model_norms(state, fields, tiles, variant)
+    for k in tl.static_range(MODELS):
+        norm = tl.load(state + LOG_NORM + k)
+        if k < FIRST_POLICY:
+            ref_norm = norm
+            counts = tl.full([], True, tl.int1)
+            if variant.general == 0:
+                counts = reference_weight(mixing, row, variant) != 0.0
+        else:
+            counts = weight(mixing, row, k - FIRST_POLICY) != 0.0
+        if k == variant.plausible:
+            counts = tl.full([], True, tl.int1)
+        valid = tl.where(counts & ((tl.abs(norm) < INFINITY) == 0), 0.0, valid)
+    if variant.general:
+        lift = tl.zeros([], tl.float64)
+        if mixing.prefix is not None:
+            ref_prefix = prefix_of(mixing, row, 0)
+            for k in tl.static_range(MODELS):
+                own = prefix_of(mixing, row, k)
+                counts = tl.full([], True, tl.int1)
+                if k > 0:
+                    counts = weight(mixing, row, k - 1) != 0.0
+                valid = tl.where(counts & ((tl.abs(own) < INFINITY) == 0), 0.0, valid)
+                short = tl.where(counts, SMALLEST_PREFIX_DIFFERENCE - (own - ref_prefix), 0.0)
+                if variant.clamped:
+                    lift = tl.maximum(lift, short)
+        ref_rest = ref_norm - level_of(state, 0)
+        for k in tl.static_range(1, MODELS):
+            shift = ref_rest - (tl.load(state + LOG_NORM + k) - level_of(state, k))
+            if mixing.prefix is not None:
+                shift += prefix_of(mixing, row, k) - prefix_of(mixing, row, 0) + lift
+            tl.store(state + SHIFT + k, shift)
+    tl.store(state + VALID, valid)
