@@ -33,6 +33,10 @@ TABLE: dict[str, Row] = {
     ),
     "one token, scaled far away": (ALL, [1.7], [[2.3]], [0.5], {"scales": [1.2e30, 3e30]}, True),
     "the largest weights": (KL, [0.0] * 2, [[0.0] * 2] * 2, [3e38, 3e38], {}, False),
+    "1 - sum w just counts": (KL, [NAN] * 4, [MILD] * 2, [0.5, 0.5 + 2.0**-38], {}, False),
+    "1 - sum w of float32 just counts": (
+        KL, [NAN] * 4, [MILD] * 2, torch.tensor([0.9, 0.1 + 5e-7]), {}, False,
+    ),
     "a weight beyond float32": (ALL, MILD, [MILD], "1e39", {}, False),
     "a weight that is no normal float32": (ALL, MILD, [[NAN] * 4], [1.1e-38], {}, True),
     "the least weight": (ALL, MILD, [[NAN] * 4], [1.2e-38], {}, False),
@@ -108,6 +112,7 @@ TABLE: dict[str, Row] = {
         ALL, MILD, [[-INF] * 4], [0.0], {"plausibility": 0.1}, False,
     ),
     "Q at the border": (OTHERS, [0.0, 0.0], [], [], {"values": [[0.0, 1e37]]}, False),
+    "Q inside the border": (OTHERS, [0.0, 0.0], [], [], {"values": [[0.0, 9.5e36]]}, True),
     "a large value off the support": (
         OTHERS, [-200.0, 0.0, 1.0], [], [], {"values": [[2e37, 0.0, 0.0]]}, True,
     ),
