@@ -124,7 +124,7 @@ def log_linear_tile(
 
 @triton.jit
 def finite_log_linear_tile(mixing, row, tile, variant: tl.constexpr):
-    """`log_linear_tile` to the bit where the reference and all that counts is finite, NaN elsewhere,
+    """`log_linear_tile` to the bit where the reference and what counts is finite, NaN elsewhere,
     in half the instructions."""
     MODELS: tl.constexpr = variant.models
     VALUES: tl.constexpr = variant.scores

@@ -14,7 +14,6 @@ constexpr double kSmallestPrefixDifference = -40.0;
 constexpr double kLeastExponent = -1.0, kMostExponent = 30.0;  // of min Q where Jensen-Shannon keeps e^Q
 constexpr double kLog2E = 1.4426950216293335;  // what the loops' float32 constant holds
 constexpr double kMostFusedWeight = 100.0;  // times e^80 it is below kExcluded
-constexpr double kWiden = 1e-4;
 constexpr double kRounding = 1e-5;  // of float32 sums over a row
 
 inline Row::Offsets Row::offsets(bool clamped) const {
@@ -169,7 +168,8 @@ bool Row::collect_deficits(const D& divergence, const DivergenceLoops& loops, bo
   return true;
 }
 
-// The ends between which tau lies (design §2), a little apart: rounding inverts them where all policies agree.
+// The ends between which tau lies (design §2). Where all policies agree they are one; what rounding then leaves of log G the
+// solver takes off.
 template <class D> Row::Bracket Row::bracket(const D& divergence, const DeficitSums& total) const {
   const double log_mass = std::log((double)total.mass);
   Bracket ends;
@@ -186,11 +186,6 @@ template <class D> Row::Bracket Row::bracket(const D& divergence, const DeficitS
       simplex &= policy_weight(model) >= 0.0;
     }
     if (simplex && std::fabs(sum - 1.0) < 1e-6) ends.upper = std::min(ends.upper, total.least);  // Z <= 0
-    ends.lower *= 1.0 - kWiden;
-    ends.upper *= 1.0 + kWiden;
-  } else {
-    ends.lower -= kWiden;
-    ends.upper += kWiden;
   }
   ends.upper = std::max(ends.upper, ends.lower);
   return ends;

@@ -11,8 +11,7 @@ namespace mod_fused {
 
 namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Beyond them, what float32 cuts off could show.
-constexpr double kLeastSum = 1e-20, kMostSum = 1e30;
+constexpr double kLeastSum = 1e-20;  // below it, what float32 cuts off could show
 constexpr float kLeastMass = 1e-33f;
 }
 
@@ -54,7 +53,7 @@ bool Row::sum_log_linear(float* level, bool* certain) {
     if (scratch_.mixes[tile].broken) return false;
     sum += scratch_.sums[tile];
   }
-  *certain = sum < kMostSum && sum > kLeastSum;
+  *certain = std::isfinite(sum) && sum > kLeastSum;
   level_ = *level;
   log_norm_ = std::log(sum);
   return true;

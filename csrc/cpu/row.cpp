@@ -10,8 +10,7 @@ namespace mod_fused {
 namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr std::align_val_t kAlignment{64};
-// Beyond them, what float32 cuts off could show.
-constexpr double kLeastSum = 1e-20, kMostSum = 1e30;
+constexpr double kLeastSum = 1e-20;  // below it, what float32 cuts off could show
 }  // namespace
 
 void Scratch::reserve(int64_t tiles, int models, bool per_token) {
@@ -78,7 +77,7 @@ bool Row::sum_quickly(int model) {
   double sum = 0.0;
   for (int64_t tile = 0; tile < tiles_; ++tile) sum += parts[tile].sum;
   model_sums_[model] = {level, std::log(sum)};
-  return sum < kMostSum && sum > kLeastSum;
+  return std::isfinite(sum) && sum > kLeastSum;
 }
 
 // The same from the tiles' own peaks. False where NaN or +inf stands in the logits.

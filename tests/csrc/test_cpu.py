@@ -23,6 +23,7 @@ import torch
 from cases import logits, normal
 
 import mod_fused
+from mod_fused import reference as oracle
 from mod_fused.dispatch.backends import instruction_set
 from mod_fused.divergence import alpha_of, get_divergence, number_of
 
@@ -193,6 +194,26 @@ def test_strided_masks_values_and_parameters_give_the_same_bits(divergence):
             **moved, **{name: strided(x) for name, x in parameters.items()},
         )  # fmt: skip
         assert_identical(plain, drawn)
+
+
+def test_early_arrivals_are_told_apart_as_in_float64():
+    """Two tokens whose arrivals differ by 3e-6. What float32 holds of late ones is less exact."""
+    noise = [oracle.exponentials(seed, 0, np.arange(2), stream=1) for seed in range(3000)]
+    early = torch.from_numpy(np.array(noise).max(axis=1) < 3.0)
+    seeds, even = early.nonzero()[:, 0], torch.from_numpy(np.log(noise))[early]
+    for lead in (3e-6, -3e-6):
+        ref = (even + torch.tensor([lead, 0.0])).float()  # `even` would be a tie
+        drawn = sample(ref, [ref], [0.5], seed=seeds)
+        assert torch.equal(drawn.tokens, (ref.double() - even).argmax(dim=1))
+
+
+def test_top_p_just_above_a_token_keeps_those_tied_behind_it_and_no_other():
+    mass = torch.full((1, 1000), 1.0 / 998.0)
+    mass[0, 0], mass[0, -1] = 1.0, 0.5 / 998.0
+    top_p = 1.0 / mass.double().sum().item() + 1e-5
+    rows = mass.log().repeat(4000, 1)
+    tokens = sample(rows, [rows], [0.5], top_p=top_p, seed=torch.arange(4000)).tokens
+    assert (tokens == 999).sum() == 0 and len(tokens.unique()) > 800
 
 
 def test_model_log_probabilities_far_from_0():

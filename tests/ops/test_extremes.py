@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BARRIERS, check, logits
+from cases import BARRIERS, check, logits, normal
 
 from mod_fused import log_probs, reference
 
@@ -33,10 +33,14 @@ TABLE: dict[str, Row] = {
     ),
     "one token, scaled far away": (ALL, [1.7], [[2.3]], [0.5], {"scales": [1.2e30, 3e30]}, True),
     "the largest weights": (KL, [0.0] * 2, [[0.0] * 2] * 2, [3e38, 3e38], {}, False),
+    "1 - sum w just counts": (KL, [NAN] * 4, [MILD] * 2, [0.5, 0.5 + 2.0**-38], {}, False),
+    "1 - sum w of float32 just counts": (
+        KL, [NAN] * 4, [MILD] * 2, torch.tensor([0.9, 0.1 + 5e-7]), {}, False,
+    ),
     "a weight beyond float32": (ALL, MILD, [MILD], "1e39", {}, False),
-    "a weight that is no normal float32": (ALL, MILD, [[NAN] * 4], [1e-39], {}, True),
+    "a weight that is no normal float32": (ALL, MILD, [[NAN] * 4], [1.1e-38], {}, True),
     "the least weight": (ALL, MILD, [[NAN] * 4], [1.2e-38], {}, False),
-    "value weights": (ALL, MILD, [], [], {"values": [[NAN] * 4], "value_weights": [1e-39]}, True),
+    "value weights": (ALL, MILD, [], [], {"values": [[NAN] * 4], "value_weights": [1.1e-38]}, True),
     "a value weight beyond float32": (
         ALL, MILD, [], [], {"values": [MILD], "value_weights": [1e39]}, False,
     ),
@@ -46,10 +50,14 @@ TABLE: dict[str, Row] = {
     ),
     "all sums overflow downwards": (KL, [0.0] * 2, [[-3e38, -3e38]], [2.0], {}, False),
     "log pi* overflows": (KL, [3e38, -3e38], [[3e38, -3e38]], [0.5], {}, True),
+    "almost on the simplex": (OTHERS, MILD, [[0.0, 3.0, 1.0, -3.0]], [0.995], {}, True),
     "the least float for -inf": (ALL, MILD, [[0.0, -LARGEST, 1.0, -LARGEST]], [0.75], {}, True),
     "log pi_i overflows": (OTHERS, MILD, [[0.0, 3e38, -3e38, 1.0]], [0.5], {}, True),
     "log pi_ref overflows": (ALL, [3e38, -3e38, 0.0], [[0.0] * 3], [0.5], {}, True),
     "Q of a token is too large": (POWERS, MILD, [FAR], [1e6], {}, True),
+    "Q of a token within the floor is too large": (
+        ("forward_kl", "jeffrey"), [0.0] * 4, [[0.0, 1.0, -78.0, 2.0]], [1e4], {}, True,
+    ),
     "Q of all tokens is too large": (
         POWERS, MILD, [MILD], [1e22], {"prefix": [0.0, -200.0]}, False,
     ),
@@ -104,6 +112,7 @@ TABLE: dict[str, Row] = {
         ALL, MILD, [[-INF] * 4], [0.0], {"plausibility": 0.1}, False,
     ),
     "Q at the border": (OTHERS, [0.0, 0.0], [], [], {"values": [[0.0, 1e37]]}, False),
+    "Q inside the border": (OTHERS, [0.0, 0.0], [], [], {"values": [[0.0, 9.5e36]]}, True),
     "a large value off the support": (
         OTHERS, [-200.0, 0.0, 1.0], [], [], {"values": [[2e37, 0.0, 0.0]]}, True,
     ),
@@ -183,6 +192,14 @@ def test_log_pi_of_jensen_shannon_goes_down_as_far_as_tilts_do(op, size, normali
     assert_same_everywhere(log_p, reference.log_probs(*args, **options))
 
 
+@pytest.mark.parametrize("divergence", (*BARRIERS, "alpha:0.01"))
+def test_values_of_a_high_level_and_small_differences(op, divergence):
+    # The sums that bound tau are float32.
+    ref, _ = logits(29, 4, 40, 0, kind="typical")
+    values = 2.0**20 + (0.8 * normal(30, 1, 4, 40)).round() / 8.0
+    check(op, ref, [], [], values=values, divergence=divergence)
+
+
 @pytest.mark.parametrize("divergence", ALL)
 def test_a_first_tile_without_a_token_sets_no_level(op, divergence):
     ref, (policy,) = logits(28, 2, 2100, 1, kind="typical")
@@ -195,13 +212,24 @@ def test_a_first_tile_without_a_token_sets_no_level(op, divergence):
     assert (drawn.logprobs - expected).abs().max() <= 2e-5  # a float's rounding of log-linear keys
 
 
+@pytest.mark.parametrize("divergence", ALL)
+def test_a_first_tile_far_below_the_others(op, divergence):
+    ref, (policy,) = logits(28, 2, 2100, 1, kind="typical")
+    for x in (ref, policy):
+        x[:, 1024:] += 74.0
+    log_p = check(op, ref, [policy], [0.5], divergence=divergence)
+    drawn = op.sample(ref, [policy], [0.5], divergence=divergence, seed=2)
+    expected = log_p[torch.arange(2), drawn.tokens]
+    assert (drawn.logprobs - expected).abs().max() <= 2e-5
+
+
 @pytest.mark.parametrize("weight", [0.1, 1.5, -0.5, -1.5])
 @pytest.mark.parametrize("divergence", (*BARRIERS, "alpha:0.01"))
 def test_two_far_log_ratios_of_any_size_and_sign(op, divergence, weight):
-    far = torch.tensor([-12.0, -20, -40, -60, -75, -78, -150, -300])
-    policy = torch.zeros(8, 64)
+    far = torch.tensor([-12.0, -20, -40, -60, -75, -78, -150, -178.5, -300])
+    policy = torch.zeros(9, 64)
     policy[:, 10], policy[:, 11] = far, far + 0.5
-    args = torch.zeros(8, 64), [policy], [weight]
+    args = torch.zeros(9, 64), [policy], [weight]
     log_p = op.log_probs(*args, divergence=divergence)
     assert_same_everywhere(log_p, reference.log_probs(*args, divergence=divergence))
 
@@ -229,6 +257,14 @@ def test_prefixes_are_shifted_up_to_their_floor(op, divergence, options):
         args = ref, [policy, policy], [0.5, 0.25]
         log_p = op.log_probs(*args, divergence=divergence, **options)
         assert_same_everywhere(log_p, reference.log_probs(*args, divergence=divergence, **options))
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_temperatures_that_are_no_normal_float32_leave_the_best_token(op, divergence):
+    args, seeds = (torch.tensor([MILD] * 8), [torch.tensor([MILD] * 8)], [0.5]), torch.arange(8)
+    for temperature in (1e-38, 1e-40, 1e-45):
+        drawn = op.sample(*args, divergence=divergence, seed=seeds, temperature=temperature)
+        assert drawn.tokens.tolist() == [1] * 8
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1e-300, 1e-39, 1e39, INF, NAN])
