@@ -112,8 +112,9 @@ for backend in sys.argv[2:]:
         tv = 0.5 * np.abs(np.exp(found.double().numpy()) - np.exp(expected)).sum(1)
         assert tv.max() <= 2e-5, (backend, given, tv)
     assert mod_fused.sample(*call[0], **call[1], seed=1, backend=backend).valid.all()
-    checks = list(self_check(backend, 'cpu'))
-    assert any("neyman" in check.what for check in checks) and all(c.passed for c in checks)
+    if backend != "triton":  # whose interpreter would take a minute
+        checks = list(self_check(backend, "cpu"))
+        assert "neyman tokens" in [c.what for c in checks] and all(c.passed for c in checks)
 print("right")
 """
 
