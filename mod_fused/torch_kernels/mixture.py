@@ -237,9 +237,13 @@ def _general(
     excess, least, best = normalizer.excess_deficit(deficit, support)
     solvable = solvable & (least > -_LARGEST_DEFICIT)
     if mixing.normalizer == "exact":
-        tau = normalizer.solve(divergence, log_ref, excess, best)
+        q = normalizer.solve(divergence, log_ref, excess, best)[:, None, None] + excess
     else:
-        tau = (divergence.supremum * (1.0 - weights.sum(1)) + least.double()).float()
+        # In float64: H magnifies the rounding of Q by 1 / alpha, and near its pole by more.
+        constant = divergence.supremum * (1.0 - weights.sum(1))
+        tau = (constant + least.double()).float()
+        solvable = solvable & tau.isfinite()
         if divergence.bounded:
             solvable = solvable & (tau > _LEAST_TAU)
-    return log_ref + divergence.log_ratio(tau[:, None, None] + excess), support, solvable
+        q = constant[:, None, None] + deficit.double()
+    return log_ref + divergence.log_ratio(q).float(), support, solvable

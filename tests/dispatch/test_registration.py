@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import pytest
@@ -236,3 +239,17 @@ def test_symbols_that_are_off_switch_no_filter_on(monkeypatch):
     assert (off.temperature, *off.filters()) == (1.0, False, False, False)
     on = check_draw(mixing, seed=1, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1)
     assert tracing.draw_without_symbols(on, REF).filters() == (True, True, True)
+
+
+def test_compile_works_in_a_fresh_process_with_the_default_backend():
+    code = """
+        import torch, mod_fused
+        draw = torch.compile(
+            lambda r, p: mod_fused.sample(r, [p], [1.0], seed=1).tokens,
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        r, p = torch.zeros(2, 9), torch.eye(2, 9)
+        assert torch.equal(draw(r, p), mod_fused.sample(r, [p], [1.0], seed=1).tokens)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

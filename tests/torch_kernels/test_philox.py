@@ -80,3 +80,13 @@ def test_exponentials_are_exponential():
 
     draws = oracle.exponentials(12345, 0, np.arange(200_000), stream=1)
     assert stats.kstest(draws, "expon").pvalue > 1e-6
+
+
+@pytest.mark.parametrize("words", [0, 2**32 - 1])
+def test_exponentials_of_extreme_words_are_positive_and_finite(monkeypatch, words):
+    monkeypatch.setattr(
+        torch_philox, "philox", lambda counter, key: (torch.full((1, 1), words),) * 4
+    )
+    one = torch.zeros(1, dtype=torch.int64)
+    drawn = torch_philox.exponential(one, one, one[None], 0)
+    assert 0.0 < drawn.item() < 17.0
