@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mod_fused.divergence import DIVERGENCES
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "bench/README.md", "csrc/README.md")]
@@ -53,3 +55,9 @@ def test_the_page_on_environment_variables_has_all_and_no_others():
     macros = {name for text in sources for name in re.findall(r"defined\((MOD_FUSED_\w+)\)", text)}
     page = (ROOT / "docs/environment.md").read_text()
     assert set(re.findall(r"`(MOD_FUSED_[A-Z_]+)`", page)) == named - macros
+
+
+def test_the_readmes_table_has_every_divergence():
+    table = PAGES[0].read_text().partition("| `divergence=` |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| `([a-z_]+)", table, re.MULTILINE)
+    assert rows == [name.split(":")[0] for name in DIVERGENCES]
