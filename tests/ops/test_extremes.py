@@ -92,6 +92,9 @@ TABLE: dict[str, Row] = {
     "tau is small": (
         ("forward_kl",), MILD, [MILD], [1.0], {"prefix": [0.0, 80.0], "normalizer": "zero"}, True,
     ),
+    "tau is just large enough": (
+        ("forward_kl",), MILD, [MILD], [1.0], {"prefix": [0.0, 82.5], "normalizer": "zero"}, True,
+    ),
     "tau is too small": (
         ("forward_kl", "jsd"), MILD, [MILD], [1.0],
         {"prefix": [0.0, 84.0], "normalizer": "zero"}, False,
@@ -99,6 +102,10 @@ TABLE: dict[str, Row] = {
     "tau overflows": (
         ("alpha:0.5", "jsd"), MILD, [[0.0] * 4] * 3, [-3e38, -3e38, -3e38],
         {"normalizer": "zero"}, False,
+    ),
+    "tau overflows where Q does not": (
+        ("alpha:0.5",), MILD, [MILD], [-3e38],
+        {"prefix": [0.0, 200.0], "normalizer": "zero"}, False,
     ),
     # Both ends of the bracket at 1e-33: their product is none.
     "a token of 1e-33": (
