@@ -278,3 +278,12 @@ def test_temperatures_that_are_no_normal_float32_leave_the_best_token(op, diverg
 def test_scales_that_are_no_positive_normal_float32_are_refused(scale):
     with pytest.raises(ValueError, match="logit_scales must be positive normal float32"):
         log_probs(torch.zeros(1, 3), [], [], values=torch.zeros(1, 1, 3), logit_scales=[scale])
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_plausibility_cuts_to_a_ten_thousandth(op, divergence):
+    edge = math.log(0.01)
+    ref = torch.tensor([[0.0, edge + 1e-4, edge - 1e-4]])
+    options = {"divergence": divergence, "plausibility": 0.01}
+    log_p = check(op, ref, [torch.zeros(1, 3)], [0.5], **options)
+    assert log_p.isfinite().tolist() == [[True, True, False]]
