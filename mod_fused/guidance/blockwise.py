@@ -208,7 +208,7 @@ class _Choice:
         self.first = (
             torch.arange(batch, dtype=torch.int64, device=device) * k
         )  # row of each prompt's continuation 0
-        self.open = torch.ones(batch, dtype=torch.bool, device=device)  # not ended before this block
+        self.open = torch.ones(batch, dtype=torch.bool, device=device)  # at this block's start
         self.scores = torch.full((batch,), math.nan, dtype=torch.float32, device=device)
         self.blocks = torch.zeros(batch, dtype=torch.int64, device=device)
 
@@ -290,7 +290,7 @@ def prefix_score(scorers: Sequence[Any], strengths: Sequence[float] | None = Non
     @torch.no_grad()
     def score(sequences: Tensor, mask: Tensor) -> Tensor:
         columns = torch.arange(mask.shape[1], device=mask.device)
-        last = (columns * mask).argmax(1, keepdim=True)  # the prefix's last column; padding may follow
+        last = (columns * mask).argmax(1, keepdim=True)  # the prefix's end; padding may follow
         total = torch.zeros(len(sequences), dtype=torch.float32, device=sequences.device)
         for weight, scorer in zip(weights, known, strict=True):
             width = embedded_ids(scorer.model) if scorer.dense else 1

@@ -306,7 +306,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.set_num_threads(1)  # more threads would not help models this small, and change the rounding
+    torch.set_num_threads(1)  # more are no faster for small models, and change the rounding
     run(args.out, args.steps, args.policy_steps, args.seed)
 
 

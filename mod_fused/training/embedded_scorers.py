@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="training steps of each scorer")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.set_num_threads(1)  # more threads would not help models this small, and change the rounding
+    torch.set_num_threads(1)  # more are no faster for small models, and change the rounding
     run(args.out, method=args.method, steps=args.steps, seed=args.seed)
 
 
