@@ -1,4 +1,4 @@
-"""Log-sum-exps of the models' logits: a tile's, and a row's with the shifts of its log ratios."""
+"""Log-sum-exps of the models' logits, of a tile and of a row, and the shifts of the log-ratios."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sums_of_tile(mixing, model_fields, row, tile, variant: tl.constexpr):
 
 @triton.jit
 def store_model_norms(state, fields, tiles, variant: tl.constexpr):
-    """`log_sum_exp` of all models at once, into the row's state."""
+    """Store the log-sum-exps of all models in the row's state."""
     k = tl.arange(0, variant.model_block)
     i = tl.arange(0, variant.tiles)
     pointers = fields + 2 * k[:, None] * variant.tiles + i[None, :]
@@ -46,7 +46,7 @@ def prefix_of(mixing, row, k: tl.constexpr):
 
 @triton.jit
 def end_sums(mixing, state, fields, row, tiles, variant: tl.constexpr):
-    """Log-sum-exps, shifts of d, and whether a model that counts is broken."""
+    """Store the log-sum-exps, the shifts of d, and whether all models that count are finite."""
     MODELS: tl.constexpr = variant.models
     FIRST_POLICY: tl.constexpr = variant.first_policy
     valid = tl.full([], 1.0, tl.float64)
