@@ -144,11 +144,10 @@ def finite_log_linear_tile(mixing, row, tile, variant: tl.constexpr):
 
 
 @triton.jit
-def level_of(state, k: tl.constexpr):
-    """The number to subtract from a model's logits before float32 rounds them: 0 if they are near
-    0, else a whole number, which keeps differences of 16-bit logits exact."""
-    norm = tl.load(state + LOG_NORM + k)
-    return tl.where(tl.abs(norm) > FAR_LEVEL, tl.floor(norm + 0.5), 0.0)
+def level_of(norm):
+    """What is taken off a model's logits before float32 rounds what depends on them: nothing near
+    0, further off a whole number, which leaves differences of 16-bit logits exact."""
+    return tl.where(tl.abs(norm) > FAR_LEVEL, tl.floor(norm + 0.5), 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -161,11 +160,10 @@ def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
     plausible = tl.full([TILE], True, tl.int1)
     if variant.plausible == 0:
         plausible = ref - tl.load(state + PEAK).to(tl.float32) >= mixing.log_plausibility
-    level = level_of(state, 0)
-    ref = ref - level.to(tl.float32)
-    log_ref = ref - (tl.load(state + LOG_NORM) - level).to(tl.float32)
-    # log pi_ref, NaN where a logit that counts is not finite: one number instead of eight
-    # comparisons, which need more predicate registers than there are.
+    ref = ref - level_of(tl.load(state + LOG_NORM))
+    log_ref = ref - tl.load(state + SHIFT).to(tl.float32)
+    # log pi_ref where all that counts is finite, else NaN: eight comparisons need more predicates
+    # than there are.
     support = log_ref
     zeros = tl.zeros([TILE], tl.float32)
     q = zeros
@@ -173,7 +171,7 @@ def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
         x = model_tile(mixing, k, row, tile)
         if k == variant.plausible:
             plausible = x - tl.load(state + PEAK + k).to(tl.float32) >= mixing.log_plausibility
-        x = x - level_of(state, k).to(tl.float32)
+        x = x - level_of(tl.load(state + LOG_NORM + k))
         w = zeros + weight(mixing, row, k - 1).to(tl.float32)
         counts = w != 0.0
         support = tl.where(counts, tl.fma(x, 0.0, support), support)

@@ -26,7 +26,9 @@ COUNTER_SHARE = 32
 # Fields of a row's state, float64.
 LOG_NORM = tl.constexpr(0)  # [9], log-sum-exp of each model's logits
 PEAK = tl.constexpr(9)  # [9]
-SHIFT = tl.constexpr(18)  # [9], d = difference of the logits less their levels, plus this
+#: [9], added to differences of logits less their levels to make d; [0] is of the reference alone:
+#: its log-sum-exp less its level.
+SHIFT = tl.constexpr(18)
 LEAST = tl.constexpr(27)  # min Q over the support
 BEST_TOKEN = tl.constexpr(28)  # s* = argmin Q, and pi_ref of it
 BEST_MASS = tl.constexpr(29)

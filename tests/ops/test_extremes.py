@@ -287,3 +287,17 @@ def test_plausibility_cuts_to_a_ten_thousandth(op, divergence):
     options = {"divergence": divergence, "plausibility": 0.01}
     log_p = check(op, ref, [torch.zeros(1, 3)], [0.5], **options)
     assert log_p.isfinite().tolist() == [[True, True, False]]
+
+
+def test_top_p_sees_masses_of_2_to_the_minus_33(op):
+    # Of position 5899092 the second tile's exponential is 2^-26.7 of the first's: the tail, 2^-23
+    # in all, wins where it is kept. Next to a top_p of 1 - 2^-24 it is.
+    ref = torch.full((1, 2048), -33.0 * math.log(2.0))
+    ref[0, 0], ref[0, 1:1024] = 0.0, -INF
+    log_p = reference.log_probs(ref, [ref], [0.5], divergence="jsd")[0]
+    for top_p, tail in ((1.0 - 2.0**-24, True), (1.0 - 2.0**-20, False)):
+        final = np.exp(reference.filtered_log_probs(log_p, top_p=top_p))
+        expected = reference.race(final, 0, 5899092)
+        assert tail == (expected >= 1024)
+        draw = {"divergence": "jsd", "seed": torch.tensor([0]), "position": 5899092, "top_p": top_p}
+        assert op.sample(ref, [ref], [0.5], **draw).tokens.tolist() == [expected]
