@@ -10,6 +10,7 @@ import torch
 
 import mod_fused
 from mod_fused import reference
+from mod_fused.app import doctor
 from mod_fused.divergence import ForwardKL
 
 V, B = 2500, 2
@@ -154,3 +155,17 @@ def test_reverse_kl_shows_neither_tau_nor_z() -> None:
     lines = str(mod_fused.explain(ref, policies, [0.6, 0.3], seed=1)).splitlines()
     names = {line.split("  ")[0] for line in lines}
     assert {"what", "norms[0]", "tile winner", "token"} <= names and not {"tau", "z"} & names
+
+
+def test_doctor_explains_the_first_wrong_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "working", lambda: [("torch", "cpu")])
+    monkeypatch.setattr(doctor, "DIVERGENCES", ["forward_kl"])
+    assert doctor.run() == 0
+    assert "first wrong row" not in capsys.readouterr().out
+    monkeypatch.setattr(ForwardKL, "log_ratio", lambda self, q: -1.1 * torch.log(q))
+    assert doctor.run() == 1
+    out = capsys.readouterr().out
+    assert "the first wrong row: torch, forward_kl log pi*" in out
+    assert "tau" in out and "race winner" in out and "oracle" in out

@@ -347,6 +347,7 @@ def _general(
     lr = logs[0][at]
     if not len(at) or not u.max() < LARGEST_DEFICIT:
         return at, None
+    ratios: Array | None
     if normalizer == "exact":
         ratios = solve_log_ratios(lr, u, slope)
     else:
