@@ -16,6 +16,7 @@ from .divergence import (
     get_divergence,
     register_divergence,
 )
+from .explain import Explanation, explain
 from .ops import Sample, backends, log_probs, sample, workspace_size
 from .warmup import warmup
 
@@ -29,6 +30,7 @@ __all__ = [
     "AlphaDivergence",
     "Divergence",
     "Ensemble",
+    "Explanation",
     "ForwardKL",
     "GenerateOutput",
     "JeffreyDivergence",
@@ -36,6 +38,7 @@ __all__ = [
     "ReverseKL",
     "Sample",
     "backends",
+    "explain",
     "generate",
     "get_divergence",
     "guidance",

@@ -13,7 +13,7 @@ LAYERS = [
     {"call"},
     {"torch_kernels", "triton_kernels"},
     {"dispatch"},
-    {"ops", "recipes"},
+    {"ops", "recipes", "explain"},
     {"warmup"},
     {"decoding"},
     {"guidance"},

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .. import __version__, backends, log_probs, reference, sample
+from .. import __version__, backends, explain, log_probs, reference, sample
 from ..dispatch.backends import AVAILABLE, BACKENDS
 from ..divergence import DIVERGENCES
 from ..triton_kernels.configurations import in_force
@@ -31,6 +31,7 @@ class Check(NamedTuple):
     what: str
     passed: bool
     detail: str
+    explanation: str = ""  # of the first wrong row
 
 
 def _version(package: str) -> str:
@@ -91,22 +92,33 @@ def self_check(backend: str, device: str) -> Iterator[Check]:
         try:
             out = log_probs(ref, pols, weights, divergence=divergence, backend=backend)
             got = out.double().exp().cpu().numpy()
-            distance = float(np.abs(got - expected).sum(1).max()) / 2
-            close = distance <= TOLERANCE
-            yield Check(backend, device, f"{divergence} log pi*", close, f"TV {distance:.1e}")
+            distances = np.abs(got - expected).sum(1) / 2
+            close = bool(distances.max() <= TOLERANCE)
+            arguments: dict[str, Any] = {"divergence": divergence, "backend": backend}
+            found = ""
+            if not close:
+                first = int(np.argmin(distances <= TOLERANCE))  # NaN is wrong too
+                found = str(explain(ref, pols, weights, **arguments, seed=1, row=first))
+            detail = f"TV {distances.max():.1e}"
+            yield Check(backend, device, f"{divergence} log pi*", close, detail, found)
             wrong = draws = 0
+            found = ""
             seeds = list(range(1, rows + 1))
             for position in range(DRAWS):
-                tokens = sample(
-                    ref, pols, weights, divergence=divergence, backend=backend,
-                    seed=torch.tensor(seeds, device=device), position=position,
-                ).tokens.tolist()  # fmt: skip
-                for token, p, seed in zip(tokens, expected, seeds, strict=True):
-                    if reference.race_margin(p, seed, position) > CLOSE_RACE:
-                        draws += 1
-                        wrong += token != reference.race(p, seed, position)
+                noise = {"seed": torch.tensor(seeds, device=device), "position": position}
+                tokens = sample(ref, pols, weights, **arguments, **noise).tokens.tolist()
+                for row, (token, p, seed) in enumerate(zip(tokens, expected, seeds, strict=True)):
+                    if reference.race_margin(p, seed, position) <= CLOSE_RACE:
+                        continue
+                    draws += 1
+                    if token != reference.race(p, seed, position):
+                        wrong += 1
+                        found = found or str(
+                            explain(ref, pols, weights, **arguments, **noise, row=row)
+                        )
             detail = f"{draws - wrong} of {draws} tokens as the oracle's race draws them"
-            yield Check(backend, device, f"{divergence} tokens", draws > 0 and not wrong, detail)
+            passed = draws > 0 and not wrong
+            yield Check(backend, device, f"{divergence} tokens", passed, detail, found)
         except Exception as error:  # a broken backend is what this command is for
             detail = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             yield Check(backend, device, divergence, False, detail)
@@ -129,6 +141,10 @@ def run() -> int:
         [[*c[:3], "ok" if c.passed else "FAILED", c.detail] for c in checks],
     )
     failed = [c for c in checks if not c.passed]
+    explained = next((c for c in failed if c.explanation), None)
+    if explained is not None:
+        write(f"\nthe first wrong row: {explained.backend}, {explained.what}", style="bold")
+        write(explained.explanation)
     if failed or not checks:
         problem = f"{len(failed)} of {len(checks)} checks FAILED" if checks else "no backend works"
         write(f"\n{problem}", style="bold red")

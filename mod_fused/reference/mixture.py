@@ -138,6 +138,12 @@ def _own_coefficient(weights: Any) -> float:
     )
 
 
+def _log_sum_exp(x: Array) -> float:
+    """log sum exp of a vector in float64."""
+    peak = x.max()
+    return float(peak + np.log(np.exp(x - peak).sum())) if np.isfinite(peak) else float(peak)
+
+
 def log_softmax(logits: Array) -> Array:
     """log softmax over the last axis in float64; all NaN where no entry is finite."""
     peak = logits.max(axis=-1, keepdims=True)
@@ -238,13 +244,16 @@ def log_probs_row(
     vocab_size: int | None = None,
     plausibility: float | None = None,
     plausibility_tensor: int = 0,
+    solution: dict[str, Any] | None = None,
 ) -> Array:
     """log pi* of one row, float64 [V]; -inf outside the support, all NaN for an invalid row.
 
     Arguments are one row of those of `mod_fused.log_probs`: `ref_logits` [V0] or None,
     `policy_logits` M vectors [V_i], `weights` [M], `values` [J, V] or [J, K] with `value_ids` [K],
     `value_weights` [J], `prefix_logprobs` and `logit_scales` [M+1] (reference first).
+    `solution` takes what was solved on the way, and why a row is invalid.
     """
+    solution = {} if solution is None else solution
     slope = slope_of(divergence)
     w = _coefficients(weights)
     rows = ([] if ref_logits is None else [to_float64(ref_logits)]) + [
@@ -257,7 +266,10 @@ def log_probs_row(
         if slope is not None:
             raise ValueError("a divergence other than reverse_kl needs a reference")
         rows = [np.zeros(vocab), *rows]  # a placeholder of no weight, so that index i is policy i
-    invalid = np.full(vocab, np.nan)
+
+    def invalid(reason: str) -> Array:
+        solution["reason"] = reason
+        return np.full(vocab, np.nan)
 
     # A tensor of weight zero is not looked at, unless plausibility names it.
     used = [i for i in range(1, len(rows)) if w[i - 1] != 0.0]
@@ -266,10 +278,13 @@ def log_probs_row(
         used = [0, *used]
     read = {*used} | ({plausibility_tensor} if plausibility is not None else set())
     read_values = _read_values(values, value_ids, value_weights, vocab)
-    if read_values is None or not np.isfinite(w).all() or not (scales > 0).all():
-        return invalid
+    if read_values is None:
+        return invalid("a value is NaN or +inf, its weight is not finite, or an id is out of range")
+    if not np.isfinite(w).all() or not (scales > 0).all():
+        return invalid("a weight or a scale is not a finite float32")
     if any(np.isnan(rows[k]).any() or (rows[k] == np.inf).any() for k in read):
-        return invalid
+        return invalid("a logit that counts is NaN or +inf")
+    solution["norms"] = np.array([_log_sum_exp(row) for row in rows[int(ref_logits is None) :]])
 
     terms, support = read_values
     for k in used:
@@ -278,13 +293,15 @@ def log_probs_row(
         named = rows[plausibility_tensor]
         support &= (named > -np.inf) & (named >= named.max() + np.log(plausibility))
     if not support.any():
-        return invalid
+        return invalid("no token is left in the support")
+    peaks = 0.0  # what the score is less than the weighted sum
     if slope is None:
         coefficients = [w[k - 1] if k else own for k in used]
         if not np.isfinite(float32_range(np.array(coefficients))).all():
-            return invalid
+            return invalid("a coefficient is not a finite float32")
         at = np.flatnonzero(support)
         terms = [term[at] for term in terms]
+        peaks = sum(c * rows[k][at].max() for c, k in zip(coefficients, used, strict=True))
         score = _log_linear(coefficients, [rows[k][at] for k in used], terms, len(at))
     else:
         logs = {k: float32_range(log_softmax(rows[k])) for k in used}
@@ -292,7 +309,7 @@ def log_probs_row(
         if prefix_logprobs is not None:
             prefix = to_float64(prefix_logprobs)
             if not np.isfinite(prefix[used]).all():
-                return invalid
+                return invalid("a prefix that counts is not finite")
             shift = prefix - prefix[0]
             if slope.floors and used[1:]:
                 shift = shift + max(0.0, PREFIX_FLOOR - shift[used[1:]].min())
@@ -300,9 +317,10 @@ def log_probs_row(
         for k in used:
             support &= logs[k] > -np.inf
         tilt = sum(terms, np.zeros(vocab))
-        at, score = _general(slope, logs, w, shift, support, tilt, normalizer)
+        at, score = _general(slope, logs, w, shift, support, tilt, normalizer, solution)
     if score is None or not (score > -np.inf).any():
-        return invalid
+        return invalid("no token is left, a sum overflows float32, or Z = 0 has no inverse")
+    solution["normalizer"] = _log_sum_exp(score) + peaks
     result = np.full(vocab, -np.inf)
     result[at] = float32_range(log_softmax(score))
     return result
@@ -310,7 +328,7 @@ def log_probs_row(
 
 def _general(
     slope: Slope, logs: dict[int, Array], w: Array, shift: Array, support: Array, tilt: Array,
-    normalizer: str,
+    normalizer: str, solution: dict[str, Any],
 ) -> tuple[Array, Array | None]:  # fmt: skip
     """For all divergences but reverse KL: the support that is left, and log pi* there; None if the
     row is invalid.
@@ -319,20 +337,45 @@ def _general(
     """
     at = np.flatnonzero(support)
     negative_q = np.zeros(len(at))  # sum w (f' - c)
+    log_ratios: dict[int, Array] = {}  # d by model
     for k in sorted(logs.keys() - {0}):
         d = logs[k][at] - logs[0][at] + shift[k]
         d = np.maximum(d, LOG_RATIO_FLOOR) if slope.floors else d
+        log_ratios[k] = d
         negative_q = float32_range(negative_q + w[k - 1] * slope.slope(d))
     u = negative_q + tilt[at]
     inside = (negative_q > -LARGEST_DEFICIT) & (u > -LARGEST_DEFICIT)
     at, u = at[inside], u[inside]
+    log_ratios = {k: d[inside] for k, d in log_ratios.items()}
     lr = logs[0][at]
     if not len(at) or not u.max() < LARGEST_DEFICIT:
         return at, None
+    ratios: Array | None
     if normalizer == "exact":
-        return at, lr + solve_log_ratios(lr, u, slope)
-    ratios = log_ratios_at_zero(u, w.sum(), slope)
-    return at, None if ratios is None else lr + ratios
+        ratios = solve_log_ratios(lr, u, slope)
+    else:
+        ratios = log_ratios_at_zero(u, w.sum(), slope)
+    if ratios is None:
+        return at, None
+    _record(solution, slope, log_ratios, shift, at, lr, u, ratios, float(w.sum()))
+    return at, lr + ratios
+
+
+def _record(
+    solution: dict[str, Any], slope: Slope, log_ratios: dict[int, Array], shift: Array, at: Array,
+    lr: Array, u: Array, ratios: Array, weight_sum: float,
+) -> None:  # fmt: skip
+    """What `explain` shows of a solution: tau, its bracket, Z, and by token d and Q."""
+    best = int(np.argmax(u))
+    tau, least = -float(slope.slope(ratios[best])), -float(u[best])
+    ends = np.array([-lr[best], -np.log(np.exp(lr).sum())])
+    lower, upper = (-slope.slope(ends)).tolist()
+    solution.update(
+        shifts=shift[1:], tau=tau, lower=lower, upper=upper, least=least,
+        z=tau - least - slope.supremum * (1.0 - weight_sum),
+        at=at, deficit=-u, log_ratios=log_ratios,
+        deficits={k: -slope.slope(d) for k, d in log_ratios.items()},
+    )  # fmt: skip
 
 
 def log_probs(

@@ -8,7 +8,7 @@ never depends on a normaliser's rounding.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .philox import TILE
 
 # The range of float32, the same in every backend and in the oracle (design §2).
 _SMALLEST_LOG_REF = -80.0
-_SMALLEST_LOG_RATIO = -80.0
+SMALLEST_LOG_RATIO = -80.0
 _SMALLEST_PREFIX_DIFFERENCE = -40.0
 _LARGEST_DEFICIT = 9.999999933815813e36  # 1e37 in float32
 _LEAST_TAU = 1e-36
@@ -50,7 +50,7 @@ def _float32(x: float) -> float:
     return torch.tensor(x, dtype=torch.float32).item()
 
 
-def _normal(weights: Tensor) -> Tensor:
+def normal(weights: Tensor) -> Tensor:
     """Weights [b, n] in the range of float32: infinite beyond it, 0 below its normal numbers."""
     overflows = weights.float().isinf()
     weights = torch.where(weights.abs() < torch.finfo(torch.float32).tiny, 0.0, weights)
@@ -68,7 +68,7 @@ def _fma(c: Tensor, x: Tensor, total: Tensor) -> Tensor:
     return torch.where(c == 0, total, (c.double() * x.double() + total.double()).float())
 
 
-def _dense_values(
+def dense_values(
     mixing: MixtureArguments, rows: slice
 ) -> tuple[list[Tensor], Tensor | None, Tensor]:
     """Values as J tensors [b, T, TILE], the candidate set (None: every token), and bool [b]: all
@@ -90,8 +90,9 @@ def _dense_values(
     return dense, candidates, ids_ok
 
 
-def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
-    """Support, validity and log pi* of a chunk of rows (design §2)."""
+def mix(mixing: MixtureArguments, rows: slice, record: dict[str, Any] | None = None) -> Mixture:
+    """Support, validity and log pi* of a chunk of rows (design §2). `record` takes what the solver
+    found on its way, for `explain`."""
     divergence = mixing.divergence
     vocab_size = mixing.vocab_size
     tensors = [x[rows] for x in mixing.tensors()]
@@ -101,7 +102,7 @@ def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
     policies = logits[mixing.ref_logits is not None :]
     count, device = logits[0].shape[0], logits[0].device
 
-    weights = _normal(row_vector(mixing.weights, rows, device))
+    weights = normal(row_vector(mixing.weights, rows, device))
     valid = weights.isfinite().all(1)
     columns = torch.arange(logits[0][0].numel(), device=device).view(logits[0].shape[1:])
     support = (columns < vocab_size).expand(count, -1, -1)
@@ -109,8 +110,8 @@ def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
     values: list[Tensor] = []
     value_weights = weights.new_zeros((count, 0))
     if mixing.values is not None:
-        values, candidates, ids_ok = _dense_values(mixing, rows)
-        value_weights = _normal(row_vector(mixing.value_weights, rows, device))
+        values, candidates, ids_ok = dense_values(mixing, rows)
+        value_weights = normal(row_vector(mixing.value_weights, rows, device))
         valid = valid & ids_ok & value_weights.isfinite().all(1)
         if candidates is not None:
             support = support & candidates
@@ -140,7 +141,7 @@ def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
         key = _log_linear(own, logits, weights, values, value_weights)
     else:
         key, support, solvable = _general(
-            mixing, divergence, rows, logits, weights, values, value_weights, support
+            mixing, divergence, rows, logits, weights, values, value_weights, support, record
         )
         valid = valid & solvable
     key = torch.where(support, key, -torch.inf)
@@ -178,6 +179,16 @@ def _log_linear(
     return key
 
 
+def prefix_differences(divergence: Divergence, prefix: Tensor, used: Tensor) -> Tensor:
+    """prefix_i - prefix_ref, float64 [b, M] of `prefix` [b, M + 1], in the range of float32; `used`
+    [b, M]: weights that are not 0."""
+    difference = prefix[:, 1:] - prefix[:, :1]
+    if divergence.clamped and difference.shape[1]:
+        least = torch.where(used, difference, torch.inf).amin(1, keepdim=True)
+        difference = difference + (_SMALLEST_PREFIX_DIFFERENCE - least).clamp(min=0.0)
+    return difference
+
+
 def _general(
     mixing: MixtureArguments,
     divergence: Divergence,
@@ -187,6 +198,7 @@ def _general(
     values: list[Tensor],
     value_weights: Tensor,
     support: Tensor,
+    record: dict[str, Any] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every other divergence, in deficit form: the key lr + log H(tau + D), the support, and
     whether Z exists [b]."""
@@ -208,18 +220,14 @@ def _general(
         prefix = mixing.prefix_logprobs[rows].double()
         used = weights != 0
         solvable = prefix[:, 0].isfinite() & (prefix[:, 1:].isfinite() | ~used).all(1)
-        difference = prefix[:, 1:] - prefix[:, :1]
-        if divergence.clamped and difference.shape[1]:
-            least = torch.where(used, difference, torch.inf).amin(1, keepdim=True)
-            difference = difference + (_SMALLEST_PREFIX_DIFFERENCE - least).clamp(min=0.0)
-        shifts = shifts + difference
+        shifts = shifts + prefix_differences(divergence, prefix, used)
 
     deficit = torch.zeros_like(log_ref)  # Q
     for i, x in enumerate(logits[1:]):
         # In float64: the models' logits may lie around different levels, however far from 0.
         d = (((x - levels[i + 1]) - ref) + shifts[:, i, None, None]).float()
         if divergence.clamped:
-            d = d.clamp(min=_SMALLEST_LOG_RATIO)
+            d = d.clamp(min=SMALLEST_LOG_RATIO)
         w = weights[:, i, None, None].float()
         deficit = torch.where(w == 0, deficit, deficit + w * divergence.deficit(d))
         log_policy = x - log_norms[i + 1].float()[:, None, None]  # may be beyond float32
@@ -237,7 +245,8 @@ def _general(
     excess, least, best = normalizer.excess_deficit(deficit, support)
     solvable = solvable & (least > -_LARGEST_DEFICIT)
     if mixing.normalizer == "exact":
-        q = normalizer.solve(divergence, log_ref, excess, best)[:, None, None] + excess
+        tau = normalizer.solve(divergence, log_ref, excess, best, record)
+        q = tau[:, None, None] + excess
     else:
         # In float64: H magnifies the rounding of Q by 1 / alpha, and near its pole by more.
         constant = divergence.supremum * (1.0 - weights.sum(1))
@@ -246,4 +255,6 @@ def _general(
         if divergence.bounded:
             solvable = solvable & (tau > _LEAST_TAU)
         q = constant[:, None, None] + deficit.double()
+    if record is not None:
+        record.update(tau=tau, least=least)
     return log_ref + divergence.log_ratio(q).float(), support, solvable

@@ -6,6 +6,8 @@ row are sums of tile sums, so that a row's result does not depend on the batch t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,31 @@ def excess_deficit(deficit: Tensor, support: Tensor) -> tuple[Tensor, Tensor, Te
     return excess.float(), least, best
 
 
-def solve(divergence: Divergence, log_ref: Tensor, excess: Tensor, best: Tensor) -> Tensor:
+def bracket(
+    divergence: Divergence, log_ref: Tensor, excess: Tensor, best: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The ends [B] between which tau lies, a little widened; see `solve`."""
+    log_mass = row_logsumexp(log_ref).float()  # log P
+    mean_excess = row_sum(torch.exp(log_ref) * excess) / torch.exp(log_mass)  # E[D]
+    log_ref_best = log_ref.flatten(1).gather(1, best[:, None]).squeeze(1)
+
+    upper = divergence.deficit(-log_mass)
+    lower = torch.maximum(divergence.deficit(-log_ref_best), upper - mean_excess)
+    # When all policies agree the two ends coincide up to rounding, in either order.
+    if divergence.bounded:
+        lower, upper = lower * (1.0 - _WIDEN), upper * (1.0 + _WIDEN)
+    else:
+        lower, upper = lower - _WIDEN, upper + _WIDEN
+    return lower, torch.maximum(upper, lower)
+
+
+def solve(
+    divergence: Divergence,
+    log_ref: Tensor,
+    excess: Tensor,
+    best: Tensor,
+    record: dict[str, Any] | None = None,
+) -> Tensor:
     """Find tau with G(tau) = sum_s pi_ref(s) H(tau + D(s)) = 1.
 
     G is convex and decreasing. Newton on q(log G(tau)), which is almost straight, climbs from the
@@ -67,24 +93,15 @@ def solve(divergence: Divergence, log_ref: Tensor, excess: Tensor, best: Tensor)
             support.
         excess: float32 [B, T, tile], D.
         best: int64 [B], s*.
+        record: takes the bracket, and the evaluations of G of the slowest row.
 
     Returns:
         tau: float32 [B]; NaN or meaningless for rows without support.
     """
-    log_mass = row_logsumexp(log_ref).float()  # log P
-    mean_excess = row_sum(torch.exp(log_ref) * excess) / torch.exp(log_mass)  # E[D]
-    log_ref_best = log_ref.flatten(1).gather(1, best[:, None]).squeeze(1)
-
-    upper = divergence.deficit(-log_mass)
-    lower = torch.maximum(divergence.deficit(-log_ref_best), upper - mean_excess)
-    # When all policies agree the two ends coincide up to rounding, in either order.
-    if divergence.bounded:
-        lower, upper = lower * (1.0 - _WIDEN), upper * (1.0 + _WIDEN)
-    else:
-        lower, upper = lower - _WIDEN, upper + _WIDEN
-    upper = torch.maximum(upper, lower)
-
-    target = divergence.deficit(torch.zeros_like(log_mass))  # q at log G = 0
+    lower, upper = bracket(divergence, log_ref, excess, best)
+    if record is not None:
+        record.update(lower=lower, upper=upper, evaluations=0)
+    target = divergence.deficit(torch.zeros_like(lower))  # q at log G = 0
     tau = lower
     done = ~torch.isfinite(lower)
     for _ in range(MAX_EVALUATIONS):
@@ -92,6 +109,8 @@ def solve(divergence: Divergence, log_ref: Tensor, excess: Tensor, best: Tensor)
         # course.
         if tau.device.type == "cpu" and bool(done.all()):
             break
+        if record is not None:
+            record["evaluations"] += 1
         q = tau[:, None, None] + excess
         log_g = row_logsumexp(log_ref + divergence.log_ratio(q)).float().clamp(-80.0, 80.0)
         log_minus_dg = row_logsumexp(log_ref + divergence.log_slope(q)).float()

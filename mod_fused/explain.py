@@ -1,0 +1,420 @@
+"""The door to debug a wrong token: how one row was solved and drawn, beside the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import reference
+from .call.arguments import DrawArguments, MixtureArguments
+from .call.checks import check_draw, check_mixture
+from .call.fields import number
+from .dispatch import registration
+from .dispatch.backends import choose
+from .dispatch.packing import pack
+from .divergence import ReverseKL, is_built_in
+from .torch_kernels import philox
+from .torch_kernels.filters import kept, scaled_key
+from .torch_kernels.mixture import (
+    SMALLEST_LOG_RATIO,
+    dense_values,
+    mix,
+    normal,
+    prefix_differences,
+)
+from .torch_kernels.parameters import row_scalar, row_vector
+
+Array = np.ndarray
+
+
+class Contest(NamedTuple):
+    """One race, among tiles or among the tokens of the winner tile: the smallest E / mass wins."""
+
+    winner: int
+    mass: float
+    arrival: float  # E
+    quotient: float  # E / mass
+    runner_up: int | None  # None: nobody else has a mass
+    runner_up_quotient: float | None
+
+
+class Filter(NamedTuple):
+    """One filter: the least log pi* that it keeps, and how many tokens are left after it."""
+
+    threshold: float
+    left: int
+    mass: float  # kept of what the filters before it left, at the temperature
+
+
+class Explanation(NamedTuple):
+    """One row by name, in nats. What a row has not is None: an invalid row has no numbers, reverse
+    KL neither tau nor Z, temperature 0 no race. See `explain`."""
+
+    backend: str
+    valid: bool
+    reason: str | None = None  # why the oracle finds the row invalid
+    norms: tuple[float, ...] | None = None  # log-sum-exp of each model's scaled logits
+    shifts: tuple[float, ...] | None = None  # prefix_i - prefix_ref of each policy, as used
+    tau: float | None = None
+    lower: float | None = None  # the bracket that the search began with
+    upper: float | None = None
+    evaluations: int | None = None  # of G
+    z: float | None = None
+    log_ratios: tuple[float, ...] | None = None  # d of the token, by policy
+    deficits: tuple[float, ...] | None = None  # q(d) of the token, by policy
+    total_deficit: float | None = None  # Q of the token
+    least_deficit: float | None = None  # min Q
+    excess_deficit: float | None = None  # D = Q - min Q of the token
+    normalizer: float | None = None  # log of the sum that was divided by at the end
+    filters: dict[str, Filter] | None = None  # mask, top_k, top_p, min_p: those that are on
+    tile: Contest | None = None
+    race: Contest | None = None  # of the tokens of the winner tile
+    winner: int | None = None  # the token that filters and race lead to
+    token: int | None = None  # the token that was drawn
+    logprob: float | None = None  # log pi* of it, before temperature and filters
+    oracle: Explanation | None = None
+
+    def __str__(self) -> str:
+        """One table: what, this backend, the oracle."""
+        rows = [("what", self.backend, "oracle")]
+        mine, other = _lines(self), {} if self.oracle is None else _lines(self.oracle)
+        rows += [(name, mine.get(name, "-"), other.get(name, "-")) for name in {**mine, **other}]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join(
+            "  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+
+def _lines(explanation: Explanation) -> dict[str, str]:
+    """The fields that are not None as text, a number a line."""
+    lines: dict[str, str] = {}
+
+    def add(name: str, x: Any) -> None:
+        if x is None:
+            return
+        if isinstance(x, dict):
+            for key, entry in x.items():
+                add(key, entry)
+        elif hasattr(x, "_asdict"):
+            for key, entry in x._asdict().items():
+                add(f"{name} {key.replace('_', ' ')}", entry)
+        elif isinstance(x, tuple):
+            for i, entry in enumerate(x):
+                add(f"{name}[{i}]", entry)
+        else:
+            lines[name] = f"{x:.9g}" if isinstance(x, float) else str(x)
+
+    for name, x in explanation._asdict().items():
+        if name not in ("backend", "oracle"):
+            add(name.replace("_", " "), x)
+    return lines
+
+
+def explain(
+    ref_logits: Tensor | None,
+    policy_logits: Any,
+    weights: Any,
+    *,
+    divergence: Any = "reverse_kl",
+    normalizer: str = "exact",
+    values: Tensor | None = None,
+    value_ids: Tensor | None = None,
+    value_weights: Any = None,
+    prefix_logprobs: Tensor | None = None,
+    logit_scales: Any = None,
+    vocab_size: int | None = None,
+    plausibility: float | None = None,
+    plausibility_tensor: int = 0,
+    temperature: Any = 1.0,
+    top_k: Any = None,
+    top_p: Any = None,
+    min_p: Any = None,
+    mask: Tensor | None = None,
+    seed: Any = None,
+    position: Any = 0,
+    backend: str | None = None,
+    row: int = 0,
+) -> Explanation:
+    """How one row of `mod_fused.sample` was solved and drawn, beside the float64 oracle.
+
+    Arguments as in `sample`, and `row`, which row of the batch. For debugging: it runs the backend
+    on the whole batch, copies the row to the CPU and waits for the device.
+
+    `token`, `logprob`, `valid`, the models' norms and log pi* are the backend's own. tau, Z and the
+    deficits follow from these by the formula of the divergence. The torch backend also hands out
+    its own tau, min Q, bracket, evaluations and normaliser; the others do not, and leave the
+    bracket and the evaluations None. Thresholds and races are computed from the backend's log pi*
+    by one function for all backends: where its `winner` is not `token`, the backend's own filters
+    or race differ.
+
+    Returns:
+        `Explanation`; its `oracle` is one more. `print` shows both in one table.
+
+    Raises:
+        ValueError: `row` outside [0, B), and as `sample`.
+        TypeError: as `sample`.
+    """
+    mixing = check_mixture(
+        ref_logits, policy_logits, weights, divergence, normalizer, values, value_ids,
+        value_weights, prefix_logprobs, logit_scales, vocab_size, plausibility, plausibility_tensor,
+    )  # fmt: skip
+    drawing = check_draw(mixing, temperature, top_k, top_p, min_p, mask, seed, position, True)
+    batch, row = mixing.batch_tensor().shape[0], number("row", row, int)
+    if not 0 <= row < batch:
+        raise ValueError(f"row must be in [0, {batch}), got {row}")
+    name = choose(backend, mixing.batch_tensor().device, mixing.divergence)
+    outputs = registration.sample[name](*pack(mixing, drawing))
+    log_pi = registration.log_probs[name](*pack(mixing))[row].cpu()
+    token, logprob, valid, model_logprobs = (x[row].cpu() for x in outputs)
+
+    mixing, drawing = _one_row(mixing, drawing, row, batch)
+    # A registered divergence has no oracle.
+    oracle = _of_oracle(mixing, drawing) if is_built_in(mixing.divergence) else None
+    if not valid:
+        return Explanation(name, False, oracle and oracle.reason, oracle=oracle)
+    fields = _solved(mixing, log_pi.double(), model_logprobs.double(), int(token))
+    if name == "torch":
+        fields |= _recorded(mixing)
+    fields |= _drawn(drawing, log_pi, _torch_kept(drawing), _torch_arrivals)
+    return Explanation(
+        name, True, **fields, token=int(token), logprob=float(logprob), oracle=oracle
+    )
+
+
+def _one_row(
+    mixing: MixtureArguments, drawing: DrawArguments, row: int, batch: int
+) -> tuple[MixtureArguments, DrawArguments]:
+    """The arguments of one row, on the CPU; the seed of the row expanded."""
+
+    def cut(x: Any, batch_dim: int = 0) -> Any:
+        return x.narrow(batch_dim, row, 1).cpu() if isinstance(x, Tensor) else x
+
+    def weights(x: Any) -> Any:
+        return x.cpu() if isinstance(x, Tensor) and x.dim() == 1 else cut(x)
+
+    seed = drawing.seed
+    if not isinstance(seed, Tensor):
+        seed = philox.split_mix(seed, batch, torch.device("cpu"))
+    one = mixing._replace(
+        ref_logits=cut(mixing.ref_logits),
+        policy_logits=[cut(x) for x in mixing.policy_logits],
+        weights=weights(mixing.weights),
+        values=cut(mixing.values, 1),
+        value_ids=cut(mixing.value_ids),
+        value_weights=weights(mixing.value_weights),
+        prefix_logprobs=cut(mixing.prefix_logprobs),
+    )
+    return one, DrawArguments(*(cut(x) for x in drawing._replace(seed=seed)))
+
+
+def _recorded(mixing: MixtureArguments) -> dict[str, Any]:
+    """What the solver of the torch backend found on its way."""
+    record: dict[str, Any] = {}
+    mixture = mix(mixing, slice(0, 1), record)
+    fields: dict[str, Any] = {"normalizer": float(mixture.level.double() + mixture.log_norm)}
+    if record:
+        fields |= {"tau": float(record["tau"]), "least_deficit": float(record["least"])}
+    if "lower" in record:
+        fields |= {"lower": float(record["lower"]), "upper": float(record["upper"])}
+        fields["evaluations"] = record["evaluations"]
+    return fields
+
+
+def _solved(
+    mixing: MixtureArguments, log_pi: Tensor, model_logprobs: Tensor, token: int
+) -> dict[str, Any]:
+    """Norms, tau, Z and the token's deficits out of a backend's log pi* [V] and the models'
+    log-probabilities of its token [M + 1]."""
+    scales = mixing.logit_scales or (1.0,) * mixing.model_count()
+    rows = [
+        (x[0, : mixing.vocab_size].float() * s).double()
+        for x, s in zip(mixing.tensors(), scales, strict=True)
+    ]
+    norms = torch.stack([x[token] for x in rows]) - model_logprobs
+    fields: dict[str, Any] = {"norms": tuple(norms.tolist())}
+    kind, one, cpu = mixing.divergence, slice(0, 1), torch.device("cpu")
+    if type(kind) is ReverseKL:
+        return fields
+    w = normal(row_vector(mixing.weights, one, cpu))
+    shifts = torch.zeros_like(w)
+    if mixing.prefix_logprobs is not None:
+        shifts = prefix_differences(kind, mixing.prefix_logprobs.double(), w != 0)
+    d = (model_logprobs[1:] - model_logprobs[0] + shifts[0]).float()
+    d = d.clamp(min=SMALLEST_LOG_RATIO) if kind.clamped else d
+    q = kind.deficit(d.double())
+    total = torch.where(w[0] == 0, 0.0, w[0] * q).sum()
+    if mixing.values is not None:
+        v = normal(row_vector(mixing.value_weights, one, cpu))[0]
+        scores = torch.stack([x.flatten()[token] for x in dense_values(mixing, one)[0]]).double()
+        total = total - torch.where(v == 0, 0.0, v * scores).sum()
+
+    offset = kind.supremum * (1.0 - w.sum())
+    ratio = (log_pi - (rows[0] - norms[0]))[log_pi > -torch.inf]
+    at_token = log_pi[token] - model_logprobs[0]
+    log_sum = torch.zeros((), dtype=torch.float64)
+    if mixing.normalizer == "zero":  # rescaled: log pi* = lr + log H(Q + offset) - log_sum
+        log_sum = kind.log_ratio(total + offset) - at_token
+    tau = kind.deficit(ratio + log_sum).min()
+    excess = kind.deficit(at_token + log_sum) - tau
+    least = total - excess
+    return fields | {
+        "shifts": tuple(shifts[0].tolist()),
+        "tau": float(tau),
+        "z": float(tau - least - offset),
+        "log_ratios": tuple(d.tolist()),
+        "deficits": tuple(q.tolist()),
+        "total_deficit": float(total),
+        "least_deficit": float(least),
+        "excess_deficit": float(excess),
+        "normalizer": float(log_sum) if mixing.normalizer == "zero" else None,
+    }
+
+
+def _of_oracle(mixing: MixtureArguments, drawing: DrawArguments) -> Explanation:
+    """The same row by the oracle."""
+    solution: dict[str, Any] = {}
+
+    def row(x: Any) -> Any:
+        return x[0] if isinstance(x, Tensor) and x.dim() == 2 else x
+
+    log_pi = reference.log_probs_row(
+        row(mixing.ref_logits), [row(x) for x in mixing.policy_logits], row(mixing.weights),
+        divergence=mixing.divergence, normalizer=mixing.normalizer,
+        values=None if mixing.values is None else mixing.values[:, 0],
+        value_ids=row(mixing.value_ids),
+        value_weights=None if mixing.values is None else row(mixing.value_weights),
+        prefix_logprobs=row(mixing.prefix_logprobs), logit_scales=mixing.logit_scales or None,
+        vocab_size=mixing.vocab_size, plausibility=mixing.plausibility or None,
+        plausibility_tensor=mixing.plausibility_tensor, solution=solution,
+    )  # fmt: skip
+    if "reason" in solution:
+        return Explanation("oracle", False, solution["reason"])
+    drawn = _drawn(drawing, torch.from_numpy(log_pi), _oracle_kept(drawing), _oracle_arrivals)
+    if not drawn:
+        reason = "no token is left after the mask, or a parameter of the draw is out of range"
+        return Explanation("oracle", False, reason)
+    token = drawn["winner"]
+    fields: dict[str, Any] = {"norms": tuple(solution["norms"].tolist())}
+    fields["normalizer"] = solution["normalizer"]
+    if "tau" in solution:
+        at = int(np.searchsorted(solution["at"], token))
+        policies = range(1, mixing.model_count())
+
+        def of_token(each: dict[int, Array]) -> tuple[float, ...]:
+            return tuple(float(each[k][at]) if k in each else float("nan") for k in policies)
+
+        total, least = float(solution["deficit"][at]), solution["least"]
+        fields |= {name: solution[name] for name in ("tau", "z")}
+        if mixing.normalizer == "exact":
+            fields |= {name: solution[name] for name in ("lower", "upper")}
+        fields |= {
+            "shifts": tuple(solution["shifts"].tolist()),
+            "log_ratios": of_token(solution["log_ratios"]),
+            "deficits": of_token(solution["deficits"]),
+            "total_deficit": total,
+            "least_deficit": least,
+            "excess_deficit": total - least,
+        }
+    return Explanation("oracle", True, **fields, **drawn, token=token, logprob=float(log_pi[token]))
+
+
+Kept = Callable[[Tensor, dict[str, Any]], Array]
+Arrivals = Callable[[int, int, Array, int], Array]
+
+
+def _drawn(drawing: DrawArguments, log_pi: Tensor, log_kept: Kept, arrivals: Arrivals) -> Any:
+    """Filters and races of one row from its log pi* [V]; empty where no token is left.
+
+    `log_kept` gives the log of what the named filters leave, on any scale common to the row.
+    """
+    settings = {
+        name: float(getattr(drawing, name)) if name != "top_k" else int(drawing.top_k)
+        for name in ("temperature", "top_k", "top_p", "min_p")
+    }
+    off = {"mask": None, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    wanted = {"mask": drawing.mask, **settings}
+    so_far: dict[str, Any] = {"temperature": settings["temperature"]}
+    scores, filters = log_kept(log_pi, so_far), {}
+    for name, value in off.items():
+        if wanted[name] is value or (name != "mask" and wanted[name] == value):
+            continue
+        if name != "mask" and settings["temperature"] == 0:
+            continue  # argmax, whatever they keep
+        so_far[name] = wanted[name]
+        before, scores = np.exp(scores), log_kept(log_pi, so_far)
+        left = scores > -np.inf
+        if np.isnan(scores).any() or not left.any():
+            return {}
+        mass = float(before[left].sum() / before.sum())
+        filters[name] = Filter(float(log_pi[torch.from_numpy(left)].min()), int(left.sum()), mass)
+    if np.isnan(scores).any():
+        return {}
+    if settings["temperature"] == 0:
+        return {"filters": filters, "winner": int(np.argmax(scores))}
+    p = np.exp(scores)
+    tiles = np.add.reduceat(p, np.arange(0, len(p), philox.TILE))
+    seed, position = int(drawing.seed), int(drawing.position)
+    tile = _contest(arrivals(seed, position, np.arange(len(tiles)), 0), tiles, 0)
+    first = tile.winner * philox.TILE
+    inside = p[first : first + philox.TILE]
+    ids = first + np.arange(len(inside))
+    race = _contest(arrivals(seed, position, ids, 1), inside, first)
+    return {"filters": filters, "tile": tile, "race": race, "winner": race.winner}
+
+
+def _contest(arrival: Array, mass: Array, first: int) -> Contest:
+    with np.errstate(divide="ignore"):
+        quotient = np.where(mass > 0, arrival / mass, np.inf)
+    order = np.argsort(quotient, kind="stable")[:2]
+    best = int(order[0])
+    found = (first + best, float(mass[best]), float(arrival[best]), float(quotient[best]))
+    if len(order) < 2 or not np.isfinite(quotient[order[1]]):
+        return Contest(*found, None, None)
+    return Contest(*found, first + int(order[1]), float(quotient[order[1]]))
+
+
+def _oracle_kept(drawing: DrawArguments) -> Kept:
+    def log_kept(log_pi: Tensor, settings: dict[str, Any]) -> Array:
+        mask = settings.get("mask")
+        return reference.filtered_log_probs(
+            log_pi, **(settings | {"mask": None if mask is None else mask[0]})
+        )
+
+    return log_kept
+
+
+def _oracle_arrivals(seed: int, position: int, index: Array, stream: int) -> Array:
+    return reference.exponentials(seed, position, index, stream)
+
+
+def _torch_kept(drawing: DrawArguments) -> Kept:
+    """The filters of the torch backend, for every backend's log pi*."""
+
+    def log_kept(log_pi: Tensor, settings: dict[str, Any]) -> Array:
+        key = log_pi[None].clone()
+        if settings.get("mask") is not None:
+            key[
+                0, ~torch.from_numpy(reference.unpack_mask(settings["mask"][0], len(log_pi)))
+            ] = -torch.inf
+        cpu, one = torch.device("cpu"), slice(0, 1)
+        t = row_scalar(settings["temperature"], one, cpu, torch.float32)
+        k = row_scalar(settings.get("top_k", 0), one, cpu, torch.int64)
+        p = row_scalar(settings.get("top_p", 1.0), one, cpu, torch.float64)
+        m = row_scalar(settings.get("min_p", 0.0), one, cpu, torch.float32)
+        on = drawing._replace(top_k=k, top_p=p, min_p=m)
+        peak = key.max(1).values
+        scaled = scaled_key(key, peak, t)
+        keep = kept(on, key, peak, scaled, t, k, p, m)
+        scores = torch.where(keep, scaled, -torch.inf)[0].double()
+        return (scores - scores.logsumexp(0)).numpy()
+
+    return log_kept
+
+
+def _torch_arrivals(seed: int, position: int, index: Array, stream: int) -> Array:
+    one = torch.tensor([seed]), torch.tensor([position])
+    return philox.exponential(*one, torch.from_numpy(index)[None], stream)[0].double().numpy()
