@@ -13,6 +13,7 @@ from . import reference
 from .call.arguments import DrawArguments, MixtureArguments
 from .call.checks import check_draw, check_mixture
 from .call.fields import number
+from .call.outputs import new_log_probs
 from .dispatch import registration
 from .dispatch.backends import choose
 from .dispatch.packing import pack
@@ -146,10 +147,11 @@ def explain(
 
     `token`, `logprob`, `valid`, the models' norms and log pi* are the backend's own. tau, Z and the
     deficits follow from these by the formula of the divergence. The torch backend also hands out
-    its own tau, min Q, bracket, evaluations and normaliser; the others do not, and leave the
-    bracket and the evaluations None. Thresholds and races are computed from the backend's log pi*
-    by one function for all backends: where its `winner` is not `token`, the backend's own filters
-    or race differ.
+    its own tau, min Q, bracket, evaluations and normaliser, triton its own norms, min Q,
+    evaluations (without that of the deficits) and normaliser off reverse KL. What a backend does
+    not hand out is None. Thresholds and races are computed from the backend's log pi* by one
+    function for all backends: where its `winner` is not `token`, the backend's own filters or race
+    differ.
 
     Returns:
         `Explanation`; its `oracle` is one more. `print` shows both in one table.
@@ -171,14 +173,14 @@ def explain(
     log_pi = registration.log_probs[name](*pack(mixing))[row].cpu()
     token, logprob, valid, model_logprobs = (x[row].cpu() for x in outputs)
 
+    state = _triton_state(mixing, row) if name == "triton" and valid else {}
     mixing, drawing = _one_row(mixing, drawing, row, batch)
     # A registered divergence has no oracle.
     oracle = _of_oracle(mixing, drawing) if is_built_in(mixing.divergence) else None
     if not valid:
         return Explanation(name, False, oracle and oracle.reason, oracle=oracle)
     fields = _solved(mixing, log_pi.double(), model_logprobs.double(), int(token))
-    if name == "torch":
-        fields |= _recorded(mixing)
+    fields |= _recorded(mixing) if name == "torch" else state
     fields |= _drawn(drawing, log_pi, _torch_kept(drawing), _torch_arrivals)
     return Explanation(
         name, True, **fields, token=int(token), logprob=float(logprob), oracle=oracle
@@ -222,6 +224,32 @@ def _recorded(mixing: MixtureArguments) -> dict[str, Any]:
         fields |= {"lower": float(record["lower"]), "upper": float(record["upper"])}
         fields["evaluations"] = record["evaluations"]
     return fields
+
+
+def _triton_state(mixing: MixtureArguments, row: int) -> dict[str, Any]:
+    """What a launch of the Triton kernel leaves of a row in its workspace."""
+    if type(mixing.divergence) is ReverseKL:
+        return {}
+    from .triton_kernels import workspace as fields  # triton may be absent
+
+    batch, vocab, models = (
+        mixing.batch_tensor().shape[0],
+        mixing.vocab_size,
+        mixing.model_count(),
+    )
+    out = new_log_probs(mixing)
+    size = fields.workspace_bytes(batch, vocab, models, False)
+    buffer = torch.zeros(size, dtype=torch.uint8, device=out.device)
+    registration.log_probs_out["triton"](*pack(mixing), out, buffer)
+    states = fields.make_workspace(out, batch, vocab, models, False, buffer).states
+    state = states.view(batch, -1)[row].tolist()
+    found: dict[str, Any] = {}
+    if mixing.normalizer == "exact":
+        found["least_deficit"] = state[fields.LEAST.value]
+        found["evaluations"] = int(state[fields.STEPS.value])
+    level, log_norm = state[fields.LEVEL.value], state[fields.MIX_LOG_NORM.value]
+    first = fields.LOG_NORM.value
+    return found | {"normalizer": level + log_norm, "norms": tuple(state[first : first + models])}
 
 
 def _solved(

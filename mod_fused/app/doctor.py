@@ -105,7 +105,10 @@ def self_check(backend: str, device: str) -> Iterator[Check]:
             found = ""
             seeds = list(range(1, rows + 1))
             for position in range(DRAWS):
-                noise = {"seed": torch.tensor(seeds, device=device), "position": position}
+                noise: dict[str, Any] = {
+                    "seed": torch.tensor(seeds, device=device),
+                    "position": position,
+                }
                 tokens = sample(ref, pols, weights, **arguments, **noise).tokens.tolist()
                 for row, (token, p, seed) in enumerate(zip(tokens, expected, seeds, strict=True)):
                     if reference.race_margin(p, seed, position) <= CLOSE_RACE:
