@@ -1,22 +1,22 @@
-// The f-divergences (design §2): the three functions each is made of, as in mod_fused/divergence.py, and
-// the form in which their inverse is summed over a vocabulary. Shared by host and device code; Real is
-// float (vectorisable) or double.
+// The f-divergences: their three functions, as in mod_fused/divergence.py, and the form in which their
+// inverse is summed over a vocabulary. docs/concepts.md explains deficit, tau and Q. Shared by host and
+// device code; Real is float (vectorisable) or double.
 //
 //   deficit(d)    q = sup f' - f'(e^d)
 //   log_ratio(q)  log H(q), H the inverse of q in ratio space
 //   log_slope(q)  log(-H'(q))
 //
-// The loops store u(s), from which H at Q - least + tau comes as e^constant(tau) power(y) with
+// The loops store u(s). It gives H(tau + Q - min Q) as e^constant(tau) power(y) with
 //
-//   y = distance(base, t, u) = (u - base) + t,     base = u at the least Q,     t = shift(tau).
+//   y = distance(base, t, u) = (u - base) + t,     base = u at min Q,     t = shift(tau).
 //
-// u is made of terms of y = factor * log2(e) * d, as `close(sum of w * term(y))`. What holds for a divergence:
+// u is `close(sum of w * term(y))`, where here y = factor * log2(e) * d. The flags of a divergence:
 //
 //   bounded    sup f' is finite, and H has a pole there
 //   clamped    log-ratios have a floor
-//   stieltjes  power(y) = y^(-order): a sum over tokens costs a reciprocal each where order is 1 or 2, and no logarithm;
-//              without, `ratio` is H
-//   linear     f' goes on linearly where `term` ends
+//   stieltjes  power(y) = y^(-order). A sum over tokens then takes one reciprocal per token where order is 1 or 2, and no
+//              logarithm. Without this flag `ratio` gives H
+//   linear     f' continues linearly beyond the range of `term`
 //
 // A new divergence is a struct here and an entry of the list at the end.
 #pragma once
@@ -59,7 +59,7 @@ struct JensenShannon {
   static bool takes(double) { return true; }
   double supremum() const { return 0.6931471805599453; }
 
-  // softplus(-d); d may be -inf-free but of any size: linear where it is very negative.
+  // softplus(-d), for any finite d.
   template <class Real> MOD_FUSED_MEMBER Real deficit(Real d) const {
     const Real a = d < 0 ? d : -d;  // -|d|
     return (d < 0 ? -d : Real(0)) + log1p_unit(exp_near(a));
@@ -71,8 +71,9 @@ struct JensenShannon {
     return -q - 2 * log_of(one_minus_exp(q));
   }
 
-  // 1 / expm1(tau + D) = e^-tau c / ((1 - e^-tau) c + u - base) with u = expm1(Q), c = 1 + base. Where that would overflow
-  // u, far beyond kFar, has a quarter of Q's bits: it counts nothing in a sum and still holds all Q below 1e37.
+  // 1 / expm1(tau + D) = e^-tau c / ((1 - e^-tau) c + u - base) with u = expm1(Q), c = 1 + base. Where expm1(Q) would
+  // overflow, u instead stores Q's bits shifted by two, a number far beyond kFar. Such a u adds nothing to a sum, and Q can
+  // be read back from it, for all Q below 1e37.
   double factor() const { return 1.0; }
   MOD_FUSED_MEMBER float term(float y) const {
     const float size = fabsf(y);  // log(2) / 2 (|y| - y) is the linear part
@@ -101,11 +102,11 @@ struct JensenShannon {
   MOD_FUSED_MEMBER static float one_minus_exp(float q) { return -expm1_of(-(q > 80.0f ? 80.0f : q)); }
   MOD_FUSED_MEMBER static double one_minus_exp(double q) { return -expm1(-q); }
 
-  static constexpr uint32_t kFarBits = 0x5ce40000u;  // 60 becomes 2^92, 1e37 3.3e36
+  static constexpr uint32_t kFarBits = 0x5ce40000u;  // Q = 60 becomes 2^92, and Q = 1e37 becomes 3.3e36
   double scale_ = 1.0;  // c
 };
 
-// alpha = 1/2 has a compile-time order: its kernel is a square.
+// alpha = 1/2 has its order at compile time: its power is a square.
 template <bool half> struct Alpha {
   static constexpr int number = 3;
   static bool takes(double alpha) { return !half || alpha == 0.5; }
@@ -143,8 +144,8 @@ template <bool half> struct Alpha {
   double pole(double y) const { return y; }
 };
 
-// Alpha below kSmallAlpha: q lies so close around 1/a that float32 would lose the differences, and 1/a magnifies what is lost.
-// Here it is measured from f'(1) = 0, q = -f', and H = (1 + a q)^(-1/a).
+// Alpha below kSmallAlpha: all q are so close to 1/a that float32 loses their differences, and 1/a magnifies the error. So here
+// the deficit is relative to f'(1) = 0: q = -f' and H = (1 + a q)^(-1/a).
 constexpr double kSmallAlpha = 0.03;
 
 struct SmallAlpha {
@@ -183,7 +184,7 @@ struct SmallAlpha {
   double order() const { return 1.0; }
 };
 
-// f' is unbounded: sup f' counts as 0, q = -f' takes any sign, and there is no pole.
+// f' is unbounded: sup f' is taken as 0, q = -f' has either sign, and H has no pole.
 struct Jeffrey {
   static constexpr int number = 4;
   static constexpr bool bounded = false, clamped = true, stieltjes = false, linear = true;
@@ -193,7 +194,7 @@ struct Jeffrey {
 
   template <class Real> MOD_FUSED_MEMBER Real deficit(Real d) const { return expm1_signed(-d) - d; }
 
-  // v = 1/x solves v + log v = 1 + q; -log v alone cancels where v is large, v - z where v is small.
+  // v = 1/x solves v + log v = z = 1 + q. -log v cancels where v is large, v - z where v is small.
   template <class Real> MOD_FUSED_MEMBER Real log_ratio(Real q) const {
     const Real z = 1 + q;
     const Real v = wright_omega(z);
@@ -209,12 +210,12 @@ struct Jeffrey {
   MOD_FUSED_MEMBER float term(float y) const { return multiply_add(y, 0.693147181f, exp2_near(y) - 1.0f); }
   MOD_FUSED_MEMBER float close(float q) const { return q; }
   MOD_FUSED_MEMBER float excess(float d) const { return d; }
-  // H = 1/v and -H'/H = 1 / (1 + v), relatively exact for ratios in [1e-15, e^80], by one step of high order.
+  // H = 1/v and -H'/H = 1 / (1 + v) by one step of high order; relatively exact for ratios in [1e-15, e^80].
   MOD_FUSED_MEMBER void ratio(float y, float* h, float* fall) const {
     const float z = not_above(not_below(y + 1.0f, -80.0f), 1e15f);
     const float v = omega_guess(z);
     const float r = reciprocal(v * (1.0f + v)), f = v * r, h0 = multiply_add(v, r, r);
-    // v (1 + e) is the solution for v e + log(1 + e) = z - v - log v: e is a series in a.
+    // v (1 + e) is the solution if v e + log(1 + e) = z - v - log v; e is a series in a.
     const float a = ((z - v) - log_of(v)) * f;
     const float third = multiply_add(f, 0.5f, -1.0f / 3.0f);
     const float fourth = multiply_add(f, multiply_add(f, 0.625f, -5.0f / 6.0f), 0.25f);
@@ -237,11 +238,11 @@ struct Jeffrey {
   double order() const { return 1.0; }
 
  private:
-  // expm1 for d in [-80, 80]; below -80 the deficit is linear to the last bit.
+  // expm1 for x in [-80, 80]; below -80 the deficit is linear to the last bit.
   MOD_FUSED_MEMBER static float expm1_signed(float x) { return expm1_of(x < -80.0f ? -80.0f : x); }
   MOD_FUSED_MEMBER static double expm1_signed(double x) { return expm1(x); }
 
-  // The solution of v + log v = z within 5%, with the exponential and the logarithm that a float's bits are.
+  // The solution of v + log v = z within 5%. A float's bits serve as a rough logarithm, and back as an exponential.
   MOD_FUSED_MEMBER static float omega_guess(float z) {
     const float c = not_above(not_below(z, -4.0f), 3.5f);
     float log_v = 9.31547716e-4f;
@@ -254,7 +255,8 @@ struct Jeffrey {
     return z > 3.5f ? far : near;
   }
 
-  // v + log v = z by two steps of Fritsch, Shafer and Crowley; below -80 as at -80, where v - z no longer shows it.
+  // v with v + log v = z, by two steps of Fritsch, Shafer and Crowley. z below -80 counts as -80: v is too small to change v
+  // - z.
   template <class Real> MOD_FUSED_MEMBER static Real wright_omega(Real z) {
     z = z < -80 ? Real(-80) : z;
     const Real exp_z = exp_of(z > 1 ? Real(1) : z);
@@ -270,12 +272,12 @@ struct Jeffrey {
   }
 };
 
-// The list of them: whatever asks for a divergence, checks a number or holds a table goes by it. Of several entries of one
-// number the first that takes the alpha is meant.
+// The list of them: look-ups, checks of numbers and tables use it. Of several entries with one number the first that takes the
+// alpha is chosen.
 template <class... D> struct DivergenceList {
   static constexpr int size = sizeof...(D);
 
-  // Place of a divergence in the list.
+  // The place of a divergence in the list.
   template <class Wanted> static constexpr int place() {
     int i = 0;
     const bool found = ((__is_same(D, Wanted) || (++i, false)) || ...);

@@ -1,5 +1,5 @@
-// Counter-based random numbers (design §3): Philox-4x32-10, SplitMix64 and the race's exponential. Shared by host and
-// device code; the loops over tokens that call them vectorise.
+// Counter-based random numbers (docs/concepts.md): Philox-4x32-10, SplitMix64 and the race's exponential. Shared by host and
+// device code. Loops over tokens that call them vectorise.
 #pragma once
 
 #include "scalar_math.h"
@@ -34,7 +34,7 @@ MOD_FUSED_INLINE float exponential(uint32_t high, uint32_t low) {
   float v = (float)high * 0x1p-32f + ((float)low + 0.5f) * 0x1p-64f;
   v = v > 1.0f - 0x1p-24f ? 1.0f - 0x1p-24f : v;
   const float series = v * (1.0f + v * (0.5f + v * (1.0f / 3.0f)));
-  // log(u) with u = 1 - v rounded, and what the rounding lost.
+  // log(u) with u = 1 - v rounded, plus a correction for the rounding.
   const float u = 1.0f - v;
   const float lost = (1.0f - u) - v;
   const float direct = -(log_of(u) + lost / u);

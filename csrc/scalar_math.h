@@ -1,5 +1,5 @@
-// Elementary functions in float32 without branches or calls, so that a loop over an array of them vectorises, and
-// overloads for double that the scalar solver uses. Shared by host and device code.
+// Elementary functions in float32 without branches or calls, so that a loop over them vectorises, and overloads for double
+// for the scalar solver. Shared by host and device code.
 #pragma once
 
 #include <math.h>
@@ -37,8 +37,8 @@ MOD_FUSED_INLINE uint32_t ordered(float x) {
 
 MOD_FUSED_INLINE float unordered(uint32_t x) { return bits_float(x & 0x80000000u ? x & 0x7fffffffu : ~x); }
 
-// max(x, bound) for a negative bound and min(x, bound) for a positive one, on the bits: of integers compilers make one
-// instruction. NaN may come out as the bound.
+// max(x, bound) for a negative bound and min(x, bound) for a positive one, on the bits: compilers make one instruction of the
+// integer comparison. NaN may become the bound.
 MOD_FUSED_INLINE float not_below(float x, float negative_bound) {
   const uint32_t bits = float_bits(x), bound = float_bits(negative_bound);
   return bits_float(bits < bound ? bits : bound);
@@ -48,7 +48,7 @@ MOD_FUSED_INLINE float not_above(float x, float positive_bound) {
   return bits_float((uint32_t)(bits < bound ? bits : bound));
 }
 
-// One rounding, on every machine: the order of tokens depends on it (design §3).
+// a * b + c with one rounding on every machine, so that every backend gets the same keys.
 MOD_FUSED_INLINE float fused_multiply_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
@@ -66,7 +66,8 @@ MOD_FUSED_INLINE float multiply_add(float a, float b, float c) {
 #endif
 }
 
-// 2^n for the integer n nearest to x, -126 <= x <= 128 (+inf for n = 128): adding 1.5 * 2^23 + 127 rounds, and leaves the exponent's bits lowest.
+// 2^n for the integer n nearest to x, -126 <= x <= 128 (+inf for n = 128). Adding 1.5 * 2^23 + 127 rounds x and puts the biased
+// exponent into the lowest bits.
 struct PowerOfTwo {
   float n, value;
 };
@@ -95,7 +96,7 @@ MOD_FUSED_INLINE SplitExp split_exp(float x) {
   return {power.value, multiply_add(r * r, p, r)};
 }
 
-// 2^x for -126 <= x <= 127, something finite or NaN elsewhere. Relative error 1e-7.
+// 2^x for -126 <= x <= 127; elsewhere a meaningless finite number or NaN. Relative error 1e-7.
 MOD_FUSED_INLINE float exp2_near(float x) {
   const PowerOfTwo power = nearest_power(x);
   const float f = x - power.n;
@@ -107,7 +108,7 @@ MOD_FUSED_INLINE float exp2_near(float x) {
   return multiply_add(p, f, 1.0f) * power.value;
 }
 
-// 2^x for x <= 127, about 2^-126 below -126, so that a sum needs no branch; NaN stays NaN. Relative error 1e-7.
+// 2^x for x <= 127; about 2^-126 below -126, so that a sum needs no branch. NaN stays NaN. Relative error 1e-7.
 MOD_FUSED_INLINE float exp2_of(float x) { return exp2_near(x < -126.0f ? -126.0f : x); }
 
 // The same for any x: +inf from 128 on, so that a sum shows the overflow.
@@ -121,7 +122,7 @@ MOD_FUSED_INLINE float reciprocal(float x) {
   return r * multiply_add(-x, r, 2.0f);
 }
 
-// e^x for x <= 88, for deficits: e^-87 instead of 0 far below.
+// e^x for x <= 88, for deficits: e^-87 below -87.
 MOD_FUSED_INLINE float exp_near(float x) {
   const SplitExp e = split_exp(x < -87.0f ? -87.0f : x);
   return multiply_add(e.scale, e.tail, e.scale);

@@ -1,5 +1,5 @@
-// Rows to threads: whole rows where there are enough of them, tiles of one row at a time where there are not. Either way every
-// sum is made of the same tile sums in the same order, so that the result does not depend on the choice.
+// Shares a call among threads: whole rows where there are enough, otherwise the tiles of one row after the other. Both ways add
+// the same tile sums in the same order, so the results do not depend on the choice.
 
 #include <torch/csrc/stable/ops.h>
 
@@ -23,7 +23,7 @@ void run(const Request& request) {
   const int64_t tiles = (request.vocab + kTile - 1) / kTile;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t row_work = request.vocab * (request.models + (int64_t)request.values.size());
-  // What the log-linear sum needs when nothing looks at the row as a whole: nothing per token.
+  // The log-linear draw without filters needs no memory per token.
   const bool whole_row = !request.log_linear() || request.log_probs || request.mask.data ||
                          request.value_ids || request.plausibility_model >= 0 || request.filters;
 

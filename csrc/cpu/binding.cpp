@@ -1,6 +1,6 @@
-// The CPU backend as torch ops, on the stable ABI: tensors and numbers in, a Request out. The Python side has checked shapes,
-// dtypes and devices (mod_fused/call/checks.py) and packed them (mod_fused/call/arguments.py). No string crosses the dispatcher: the
-// ABI's headers before torch 2.14 lose its memory.
+// The CPU backend as torch ops, on the stable ABI: makes a Request of tensors and numbers. Python has checked shapes, dtypes
+// and devices (mod_fused/call/checks.py) and packed the arguments (mod_fused/dispatch/packing.py). No string crosses the
+// dispatcher: the ABI's headers before torch 2.14 leak its memory.
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -52,7 +52,7 @@ template <class T> T number(const Tensor& x, int64_t offset) {
 
 using Pointer = const Tensor*;  // null: not given
 
-// A parameter that is a number, or where the tensor is given one per row.
+// A parameter: the number, or the tensor's entries, one per row, if it is given.
 template <class T, class Host> PerRow<T> per_row(Host host, Pointer tensor) {
   PerRow<T> result;
   if (!tensor) result.entries.push_back((T)host);
@@ -65,7 +65,7 @@ template <class T, class Host> PerRow<T> per_row(Host host, Pointer tensor) {
   throw std::runtime_error("mod_fused: the arguments are not what mod_fused/call/arguments.py packs");
 }
 
-// The arguments of an op in their slots; see `pack` of mod_fused/call/arguments.py.
+// The arguments of an op in their slots; see `pack` of mod_fused/dispatch/packing.py.
 struct Packed {
   const std::vector<Tensor>& logits;
   const std::vector<std::optional<Tensor>>& tensors;
@@ -82,7 +82,7 @@ enum IntegerSlot { kReference, kVocab, kPlausibilityTensor, kExact, kDivergence,
                    kTopK = kMixtureIntegers, kSeed, kPosition, kModelLogprobs, kDrawIntegers };
 enum NumberSlot { kPlausibility, kAlpha, kMixtureNumbers, kTemperature = kMixtureNumbers, kTopP, kMinP, kDrawNumbers };
 
-// Uninitialised contiguous CPU tensor; straight from the allocator, a tenth of the cost of calling aten::empty.
+// An uninitialised contiguous CPU tensor, straight from the allocator: a tenth of the time of calling aten::empty.
 Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
   const int64_t strides[2] = {sizes.size() == 2 ? std::max<int64_t>(sizes[1], 1) : 1, 1};
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
@@ -109,7 +109,7 @@ class Numbers {
   size_t next_;
 };
 
-// Weights that are the next `width` numbers, or where the tensor is given its entries.
+// Weights: the next `width` numbers, or the tensor's entries if it is given.
 PerRowVector weights_of(Numbers& numbers, Pointer tensor, int width) {
   PerRowVector result{{}, width};
   if (!tensor) {
@@ -125,7 +125,7 @@ PerRowVector weights_of(Numbers& numbers, Pointer tensor, int width) {
   return result;
 }
 
-// The values, their candidates and the prefixes, which are tensors.
+// Reads the tensors of values, candidates and prefixes.
 void add_tensors(const Packed& packed, Request& request) {
   if (const Pointer values = packed.tensor(kValues)) {
     const int count = (int)values->size(0);
@@ -146,7 +146,7 @@ void add_tensors(const Packed& packed, Request& request) {
         request.prefix.push_back(number<double>(*prefix, b * prefix->stride(0) + i * prefix->stride(1)));
 }
 
-// What the ops have in common; the tensors must outlive the request.
+// The part of a request that all ops have; the tensors must outlive it.
 Request mixture(const Packed& packed, bool draws) {
   const std::vector<int64_t>& integers = packed.integers;
   Numbers numbers(packed.numbers, draws ? kDrawNumbers : kMixtureNumbers);
@@ -197,7 +197,7 @@ Tensor log_probs(const std::vector<Tensor>& logits, const std::vector<std::optio
   return out;
 }
 
-// A request for a draw, but for its outputs.
+// A request for a draw, without its outputs.
 Request drawing(const Packed& packed) {
   Request request = mixture(packed, true);
   request.temperature = per_row<float>(packed.numbers[kTemperature], packed.tensor(kTemperatures));
@@ -257,8 +257,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const std::vector<Tensor>& log
   return {tokens, logprobs, valid, model_logprobs};
 }
 
-// One function of a divergence (0: deficit, 1: log_ratio, 2: log_slope) over a float32 vector: what pins csrc/divergence.h to
-// mod_fused/divergence.py in the tests.
+// One function of a divergence (0: deficit, 1: log_ratio, 2: log_slope) over a float32 vector. The tests compare
+// csrc/divergence.h with mod_fused/divergence.py by it.
 template <class D> void apply(const D& d, int64_t function, const float* x, float* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
     y[i] = function == 0 ? d.deficit(x[i]) : function == 1 ? d.log_ratio(x[i]) : d.log_slope(x[i]);
@@ -273,7 +273,7 @@ Tensor divergence_function(int64_t divergence, double alpha, int64_t function, c
   return y;
 }
 
-// Its place in the list of mod_fused/dispatch/cpu_backend.py.
+// The place of the instruction set in the list of mod_fused/dispatch/backends.py.
 int64_t instruction_set() {
   const char* const names[] = {"baseline", "neon", "avx2", "avx512"};
   int64_t i = 0;

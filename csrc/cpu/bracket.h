@@ -1,4 +1,4 @@
-// Q and p over the vocabulary off reverse KL, and the ends between which tau lies (design §2).
+// For all divergences but reverse KL: Q and p over the vocabulary, and the bracket of tau (docs/concepts.md).
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,8 @@
 namespace mod_fused {
 
 constexpr double kSmallestPrefixDifference = -40.0;
-constexpr double kLeastExponent = -1.0, kMostExponent = 30.0;  // of min Q where Jensen-Shannon keeps e^Q
-constexpr double kLog2E = 1.4426950216293335;  // what the loops' float32 constant holds
+constexpr double kLeastExponent = -1.0, kMostExponent = 30.0;  // range of min Q in which Jensen-Shannon stores e^Q
+constexpr double kLog2E = 1.4426950216293335;  // the value of the loops' float32 constant
 constexpr double kMostFusedWeight = 100.0;  // times e^80 it is below kExcluded
 constexpr double kRounding = 1e-5;  // of float32 sums over a row
 
@@ -34,7 +34,8 @@ inline Row::Offsets Row::offsets(bool clamped) const {
   return result;
 }
 
-// The usual case takes one loop a tile. False for scaled, mixed, many, tilted or far-off tensors, which go through buffers.
+// Prepares the usual case, one loop per tile. False for tensors that are scaled, of several dtypes, more than kMaxFused, far
+// from 0 or tilted by values: those go through buffers.
 template <class D> bool Row::fuse(const D& divergence, const Offsets& offsets, DeficitTile* fused) const {
   if (!request_.values.empty() || request_.plausibility_model >= 0) return false;
   double weight_sum = 0.0;
@@ -47,7 +48,7 @@ template <class D> bool Row::fuse(const D& divergence, const Offsets& offsets, D
     fused->offsets[fused->count] = (float)(divergence.factor() * kLog2E * offsets.shifts[model]);
     fused->weights[fused->count++] = (float)policy_weight(model);
     weight_sum += std::fabs(policy_weight(model));
-    // Ratios above e^80 take a prefix: pi_ref is larger than e^-80.
+    // pi_ref is above e^-80, so only a prefix can make a ratio exceed e^80.
     fused->careful |= std::fabs(offsets.shifts[model] - (offsets.norms[0] - offsets.norms[model])) > 4.0;
   }
   fused->dtype = request_.logits[0].dtype;
@@ -72,7 +73,7 @@ inline void Row::collect_fused(const DivergenceLoops& loops, DeficitTile fused, 
       loops.deficits(fused, tile_size(tile), (float)request_.alpha, scratch_.p() + begin, scratch_.u() + begin);
 }
 
-// p and Q of a tile, a tensor at a time.
+// p and Q of a tile, one tensor after the other.
 inline void Row::collect_buffered(const DivergenceLoops& loops, const Offsets& offsets, int64_t tile) {
   const int64_t begin = tile * kTile;
   const int n = tile_size(tile);
@@ -102,7 +103,7 @@ inline void Row::collect_buffered(const DivergenceLoops& loops, const Offsets& o
       loops_.close_deficit(ref, tilted ? tilt : nullptr, n, (float)offsets.norms[0], scratch_.p() + begin, q);
 }
 
-// What buffers left becomes u, once min Q is known.
+// Turns the Q of collect_buffered into u, once min Q is known.
 inline void Row::close_excesses(const DivergenceLoops& loops, double least) {
   const bool tilted = !request_.values.empty();
   for_tiles([&](int64_t tile) {
@@ -112,7 +113,7 @@ inline void Row::close_excesses(const DivergenceLoops& loops, double least) {
   });
 }
 
-// Sums over the row's tiles, and the tile of min Q; -1 where a value is broken or min Q is out of range.
+// Sums over the row's tiles. Returns the tile of min Q, or -1 if a value is NaN or +inf, or min Q is out of range.
 inline int64_t Row::sum_deficits(DeficitSums* sum) const {
   *sum = {kExcluded, 0.0, 0.0, 0.0, 0.0};
   int64_t best_tile = 0;
@@ -131,7 +132,7 @@ inline int64_t Row::sum_deficits(DeficitSums* sum) const {
   return std::fabs(sum->least) < (double)kExcluded ? best_tile : -1;
 }
 
-// p and u over the row into scratch, and what the bracket needs of them.
+// Stores p and u of the row in scratch, and their sums for the bracket.
 template <class D>
 bool Row::collect_deficits(const D& divergence, const DivergenceLoops& loops, bool in_one_loop, Deficits* total) {
   const Offsets offsets = this->offsets(D::clamped);
@@ -150,7 +151,7 @@ bool Row::collect_deficits(const D& divergence, const DivergenceLoops& loops, bo
     total->base = (float)sum.least;
     sum.least = divergence.least_deficit(sum.least);
     sum.first = divergence.mean_deficit(sum.first);
-    // Jensen-Shannon: e^Q holds too few digits of Q.
+    // Jensen-Shannon: outside that range e^Q holds too few digits of Q.
     if (!D::clamped && !(sum.least > kLeastExponent && sum.least < kMostExponent))
       return collect_deficits(divergence, loops, false, total);
     sum.s1 -= scratch_.deficits[best_tile].s1;
@@ -158,7 +159,7 @@ bool Row::collect_deficits(const D& divergence, const DivergenceLoops& loops, bo
   } else {
     close_excesses(loops, sum.least);
   }
-  // s*, the first token of the support whose excess is 0.
+  // s* is the first token of the support with u = base, the least Q.
   const float* p = scratch_.p() + best_tile * kTile;
   const float* u = scratch_.u() + best_tile * kTile;
   int best = 0;
@@ -174,7 +175,7 @@ template <class D> Row::Bracket Row::bracket(const D& divergence, const DeficitS
   const double log_mass = std::log((double)total.mass);
   Bracket ends;
   ends.upper = divergence.deficit(-log_mass);
-  // E[D], and what the sums' rounding may have taken from it.
+  // The mean of D = Q - min Q bounds tau from below (Jensen), less the rounding of the sums.
   const double mean = total.first / total.mass;
   const double mean_excess = mean - total.least + kRounding * (std::fabs(mean) + std::fabs(total.least));
   ends.lower = std::max(divergence.deficit(-std::log(best_mass_)), ends.upper - mean_excess);

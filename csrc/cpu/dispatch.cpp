@@ -1,4 +1,4 @@
-// Which instruction set's loops run, decided once.
+// Chooses the instruction set whose loops run, once.
 
 #include <cstdlib>
 #include <cstring>

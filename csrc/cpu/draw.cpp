@@ -1,4 +1,4 @@
-// From keys or masses to a token: temperature and the two-level race (design §3).
+// From keys or masses to a token: temperature, filters and the two-level race (docs/concepts.md).
 
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-// Mask, top-k and top-p on finished keys (design §4): which of them stay.
+// Mask, top-k and top-p on keys: the least key that each keeps.
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +16,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr float kFixedPoint = 0x1p40f;
 constexpr uint32_t kBuckets = 2048;
-constexpr double kMargin = 1e-3;  // far more than what float32 loses in an exponent
+constexpr double kMargin = 1e-3;  // far more than float32's rounding of an exponent
 
 }  // namespace
 
@@ -44,9 +44,9 @@ void Row::collect(float least) {
   });
 }
 
-// The largest candidate such that it and all larger ones weigh at least `needed`. The first round counts in equal steps of the
-// key, the others on the bits in which the keys left differ. The integer sums do not depend on their order. -inf where all
-// candidates weigh less. They are lost.
+// The largest candidate such that it and all larger ones together weigh at least `needed`; -inf if all candidates weigh less.
+// The first round sorts them into buckets by equal steps of the key, later rounds by the bits in which the remaining keys
+// differ. Sums of integers do not depend on the order. The candidates are overwritten.
 template <class Weigh> float Row::rank(float peak, int64_t needed, const Weigh& weigh) {
   const FilterLoops& loops = loops_.filters;
   const auto for_candidates = [&](const auto& body) {
@@ -55,7 +55,7 @@ template <class Weigh> float Row::rank(float peak, int64_t needed, const Weigh& 
   };
   uint32_t buckets[kTile];
   int64_t weights[kTile], sums[kBuckets];
-  // Leaves the candidates of the bucket that `needed` falls into; -1 where there is none.
+  // Keeps only the candidates of the bucket that `needed` falls into. Returns the bucket, or -1 if there is none.
   const auto narrow = [&](uint32_t last, const auto& sort) {
     std::fill(sums, sums + last + 1, 0);
     for_candidates([&](const float* key, const int* n) {
@@ -95,8 +95,8 @@ template <class Weigh> float Row::rank(float peak, int64_t needed, const Weigh& 
   }
 }
 
-// The k-th largest key. First bounds from below, since any k keys have one: of the tiles' peaks, then of those of their groups.
-// They leave few candidates.
+// The k-th largest key. The least of any k keys is a lower bound of it: first of k tiles' peaks, then of k peaks of their groups.
+// Few keys are above the bound, and only those become candidates.
 float Row::top_k_cut(float peak) {
   const auto count = [](const float*, int n, int64_t* weights) { std::fill(weights, weights + n, 1); };
   float bound = kLowest;
@@ -132,7 +132,7 @@ float Row::top_p_cut(float peak, float least) {
   int64_t total = 0;
   for (int64_t weight : scratch_.weights) total += weight;
   const int64_t needed = (int64_t)std::ceil(top_p_ * (double)total);
-  // Tokens lighter than this are dropped even all together.
+  // All tokens lighter than this together weigh so little that top-p drops them.
   const double light = std::max((double)(total - needed) / request_.vocab, 1.0) / kFixedPoint;
   const double bound = peak + (std::log(light) - kMargin) / beta;
   collect((float)std::max({bound, (double)least, (double)kLowest}));

@@ -1,5 +1,5 @@
-// Every divergence but reverse KL, in deficit form (design §2): Q and p once over the vocabulary, a scalar solve for tau
-// over what they left, and the keys or masses at its solution.
+// Every divergence but reverse KL, by deficits (docs/concepts.md): Q and p over the vocabulary (bracket.h), the search for tau
+// (normalizer.h), and the keys or masses at its solution.
 
 #include <algorithm>
 #include <cmath>
@@ -14,7 +14,7 @@
 namespace mod_fused {
 
 namespace {
-constexpr double kLeastTau = 1e-36;  // design §2: with Z = 0, where sup f' is finite
+constexpr double kLeastTau = 1e-36;  // with Z = 0 and a finite sup f' a smaller tau makes the row invalid
 }
 
 bool Row::mix_general() {
@@ -43,7 +43,7 @@ template <class D> bool Row::mix(D divergence, const DivergenceLoops& loops) {
   }
 
   const float t = (float)divergence.shift(tau), alpha = (float)request_.alpha, base = total.base;
-  // With Z = 0 the masses may be of any size: only their logarithms are safe, and less the constant that normalising removes.
+  // With Z = 0 masses may overflow: use their logarithms, without the constant, which normalising removes.
   const float constant = request_.exact ? (float)divergence.constant(tau) : 0.0f;
   if (!request_.exact || !sampling() || filters() || temperature_ != 1.0f) {
     for_tiles([&](int64_t tile) {

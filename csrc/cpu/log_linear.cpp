@@ -1,4 +1,4 @@
-// Reverse KL and its relatives: log pi* is a weighted sum of logits and values, up to a constant (design §2).
+// Reverse KL, with or without a reference: log pi* is a weighted sum of logits and values, up to a constant.
 
 #include <algorithm>
 #include <cmath>
@@ -15,7 +15,7 @@ constexpr double kLeastSum = 1e-20;  // below it, what float32 cuts off could sh
 constexpr float kLeastMass = 1e-33f;
 }
 
-// c_0 l_0, then the policies, then the values: the order is part of the contract (design §3).
+// The reference, then the policies, then the values: every backend adds the terms in this order, so that rounding is the same.
 void Row::collect_terms() {
   for (int model = 0; model < request_.models; ++model) {
     const bool own = request_.reference && model == 0;
@@ -26,8 +26,8 @@ void Row::collect_terms() {
     if (value_weight(j) != 0.0) terms_.push_back({values(j), (float)value_weight(j)});
 }
 
-// Tile sums of exp(key - level) in one loop over the logits, the level being that of the first tile. `certain` is false where
-// the level is far off; the result is false where a tensor is broken.
+// Tile sums of exp(key - level) in one loop over the logits; the level is the peak of the first tile. Sets `certain` to false
+// if that level is too far from 0 or from the other tiles' keys. Returns false if a tensor holds NaN or +inf.
 bool Row::sum_log_linear(float* level, bool* certain) {
   const Term* terms = terms_.data();
   const int count = (int)terms_.size();
@@ -59,7 +59,7 @@ bool Row::sum_log_linear(float* level, bool* certain) {
   return true;
 }
 
-// The usual case: keys live on the stack, a tile at a time, and the winner's tile is mixed again.
+// The usual case: the keys of one tile at a time are on the stack, and the winning tile is computed again.
 bool Row::draw_log_linear() {
   const Term* terms = terms_.data();
   const int count = (int)terms_.size();
@@ -68,7 +68,7 @@ bool Row::draw_log_linear() {
   bool certain = false;
   if (temperature_ == 1.0f) {
     if (!sum_log_linear(&level, &certain)) return false;
-    // What is left in a tile that holds nothing else is the floor of exp2_of.
+    // A sum this small is only the least values of exp2_of, which should be 0.
     for (int64_t tile = 0; tile < tiles_; ++tile)
       scratch_.masses[tile] = scratch_.sums[tile] > kLeastMass ? scratch_.sums[tile] : 0.0f;
   }
@@ -132,7 +132,7 @@ bool Row::log_linear_keys() {
       loops_.load(logits(constrained), begin, n, x);
       const float peak = (float)model_sums_[constrained].level;
       for (int i = 0; i < n; ++i) key[i] = x[i] - peak >= least ? key[i] : -kInfinity;
-      // A sum that overflowed may be out now; a value that is broken breaks the row all the same.
+      // Plausibility may have excluded a key that overflowed. A value of NaN or +inf still makes the row invalid.
       bool broken = false;
       for (int i = 0; i < n; ++i) broken |= !(key[i] < kInfinity);
       for (size_t t = model_terms_; t < terms_.size() && !request_.value_ids; ++t) {
@@ -148,7 +148,7 @@ bool Row::log_linear_keys() {
   return sum_tiles();
 }
 
-// Everything is excluded but the candidates, which are few: one at a time. `sum_models` has looked for broken logits.
+// The keys of the candidates, one by one; all other tokens are excluded. `sum_models` has checked the logits for NaN and +inf.
 bool Row::candidate_keys() {
   std::fill(scratch_.keys(), scratch_.keys() + request_.vocab, -kInfinity);
   bool good = true;

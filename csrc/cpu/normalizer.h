@@ -1,4 +1,5 @@
-// The normaliser tau off reverse KL: a scalar solve for G(tau) = 1 between the ends of bracket.h (design §2).
+// For all divergences but reverse KL: the scalar search for tau with G(tau) = sum p H(tau + Q - min Q) = 1 in the bracket
+// (docs/concepts.md).
 #pragma once
 
 #include <algorithm>
@@ -10,13 +11,13 @@
 namespace mod_fused {
 
 constexpr int kMaxEvaluations = 32;
-// Below this the model's error is its square, what float32 sums leave: tau moves without another evaluation, and the tiles'
-// masses follow it by their slopes.
+// Below this |log G| the model's error is about its square, the rounding of float32 sums. The last step then needs no further
+// evaluation: the tiles' masses are moved to the new tau by their slopes.
 constexpr double kLastStep = 1e-3;
 constexpr int kModelSteps = 60;
-constexpr double kLeastRest = 1e-30;  // of tokens but s*: less may be the floors of exponentials
+constexpr double kLeastRest = 1e-30;  // a smaller sum over all tokens but s* may come from the least values of exp2_near
 
-// s1 and s2 of the row at t, and of its tiles in scratch.
+// Returns s1 and s2 of the row at t; stores those of its tiles in scratch.
 Row::RowSums Row::evaluate(const DivergenceLoops& loops, float base, float t) {
   for_tiles([&](int64_t tile) {
     const int64_t begin = tile * kTile;
@@ -33,10 +34,10 @@ Row::RowSums Row::evaluate(const DivergenceLoops& loops, float base, float t) {
   return sums;
 }
 
-// G(tau) = 1. A step solves a model of G with two poles: s* exactly where it is, and everything else as the one pole that has
-// its sum and slope (the secular equation of eigenvalue updates, solved the same way). The first step is from Z = 0, whose
-// sums the deficits' loop has left; then one evaluation or two do where Newton takes four. The bracket stays; a step that
-// leaves it bisects. Leaves log_norm_, and the tiles' masses.
+// Returns tau with G(tau) = 1, and stores log_norm_ and the tiles' masses. A step solves a model of G with two poles: that of
+// s*, and one for all other tokens, with their sum and slope. (Eigenvalue updates solve the same "secular equation".) The
+// first step starts at Z = 0, whose sums the loop over the deficits has made. One or two evaluations then suffice, where
+// Newton's method takes four. A step that would leave the bracket bisects it.
 template <class D>
 double Row::solve(const D& divergence, const DivergenceLoops& loops, const Deficits& total, Bracket ends) {
   double low = divergence.shift(ends.lower), high = divergence.shift(ends.upper);
@@ -48,7 +49,7 @@ double Row::solve(const D& divergence, const DivergenceLoops& loops, const Defic
   };
   const auto log_g = [&](double t, double sum) { return divergence.constant(divergence.unshift(t)) + std::log(sum + best_mass_ * power(t)); };
   const auto between = [](double a, double b) { return D::bounded ? std::sqrt(a * b) : 0.5 * (a + b); };
-  double residual = 0.0;  // log G of the model where a step ends; not 0 where the bracket is inverted by rounding
+  double residual = 0.0;  // log G of the model at the end of a step; not 0 if rounding has inverted the bracket
   const auto step = [&](const RowSums& rest, double t) {
     const bool pole = rest.s1 > kLeastRest && rest.s2 > 0.0;
     const double distance = pole ? std::max(divergence.pole(rest.s1 / rest.s2) - t, 0.0) : 0.0;
@@ -58,12 +59,12 @@ double Row::solve(const D& divergence, const DivergenceLoops& loops, const Defic
       const double middle = between(left, right);
       (log_g(middle, weight * power(middle + distance)) > 0.0 ? left : right) = middle;
     }
-    const double end = (float)between(left, right);  // as the keys will have it: a small alpha shows what is rounded off
+    const double end = (float)between(left, right);  // float32, as the keys use it: with a small alpha the rounding shows
     residual = log_g(end, weight * power(end + distance));
     return end;
   };
 
-  // The sums leave s* out: next to its pole the others would drown in their rounding.
+  // s* is summed apart: beside its pole float32 loses the other tokens.
   scratch_.p()[best_] = 0.0f;
   scratch_.u()[best_] = kExcluded;
   float t = (float)between(low, high);
@@ -83,7 +84,7 @@ double Row::solve(const D& divergence, const DivergenceLoops& loops, const Defic
     (log_norm_ > 0.0 ? low_known : high_known) = true;
     const bool good = std::isfinite(log_norm_) && std::isfinite(rest.s2);
     double next = good ? step(rest, t) : between(low, high);
-    // Back at the other end of the bracket the model would go round in circles.
+    // Bisect where the model returns to a known end of the bracket: it would alternate between the ends for ever.
     if ((float)next != t && ((low_known && (float)next <= low) || (high_known && (float)next >= high))) next = between(low, high);
     const bool last = std::fabs(log_norm_) < kLastStep && std::fabs(next - t) < kLastStep * (D::bounded ? t : 1.0);
     if (last) {

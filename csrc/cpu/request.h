@@ -1,4 +1,4 @@
-// One call of the op as plain data: what the binding reads out of tensors, and what a row works with.
+// One call of the op as plain data: the binding fills it from tensors, and rows read it.
 #pragma once
 
 #include <stdint.h>
@@ -26,7 +26,7 @@ template <class T> struct PerRow {
   const T& operator[](int64_t b) const { return entries[entries.size() == 1 ? 0 : (size_t)b]; }
 };
 
-// `width` numbers for all rows, or for each of them.
+// `width` numbers for all rows together, or for each row.
 struct PerRowVector {
   std::vector<double> entries;
   int width = 0;
@@ -56,10 +56,10 @@ struct Request {
   Rows logits[kMaxModels];
   float scales[kMaxModels];
   PerRowVector weights;    // of the policies
-  double weight_rounding = 0x1p-40;  // 1 - sum w no larger is 0 under reverse KL
+  double weight_rounding = 0x1p-40;  // under reverse KL a 1 - sum w no larger than this counts as 0
   int64_t divergence = kReverseKL;   // its number
   double alpha = 0.0;
-  bool exact = true;       // the normaliser
+  bool exact = true;       // normalizer: "exact", or "zero"
 
   std::vector<Rows> values;
   PerRowVector value_weights;
@@ -75,12 +75,12 @@ struct Request {
   PerRow<int64_t> top_k, position;
   PerRow<uint64_t> seeds;  // one per row
   Mask mask;
-  bool filters = false;  // some row has a mask, top-k, top-p or min-p, or log pi* is asked for itself
+  bool filters = false;  // some row has a mask, top-k, top-p or min-p, or the call wants log pi* of all tokens
   bool model_logprobs = false;
 
   bool log_linear() const { return divergence == kReverseKL; }
 
-  // Outputs; `log_probs` [B, V] alone, or the others.
+  // Outputs: `log_probs` [B, V] only, or all others.
   float* log_probs = nullptr;
   int64_t* tokens = nullptr;
   float* logprobs = nullptr;

@@ -65,8 +65,8 @@ bool Row::read_parameters() {
   return good;
 }
 
-// log-sum-exp of a model's logits in one loop over them, from a level that its first tile sets. False where that does not
-// suffice: something is not finite, or the level is far off.
+// The log-sum-exp of a model's logits in one loop, relative to the peak of the first tile. False if that does not suffice: a
+// logit is not finite, or that peak is too far from 0 or from the other logits.
 bool Row::sum_quickly(int model) {
   const Source x = logits(model);
   PeakSum* parts = scratch_.logit_sums.data() + model * tiles_;
@@ -80,7 +80,7 @@ bool Row::sum_quickly(int model) {
   return std::isfinite(sum) && sum > kLeastSum;
 }
 
-// The same from the tiles' own peaks. False where NaN or +inf stands in the logits.
+// The same relative to each tile's own peak. False if the logits hold NaN or +inf.
 bool Row::sum_carefully(int model) {
   const Source x = logits(model);
   PeakSum* parts = scratch_.logit_sums.data() + model * tiles_;
@@ -101,7 +101,7 @@ bool Row::sum_models() {
   for (int model = 0; model < request_.models; ++model) {
     const bool counted = counts(model);
     const bool plausible = model == request_.plausibility_model;
-    // The log-linear sum checks its tensors itself, but for candidates it looks at those alone.
+    // The log-linear sum checks its tensors itself, but with candidates it reads only their logits.
     const bool needed = request_.model_logprobs || plausible || (counted && (!request_.log_linear() || request_.value_ids));
     if (!needed || (!plausible && sum_quickly(model))) continue;
     good &= sum_carefully(model) || !(counted || plausible);

@@ -1,5 +1,6 @@
-// One row on its way from logits to a token. The files of the phases stand below; each phase leaves what the next needs in the
-// scratch and in the members.
+// One row of a call, from its logits to its token or log-probabilities. The functions are grouped below by the files that
+// define them. A phase hands its results to the next in the scratch and in the members. A *key* is log pi* of a token up to a
+// constant of the row; docs/concepts.md explains the other terms.
 #pragma once
 
 #include <cmath>
@@ -9,13 +10,13 @@
 
 namespace mod_fused {
 
-// Logits further from 0 than this have a level taken off before anything is rounded to float32's precision of them.
+// Logits further from 0 than this are reduced by a whole number, their level, before float32 rounds them.
 constexpr double kFarLevel = 128.0;
 
-// Two floats per vocabulary entry and a few per tile, kept by a thread between its calls.
+// Memory of a row: two floats per vocabulary entry and a few per tile. A thread keeps it between calls.
 struct Scratch {
-  // The two, by the name of what is there: first p and u (before it Q, divergence.h), then the keys and, for the filters, those
-  // of them that are candidates.
+  // The two floats per entry, by the names of their contents. First they hold p and u (before that Q, see divergence.h), later
+  // the keys and, for the filters, the candidates among the keys.
   float* p() const { return first_; }
   float* u() const { return first_ + capacity_; }
   float* keys() const { return first_; }
@@ -24,10 +25,10 @@ struct Scratch {
   std::vector<PeakSum> logit_sums;     // [models][tiles]
   std::vector<TileMix> mixes;          // [tiles], as are the following
   std::vector<DeficitSums> deficits;
-  std::vector<float> sums, slopes;     // sum of e^(key - tile's peak), or s1 and s2
-  std::vector<float> masses;           // of the race
-  std::vector<int> counts;             // of candidates
-  std::vector<int64_t> weights;        // of top-p
+  std::vector<float> sums, slopes;     // sums of e^(key - peak of the tile); or s1 and s2
+  std::vector<float> masses;           // for the race
+  std::vector<int> counts;             // how many candidates
+  std::vector<int64_t> weights;        // for top-p
 
   void reserve(int64_t tiles, int models, bool per_token);
   Scratch() = default;
@@ -40,7 +41,7 @@ struct Scratch {
   int64_t capacity_ = 0;
 };
 
-// Calls body(first tile, end) so that all of [0, tiles) is covered, on one thread or on several.
+// Calls body(first tile, end) so that the calls cover [0, tiles), on one thread or several.
 using TileBody = std::function<void(int64_t, int64_t)>;
 using TileRunner = std::function<void(int64_t, const TileBody&)>;
 
@@ -50,7 +51,7 @@ class Row {
   void run();
 
  private:
-  // log-sum-exp of a model's logits. Beside a level of 1e17 double would lose the logarithm.
+  // The log-sum-exp of a model's logits in two parts: beside a level of 1e17 a double would lose the logarithm.
   struct ModelSum {
     double level = 0.0, log_sum = 0.0;  // the level is the peak after `sum_carefully`
     double log_norm() const { return level + log_sum; }
@@ -64,37 +65,37 @@ class Row {
   bool read_parameters();
   bool sum_quickly(int model);
   bool sum_carefully(int model);
-  bool sum_models();  // log-sum-exps where they are needed; false where a model that counts is broken
+  bool sum_models();  // log-sum-exps that are needed; false if a model that counts holds NaN or +inf
   void sum_tile(int64_t tile);  // peak and sum of a tile's keys
-  bool sum_tiles();             // log_norm_ of all; false where no token is left or a key overflowed
-  bool sum_keys();              // both
+  bool sum_tiles();             // log_norm_ of the row; false if no token is left or a key overflowed
+  bool sum_keys();              // sum_tile on all tiles, then sum_tiles
   void finish(bool valid);
 
   // log_linear.cpp
   void collect_terms();
-  bool log_linear_keys();    // keys of the whole row into scratch
+  bool log_linear_keys();    // stores the keys of the whole row in scratch
   bool candidate_keys();
-  bool draw_log_linear();    // keys never leave their tile
+  bool draw_log_linear();    // stores no keys
   bool sum_log_linear(float* level, bool* certain);
 
-  // general.cpp; false where the row is invalid
+  // general.cpp; false if the row is invalid
   bool mix_general();
   template <class D> bool mix(D divergence, const DivergenceLoops& loops);
 
-  // values.cpp; false where a value is broken
+  // values.cpp; false if a value is NaN or +inf
   bool tile_tilt(int64_t tile, double* tilt) const;
   bool collect_candidates();
   const Candidate* first_candidate(int64_t token) const;
 
   // bracket.h
   struct Offsets {
-    float levels[kMaxModels];   // taken off the logits: whole numbers, which leave differences of 16-bit ones exact
-    double norms[kMaxModels];   // log-sum-exps of what is left
-    double shifts[kMaxModels];  // from a policy's logit less the reference's to d
+    float levels[kMaxModels];   // subtracted from the logits: whole numbers, which keep differences of 16-bit logits exact
+    double norms[kMaxModels];   // log-sum-exps of the reduced logits
+    double shifts[kMaxModels];  // d = policy's logit - reference's logit + shift
   };
   struct Deficits {
-    DeficitSums sums;  // of Q, but for s1 and s2, which are fused only and leave the tile of s* out
-    float base;        // of u, divergence.h
+    DeficitSums sums;  // s1 and s2 only if fused, and without the tile of s*
+    float base;        // see divergence.h
     bool fused;
   };
   struct Bracket {
@@ -120,13 +121,13 @@ class Row {
 
   // draw.cpp
   bool draw_from_keys();
-  bool race(const std::function<void(int64_t, float*)>& token_masses);  // tiles' masses in scratch.masses
+  bool race(const std::function<void(int64_t, float*)>& token_masses);  // reads the tiles' masses in scratch.masses
 
   // filters.cpp
   void apply_mask(int64_t tile) const;
-  float top_k_cut(float peak);               // least key that top-k keeps, -inf for all
-  float top_p_cut(float peak, float least);  // least key that top-p keeps of those from `least` on
-  void collect(float least);                 // candidates: the keys >= least
+  float top_k_cut(float peak);               // the least key that top-k keeps; -inf keeps all
+  float top_p_cut(float peak, float least);  // the least key that top-p keeps, of the keys >= least
+  void collect(float least);                 // makes the keys >= least candidates
   template <class Weigh> float rank(float peak, int64_t needed, const Weigh& weigh);
 
   template <class F> void for_tiles(const F& body) {
@@ -140,7 +141,7 @@ class Row {
   }
   Source logits(int model) const { return request_.logits[model].row(b_, request_.scales[model]); }
   Source values(size_t j) const { return request_.values[j].row(b_, 1.0f); }
-  // What float32 holds no normal number for counts as 0.
+  // A weight below the normal numbers of float32 counts as 0.
   static double normal(double weight) { return std::fabs(weight) < 0x1p-126 ? 0.0 : weight; }
   double policy_weight(int model) const { return normal(request_.weights[b_][model - (request_.reference ? 1 : 0)]); }
   bool counts(int model) const {
@@ -151,7 +152,7 @@ class Row {
     return request_.value_ids[b_ * request_.value_ids_row + k * request_.value_ids_column];
   }
   bool sampling() const { return request_.log_probs == nullptr; }
-  // Finite even for the smallest temperatures, so that 0 * it is 0.
+  // Finite for the smallest temperatures too, so that 0 times it is 0; 1 for temperature 0.
   float inverse_temperature() const { return temperature_ > 1e-38f ? 1.0f / temperature_ : temperature_ > 0.0f ? 1e38f : 1.0f; }
   bool filters() const { return request_.mask.data || top_k_ > 0 || top_p_ < 1.0 || min_p_ > 0.0f; }
 
@@ -162,16 +163,16 @@ class Row {
   const TileLoops& loops_;
   const int64_t tiles_;
 
-  double own_coefficient_ = 1.0;  // of the reference under reverse KL: 1 - sum w, 0 where that is rounding
+  double own_coefficient_ = 1.0;  // the reference's under reverse KL: 1 - sum w, or 0 if that is only rounding
   float temperature_ = 1.0f, min_p_ = 0.0f;
   double top_p_ = 1.0;
   int64_t top_k_ = 0;
-  std::vector<Term> terms_;            // of the log-linear sum: models, then values
+  std::vector<Term> terms_;            // the log-linear sum: models, then values
   size_t model_terms_ = 0;
-  ModelSum model_sums_[kMaxModels];    // where needed
+  ModelSum model_sums_[kMaxModels];    // only those that are needed
   int64_t best_ = 0;                   // s*, and pi_ref of it
   double best_mass_ = 0.0;
-  std::vector<Candidate> candidates_;  // off reverse KL, sorted by token
+  std::vector<Candidate> candidates_;  // of value_ids, sorted by token; not for reverse KL
   double level_ = 0.0, log_norm_ = 0.0;  // log pi* = (key - level) - log_norm
   int64_t token_ = 0;
   double token_key_ = 0.0;

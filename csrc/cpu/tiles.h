@@ -1,5 +1,5 @@
-// The loops over a tile of at most 1024 tokens, one table of them per instruction set. Everything above this interface is
-// scalar bookkeeping and compiled once.
+// The loops over a tile of at most 1024 tokens: a table of functions for each instruction set. The code that calls them is
+// scalar and compiled once.
 #pragma once
 
 #include <stdint.h>
@@ -8,7 +8,7 @@
 
 namespace mod_fused {
 
-constexpr int kTile = 1024;      // tile of the race in token ids; part of the random numbers' definition
+constexpr int kTile = 1024;      // token ids per tile; another number would draw other tokens
 constexpr int kMaxTerms = 32;    // models and value tensors of one row
 
 enum class DType : int32_t { float32, float16, bfloat16 };
@@ -26,7 +26,7 @@ struct Term {
   float weight;
 };
 
-// max x and sum exp((x - max) * beta); the sum is NaN where x holds NaN or +inf.
+// max x and sum exp(x - max); the sum is NaN if x holds NaN or +inf.
 struct PeakSum {
   float peak, sum;
 };
@@ -41,17 +41,17 @@ struct TileMix {
   bool broken;  // a tensor that counts holds NaN or +inf
 };
 
-// Q of a token outside the support: so large that its ratio is 0 in float32, and still finite.
+// Q of a token outside the support: finite, but so large that H is 0 in float32.
 constexpr float kExcluded = 1e37f;
 
-// Sums over a tile that the bracket of tau and its first guess need.
+// Sums over a tile, for the bracket of tau and the first step.
 struct DeficitSums {
-  double least;         // min Q (fused: u) over the support, kExcluded where it is empty
+  double least;         // min Q (if fused, min u) over the support; kExcluded if that is empty
   double mass, first;   // sum p, sum p Q
-  double s1, s2;        // fused: the sums of MassSums where y = u, that is where Z = 0
+  double s1, s2;        // if fused: as in MassSums with y = u, that is at Z = 0
 };
 
-// The tensors of a tile whose u is made in one loop: the reference and up to three policies, all of one dtype, unscaled.
+// The tensors of a tile whose p and u one loop computes: the reference and up to three policies, of one dtype, unscaled.
 constexpr int kMaxFused = 3;
 struct DeficitTile {
   const void* ref;
@@ -59,9 +59,9 @@ struct DeficitTile {
   float offsets[kMaxFused], weights[kMaxFused];  // y = factor * (policy - ref) + offset, divergence.h
   int count;
   DType dtype;
-  float factor, limit;                // of y; its size where `term` is good and the sum too
+  float factor, limit;                // of y; the largest |y| for which `term` and the sum are right
   float log_norm, log_norm_offset;    // of the reference; -log_norm * log2(e)
-  bool careful;                       // y may be beyond the limit on the side that is not looked at
+  bool careful;                       // y may exceed the limit on the side that the fast loop does not check
 };
 
 struct MassSums {
@@ -73,31 +73,31 @@ struct RaceResult {
   float arrival;
 };
 
-// What a divergence needs; `alpha` is read by alpha-divergences only.
+// The loops of one divergence. Only alpha-divergences read `alpha`.
 struct DivergenceLoops {
-  // p and u of a tile in one loop.
+  // Computes p and u of a tile in one loop.
   DeficitSums (*deficits)(const DeficitTile& tile, int n, float alpha, float* p, float* u);
   // Q += w * deficit((policy - ref) + shift); NaN where the policy excludes the token.
   void (*add_deficit)(const float* ref, const float* policy, int n, float alpha, float shift, float w, float* q);
-  // Q becomes u = excess(Q + tilt - least), whose base is 0; tilt may be null.
+  // Replaces Q by u = excess(Q + tilt - least), whose base is 0; tilt may be null.
   void (*excesses)(float* q, const double* tilt, int n, float alpha, double least);
-  // s1 and s2 at t
+  // s1 and s2 of a tile at t.
   MassSums (*sums)(const float* p, const float* u, int n, float alpha, float base, float t);
-  // p * H up to e^constant: the tokens' masses.
+  // The tokens' masses: p * H without the factor e^constant.
   void (*masses)(const float* p, const float* u, int n, float alpha, float base, float t, float* out);
   // log p + log H, -inf off the support.
   void (*keys)(const float* p, const float* u, int n, float alpha, float base, float t, float constant, float* out);
 };
 
-// What masks and filters need of finished keys.
-constexpr int kGroups = 64;  // of a tile, for top-k
+// The loops of masks and filters, over keys.
+constexpr int kGroups = 64;  // groups of a tile, for top-k
 struct FilterLoops {
   float (*peak)(const float* key, int n);
   float (*least)(const float* key, int n);
-  // Keys that the mask forbids become -inf.
+  // Set the keys that the mask forbids to -inf.
   void (*mask_bytes)(const uint8_t* allowed, int n, float* key);
   void (*mask_bits)(const int32_t* words, int n, float* key);
-  // Peaks of groups of a tile, at most kGroups of them; returns how many.
+  // Writes the peaks of the tile's groups, at most kGroups; returns how many.
   int (*group_peaks)(const float* key, int n, float* out);
   // Copies the keys >= least in their order and returns how many; `out` needs room for n.
   int (*above)(const float* key, int n, float least, float* out);
@@ -107,7 +107,7 @@ struct FilterLoops {
   void (*spread)(const float* key, int n, float least, float scale, uint32_t* out);
   // (ordered(key) - base) >> shift
   void (*buckets)(const float* key, int n, uint32_t base, int shift, uint32_t* out);
-  // Sum of floor(2^40 exp((key - peak) * beta)) over keys >= least: integers, whose sum no order can change.
+  // Sum of floor(2^40 exp((key - peak) * beta)) over keys >= least: a sum of integers does not depend on the order.
   int64_t (*fixed_mass)(const float* key, int n, float least, float peak, float beta);
   void (*fixed_masses)(const float* key, int n, float peak, float beta, int64_t* out);
   // exp((key - peak) * beta), 0 where the key is below `least` or the exponent below `log_min_p`; returns their sum.
@@ -118,9 +118,9 @@ struct TileLoops {
   const char* name;
   void (*load)(const Source& x, int64_t begin, int n, float* out);
   PeakSum (*peak_sum)(const Source& x, int64_t begin, int n);
-  // The log-linear key of a tile, accumulated in order (design §3), -inf off the support.
+  // The log-linear keys of a tile, -inf off the support. All backends add the terms in the same order.
   TileMix (*log_linear)(const Term* terms, int count, int64_t begin, int n, float* key);
-  // The same without keeping the key. Only good where the sum and the least key are finite.
+  // The same without storing the keys. The result is right only if the sum and the least key are finite.
   KeySum (*log_linear_sum)(const Term* terms, int count, int64_t begin, int n, float from);
   // sum exp(x - from); not finite where x holds NaN or +inf, or is far above `from`.
   float (*sum_from)(const Source& x, int64_t begin, int n, float from);
@@ -129,10 +129,10 @@ struct TileLoops {
   void (*exps)(const float* key, int n, float peak, float beta, float* out);
   // tilt -= v * values; +inf where a value excludes the token. Returns whether a value is NaN or +inf.
   bool (*add_tilt)(const float* values, int n, float v, double* tilt);
-  // Ends a tile's Q: p = exp(ref - log_norm), p = 0 and Q = kExcluded off the support. The sums are those of Q + tilt, which is
-  // null where there are no values.
+  // Computes p = exp(ref - log_norm), and sets p = 0 and Q = kExcluded off the support. The sums are those of Q + tilt; tilt is
+  // null without values.
   DeficitSums (*close_deficit)(const float* ref, const double* tilt, int n, float log_norm, float* p, float* q);
-  // argmin of E(seed, position, index + i, stream) / mass[i] and that minimum; index -1 where no mass is positive.
+  // argmin of E(seed, position, index + i, stream) / mass[i] and that minimum; winner -1 if no mass is positive.
   RaceResult (*race)(const float* mass, int n, uint64_t seed, uint64_t position, uint32_t index, uint32_t stream);
   // (key - level) - log_norm
   void (*normalised)(const float* key, int n, double level, double log_norm, float* out);

@@ -1,6 +1,6 @@
-// The loops of tiles.h, compiled once per instruction set; the including file defines MOD_FUSED_LOOPS (a function name)
-// and MOD_FUSED_LOOPS_NAME. Nothing here may have external linkage but that function: an inline function shared between
-// files could be linked in the version of the widest instruction set and crash on an older machine.
+// The loops of tiles.h, compiled once per instruction set. The including file defines MOD_FUSED_LOOPS (a function name) and
+// MOD_FUSED_LOOPS_NAME. Only that function may have external linkage: of an inline function shared between files the linker
+// could keep the version of the widest instruction set, which crashes on older machines.
 
 #include <math.h>
 #if defined(__AVX512F__)
@@ -16,7 +16,7 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504f;
-constexpr float kSmallestLogRef = -80.0f;  // design §2, range of fp32
+constexpr float kSmallestLogRef = -80.0f;  // a token with a smaller log pi_ref leaves the support
 
 struct BFloat16 {
   uint16_t bits;
@@ -28,7 +28,7 @@ struct Float16 {
 MOD_FUSED_INLINE float widen(float x) { return x; }
 MOD_FUSED_INLINE float widen(BFloat16 x) { return bits_float((uint32_t)x.bits << 16); }
 MOD_FUSED_INLINE float widen(Float16 x) {
-  // Exponent and mantissa in place, times 2^112 for the difference in bias, which also scales subnormals.
+  // Move exponent and mantissa into place, then multiply by 2^112 for the difference in bias. That is right for subnormals too.
   const uint32_t magnitude = (uint32_t)(x.bits & 0x7fffu) << 13;
   const float scaled = bits_float(magnitude) * 0x1p112f;
   const uint32_t special = (x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
@@ -68,7 +68,7 @@ template <class T> PeakSum peak_sum_of(const T* __restrict x, int n) {
 
 PeakSum peak_sum(const Source& x, int64_t begin, int n) {
   if (x.scale != 1.0f) {
-    // Scaled apart: a fused product less the rounded peak would leave the peak's rounding.
+    // Scale first: in a fused multiply-subtract the rounding of the peak would remain.
     alignas(64) float scaled[kTile];
     load(x, begin, n, scaled);
     return peak_sum_of(scaled, n);
@@ -90,7 +90,7 @@ template <class T> float sum_from_as(const Source& x, int64_t begin, int n, floa
     sum += exp2_near(y);
   }
   if (least >= -126.0f && most <= 127.0f) return sum;
-  // Once more with the range in mind, which costs as much as half the exponential.
+  // Again with exp2_any, which handles any range and takes half as long again.
   sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
   for (int i = 0; i < n; ++i) sum += exp2_any(multiply_add(widen(data[i]), factor, offset));
@@ -103,7 +103,7 @@ float sum_from(const Source& x, int64_t begin, int n, float from) {
   return sum_from_as<float>(x, begin, n, from);
 }
 
-// Peak of the finished key, and whether all of it is finite.
+// The peak of a tile's keys, and whether all of them are finite.
 struct KeyCheck {
   float peak;
   bool finite;
@@ -114,7 +114,7 @@ KeyCheck check_key(const float* __restrict key, int n) {
 #pragma omp simd reduction(max : peak) reduction(+ : zero)
   for (int i = 0; i < n; ++i) {
     peak = key[i] > peak ? key[i] : peak;
-    zero += key[i] - key[i];  // NaN once anything is not finite
+    zero += key[i] - key[i];  // NaN if a key is not finite
   }
   return {peak, zero == 0.0f};
 }
@@ -206,7 +206,7 @@ TileMix log_linear(const Term* terms, int count, int64_t begin, int n, float* __
   }
   if (check.finite) return {check.peak, false};
 
-  // Something is not finite: once more, deciding each token on its tensors alone.
+  // A key is not finite: again, looking at each token's logits.
   alignas(64) float excluded[kTile];
   int broken = 0;
   for (int i = 0; i < n; ++i) key[i] = excluded[i] = 0.0f;
@@ -225,7 +225,7 @@ TileMix log_linear(const Term* terms, int count, int64_t begin, int n, float* __
   float peak = -kInfinity;
 #pragma omp simd reduction(max : peak) reduction(| : broken)
   for (int i = 0; i < n; ++i) {
-    broken |= excluded[i] == 0.0f && !(key[i] < kInfinity);  // the sum itself overflowed; to -inf it may
+    broken |= excluded[i] == 0.0f && !(key[i] < kInfinity);  // the sum overflowed to +inf; -inf is allowed
     key[i] = excluded[i] == 0.0f ? key[i] : -kInfinity;
     peak = key[i] > peak ? key[i] : peak;
   }
@@ -301,7 +301,7 @@ RaceResult race(const float* __restrict mass, int n, uint64_t seed, uint64_t pos
   for (int i = 0; i < n; ++i) {
     uint32_t high, low;
     philox(c0, c1, index + (uint32_t)i, stream, k0, k1, &high, &low);
-    // A mass of 0 never wins, not even against a quotient that overflows.
+    // A mass of 0 never wins, also where the other quotients overflow.
     float q = exponential(high, low) / mass[i];
     q = q < 3.4028235e38f ? q : 3.4028235e38f;
     quotient[i] = mass[i] > 0.0f ? q : kInfinity;

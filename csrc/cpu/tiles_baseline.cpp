@@ -1,4 +1,4 @@
-// What every machine of the architecture runs: SSE2 on x86-64, NEON on 64-bit ARM, plain C++ elsewhere.
+// The loops that every machine of the architecture can run: SSE2 on x86-64, NEON on 64-bit ARM, plain C++ elsewhere.
 #define MOD_FUSED_LOOPS baseline_loops
 #if defined(__ARM_NEON)
 #define MOD_FUSED_LOOPS_NAME "neon"

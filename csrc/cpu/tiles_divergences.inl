@@ -1,9 +1,9 @@
 // The divergences' loops; included by tiles.inl in its namespace.
 
-constexpr float kSmallestLogRatio = -80.0f;  // design §2, range of fp32
+constexpr float kSmallestLogRatio = -80.0f;  // smaller log-ratios count as this
 constexpr float kSmallestExponent = -115.0f;  // inside -80 * log2(e)
 
-// One divergence's loops; `alpha` makes the divergence, which holds nothing else.
+// The loops of one divergence, which is made from `alpha` alone.
 template <class D> struct Loops {
   static constexpr bool symmetric = !D::clamped;  // Jensen-Shannon: the term looks at -|y|
 
@@ -17,8 +17,8 @@ template <class D> struct Loops {
     }
   }
 
-  // With `careful` any input is right. Without, only if all exponents turn out to be in range: NaN and infinities show in
-  // `in_range` or in the sums.
+  // With `careful` the result is right for any input. Without it, only if all exponents are in range, as `in_range` then
+  // says; NaN and infinities show in `in_range` or in the sums.
   template <class T, int count, bool careful>
   static DeficitSums deficits_of(const DeficitTile& tile, int n, float alpha, float* __restrict p, float* __restrict u,
                                  bool* in_range) {
@@ -43,14 +43,14 @@ template <class D> struct Loops {
 #pragma GCC unroll 3
       for (int k = 0; k < count; ++k) {
         const float x = widen(policies[k][i]);
-        // Raw differences first: they are exact for logits of 16 bits.
+        // Subtract the raw logits first: that is exact for 16-bit logits.
         float y = multiply_add(x - r, factor, offsets[k]);
         const float size = symmetric ? fabsf(y) : y;
         highest = size > highest ? size : highest;
         if (careful) {
           least_logit = x < least_logit ? x : least_logit;
           if (symmetric) {
-            // Linear to the last bit from there on.
+            // Below -120 the term is linear to the last bit.
             const float near = y > 120.0f ? 120.0f : y < -120.0f ? -120.0f : y;
             q = multiply_add(weights[k], divergence.term(near) + (y < -120.0f ? (-120.0f - y) * 0.693147181f : 0.0f), q);
             continue;
@@ -114,7 +114,7 @@ template <class D> struct Loops {
     const D divergence(alpha);
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
-      // Raw differences first: they are exact for logits of 16 bits.
+      // Subtract the raw logits first: that is exact for 16-bit logits.
       float d = (policy[i] - ref[i]) + shift;
       if (D::clamped) d = d < kSmallestLogRatio ? kSmallestLogRatio : d;
       const float sum = q[i] + w * divergence.deficit(d);
@@ -130,7 +130,7 @@ template <class D> struct Loops {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
       const float d = q[i] - from;
-      // A tilt may put what is off the support below the least.
+      // A tilt may move the Q of a token off the support below the least Q.
       q[i] = divergence.excess(d < kExcluded ? (d > 0.0f ? d : 0.0f) : kExcluded);
     }
   }

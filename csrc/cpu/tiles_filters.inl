@@ -1,6 +1,6 @@
-// The part of tiles.inl that masks and filters need: loops over finished keys.
+// The part of tiles.inl for masks and filters: loops over keys.
 
-// Keys that `above` looks at, and skips, together.
+// How many keys `above` tests, and may skip, at once.
 constexpr int kLanes = 16;
 
 float peak_of(const float* __restrict key, int n) {
@@ -35,7 +35,7 @@ void mask_bits(const int32_t* __restrict words, int n, float* __restrict key) {
   }
 }
 
-// Members of a group are kGroups apart, so that the loop is one over neighbours.
+// Members of a group are kGroups apart, so that the inner loop runs over neighbours.
 int group_peaks(const float* __restrict key, int n, float* __restrict out) {
   const int groups = n < kGroups ? n : kGroups;
   for (int i = 0; i < groups; ++i) out[i] = key[i];
@@ -53,7 +53,7 @@ int above(const float* __restrict key, int n, float least, float* __restrict out
   for (; begin + kLanes <= n; begin += kLanes) {
     const float* __restrict k = key + begin;
 #if defined(__AVX512F__)
-    // No plain loop becomes this instruction.
+    // Compilers do not make this instruction from a plain loop.
     const __m512 x = _mm512_loadu_ps(k);
     const __mmask16 taken = _mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_GE_OQ);
     _mm512_storeu_ps(out + count, _mm512_maskz_compress_ps(taken, x));
@@ -104,7 +104,7 @@ void spread(const float* __restrict key, int n, float least, float scale, uint32
 }
 
 int64_t fixed_mass(const float* __restrict key, int n, float least, float peak, float beta) {
-  // In halves of 20 bits, so that the sums over a tile fit 32.
+  // Split into halves of 20 bits, so that the sums over a tile fit 32 bits.
   int32_t high = 0, low = 0;
 #pragma omp simd reduction(+ : high, low)
   for (int i = 0; i < n; ++i) {

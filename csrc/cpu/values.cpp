@@ -1,4 +1,4 @@
-// The tilt that values give to Q (design §2), dense or of candidates.
+// The tilt: what values, dense or of candidates, add to Q.
 
 #include <algorithm>
 #include <limits>
@@ -11,7 +11,7 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 }
 
-// -sum v V of a tile, +inf where a value excludes the token or it is no candidate.
+// -sum v V of a tile's tokens; +inf where a value excludes the token, or the token is no candidate.
 bool Row::tile_tilt(int64_t tile, double* tilt) const {
   const int64_t begin = tile * kTile;
   const int n = tile_size(tile);
@@ -32,7 +32,7 @@ bool Row::tile_tilt(int64_t tile, double* tilt) const {
   return good;
 }
 
-// The candidates in the order of their ids.
+// Collects the candidates, sorted by id.
 bool Row::collect_candidates() {
   bool good = true;
   for (int64_t k = 0; k < request_.candidates; ++k) {

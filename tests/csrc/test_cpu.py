@@ -2,7 +2,7 @@
 neither threads nor the instruction set (up to rounding) nor the layout of the inputs.
 
 Everything else is in the tests of the op, which run on every backend. All 1e6 draws of the first
-test: `MOD_FUSED_DRAWS=1000000 pytest tests/test_cpu_backend.py -k same_tokens` (an hour: the torch
+test: `MOD_FUSED_DRAWS=1000000 pytest tests/csrc/test_cpu.py -k same_tokens` (an hour: the torch
 backend takes 1 to 5 ms a draw).
 """
 

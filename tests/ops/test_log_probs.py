@@ -35,7 +35,7 @@ def test_matches_the_oracle_at_the_vocabularies_of_language_models(op, vocab, ki
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.slow
 def test_golden_identity_mixed_bandits_reach_the_oracle(op, divergence):
-    # The optimal policies of `test_reference.py`, here in bulk: pi_i = optimum of reward i,
+    # The optimal policies of tests/reference/test_mixture.py in bulk: pi_i = optimum of reward i,
     # rounded to float32; the mixture of the rounded ones is compared on both sides.
     rng = np.random.default_rng(3)
     for arms, count in [(2, 1), (4, 3), (17, 2), (40, 4)]:

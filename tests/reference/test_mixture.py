@@ -19,7 +19,7 @@ def alpha_of(divergence: str) -> float:
 
 
 def f_prime(divergence: str, log_x: np.ndarray) -> np.ndarray:
-    """f' of design.md §2 at x = e^log_x, as printed."""
+    """f' at x = e^log_x, as printed."""
     x = np.exp(log_x)
     if divergence == "reverse_kl":
         return log_x + 1.0
