@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +17,16 @@ from .dispatch import registration
 from .dispatch.backends import choose
 from .dispatch.packing import pack
 from .divergence import ReverseKL, is_built_in
+from .explained_draw import (
+    Contest,
+    Filter,
+    drawn,
+    oracle_arrivals,
+    oracle_kept,
+    torch_arrivals,
+    torch_kept,
+)
 from .torch_kernels import philox
-from .torch_kernels.filters import kept, scaled_key
 from .torch_kernels.mixture import (
     SMALLEST_LOG_RATIO,
     dense_values,
@@ -27,28 +34,8 @@ from .torch_kernels.mixture import (
     normal,
     prefix_differences,
 )
-from .torch_kernels.parameters import row_scalar, row_vector
-
-Array = np.ndarray
-
-
-class Contest(NamedTuple):
-    """One race, among tiles or among the tokens of the winner tile: the smallest E / mass wins."""
-
-    winner: int
-    mass: float
-    arrival: float  # E
-    quotient: float  # E / mass
-    runner_up: int | None  # None: nobody else has a mass
-    runner_up_quotient: float | None
-
-
-class Filter(NamedTuple):
-    """One filter: the least log pi* that it keeps, and how many tokens are left after it."""
-
-    threshold: float
-    left: int
-    mass: float  # kept of what the filters before it left, at the temperature
+from .torch_kernels.normalizer import bracket
+from .torch_kernels.parameters import row_vector
 
 
 class Explanation(NamedTuple):
@@ -145,13 +132,13 @@ def explain(
     Arguments as in `sample`, and `row`, which row of the batch. For debugging: it runs the backend
     on the whole batch, copies the row to the CPU and waits for the device.
 
-    `token`, `logprob`, `valid`, the models' norms and log pi* are the backend's own. tau, Z and the
-    deficits follow from these by the formula of the divergence. The torch backend also hands out
-    its own tau, min Q, bracket, evaluations and normaliser, triton its own norms, min Q,
-    evaluations (without that of the deficits) and normaliser off reverse KL. What a backend does
-    not hand out is None. Thresholds and races are computed from the backend's log pi* by one
-    function for all backends: where its `winner` is not `token`, the backend's own filters or race
-    differ.
+    `token`, `logprob`, `valid`, the models' norms and log pi* are the backend's own. tau, its
+    bracket, Z and the deficits follow from these by the formulas of the divergence. The torch
+    backend also hands out its own tau, min Q, bracket, evaluations and normaliser; triton, off
+    reverse KL, its own norms, min Q, evaluations (without that of the deficits) and normaliser. The
+    cpu backend hands out neither evaluations nor normaliser, which are None. One function computes
+    thresholds and races from the log pi* of any backend: where its `winner` is not `token`, the
+    backend's own filters or race differ.
 
     Returns:
         `Explanation`; its `oracle` is one more. `print` shows both in one table.
@@ -181,7 +168,7 @@ def explain(
         return Explanation(name, False, oracle and oracle.reason, oracle=oracle)
     fields = _solved(mixing, log_pi.double(), model_logprobs.double(), int(token))
     fields |= _recorded(mixing) if name == "torch" else state
-    fields |= _drawn(drawing, log_pi, _torch_kept(drawing), _torch_arrivals)
+    fields |= drawn(drawing, log_pi, torch_kept(drawing), torch_arrivals)
     return Explanation(
         name, True, **fields, token=int(token), logprob=float(logprob), oracle=oracle
     )
@@ -286,20 +273,30 @@ def _solved(
     log_sum = torch.zeros((), dtype=torch.float64)
     if mixing.normalizer == "zero":  # rescaled: log pi* = lr + log H(Q + offset) - log_sum
         log_sum = kind.log_ratio(total + offset) - at_token
-    tau = kind.deficit(ratio + log_sum).min()
+    each = kind.deficit(ratio + log_sum)  # tau + D of each token
+    tau, best = each.min(0)
     excess = kind.deficit(at_token + log_sum) - tau
     least = total - excess
-    return fields | {
-        "shifts": tuple(shifts[0].tolist()),
-        "tau": float(tau),
-        "z": float(tau - least - offset),
-        "log_ratios": tuple(d.tolist()),
-        "deficits": tuple(q.tolist()),
-        "total_deficit": float(total),
-        "least_deficit": float(least),
-        "excess_deficit": float(excess),
-        "normalizer": float(log_sum) if mixing.normalizer == "zero" else None,
-    }
+    ends: dict[str, Any] = {}
+    if mixing.normalizer == "exact":
+        log_ref = (rows[0] - norms[0])[log_pi > -torch.inf]
+        lower, upper = bracket(kind, log_ref[None, None], (each - tau)[None, None], best[None])
+        ends = {"lower": float(lower), "upper": float(upper)}
+    return (
+        fields
+        | ends
+        | {
+            "shifts": tuple(shifts[0].tolist()),
+            "tau": float(tau),
+            "z": float(tau - least - offset),
+            "log_ratios": tuple(d.tolist()),
+            "deficits": tuple(q.tolist()),
+            "total_deficit": float(total),
+            "least_deficit": float(least),
+            "excess_deficit": float(excess),
+            "normalizer": float(log_sum) if mixing.normalizer == "zero" else None,
+        }
+    )
 
 
 def _of_oracle(mixing: MixtureArguments, drawing: DrawArguments) -> Explanation:
@@ -321,18 +318,18 @@ def _of_oracle(mixing: MixtureArguments, drawing: DrawArguments) -> Explanation:
     )  # fmt: skip
     if "reason" in solution:
         return Explanation("oracle", False, solution["reason"])
-    drawn = _drawn(drawing, torch.from_numpy(log_pi), _oracle_kept(drawing), _oracle_arrivals)
-    if not drawn:
+    found = drawn(drawing, torch.from_numpy(log_pi), oracle_kept(drawing), oracle_arrivals)
+    if not found:
         reason = "no token is left after the mask, or a parameter of the draw is out of range"
         return Explanation("oracle", False, reason)
-    token = drawn["winner"]
+    token = found["winner"]
     fields: dict[str, Any] = {"norms": tuple(solution["norms"].tolist())}
     fields["normalizer"] = solution["normalizer"]
     if "tau" in solution:
         at = int(np.searchsorted(solution["at"], token))
         policies = range(1, mixing.model_count())
 
-        def of_token(each: dict[int, Array]) -> tuple[float, ...]:
+        def of_token(each: dict[int, np.ndarray]) -> tuple[float, ...]:
             return tuple(float(each[k][at]) if k in each else float("nan") for k in policies)
 
         total, least = float(solution["deficit"][at]), solution["least"]
@@ -347,102 +344,4 @@ def _of_oracle(mixing: MixtureArguments, drawing: DrawArguments) -> Explanation:
             "least_deficit": least,
             "excess_deficit": total - least,
         }
-    return Explanation("oracle", True, **fields, **drawn, token=token, logprob=float(log_pi[token]))
-
-
-Kept = Callable[[Tensor, dict[str, Any]], Array]
-Arrivals = Callable[[int, int, Array, int], Array]
-
-
-def _drawn(drawing: DrawArguments, log_pi: Tensor, log_kept: Kept, arrivals: Arrivals) -> Any:
-    """Filters and races of one row from its log pi* [V]; empty where no token is left.
-
-    `log_kept` gives the log of what the named filters leave, on any scale common to the row.
-    """
-    settings = {
-        name: float(getattr(drawing, name)) if name != "top_k" else int(drawing.top_k)
-        for name in ("temperature", "top_k", "top_p", "min_p")
-    }
-    off = {"mask": None, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    wanted = {"mask": drawing.mask, **settings}
-    so_far: dict[str, Any] = {"temperature": settings["temperature"]}
-    scores, filters = log_kept(log_pi, so_far), {}
-    for name, value in off.items():
-        if wanted[name] is value or (name != "mask" and wanted[name] == value):
-            continue
-        if name != "mask" and settings["temperature"] == 0:
-            continue  # argmax, whatever they keep
-        so_far[name] = wanted[name]
-        before, scores = np.exp(scores), log_kept(log_pi, so_far)
-        left = scores > -np.inf
-        if np.isnan(scores).any() or not left.any():
-            return {}
-        mass = float(before[left].sum() / before.sum())
-        filters[name] = Filter(float(log_pi[torch.from_numpy(left)].min()), int(left.sum()), mass)
-    if np.isnan(scores).any():
-        return {}
-    if settings["temperature"] == 0:
-        return {"filters": filters, "winner": int(np.argmax(scores))}
-    p = np.exp(scores)
-    tiles = np.add.reduceat(p, np.arange(0, len(p), philox.TILE))
-    seed, position = int(drawing.seed), int(drawing.position)
-    tile = _contest(arrivals(seed, position, np.arange(len(tiles)), 0), tiles, 0)
-    first = tile.winner * philox.TILE
-    inside = p[first : first + philox.TILE]
-    ids = first + np.arange(len(inside))
-    race = _contest(arrivals(seed, position, ids, 1), inside, first)
-    return {"filters": filters, "tile": tile, "race": race, "winner": race.winner}
-
-
-def _contest(arrival: Array, mass: Array, first: int) -> Contest:
-    with np.errstate(divide="ignore"):
-        quotient = np.where(mass > 0, arrival / mass, np.inf)
-    order = np.argsort(quotient, kind="stable")[:2]
-    best = int(order[0])
-    found = (first + best, float(mass[best]), float(arrival[best]), float(quotient[best]))
-    if len(order) < 2 or not np.isfinite(quotient[order[1]]):
-        return Contest(*found, None, None)
-    return Contest(*found, first + int(order[1]), float(quotient[order[1]]))
-
-
-def _oracle_kept(drawing: DrawArguments) -> Kept:
-    def log_kept(log_pi: Tensor, settings: dict[str, Any]) -> Array:
-        mask = settings.get("mask")
-        return reference.filtered_log_probs(
-            log_pi, **(settings | {"mask": None if mask is None else mask[0]})
-        )
-
-    return log_kept
-
-
-def _oracle_arrivals(seed: int, position: int, index: Array, stream: int) -> Array:
-    return reference.exponentials(seed, position, index, stream)
-
-
-def _torch_kept(drawing: DrawArguments) -> Kept:
-    """The filters of the torch backend, for every backend's log pi*."""
-
-    def log_kept(log_pi: Tensor, settings: dict[str, Any]) -> Array:
-        key = log_pi[None].clone()
-        if settings.get("mask") is not None:
-            key[
-                0, ~torch.from_numpy(reference.unpack_mask(settings["mask"][0], len(log_pi)))
-            ] = -torch.inf
-        cpu, one = torch.device("cpu"), slice(0, 1)
-        t = row_scalar(settings["temperature"], one, cpu, torch.float32)
-        k = row_scalar(settings.get("top_k", 0), one, cpu, torch.int64)
-        p = row_scalar(settings.get("top_p", 1.0), one, cpu, torch.float64)
-        m = row_scalar(settings.get("min_p", 0.0), one, cpu, torch.float32)
-        on = drawing._replace(top_k=k, top_p=p, min_p=m)
-        peak = key.max(1).values
-        scaled = scaled_key(key, peak, t)
-        keep = kept(on, key, peak, scaled, t, k, p, m)
-        scores = torch.where(keep, scaled, -torch.inf)[0].double()
-        return (scores - scores.logsumexp(0)).numpy()
-
-    return log_kept
-
-
-def _torch_arrivals(seed: int, position: int, index: Array, stream: int) -> Array:
-    one = torch.tensor([seed]), torch.tensor([position])
-    return philox.exponential(*one, torch.from_numpy(index)[None], stream)[0].double().numpy()
+    return Explanation("oracle", True, **fields, **found, token=token, logprob=float(log_pi[token]))

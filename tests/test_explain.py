@@ -71,8 +71,10 @@ def test_its_numbers_are_the_oracles_and_its_token_is_that_of_sample(op: Any, ca
         assert getattr(found, name) == (
             theirs if theirs is None else pytest.approx(theirs, **close)
         )
+    assert (found.lower is None) == (case in ("reverse_kl", "zero"))
     if found.lower is not None:
-        assert found.lower <= expected.tau <= found.upper and found.evaluations > 0
+        assert found.lower <= expected.tau <= found.upper
+        assert op.backend == "cpu" or found.evaluations > 0
     assert list(found.filters) == list(expected.filters)
     for name, one in found.filters.items():
         assert one == pytest.approx(expected.filters[name], rel=1e-4), name

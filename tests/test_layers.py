@@ -13,6 +13,7 @@ LAYERS = [
     {"call"},
     {"torch_kernels", "triton_kernels"},
     {"dispatch"},
+    {"explained_draw"},
     {"ops", "recipes", "explain"},
     {"warmup"},
     {"decoding"},
