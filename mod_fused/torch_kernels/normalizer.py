@@ -16,7 +16,6 @@ from ..divergence import Divergence
 MAX_EVALUATIONS = 32
 #: Where rounding leaves log G: below it a step only moves tau inside its own rounding error.
 TOLERANCE = 1e-6
-_WIDEN = 1e-4
 
 
 def row_sum(x: Tensor) -> Tensor:
@@ -63,10 +62,6 @@ def bracket(
     upper = divergence.deficit(-log_mass)
     lower = torch.maximum(divergence.deficit(-log_ref_best), upper - mean_excess)
     # When all policies agree the two ends coincide up to rounding, in either order.
-    if divergence.bounded:
-        lower, upper = lower * (1.0 - _WIDEN), upper * (1.0 + _WIDEN)
-    else:
-        lower, upper = lower - _WIDEN, upper + _WIDEN
     return lower, torch.maximum(upper, lower)
 
 
