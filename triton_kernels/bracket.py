@@ -138,7 +138,7 @@ def end_deficits(mixing, work, state, fields, row, tiles, variant: tl.constexpr)
         s2 += tl.sum(p * slope.to(tl.float64), 0)
         if variant.factor:
             # There y is expm1(tau + D) = e^tau (t + x).
-            growth = tl.exp(tl.minimum(tau, 300.0))
+            growth = tl.exp(tau)
             s1 *= growth
             s2 *= growth * growth
         lower = variant.shift(lower.to(tl.float32), mixing.alpha).to(tl.float64)
