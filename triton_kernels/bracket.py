@@ -140,8 +140,8 @@ def end_deficits(mixing, work, state, fields, row, tiles, variant: tl.constexpr)
         s1 += tl.sum(p * h.to(tl.float64), 0)
         s2 += tl.sum(p * slope.to(tl.float64), 0)
         if variant.factor:
-            # `start_ratios` took y = expm1(tau + D), which is e^tau (t + x).
-            growth = tl.exp(tl.minimum(tau, 300.0))
+            # There y is expm1(tau + D) = e^tau (t + x).
+            growth = tl.exp(tau)
             s1 *= growth
             s2 *= growth * growth
         lower = variant.shift(lower.to(tl.float32), mixing.alpha).to(tl.float64)

@@ -25,4 +25,3 @@ SMALLEST_LOG_RATIO = tl.constexpr(-80.0)
 FAR_LEVEL = tl.constexpr(128.0)
 #: If a prefix difference is smaller, all are shifted up together until that one is this.
 SMALLEST_PREFIX_DIFFERENCE = tl.constexpr(-40.0)
-LARGEST = tl.constexpr(3.4028234663852886e38)  # float32

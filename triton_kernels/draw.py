@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .constants import INFINITY, LARGEST, TILE
+from .constants import INFINITY, TILE
 from .elementary import exp, exponential
 from .keys import end_keys, key_tile
 from .parameters import (
@@ -45,9 +45,10 @@ def first_least(x, index, END: tl.constexpr):
 def race(
     mass, highest, cold, index, local, seed, position, STREAM: tl.constexpr, END: tl.constexpr
 ):
-    """The entry of `local` at the least E / mass; at temperature 0 (`cold`) the first `highest`
-    one. A mass of 0 never wins, also where the other quotients overflow."""
-    arrival = tl.minimum(exponential(seed, position, index, STREAM) / mass, LARGEST)
+    """argmin of E / mass, as an entry of `local`; at temperature 0 (`cold`) the first of the
+    highest. A mass of 0 never wins. No winner's quotient overflows: the peak arrives before 45 and
+    E is at least 2^-65, so that a winning tile weighs 2^-71 of the peak, its best token 2^-81."""
+    arrival = exponential(seed, position, index, STREAM) / mass
     arrival = tl.where(mass > 0.0, arrival, INFINITY)
     arrival = tl.where(cold, tl.where(highest, 0.0, INFINITY), arrival)
     return first_least(arrival, local, END)

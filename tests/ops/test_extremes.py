@@ -72,6 +72,10 @@ TABLE: dict[str, Row] = {
     "a value of 10000": (
         (*ALL, "alpha:0.001"), MILD, [], [], {"values": [[0.0, 1e4, 0.0, 0.0]]}, True,
     ),
+    "one large value at Z = 0": (
+        ("jeffrey",), MILD, [], [],
+        {"values": [[0.0, 1e30, 1e4, 0.0]], "normalizer": "zero"}, True,
+    ),
     "large values at Z = 0": (
         ("jeffrey",), MILD, [], [],
         {"values": [[0.0, 2e37, 0.0, 0.0]], "normalizer": "zero"}, False,

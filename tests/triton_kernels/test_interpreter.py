@@ -195,6 +195,14 @@ def test_one_evaluation_does_for_half_the_rows_where_z_0_has_no_inverse(divergen
     assert (steps == 1.0).sum() >= 3, steps
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha:0.25"])
+def test_where_all_policies_agree_no_row_is_bisected(divergence, workspaces):
+    # tau is then an end of its bracket, which rounding may put on the wrong side.
+    ref, _ = logits(2, 6, 200, 1, kind="brutal")
+    check(OP, ref, [ref.clone(), ref.clone()], [0.3, 0.7], divergence=divergence)
+    assert workspaces[0].states.view(6, -1)[:, STEPS.value].max() <= 2.0
+
+
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
 def test_views_at_odd_offsets_and_strides_give_the_same_bits(divergence):
     batch, vocab = 3, 1501
