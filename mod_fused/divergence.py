@@ -367,9 +367,9 @@ def register_divergence(divergence: Divergence) -> Divergence:
         deficit(d) = c - f'(e^d), decreasing in d,    c = sup f', or 0 where f' has no upper bound
         log_ratio(q) = log H(q),   log_slope(q) = log(-H'(q)),   H(deficit(d)) = e^d
 
-    They are called with float32 and float64 tensors of any shape and must be accurate to float32 rounding over
-    -80 <= d <= 80. The `torch` backend runs them on any device; with `triton` set, the `triton`
-    backend runs those. The `cpu` backend knows the five built-in divergences only.
+    They are called with float32 and float64 tensors of any shape and must be accurate to float32
+    rounding over -80 <= d <= 80. The `torch` backend runs them on any device; with `triton` set,
+    the `triton` backend runs those. The `cpu` backend knows the five built-in divergences only.
 
     Args:
         divergence: an object of a subclass of `Divergence`. Its name is lower case and new. It can
