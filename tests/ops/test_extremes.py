@@ -33,9 +33,13 @@ TABLE: dict[str, Row] = {
     ),
     "one token, scaled far away": (ALL, [1.7], [[2.3]], [0.5], {"scales": [1.2e30, 3e30]}, True),
     "the largest weights": (KL, [0.0] * 2, [[0.0] * 2] * 2, [3e38, 3e38], {}, False),
-    "1 - sum w just counts": (KL, [NAN] * 4, [MILD] * 2, [0.5, 0.5 + 2.0**-38], {}, False),
+    "1 - sum w is rounding": (KL, [NAN] * 4, [MILD], [1 - 2**-40], {}, True),
+    "1 - sum w just counts": (KL, [NAN] * 4, [MILD], [1 + 2**-40 + 2**-52], {}, False),
+    "1 - sum w of float32 is rounding": (
+        KL, [NAN] * 4, [MILD, FAR], torch.tensor([0.5, 0.5 - 3 * 2**-24]), {}, True,
+    ),
     "1 - sum w of float32 just counts": (
-        KL, [NAN] * 4, [MILD] * 2, torch.tensor([0.9, 0.1 + 5e-7]), {}, False,
+        KL, [NAN] * 4, [MILD, FAR], torch.tensor([0.5, 0.5 - 3.5 * 2**-24]), {}, False,
     ),
     "a weight beyond float32": (ALL, MILD, [MILD], "1e39", {}, False),
     "a weight that is no normal float32": (ALL, MILD, [[NAN] * 4], [1.1e-38], {}, True),
