@@ -1,5 +1,5 @@
-"""What a benchmark is: a grid of problems and the contestants timed on them (`Case`), or what does
-not fit into that and runs itself (`Procedure`)."""
+"""The two kinds of benchmark: a `Case` is a grid of problems and the contestants that are timed on
+them; a `Procedure` has options and a run of its own."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ Builder = Callable[[Problem, list[Tensor]], Call]
 
 
 class NotTimed(Exception):
-    """Raised by a builder that cannot take a problem: the reason goes into the report."""
+    """Raised by a builder that does not support a problem; the report shows the reason."""
 
 
 class Refused(Exception):
-    """Raised by a builder whose results are wrong: nothing of the problem is timed."""
+    """Raised by a builder whose results are wrong: no contestant is timed on the problem."""
 
 
 class Contestant(NamedTuple):
-    """One thing timed. `build` prepares it for a problem; its first call may compile."""
+    """Code that is timed. `build` prepares its call for a problem; the first call may compile."""
 
     build: Builder
     floor: bool = False  # a bound on what is possible, not an implementation
     slow_to_compile: bool = False  # left out of --quick
-    call_limit: float = 2.0  # seconds: a call foreseen to take longer is not made
-    # log-probabilities of one row's logits up to a constant: float [1, V], for its distance from
-    # the oracle
+    call_limit: float = 2.0  # seconds: a call that is expected to take longer is not made
+    # (logits of one row, divergence) -> its log-probabilities up to a constant, float [1, V]: the
+    # report gives their distance from the oracle
     log_probs: Callable[[list[Tensor], str], Tensor] | None = None
 
 
 class Grid(NamedTuple):
-    """Problems: all combinations."""
+    """The problems of all combinations of these axes."""
 
     dtypes: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]  # (B, V)
@@ -55,8 +55,8 @@ class Grid(NamedTuple):
     reference: bool = True
 
     def problems(self) -> list[Problem]:
-        """Batches of one apart from the others, then small vocabularies first: problems that share
-        a compiled graph are neighbours, and the time of a large one is foreseen from a smaller."""
+        """Batches of one first, then by vocabulary: problems that share a compiled graph are
+        neighbours, and the time of a large problem is predicted from a smaller one."""
         shapes = sorted(self.shapes, key=lambda shape: (shape[0] > 1, shape[1], shape[0]))
         divergences = [d for d in self.divergences if self.reference or d == "reverse_kl"]
         axes = (self.dtypes, self.threads, self.settings, self.policies, self.values, self.filters)
@@ -71,26 +71,26 @@ class Grid(NamedTuple):
         return out
 
 
-Picture = Callable[[Any, dict[str, Any]], None]  # draws a result into a matplotlib figure
+Picture = Callable[[Any, dict[str, Any]], None]  # plots a result into a matplotlib figure
 
 
 class Case(NamedTuple):
     """A benchmark of the op on problems: `python -m bench.run NAME`."""
 
     help: str
-    backends: tuple[str, ...]  # ours, timed by default; ratios are those of the first
+    backends: tuple[str, ...]  # our backends timed by default; ratios are to the first
     contestants: Mapping[str, Contestant]
-    grids: tuple[Grid, ...]  # a problem of several is timed once
+    grids: tuple[Grid, ...]  # a problem in several grids is timed once
     quick: tuple[Grid, ...]
     picture: Picture | None = None
 
 
 class Procedure(NamedTuple):
-    """A benchmark that is no grid of problems: it adds its own options and runs."""
+    """A benchmark that is no grid of problems, with options and a run of its own."""
 
     help: str
     options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], dict[str, Any]]  # "what", "rows" and what else there is
+    run: Callable[[argparse.Namespace], dict[str, Any]]  # returns "what", "rows" and further fields
 
 
 def ours(backend: str) -> Contestant:
@@ -105,8 +105,8 @@ def ours(backend: str) -> Contestant:
 
 
 def mixtures_only(build: Builder) -> Builder:
-    """A builder for what takes logits and weights alone: no values, no filters, no mixture without
-    a reference."""
+    """Restrict a builder to problems of logits and weights alone: without values and filters, and
+    with a reference."""
 
     @functools.wraps(build)
     def checked(problem: Problem, logits: list[Tensor]) -> Call:

@@ -1,4 +1,4 @@
-"""Correctness before timing: nothing is reported of a backend that is wrong on the same inputs."""
+"""The check before timing: a backend that is wrong on the inputs is not timed on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .problem import Problem, filters, logits, mixture
 TOLERANCE = 2e-5  # total variation from the float64 oracle: the op's contract
 _LOG_PROB_TOLERANCE = 1e-4  # of a drawn token, against the same backend's log_probs
 _DRAWS = 16  # filtered draws of the first row that are compared with the oracle's
-_CLOSE_RACE = 1e-3  # a race decided by less may go the other way in float32
+_CLOSE_RACE = 1e-3  # `race_margin`: float32 may decide a closer race otherwise
 
 
 class Check(NamedTuple):
@@ -44,17 +44,18 @@ def _oracle(problem: Problem) -> np.ndarray:
 
 
 def oracle(problem: Problem, largest_batch: int) -> np.ndarray:
-    """log pi* of the first row in float64 [V]: the same for every batch, thread count, filter."""
+    """log pi* of the first row, float64 [V]: independent of batch, thread count and filter."""
     return _oracle(problem._replace(batch=largest_batch, threads=0, filters=""))
 
 
 def check(problem: Problem, rows: list[Tensor], expected: np.ndarray, backend: str) -> Check:
-    """Compare the backend with the oracle on the first row, and what it draws with its own log pi*
-    on all rows; with filters, what it draws from the first row with the oracle's draws."""
+    """Compare the backend's log pi* with the oracle's on the first row, and the log-probabilities
+    of drawn tokens with its own log pi* on all rows. With filters also compare draws of the first
+    row with the oracle's."""
     arguments, options = mixture(problem, rows)
     log_probs = mod_fused.log_probs(*arguments, **options, backend=backend)
     first = log_probs[0]
-    # Not normalised here: that the probabilities sum to one is part of what is checked.
+    # Do not normalise: the check includes that the probabilities sum to one.
     tv = float(np.abs(first.double().exp().cpu().numpy() - np.exp(expected)).sum() / 2)
     if not tv <= TOLERANCE:  # NaN fails too
         shown = tv if np.isfinite(tv) else None

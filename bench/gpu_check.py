@@ -1,10 +1,10 @@
 """`python -m bench.gpu_check --out DIR`: the tests under tests/gpu, then the benchmark's table
 (DIR/gpu.json, DIR/gpu.md), on a machine with a GPU in under 8 minutes.
 
-Each file of tests and the benchmark are a process of their own with a time limit: neither a crash
-nor a dead lock keeps the next from running. DIR/gpu.log has what they say, DIR/NAME.xml pytest's
-report. The exit status is 0 when everything passed. `--dry-run` runs the same on the CPU, the
-kernels in Triton's interpreter, on tiny shapes.
+Each file of tests runs in a process of its own with a time limit, and so does the benchmark: after
+a crash or a deadlock the next one still runs. Their output is in DIR/gpu.log, pytest's reports in
+DIR/NAME.xml. The exit status is 0 when everything passed. `--dry-run` runs the same on the CPU, in
+Triton's interpreter, on tiny shapes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests" / "gpu"
 TOTAL_SECONDS, TEST_SECONDS, BENCHMARK_SECONDS = 465.0, 110.0, 240.0
-_SLOWER = 8  # the interpreter, on a busy machine
+_SLOWER = 8  # the limits are so many times longer for the interpreter
 
 
 @contextlib.contextmanager
 def started(words: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`python WORDS` in a process group of its own, of which nothing is left behind."""
+    """`python WORDS` in a process group of its own, which is killed at the end."""
     with log.open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, "-u", *words], cwd=ROOT, stdout=out, stderr=out, start_new_session=True
@@ -44,7 +44,7 @@ def started(words: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]
 
 
 def run(name: str, words: Sequence[str], log: Path, seconds: float) -> bool:
-    """Run `python WORDS` for so many seconds at most, say how it ended; whether it passed."""
+    """Run `python WORDS` for at most `seconds`, print how it ended, return whether it passed."""
     start, offset = time.monotonic(), log.stat().st_size if log.exists() else 0
     with started(words, log) as process:
         try:
@@ -61,7 +61,7 @@ def run(name: str, words: Sequence[str], log: Path, seconds: float) -> bool:
 
 
 def run_tests(files: Mapping[str, Path], out: Path, seconds: float, processes: int) -> bool:
-    """Each file by pytest, in so many processes; whether all passed."""
+    """Run pytest on each file in `processes` processes; return whether all passed."""
     words = ["-m", "pytest", "-m", "gpu", "-v", "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
     words += ["-o", f"faulthandler_timeout={0.5 * seconds}"]  # says where a test is stuck
     if processes > 1 and importlib.util.find_spec("xdist"):

@@ -1,4 +1,4 @@
-"""Runs a case that is a grid of problems: checks each, times the contestants on it, or measures
+"""Runs a `Case`: checks each problem of its grids, then times the contestants on it, or measures
 their memory."""
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .logits import RECORDED, SETTINGS
 from .problem import FILTERS, WEIGHTS, Problem, logits
 from .report import note
 
-#: Seconds for all repetitions of one contestant in one cell, and the fewest rounds.
+#: Seconds for all repetitions of one contestant on one problem, and the fewest rounds.
 BUDGET, ROUNDS = 0.15, 5
 QUICK_BUDGET = 0.01
-TRIES = 3  # of a row that other processes disturb; the least disturbed counts
+TRIES = 3  # for a row that other processes disturb; the least disturbed try counts
 MEMORY_SHAPES = ((1, 128256), (64, 128256))
-BASE = "base"  # what the other commit is called among the contestants
+BASE = "base"  # the name of the other commit among the contestants
 Row = dict[str, Any]
 #: Axes of a grid that a command may narrow or widen.
 _AXES = ("divergences", "dtypes", "shapes", "threads", "policies", "filters", "settings")
@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _problems(case: Case, args: argparse.Namespace) -> list[Problem]:
-    """The problems of the case's grids, as the command wants them, each once."""
+    """The problems of the case's grids with the command's axes, each once."""
 
     def chosen(grid: Grid) -> Grid:
         if args.memory and not args.quick:
@@ -72,7 +72,7 @@ def _problems(case: Case, args: argparse.Namespace) -> list[Problem]:
 
 
 def _contestants(case: Case, args: argparse.Namespace) -> tuple[list[str], dict[str, Contestant]]:
-    """Names of ours, and all that is to be timed, ours first."""
+    """The names of our backends, and all contestants, ours first."""
     backends = list(args.backends or case.backends)
     every = case.contestants
     if unknown := set(args.contestants or ()) - set(every):
@@ -89,10 +89,10 @@ class Timer:
     def __init__(
         self, backends: list[str], contestants: dict[str, Contestant], largest: int, budget: float
     ) -> None:
-        """`largest`: the largest batch, of which smaller ones are the first rows."""
+        """`largest` is the largest batch; smaller batches are its first rows."""
         self.backends, self.contestants = backends, contestants
         self.largest, self.budget = largest, budget
-        # By contestant and problem but for its shape: the seconds a logit of the last one timed.
+        # By contestant and problem without its shape: seconds per byte of the last problem timed.
         self._seconds: dict[tuple[str, Problem], float] = {}
 
     def row(self, problem: Problem) -> Row:
@@ -133,7 +133,7 @@ class Timer:
         return row
 
     def _least_disturbed(self, calls: dict[str, measure.Call]) -> tuple[measure.Rounds, float]:
-        """The times, and how many cores others kept busy meanwhile."""
+        """The times, and how many cores other processes kept busy meanwhile."""
         processes = [c.pid for c in calls.values() if isinstance(c, other_commit.Process)]
         tries: list[tuple[measure.Rounds, float]] = []
         while len(tries) < TRIES and not (tries and tries[-1][1] <= report.DISTURBED):
@@ -144,7 +144,7 @@ class Timer:
     def _build(
         self, problem: Problem, inputs: list[torch.Tensor], row: Row
     ) -> dict[str, measure.Call]:
-        """The calls to time, each made once; notes in the row what is not timed, and why."""
+        """The calls to time, each made once. The row gets the contestants not timed, and why."""
         calls: dict[str, measure.Call] = {}
         for name, contestant in self.contestants.items():
             limit = contestant.call_limit
@@ -176,7 +176,7 @@ def _beside_base(
     revision: str, backend: str, others: dict[str, Contestant], largest: int
 ) -> Iterator[dict[str, Contestant]]:
     """The contestants of a run with --base: our backend and the other commit's, each in a process
-    of its own, then the others."""
+    of its own, then `others`."""
     with other_commit.checkout(revision) as tree:
         trees = {backend: other_commit.ROOT, BASE: tree}
         two = {name: other_commit.Process(t, backend, largest) for name, t in trees.items()}
@@ -188,7 +188,7 @@ def _beside_base(
 
 
 def time_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Rows of a timing run, and how they were made."""
+    """The result of a timing run: its rows and its settings."""
     backends, contestants = _contestants(case, args)
     problems = _problems(case, args)
     largest = max(p.batch for p in problems)
@@ -218,7 +218,7 @@ def _time(
         for i, problem in enumerate(problems, 1):
             try:
                 rows.append(row := timer.row(problem))
-            except ImportError as error:  # its logits come from models
+            except ImportError as error:  # recorded logits need transformers
                 left_out.append(f"{problem.label()}: {error.name} not installed")
                 note(left_out[-1])
                 continue
@@ -235,7 +235,7 @@ def _time(
 
 
 def measure_memory(case: Case, name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Rows of a memory run."""
+    """The result of a memory run."""
     if args.base:
         raise SystemExit("--base compares times, --memory measures none")
     _, contestants = _contestants(case, args)

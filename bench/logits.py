@@ -1,4 +1,4 @@
-"""Where logits come from: sketches of distributions, and the embedded models."""
+"""The logits of problems: sketches of distributions, or recorded from the embedded models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _flat(vocab: int, generator: torch.Generator) -> Tensor:
 
 
 class Setting(NamedTuple):
-    """The reference's logits of one row [V], and how far the policies are from them."""
+    """A sketch: the reference's logits of one row [V], and the policies' distance from them."""
 
     what: str
     reference: Callable[[int, torch.Generator], Tensor]
@@ -47,9 +47,9 @@ class Setting(NamedTuple):
 
 
 #: `model` is a sketch of a language model's next-token logits: 5000 tokens at random ids follow a
-#: power law (slope 1.6, top logit about 17) over a normal tail of standard deviation 2.2; a policy
-#: sharpens the reference by 5% and moves each logit by a Laplace deviate of scale 0.45, which is
-#: how far preference tuning moves them.
+#: power law (slope 1.6, top logit about 17) over a normal tail of standard deviation 2.2. A policy
+#: sharpens the reference by 5% and moves each logit by a Laplace deviate of scale 0.45, about as
+#: far as preference tuning moves it.
 SETTINGS = {
     "model": Setting("a power-law head of 5000 tokens over a normal tail", _model),
     "far": Setting("the same, policies 3 nats from the reference", _model, distance=3.0),
@@ -80,11 +80,11 @@ def generated(setting: str, vocab: int, batch: int, policies: int) -> Tensor:
 
 
 def recorded(vocab: int, batch: int, policies: int) -> Tensor:
-    """Logits of the embedded models as they answer, float32 [policies + 1, batch, vocab]: one row
-    for each token of the answers that the mixture of equal weights gives to seeded prompts.
+    """Logits of the embedded models, float32 [policies + 1, batch, vocab]. The mixture of equal
+    weights answers seeded prompts; each token of the answers gives one row.
 
     Raises:
-        ValueError: if their vocabulary is another one, or there are fewer policies.
+        ValueError: if `vocab` is not their vocabulary, or there are fewer policies.
         ImportError: transformers is not installed.
     """
     import transformers  # noqa: F401 named in the error where it is missing

@@ -1,4 +1,4 @@
-"""Timing of several calls side by side."""
+"""Times several calls side by side, and watches how busy other processes are."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import NamedTuple
 Call = Callable[[], object]
 
 MAX_ROUNDS = 200
-_BLOCK = 0.003  # seconds of timed calls a round, for calls shorter than that
+_BLOCK = 0.003  # seconds per round: a shorter call is timed several times
 _BLOCK_CALLS = 10
-_LONG = 0.02  # from so many seconds on a call sweeps the caches itself, and needs no untimed one
-_SLOW, _SLOW_ROUNDS = 0.3, 3  # a call of so many seconds is timed in so many rounds only
+_LONG = 0.02  # seconds: a longer call refills the caches itself, without an untimed call first
+_SLOW, _SLOW_ROUNDS = 0.3, 3  # a call over 0.3 s is timed in 3 rounds only
 
 
 #: By name, the seconds of each call in each round.
@@ -23,8 +23,8 @@ Rounds = dict[str, list[list[float]]]
 
 
 class Timing(NamedTuple):
-    """Microseconds a call: median, 20th and 80th percentile, and the number of timed calls. In JSON
-    a list."""
+    """Microseconds per call: median, 20th and 80th percentile, and the number of timed calls. JSON
+    holds it as a list."""
 
     median_us: float
     p20_us: float
@@ -52,12 +52,12 @@ def seconds_of(call: Call) -> float:
 class Others:
     """How many cores other processes kept busy, on average, since this was made (Linux).
 
-    Threads that wait for each other at a barrier stand still while a stranger has one of their
-    cores, so that a time taken then says nothing, in whoever's favour.
+    While another process has a core of ours, threads that meet at a barrier all wait for the thread
+    on that core: a time measured then cannot be trusted.
     """
 
     def __init__(self, ours: Iterable[int] = ()) -> None:
-        """`ours`: ids of processes of the runner besides this one."""
+        """`ours`: ids of the runner's own processes besides this one."""
         self._ours = tuple(ours)
         self._busy, self._wall = self._other_seconds(), time.perf_counter()
 
@@ -65,33 +65,33 @@ class Others:
         fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         user, nice, system, _idle, _iowait, irq, softirq, steal = fields
         ticks = user + nice + system + irq + softirq + steal
-        for process in self._ours:  # behind the name in brackets: state, then utime as the 12th
+        for process in self._ours:  # after the name: 11 is utime, 12 stime
             after_name = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
             ticks -= int(after_name[11]) + int(after_name[12])
         return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
     def cores(self) -> float:
-        """The average so far; to about 0.01 a second of measuring."""
+        """The average so far, accurate to about 0.01 over one second of measuring."""
         wall = time.perf_counter() - self._wall
         return max(0.0, (self._other_seconds() - self._busy) / wall)
 
 
 def seconds_of_each(call: Call, count: int) -> list[float]:
-    """Wall times of calls in a row; a call that is made in another process is timed there."""
+    """Wall times of `count` calls in a row; a call in another process is timed there."""
     elsewhere = getattr(call, "seconds", None)
     return elsewhere(count) if elsewhere else [seconds_of(call) for _ in range(count)]
 
 
 def rounds(calls: Mapping[str, Call], budget: float, min_rounds: int) -> Rounds:
-    """Time calls in rounds, each in turn in each round, so that noise hits all alike.
+    """Time calls in rounds. Each round times every call in turn, so that noise hits all alike.
 
-    In a round a fast call is made once untimed, which brings its data and code back into the caches
-    that the others used, and then timed up to ten times; a long one is timed once, and one of over
-    0.3 s in three rounds only.
+    In a round a fast call is made once untimed, which brings its data and code back into the
+    caches, and then timed up to ten times. A long call is timed once; one of over 0.3 s in three
+    rounds only.
 
     Args:
         calls: by name. Each has been called before: nothing is compiled here.
-        budget: seconds to spend per call, all its repetitions together.
+        budget: seconds to spend on all repetitions of each call.
         min_rounds: rounds to make even when the budget is used up.
     """
     estimate = {name: seconds_of_each(call, 1)[0] for name, call in calls.items()}
@@ -111,12 +111,12 @@ def rounds(calls: Mapping[str, Call], budget: float, min_rounds: int) -> Rounds:
 
 
 def timings(measured: Rounds) -> dict[str, Timing]:
-    """All rounds of a call together."""
+    """The percentiles of each call over all rounds."""
     return {name: timing([s for block in r for s in block]) for name, r in measured.items()}
 
 
 def ratio(of: list[list[float]], to: list[list[float]]) -> dict[str, float]:
-    """The ratio of two calls' medians, and percentiles of the ratio that each round alone gives."""
+    """The ratio of two calls' medians, and percentiles of the ratios of the single rounds."""
     flat = [statistics.median(s for block in r for s in block) for r in (of, to)]
     each = sorted(statistics.median(a) / statistics.median(b) for a, b in zip(of, to, strict=False))
     low, high = (each[round(share * (len(each) - 1))] for share in (0.2, 0.8))

@@ -1,4 +1,4 @@
-"""Growth of the peak resident memory during one call (Linux), each in a process of its own.
+"""Measures how one call raises the peak of resident memory (Linux), in a process of its own.
 
 `python -m bench.memory CASE CONTESTANT PROBLEM` prints it in bytes; PROBLEM is a JSON list of the
 fields of a `Problem`.
@@ -21,7 +21,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 def growth(case: str, contestant: str, problem: Problem) -> int:
-    """Bytes by which one call raises the peak of a fresh process (pages: about 0.1 MB of noise)."""
+    """Bytes by which one call raises the peak of a new process; the noise is about 0.1 MB."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.memory", case, contestant, json.dumps(problem)],
         cwd=_ROOT,
@@ -34,7 +34,7 @@ def growth(case: str, contestant: str, problem: Problem) -> int:
 
 
 def _peak() -> int:
-    # Not getrusage's ru_maxrss: across exec it keeps the peak of the process that started this one.
+    # Not getrusage's ru_maxrss: it keeps the peak of the parent process across exec.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
@@ -54,9 +54,9 @@ def _measure(case: str, contestant: str, problem: Problem) -> int:
         rows += [rows[0] + 0.25 for _ in range(more)]
         return build(problem._replace(batch=batch, vocab=vocab), rows)
 
-    call_on(2, 2048)()  # code, thread pool
+    call_on(2, 2048)()  # loads the code and starts the threads
     call = call_on(problem.batch, problem.vocab)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present resident size
     before = _peak()
     call()
     return _peak() - before

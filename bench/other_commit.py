@@ -1,8 +1,8 @@
 """Another commit of this repository beside the working tree, for `--base`.
 
-Both run in processes of their own, started alike, so that the two differ in the package alone: the
-process imports `mod_fused` from its tree and everything else from here. Each makes the inputs from
-the problem, checks its results against the oracle, and times its own calls when it is asked to.
+Each of the two runs in a process of its own. A process imports `mod_fused` from its tree and
+everything else from here, so that the two differ in the package alone. It makes the inputs from the
+problem, checks its results against the oracle, and times its own calls on request.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .case import Contestant, Refused, ours, set_threads
 from .problem import Problem, logits
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Longer than the threads of the process that was timed before spin before they sleep.
+#: Seconds to wait before a call: idle threads of the other process spin for less, then sleep.
 _SETTLE = 0.003
 _START = """
 import sys
@@ -77,7 +77,7 @@ def checkout(revision: str) -> Iterator[Path]:
 
 
 class Process:
-    """`mod_fused.sample` of a tree in a process of its own; also the call that is timed there."""
+    """`mod_fused.sample` of a tree, in a process of its own. The object is the call to time."""
 
     def __init__(self, tree: Path, backend: str, largest_batch: int) -> None:
         self.backend, self.largest_batch = backend, largest_batch
@@ -96,11 +96,11 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Its id."""
+        """The id of the process."""
         return self._process.pid
 
     def contestant(self) -> Contestant:
-        """For the runner."""
+        """The contestant that the runner times."""
 
         def prepare(problem: Problem, _: list[Tensor]) -> Process:
             found = check.Check(*self._ask("prepare", problem, self.largest_batch, self.backend))
@@ -115,7 +115,7 @@ class Process:
         self._ask("call")
 
     def seconds(self, count: int) -> list[float]:
-        """The wall times of that many calls in a row."""
+        """The wall times of `count` calls in a row."""
         return self._ask("time", count)
 
     def end(self) -> None:
@@ -125,7 +125,7 @@ class Process:
 
 
 def serve(tree: str, descriptor: int) -> None:
-    """In the process: answer until the other end closes."""
+    """The loop of the measuring process: it answers until the other end closes."""
     found = Path(mod_fused.__file__).resolve()
     if not found.is_relative_to(Path(tree).resolve()):
         raise RuntimeError(f"expected mod_fused of {tree}, got {found}")
@@ -155,5 +155,5 @@ def _prepare(problem: Problem, largest_batch: int, backend: str) -> tuple[tuple[
         expected = check.oracle(problem, largest_batch)
         found = check.check(problem, inputs, expected, backend)
         return tuple(found), ours(backend).build(problem, inputs)
-    except Exception as error:  # an older commit need not know all there is
+    except Exception as error:  # an older commit may lack a feature
         return (False, None, f"{type(error).__name__}: {error}"), None

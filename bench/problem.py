@@ -1,4 +1,4 @@
-"""What is timed: one shape of the op, its logits, and what else a call of it is given."""
+"""A problem to time: the shape of a call, its logits, and its other arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POLICIES = 2
 WEIGHTS = (0.6, 0.3)  # their sum is not 1: the reference counts in every divergence
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
-#: By name: arguments of `mod_fused.sample` that act after pi*; a mask is made for the shape.
+#: By name: the arguments of `mod_fused.sample` that filter pi*; `filters` makes the mask.
 FILTERS: dict[str, dict[str, Any]] = {
     "": {},
     "temperature=0.7": {"temperature": 0.7},
@@ -27,7 +27,7 @@ FILTERS: dict[str, dict[str, Any]] = {
 
 
 def weights_of(policies: int) -> tuple[float, ...]:
-    """The weights of that many policies; a single one is not to be mixed with the reference."""
+    """The weights of so many policies: `WEIGHTS`, or equal ones that sum to 0.9."""
     return WEIGHTS if policies == POLICIES else (0.9 / policies,) * policies if policies else ()
 
 
@@ -41,9 +41,9 @@ class Problem(NamedTuple):
     threads: int
     weights: tuple[float, ...] = WEIGHTS
     values: int = 0  # J, tensors of value scores
-    reference: bool = True  # without it, reverse KL alone
+    reference: bool = True  # without a reference: reverse KL only
     filters: str = ""  # a key of FILTERS
-    setting: str = "model"  # where the logits come from, see logits.py
+    setting: str = "model"  # a kind of logits, see logits.py
 
     @property
     def bytes(self) -> int:
@@ -53,13 +53,13 @@ class Problem(NamedTuple):
         return tensors * self.batch * self.vocab * size
 
     def shown(self) -> dict[str, Any]:
-        """The fields as they stand in results: the number of policies for their weights."""
+        """The fields for a result, with the number of policies in place of the weights."""
         fields = self._asdict()
         policies = len(fields.pop("weights"))
         return {**fields, "policies": policies}
 
     def label(self) -> str:
-        """In a word or two, for messages."""
+        """A short description for messages."""
         parts = [self.divergence, self.dtype, f"B={self.batch}", f"V={self.vocab}"]
         parts += [f"M={len(self.weights)}", f"threads={self.threads}"]
         parts += [f"J={self.values}"] * bool(self.values) + ["no reference"] * (not self.reference)
@@ -78,7 +78,7 @@ def _rows(setting: str, vocab: int, batch: int, policies: int) -> Tensor:
 def logits(problem: Problem, largest_batch: int) -> list[Tensor]:
     """The logits of a problem: reference if there is one, then policies, contiguous [B, V] each.
 
-    The first B rows of the same `largest_batch` rows for every B.
+    For every B they are the first B rows of the same `largest_batch` rows.
     """
     rows = _rows(problem.setting, problem.vocab, largest_batch, len(problem.weights))
     rows = rows[int(not problem.reference) :, : problem.batch]
@@ -86,7 +86,7 @@ def logits(problem: Problem, largest_batch: int) -> list[Tensor]:
 
 
 def mixture(problem: Problem, logits: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `mod_fused.log_probs`, by position and by name. All rows have the same
+    """The positional and the keyword arguments of `mod_fused.log_probs`. All rows have the same
     values."""
     split = int(problem.reference)
     positional = (logits[0] if split else None, logits[split:], list(problem.weights))
@@ -100,8 +100,8 @@ def mixture(problem: Problem, logits: list[Tensor]) -> tuple[tuple[Any, ...], di
 
 
 def filters(problem: Problem, device: torch.device) -> dict[str, Any]:
-    """The arguments of `mod_fused.sample` that act after pi*. A mask allows half of the tokens, the
-    same in all rows: bool [B, V]."""
+    """The arguments of `mod_fused.sample` that filter pi*. A mask, bool [B, V], allows half of the
+    tokens, the same in all rows."""
     options = dict(FILTERS[problem.filters])
     if "mask" in options:
         generator = torch.Generator().manual_seed(problem.vocab + 2)

@@ -1,9 +1,9 @@
-"""`python -m bench.readme`: rewrites what is made from the committed JSON of bench/results: the
-table of the README, the reports beside the JSON, and the pictures.
+"""`python -m bench.readme`: makes the README's table, the reports and the pictures anew from the
+committed JSON under bench/results.
 
-The table stands between `<!-- bench: NAME -->` and `<!-- /bench -->`, made from results/NAME.json.
-A picture carries the digest of its JSON: two versions of matplotlib do not draw the same bytes.
-`--check` writes nothing; the exit status says whether all is up to date.
+The table stands between `<!-- bench: NAME -->` and `<!-- /bench -->` and comes from
+results/NAME.json. A picture carries the digest of its JSON, because two versions of matplotlib do
+not give the same bytes. `--check` writes nothing; the exit status says whether all is up to date.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ FILES = (ROOT / "README.md",)
 _BLOCK = re.compile(
     r"(?P<head>^<!-- bench: (?P<name>\S+) -->\n).*?(?P<tail>^<!-- /bench -->)", re.S | re.M
 )
-#: By the stem of the JSON and of the picture: draws a result into a figure.
+#: By the stem of the JSON and of the picture: the function that plots a result into a figure.
 PICTURES: dict[str, dict[str, Picture]] = {
     name: {name: case.picture}
     for name, case in CASES.items()
     if isinstance(case, Case) and case.picture
 } | plots.PICTURES
-#: By the stem of the JSON: the report beside it; `report.markdown` for all others.
+#: By the stem of the JSON: the function that makes the report; `report.markdown` for all others.
 REPORTS: dict[str, Callable[[report.Result], str]] = {
     "alignment": tables.alignment,
     "control": tables.control,
 }
-#: By the name of a block, which is the stem of its JSON: rows by their fields, and columns.
+#: By the name of a block, the stem of its JSON: fields that select the rows, and the columns.
 BLOCKS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
     "cpu": (
         {"dtype": "bfloat16", "vocab": 128256, "threads": 1},
@@ -49,7 +49,7 @@ BLOCKS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
 
 
 def _origin(result: report.Result, marked: bool) -> str:
-    """The line under a table: what made it, on what; `marked` if it has disturbed rows."""
+    """The line under a table: command and machine; `marked` if it has disturbed rows."""
     machine = result["machine"]
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['instruction set']}"
     out = f"`{result['command']}`; {where}, torch {machine['torch']}, commit {machine['commit']}."
@@ -57,7 +57,7 @@ def _origin(result: report.Result, marked: bool) -> str:
 
 
 def block(name: str, file: Path, results: Path = RESULTS) -> str:
-    """The text of a block in a file: the table, and where it comes from.
+    """The text of a block in a file: the table, its command and machine.
 
     Raises:
         ValueError: if there is no such block.
@@ -87,12 +87,12 @@ def rewritten(text: str, file: Path, results: Path = RESULTS) -> str:
 
 
 def digest(source: Path) -> str:
-    """What a picture of this JSON must carry."""
+    """The digest that a picture of this JSON must carry."""
     return "sha256 " + hashlib.sha256(source.read_bytes()).hexdigest()
 
 
 def draw(picture: Path, source: Path) -> None:
-    """Draw a picture of a JSON, in few colours: it is kept in the repository.
+    """Plot a JSON, in few colours, because the picture is kept in the repository.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -116,7 +116,7 @@ def sources(results: Path = RESULTS) -> list[Path]:
 
 
 def reports(sources: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """The reports that lie beside the JSON, and what they should say."""
+    """Each report beside a JSON: its file, and the text that it should hold."""
     for source in sources:
         result = report.load(source)
         if source.stem in REPORTS or result.get("case") in CASES:
@@ -136,7 +136,7 @@ def stale_pictures(sources: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
 
 
 def stale(files: Sequence[Path] = FILES, results: Path = RESULTS) -> list[str]:
-    """Names of READMEs, reports and pictures that are not what the results say."""
+    """Names of READMEs, reports and pictures that differ from the results."""
     wanted = [(f, rewritten(f.read_text(), f, results)) for f in files] + list(
         reports(sources(results))
     )
@@ -145,7 +145,7 @@ def stale(files: Sequence[Path] = FILES, results: Path = RESULTS) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite, or check; 0, or 1 if --check finds something stale."""
+    """Rewrite, or check. Returns 0, or 1 if --check finds something stale."""
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--check", action="store_true", help="write nothing, report what is stale")

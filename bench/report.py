@@ -1,4 +1,4 @@
-"""The machine, and results as JSON and Markdown."""
+"""Results as JSON and Markdown, with the machine that they were measured on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-#: A row during which other processes kept more cores than this busy is marked: not to be trusted.
+#: A row is marked as disturbed if other processes kept more cores than this busy.
 DISTURBED = 0.1
 Row = Mapping[str, Any]
 Result = dict[str, Any]
@@ -63,7 +63,7 @@ def _commit() -> str:
 
 
 def machine() -> dict[str, str]:
-    """What a figure depends on besides the code: hardware and versions."""
+    """Hardware, versions and commit: figures depend on them."""
     compiler = _output(os.environ.get("CXX", "g++"), "--version").splitlines()
     return {
         "cpu": _cpu_model(),
@@ -78,7 +78,7 @@ def machine() -> dict[str, str]:
 
 
 def note(text: str) -> None:
-    """Progress goes to the standard error."""
+    """Print progress, on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -88,7 +88,7 @@ def disturbed(row: Row) -> bool:
 
 
 def number(x: float) -> str:
-    """At most three digits that mean something."""
+    """A number with about three significant digits."""
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
 
 
@@ -100,8 +100,9 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def cells(row: Row) -> dict[str, str]:
-    """All that a table can show of a row, by name: its fields, and figures such as `eager µs`,
-    `eager / ours`, `eager TV` (total variation from the oracle), `eager tok/s`, `eager draws`."""
+    """The cells that a table can show of a row, by name: its fields, and figures such as
+    `eager µs`, `eager / ours`, `eager TV` (total variation from the oracle), `eager tok/s`,
+    `eager draws`."""
     out = {name: str(x) for name, x in row.items() if not isinstance(x, (dict, list))}
     if "policies" in row:
         out["mixture"] = "ref + " * row["reference"] + str(row["policies"])
@@ -134,15 +135,15 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
-    """A Markdown table of rows. `columns`: by heading the name of what stands there, see `cells`;
-    where rows were refused, a last column says why."""
+    """A Markdown table of rows. `columns` maps headings to names of `cells`. If a row was refused,
+    a last column says why."""
     if any(row.get("refused") for row in rows):
         columns = {**columns, "refused": "refused"}
     lines = [[shown.get(name, "") for name in columns.values()] for shown in map(cells, rows)]
     return markdown_table(list(columns), lines)
 
 
-#: Fields that say which problem a row is of: by heading.
+#: By heading: the fields that say which problem a row is of.
 _LABELS = {
     "models": "size", "divergence": "divergence", "contestant": "contestant", "dtype": "dtype",
     "threads": "threads", "B": "batch", "V": "vocab", "mixture": "mixture", "J": "values",
@@ -152,7 +153,7 @@ _FIGURES = "µs|p20 to p80|/ ours|/ floor|GB/s|tok/s|draws|TV|MB|of the logits".
 
 
 def all_columns(rows: Sequence[Row]) -> dict[str, str]:
-    """Columns of a whole report: the labels that differ between rows, then every figure."""
+    """Columns of a whole report: the labels that differ between rows, then all figures."""
     shown = [cells(row) for row in rows]
     names = list(dict.fromkeys(name for line in shown for name in line))
     out = {"divergence": "divergence"}
@@ -164,7 +165,7 @@ def all_columns(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def missing(result: Result) -> list[str]:
-    """What was not timed, and why."""
+    """The contestants and problems that were not timed, and why."""
     skipped = [pair for row in result["rows"] for pair in row.get("skipped", {}).items()]
     return sorted({f"{name}: {why}" for name, why in skipped} | set(result.get("left_out", ())))
 
@@ -177,7 +178,7 @@ def head(title: str, result: Result) -> str:
 
 
 def markdown(result: Result) -> str:
-    """The whole report of a run: every row and figure, what is disturbed, what is missing."""
+    """The whole report of a run: all rows and figures, disturbed rows, what was not timed."""
     rows = result["rows"]
     parts = [head(f"{result['case']}: {result['what']}", result)]
     if count := sum(map(disturbed, rows)):
@@ -192,7 +193,7 @@ def markdown(result: Result) -> str:
 
 
 def rounded(x: Any) -> Any:
-    """Six digits of every number; tuples become lists, as JSON has them."""
+    """Every number to six digits, and tuples as lists, as JSON has them."""
     if isinstance(x, float):
         return float(f"{x:.6g}")
     if isinstance(x, dict):
@@ -201,7 +202,7 @@ def rounded(x: Any) -> Any:
 
 
 def save(result: Result, file: Path) -> None:
-    """Write a result as JSON. A list of records becomes a table of its own: the names of the fields
+    """Write a result as JSON. A list of records is written as a table: the names of the fields
     once, then a line for each record."""
     parts = []
     for name, value in rounded(result).items():
@@ -216,7 +217,7 @@ def save(result: Result, file: Path) -> None:
 
 
 def load(file: Path) -> Result:
-    """What `save` wrote; a field that a record did not have is None."""
+    """The result that `save` wrote. A field that a record did not have is None."""
     result = json.loads(file.read_text())
     for name, value in result.items():
         if isinstance(value, dict) and value.keys() == {"fields", "records"}:

@@ -1,7 +1,7 @@
 """`python -m bench.run CASE`: the one benchmark runner.
 
-Each problem's inputs first go through a correctness check; a backend that fails it is not timed,
-its row says so, and the exit status is 1.
+Before anything is timed, each problem's inputs go through a check of correctness. If a backend
+fails it, the problem is not timed, its row says why, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCHEMA = 1
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: one subcommand a case, with the options that it has."""
+    """The command line: one subcommand per case, with its options."""
     out = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     out.formatter_class = argparse.RawDescriptionHelpFormatter
     subcommands = out.add_subparsers(dest="case", required=True, metavar="CASE")
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _command(argv: Sequence[str]) -> str:
-    """The command as typed, less where it writes: paths are nobody else's business."""
+    """The command as typed, without the paths that it writes to: results are published."""
     kept, skip = [], False
     for word in argv:
         if skip or word.startswith(("--json=", "--out=")):
@@ -61,11 +61,11 @@ def _run(case: Case | Procedure, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a case; 0, or 1 if a result was refused."""
+    """Run a case. Returns 0, or 1 if a row was refused."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     case = CASES[args.case]
-    machine = report.machine()  # first: a later commit is not what was measured
+    machine = report.machine()  # before measuring: the commit may change meanwhile
     head = {"schema": SCHEMA, "case": args.case, "command": _command(argv), "machine": machine}
     result = {**head, **_run(case, args)}
     text = report.markdown(result)

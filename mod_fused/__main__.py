@@ -1,4 +1,4 @@
-"""`python -m mod_fused` is `mod-fused`."""
+"""`python -m mod_fused`: the command `mod-fused`."""
 
 import sys
 

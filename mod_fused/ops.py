@@ -38,12 +38,13 @@ def log_probs(
     out: Tensor | None = None,
     workspace: Tensor | None = None,
 ) -> Tensor:
-    """log pi*, the log-probabilities of the mixture; arguments as in `sample`, but `out`, a
-    contiguous float32 [B, V].
+    """log pi*, the log-probabilities of the mixture.
+
+    The arguments are those of `sample`, but `out` is a contiguous float32 [B, V].
 
     Returns:
-        float32 [B, V] in nats, `out` where it is given; -inf for excluded tokens, NaN throughout an
-        invalid row.
+        float32 [B, V] in nats, which is `out` where that is given: -inf for excluded tokens, NaN
+        throughout an invalid row.
 
     Raises:
         ValueError: wrong shapes, devices, names, or numbers out of range.
@@ -109,10 +110,10 @@ def sample(
         u(s)   = sum_i w_i f'(pi_i(s) / pi_ref(s)) + sum_j v_j V_j(s)
         pi*(s) = pi_ref(s) (f')^-1(u(s) - Z),      Z such that sum_s pi*(s) = 1
 
-    then, in this order, mask, temperature, top-k, top-p and min-p, each renormalising before the
-    next. No gradient flows: inputs are detached. B rows, M policies (at most 8), V = `vocab_size`,
-    J value tensors. Numbers, and lists of them, may be NumPy's; what is scalar or [B] may be a
-    tensor [] too, which all rows share (a seed may not).
+    Then mask, temperature, top-k, top-p and min-p apply in this order; each renormalises before
+    the next. No gradient flows: inputs are detached. There are B rows, M policies (at most 8),
+    V = `vocab_size` token ids and J value tensors. Numbers and lists of numbers may be NumPy's. An
+    argument that is scalar or [B], except the seed, may be a tensor [] too, which all rows share.
 
     Args:
         ref_logits: [B, V0] float32, float16 or bfloat16, contiguous in the last dimension. None
@@ -154,24 +155,24 @@ def sample(
             draws equal noise.
         return_model_logprobs: also return each model's log-probability of the token.
         backend: None for the fastest available; see `backends`.
-        out: a `Sample` whose tensors are filled and which is returned: contiguous, of the result's
-            shapes and dtypes, on the logits' device, apart from all other arguments;
-            `out.model_logprobs` is None exactly if it is not asked for. None allocates one.
+        out: a `Sample` that the call fills and returns. Its tensors are contiguous, of the result's
+            shapes and dtypes, on the logits' device, and share no memory with other arguments.
+            `out.model_logprobs` is None exactly if it is not asked for. None allocates a `Sample`.
         workspace: uint8 vector of at least `workspace_size(B, V, M)` bytes on the logits' device,
-            aligned to 16 bytes. Its owner zeroes it once (`torch.zeros`); every call leaves the
-            zeros that the next one needs, whatever its shapes, but needs the same tensor, not
+            aligned to 16 bytes. Its owner zeroes it once (`torch.zeros`). Every call leaves the
+            zeros that the next one needs, whatever its shapes. Pass the same tensor each time, not
             another part of it. Launches that may overlap need two: one workspace per stream. None
-            allocates one for each call, where the backend needs one; the torch and the cpu backend
-            do not, and leave it as it is. With `out`, `workspace`, and tensors or single numbers
-            for what goes by row (weights for all rows may be a list), a call on a GPU allocates
-            nothing and can be captured in a CUDA graph; candidates (`value_ids`) still allocate,
-            and so do seed=None, which draws them, and lists per row, which are copied to the device
-            and refused while a graph is captured.
+            allocates one for each call. The torch and cpu backends use no workspace and leave it as
+            it is. A call on a GPU allocates nothing, and can be captured in a CUDA graph, when it
+            is given `out`, `workspace`, and tensors or single numbers for everything that goes by
+            row (weights for all rows may be a list). Candidates (`value_ids`) allocate even then,
+            and so do seed=None, which draws seeds, and lists per row, which are copied to the
+            device. A list per row is refused while a graph is captured.
 
     Returns:
-        `Sample`, `out` where it is given. A row is invalid, and disturbs no other, when NaN or +inf
-        stands in a tensor that counts, an id is out of range, no token is left after support and
-        mask, or a parameter in a tensor is bad.
+        `Sample`, which is `out` where that is given. A row is invalid if a tensor that counts holds
+        NaN or +inf, if an id is out of range, if support and mask leave no token, or if a parameter
+        in a tensor is bad. An invalid row disturbs no other.
 
     Raises:
         ValueError: wrong shapes, devices, names, or numbers out of range.

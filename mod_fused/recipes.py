@@ -2,8 +2,9 @@
 
     mod_fused.sample(**recipes.dexperts(base, expert, anti, alpha=2.0), seed=7, position=0)
 
-All are instances of reverse KL, where pi*(s) is proportional to pi_ref(s)^(1 - sum w) prod
-pi_i(s)^w_i, or to prod pi_i(s)^w_i without a reference; [w] below. Nothing is copied or computed.
+All are instances of reverse KL: pi*(s) is proportional to pi_ref(s)^(1 - sum w) prod pi_i(s)^w_i,
+or, without a reference, to prod pi_i(s)^w_i. The table gives the weights w. A recipe only names
+arguments: it copies and computes no logits.
 
 | call | pi*(s) is proportional to | reference, [w] | paper |
 |---|---|---|---|
@@ -15,13 +16,13 @@ pi_i(s)^w_i, or to prod pi_i(s)^w_i without a reference; [w] below. Nothing is c
 | `realignment` (DeRa) | sft (aligned / sft)^lam | sft, [lam] | arXiv 2402.02992 |
 | `genarm` | base prod_i reward_i^(a_i / beta) | none, [1, a_i / beta] | arXiv 2410.08193 |
 
-The papers add raw logits, the op log-probabilities: they differ by a constant that normalising
-removes. A token that a tensor of non-zero weight gives -inf gets probability 0, under a negative
-weight too, where the printed formulas have no value.
+The papers add raw logits and the op adds log-probabilities: the two differ by a constant that
+normalising removes. A token with a logit of -inf in a tensor of non-zero weight gets probability 0.
+That holds for a negative weight too, where the printed formulas have no value.
 
-Further arguments of `mod_fused.sample` go beside a recipe. For strengths that differ from row to
-row replace its "weights" by [B, M]. With models in place of logits, `for_generate` gives what
-`generate` needs.
+Pass further arguments of `mod_fused.sample` beside a recipe. Replace its "weights" by [B, M] for
+strengths that differ from row to row. Give a recipe models in place of logits, and `for_generate`
+turns it into arguments of `generate`.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def proxy_tuning(base: Any, tuned: Any, untuned: Any, *, alpha: float = 1.0) -> 
 
     Emulated fine-tuning (arXiv 2310.12962) is the same next-token formula with alpha = 1: base is
     the large pretrained model and tuned, untuned are small (up-scaling), or the other way round
-    (down-scaling). Its filters of unlikely tokens are not part of it.
+    (down-scaling). The authors' filters of unlikely tokens are not
+    part of this recipe.
 
     Args:
         base: logits [B, V] of the model to be tuned by proxy.
@@ -98,9 +100,10 @@ def contrastive_decoding(
         arXiv 2210.15097:  log p_expert(s) - log p_amateur(s)
         arXiv 2309.09117:  (1 + beta) z_expert(s) - beta z_amateur(s)
 
-    on the tokens with p_expert(s) >= alpha max p_expert, -inf elsewhere. The first is the second
-    divided by beta as beta grows. `temperature=0` takes the token of the best score; the first
-    paper searches with beams over whole responses, which a token-wise op does not.
+    on the tokens with p_expert(s) >= alpha max p_expert, -inf elsewhere. The first is the
+    limit of the second, divided by beta, as beta grows. `temperature=0` takes the token
+    of the best score. The first paper searches with beams over whole responses, which a token-wise
+    op does not.
 
     Args:
         expert: logits [B, V] of the large model.
@@ -138,8 +141,8 @@ def classifier_free_guidance(
 
         log P(s) + gamma (log P(s | c) - log P(s))
 
-    Both are one model: with the prompt, and without it or with a negative prompt. In `generate` it
-    is an `Ensemble([model, model])` with a list of prompts for each.
+    Both are the same model: once after the prompt, once without it or after a negative prompt. In
+    `generate` use `Ensemble([model, model])` and a list of prompts for each.
 
     Args:
         unconditional: logits [B, V] without the prompt, or after a negative prompt.
@@ -156,8 +159,8 @@ def classifier_free_guidance(
 def realignment(sft: Any, aligned: Any, *, lam: float) -> dict[str, Any]:
     """Decoding-time realignment, DeRa (arXiv 2402.02992): softmax(lam h_aligned + (1 - lam) h_sft).
 
-    Approximates, token by token, the model that alignment with KL strength beta / lam would have
-    given, from the one aligned with beta.
+    From a model aligned with KL strength beta it approximates, token by token, the model that
+    strength beta / lam would have given.
 
     Args:
         sft: logits [B, V] of the reference of the alignment.

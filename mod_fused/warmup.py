@@ -1,4 +1,4 @@
-"""Compiles ahead of the first request what a server will need."""
+"""`warmup`: it compiles the kernels that a server will need, before the first request."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ def warmup(
     with_log_probs: bool = False,
     **options: Any,
 ) -> None:
-    """Runs each kernel once that calls of these shapes will use, so that none is compiled while a
-    request waits. A GPU's kernels are compiled per vocabulary size (more exactly: whether it and
-    the row strides are multiples of 16), number of policies, dtypes, divergence and the set of
-    options in use; they are kept in Triton's cache on disk.
+    """Run once each kernel that calls of these shapes will use, so that none is compiled while a
+    request waits.
+
+    GPU kernels are compiled per number of policies, dtypes, divergence, set of options in use, and
+    vocabulary size (more exactly: whether it and the row strides are multiples of 16). Triton keeps
+    them in its cache on disk.
 
     Args:
         vocab_size: V, the width of the logits.
         policies: M.
-        batch_sizes: some B of each kind that will come; few rows are cut finer than many.
+        batch_sizes: a small B and a large one, where both will come: the kernels cut a few rows
+            into finer pieces than many.
         dtype: of all logits.
         device: None for the current GPU, or the CPU where there is none.
         divergences: names or objects.
         reference: whether there is a reference model.
         backend: as in `sample`.
-        with_log_probs: also what `log_probs` needs.
+        with_log_probs: also compile what `log_probs` needs.
         **options: further arguments of `sample` as the server will give them, such as
             `temperature=0.7`, `top_p=0.9`, `return_model_logprobs=True`. Tensors [B, ...] need one
             batch size.

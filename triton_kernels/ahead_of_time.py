@@ -1,5 +1,5 @@
-"""Compilation of launches for any GPU, without one, and what the machine code says: registers,
-spills, stack, and the widths of its loads from global memory."""
+"""Compiles launches for any GPU without having one, and reads the machine code: registers, spills,
+stack, and the widths of loads from global memory."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What a thread of a compiled kernel needs, and what it loads."""
+    """The resources of a compiled kernel, per thread, and its loads."""
 
     registers: int  # vector registers on AMD
     spills: int  # instructions on NVIDIA, registers on AMD
     stack: int  # bytes
-    shared: int  # bytes of a program
-    loads: Counter[int]  # load instructions from global memory by bytes; on AMD those of blocks
+    shared: int  # bytes per program
+    loads: Counter[int]  # loads from global memory by their bytes; on AMD those of blocks
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """The kernel that Triton would compile for this launch on `target`."""
     backend = make_backend(target)
     kernel = launch.kernel
-    # The JIT's own specialisation of the arguments, which it otherwise does for the device at hand.
+    # Specialise the arguments as the JIT does, but for `target` instead of the current device.
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     keywords = launch.options(target.backend == "hip", target.warp_size)
     bound, specialization, options = bind(*launch.arguments, **keywords)
@@ -75,7 +75,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def machine_code(compiled: Any) -> MachineCode:
-    """What the machine code of a compiled kernel says."""
+    """The resources and loads in the machine code of a compiled kernel."""
     loads: Counter[int] = Counter()
     if "cubin" in compiled.asm:
         usage, assembly = disassembled(compiled.asm["cubin"])
@@ -90,13 +90,13 @@ def machine_code(compiled: Any) -> MachineCode:
             loads=loads,
         )
     assembly = compiled.asm["amdgcn"]
-    # Blocks are read by buffer loads; the others are scalars, several joined into a wide one.
+    # Buffer loads read blocks. All other loads read scalars, several of them joined into one.
     widths = {"ubyte": 1, "sbyte": 1, "ushort": 2, "short": 2, "dword": 4}
     for name, count in re.findall(r"\bbuffer_load_([a-wyz]+)(x\d)?", assembly):
         loads[widths[name] * int(count[1:] or 1)] += 1
     return MachineCode(
         registers=_number(r"\.vgpr_count:\s+(\d+)", assembly),
-        # Scalar registers spill into lanes of vector registers, or to the stack, which is counted.
+        # Spilled scalar registers need no count: they go to vector registers or to the stack.
         spills=_number(r"\.vgpr_spill_count:\s+(\d+)", assembly),
         stack=_number(r"\.private_segment_fixed_size:\s+(\d+)", assembly),
         shared=compiled.metadata.shared,

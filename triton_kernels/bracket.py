@@ -1,5 +1,8 @@
-"""Deficits of a tile, and the bracket of tau that a row's deficits give (design §2): tau is the
-number for which the probabilities p H(tau + D) sum to 1, D = Q - min Q."""
+"""Deficits of a tile, and the bracket of tau that a row's deficits give (docs/concepts.md).
+
+p is pi_ref of a token, Q its weighted deficit, D = Q - min Q its *excess*, s* the token where Q is
+least. tau is the number for which the probabilities p H(tau + D) sum to 1; that sum is G(tau).
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,8 @@ def start_offset(mixing, row, variant: tl.constexpr):
 
 @triton.jit
 def start_ratios(q, mixing, row, variant: tl.constexpr):
-    """`ratios` where G is evaluated first, beside the deficits: where Z = 0 if the reference counts
-    as one policy more, of the weight that the others leave. Its tau is least + `start_offset`."""
+    """`ratios` at the first point, where G is summed together with the deficits: tau = least +
+    `start_offset`. There Z = 0 if the reference counts as a policy of weight 1 - sum w."""
     y = (q + start_offset(mixing, row, variant)).to(tl.float32)
     if variant.excess is not None:
         y = variant.excess(y, mixing.alpha)
@@ -52,7 +55,7 @@ def start_ratios(q, mixing, row, variant: tl.constexpr):
 
 @triton.jit
 def deficits_of_tile(mixing, work, state, fields, row, tile, tiles, variant: tl.constexpr):
-    """What the bracket needs of a tile's deficits, and its share of the first evaluation."""
+    """Store a tile's sums for the bracket, and its part of the first evaluation."""
     log_ref, q, broken = deficit_tile(mixing, state, row, tile, variant)
     inside = q < EXCLUDED
     i = tl.arange(0, TILE)
@@ -65,7 +68,7 @@ def deficits_of_tile(mixing, work, state, fields, row, tile, tiles, variant: tl.
     tl.store(fields + MASS * variant.tiles + tile, tl.sum(tl.where(broken, float("nan"), p), 0))
     tl.store(fields + FIRST * variant.tiles + tile, tl.sum(p * q.to(tl.float32), 0))
     if variant.excess is not None:
-        p = tl.where(i == best, 0.0, p)  # it may be s*
+        p = tl.where(i == best, 0.0, p)  # it may be s*; `end_deficits` adds the others
     else:
         q = tl.where(inside, q, 1.0)
     h, slope = start_ratios(q, mixing, row, variant)
@@ -75,7 +78,7 @@ def deficits_of_tile(mixing, work, state, fields, row, tile, tiles, variant: tl.
 
 @triton.jit
 def end_deficits(mixing, work, state, fields, row, tiles, variant: tl.constexpr):
-    """s*, the bracket of the point at which G is 1, and where it is evaluated next."""
+    """Store s*, the bracket of the point where G is 1, and the next point to evaluate."""
     MODELS: tl.constexpr = variant.models
     i = tl.arange(0, variant.tiles)
     leasts = work.leasts + row.to(tl.int64) * tiles
@@ -94,7 +97,7 @@ def end_deficits(mixing, work, state, fields, row, tiles, variant: tl.constexpr)
     upper = variant.deficit(-tl.log(mass).to(tl.float32), mixing.alpha).to(tl.float64)
     lower = variant.deficit(-tl.log(best).to(tl.float32), mixing.alpha).to(tl.float64)
     mean = first / mass
-    # E[D], and what the sums' rounding may have taken from it.
+    # The mean of D bounds tau from below (Jensen), less the rounding of the sums.
     jensen = upper - (mean - least + ROUNDING * (tl.abs(mean) + tl.abs(least)))
     lower = tl.where(jensen > lower, jensen, lower)
     if variant.bounded:
@@ -121,7 +124,7 @@ def end_deficits(mixing, work, state, fields, row, tiles, variant: tl.constexpr)
     valid = tl.load(state + VALID)
     tl.store(state + VALID, tl.where(good, valid, 0.0))
 
-    # The first step, from the sums beside the deficits.
+    # The first step, from the sums of the first evaluation.
     s1 = tl.sum(tile_field(fields, S1, tiles, variant, 0.0).to(tl.float64), 0)
     s2 = tl.sum(tile_field(fields, S2, tiles, variant, 0.0).to(tl.float64), 0)
     tau = least + start_offset(mixing, row, variant).to(tl.float64)
@@ -130,21 +133,21 @@ def end_deficits(mixing, work, state, fields, row, tiles, variant: tl.constexpr)
         usable = good & (tau > 0.0)
     tau = tl.where(usable, tau, 1.0)
     if variant.excess is not None:
-        # The best token of each tile is missing in its sums: all but s* are added.
+        # Each tile's sums lack its best token: add all of these but s*.
         others = (i < tiles) & (i != best_tile) & (least_of < EXCLUDED)
         h, slope = start_ratios(tl.where(others, least_of, least), mixing, row, variant)
         p = tl.where(others, tile_field(fields, BEST_P, tiles, variant, 0.0), 0.0).to(tl.float64)
         s1 += tl.sum(p * h.to(tl.float64), 0)
         s2 += tl.sum(p * slope.to(tl.float64), 0)
         if variant.factor:
-            # There y is expm1(tau + D) = e^tau (t + x).
+            # `start_ratios` took y = expm1(tau + D), which is e^tau (t + x).
             growth = tl.exp(tl.minimum(tau, 300.0))
             s1 *= growth
             s2 *= growth * growth
         lower = variant.shift(lower.to(tl.float32), mixing.alpha).to(tl.float64)
         upper = variant.shift(upper.to(tl.float32), mixing.alpha).to(tl.float64)
         tau = variant.shift(tau.to(tl.float32), mixing.alpha).to(tl.float64)
-        # Without those sums: everything but s* at its mean deficit, which is left of the solution.
+        # Without those sums: all tokens but s* at their mean deficit, left of the solution.
         rest = tl.maximum(mass - best, 0.0)
         apart = tl.maximum(mean - least, 0.0) * mass / tl.where(rest > 0.0, rest, 1.0)
         distance = variant.excess(tl.minimum(apart, EXCLUDED).to(tl.float32), mixing.alpha).to(

@@ -1,5 +1,5 @@
-"""A launch of a compiled kernel: the compiler's options, and how the kernel is found again with
-little work on the host."""
+"""A launch of a kernel: the compiler's options, and a cache of compiled kernels that takes little
+time on the host."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any, NamedTuple
 import torch
 
 _AMD = torch.version.hip is not None
-#: Compiled kernels by what they were compiled for: Triton's own look-up costs three times as much.
+#: Compiled kernels by what they were compiled for: Triton's own look-up takes three times as long.
 _compiled: dict[Any, Any] = {}
-#: Of a thread on NVIDIA: three programs of 128 threads fit a multiprocessor. Allowed 255, kernels
-#: take up to 217 and issue as much; with 128, or no limit, they spill (all with Triton 3.6).
+#: The most registers of a thread on NVIDIA, so that three programs of 128 threads fit a
+#: multiprocessor. With 255 kernels take up to 217 and issue as many instructions; with 128, or
+#: without a limit, they spill (all with Triton 3.6).
 MOST_REGISTERS = 168
-_REGISTERS = 65536  # of a multiprocessor
-#: More kernels than a process has. Old ones are in Triton's own cache still.
+_REGISTERS = 65536  # registers of a multiprocessor
+#: The cache is cleared at so many kernels, more than a process has; Triton's own keeps them.
 _MOST = 4096
 
 
 def specialization(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a kernel is compiled for besides its variant. At least as fine as Triton's own: 1
-    becomes a constant, multiples of 16 are known as such, and on AMD tensors of less than 2 GB."""
+    """The properties of arguments that a kernel is compiled for, besides its variant. They are at
+    least as fine as Triton's own: whether a number is 1 or a multiple of 16, whether a pointer is
+    aligned to 16 bytes and, on AMD, whether a tensor has less than 2 GB."""
     found: list[Any] = []
     for x in arguments:
         kind = type(x)
@@ -40,7 +42,7 @@ def specialization(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel; `ahead_of_time.py` compiles from it what `run` launches."""
+    """One launch of a kernel, for `run` here or for compilation in `ahead_of_time.py`."""
 
     kernel: Any
     grid: tuple[int]
@@ -56,10 +58,10 @@ class Launch(NamedTuple):
         return options
 
     def run(self, device: torch.device) -> None:
-        """On the current stream of `device`, where the arguments are."""
+        """Launch on the current stream of `device`, which holds the arguments."""
         with _current(device):
             options = self.options(_AMD, 64 if _AMD else 32)
-            # What is a constant there counts as it is; the interpreter's kernels have no such list.
+            # Constants enter the key by value. The interpreter's kernels have no parameters.
             parameters = zip(self.arguments, getattr(self.kernel, "params", ()), strict=False)
             constants = tuple([x for x, p in parameters if p.is_constexpr])
             own = specialization(self.arguments)
@@ -76,7 +78,7 @@ class Launch(NamedTuple):
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes a GPU the current one: Triton launches there, whatever the tensors' device."""
+    """Makes a GPU the current one: Triton launches on that, not on the tensors' device."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)

@@ -24,19 +24,19 @@ from .divergences import device_functions
 TABLE_VARIABLE = "MOD_FUSED_TRITON_TABLE"
 #: From this number of rows on, tasks are coarse: the rows fill the device.
 MANY_ROWS = 8
-#: Bytes of logits between their first phase and their last: they fit an H100's L2 cache of 50 MB.
+#: The most bytes of logits of rows in progress: they fit an H100's L2 cache of 50 MB.
 BYTES_IN_FLIGHT = 40_000_000
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """How a call is cut into programs."""
+    """How a call is cut into programs. A *task* is a phase of some tiles of a row (mixture.py)."""
 
-    threads: int = 128  # 8 tokens of a tile each: 16 bytes of 16-bit logits
+    threads: int = 128  # each reads 8 tokens of a tile: 16 bytes of 16-bit logits
     chunk: int = 1  # tiles of a task
     programs_per_processor: int = 4  # of the persistent kernel
     filter_threads: int = 512
-    filter_block: int = 4096  # tokens that the filters look at together
+    filter_block: int = 4096  # tokens that a filter reads at once
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -52,7 +52,7 @@ class Configuration:
 
 Table = Mapping[str, Configuration]
 
-#: By `regime`. Reasoned, not measured: few rows fill the device with tasks of one tile.
+#: By `regime`. Not measured yet: with few rows, tasks of one tile fill the device.
 TABLE: Table = {
     "log_linear, few rows": Configuration(),
     "log_linear, many rows": Configuration(chunk=4),
@@ -62,7 +62,7 @@ TABLE: Table = {
 
 
 def regime(divergence: str | Divergence, rows: int) -> str:
-    """Which entry of the table a call uses. A `Divergence` comes from `get_divergence`."""
+    """The name of the table's entry that a call uses: the kind of divergence, few or many rows."""
     known = get_divergence(divergence) if isinstance(divergence, str) else divergence
     log_linear = device_functions(known).log_linear
     kind = "log_linear" if log_linear else "general"
@@ -70,7 +70,7 @@ def regime(divergence: str | Divergence, rows: int) -> str:
 
 
 def read_table(path: str | Path) -> Table:
-    """A table from a JSON file; entries that it lacks are those of `TABLE`.
+    """A table from a JSON file; entries that it lacks are taken from `TABLE`.
 
     Raises:
         ValueError: if the file is not such a table.
@@ -97,7 +97,7 @@ _tables: list[Table] = []
 
 @contextmanager
 def using(table: Table) -> Iterator[None]:
-    """Within it every call of this process uses `table`: for measuring, in one thread."""
+    """Make every call of this process use `table` in the block: for measuring, in one thread."""
     _tables.append(table)
     try:
         yield
@@ -119,7 +119,7 @@ def device_name() -> str:
 
 
 def in_force() -> str:
-    """Which table calls use, and whether it was made for this device, in a line."""
+    """One line that says which table calls use, and whether it was made for this device."""
     path = os.environ.get(TABLE_VARIABLE)
     if not path:
         return "the package's own"
@@ -144,9 +144,9 @@ def configuration(mixing: MixtureArguments, rows: int) -> Configuration:
 def rows_together(
     mixing: MixtureArguments, rows: int, phases: int, row_tasks: int, programs: int
 ) -> int:
-    """Rows whose phases are interleaved with those of the next: as many groups as there are phases
-    are in flight, and what a group reads again is to be in the L2 cache still; but `programs` must
-    find work, of which half may be evaluations that are skipped."""
+    """How many rows form a group (mixture.py). As many groups as there are phases are in progress;
+    their logits should fit `BYTES_IN_FLIGHT`, so that later phases read the L2 cache. But a group
+    must have work for all `programs`, even if half of it are evaluations that are skipped."""
     row_bytes = sum(x.element_size() for x in mixing.tensors()) * mixing.vocab_size
     cached = BYTES_IN_FLIGHT // (phases * row_bytes)
     return min(rows, max(1, cached, -(-2 * programs // (phases * row_tasks))))

@@ -1,17 +1,19 @@
-"""The f-divergences as Triton device functions (design §2), as in mod_fused/divergence.py and
-csrc/divergence.h, and the list of all that the kernels know about each. Nothing else in this folder
-asks which divergence it is.
+"""The f-divergences as Triton device functions, as in mod_fused/divergence.py and
+csrc/divergence.h, and the list of their properties. Nothing else in this folder asks which
+divergence it is. docs/concepts.md explains the deficit q and tau.
 
     deficit(d, a)    q = sup f' - f'(e^d)
     log_ratio(q, a)  log H(q), H the inverse of q in ratio space
     log_slope(q, a)  log(-H'(q))
 
-`a` is the divergence's number; only alpha has one. The bounded three have a Stieltjes form, H as a
-power: with x = excess(D, a) and t = shift(tau, a),
+`a` is the divergence's parameter; only alpha has one. The three bounded divergences have a
+*Stieltjes form*: H is a power of a sum t + x, where t = shift(tau, a) depends on tau alone and
+x = excess(D, a) on the token alone,
 
-    H(tau + D) = factor(t) y^-order,     y = t + x,
+    H(tau + D) = factor(t) y^-order,     y = t + x.
 
-so that a sum over tokens costs a division each. The order is 1, or 1/a; the factor 1, or 1 - t.
+A sum over tokens then needs only a division per token. The order is 1 or 1/a, the factor is 1 or
+1 - t.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from .elementary import exp, expm1, log1p_unit, log_of, reciprocal, wright_omega
 
 
 class TritonDivergence(NamedTuple):
-    """A divergence to the kernels; see the head of this file."""
+    """The device functions and properties of a divergence; see the top of this file."""
 
     deficit: Any = None  # these three: None for the log-linear one
     log_ratio: Any = None
@@ -89,7 +91,7 @@ def jsd_log_slope(q, a):
 
 @triton.jit
 def jsd_excess(d, a):
-    # 1 / expm1(tau + D) = e^-tau / ((1 - e^-tau) + expm1(D)); beyond 80 the sum does not see it.
+    # 1 / expm1(tau + D) = e^-tau / ((1 - e^-tau) + expm1(D)); beyond D = 80 a sum ignores it.
     return expm1(tl.minimum(d, 80.0))
 
 
@@ -100,7 +102,7 @@ def jsd_shift(tau, a):
 
 @triton.jit
 def jsd_unshift(t, a):
-    # -log(1 - t) by atanh's series where t is small: log(1 - t) would lose its digits.
+    # -log(1 - t), for small t by atanh's series: there 1 - t loses the digits of t.
     z = t / (2.0 - t)
     z2 = z * z
     series = (
@@ -137,13 +139,13 @@ def alpha_unscaled(t, a):
 
 @triton.jit
 def small_alpha_deficit(d, a):
-    # Measured from f'(1) = 0: next to 1/a float32 would lose the differences.
+    # Relative to f'(1) = 0: beside 1/a float32 loses the differences.
     return expm1(-a * d) * (1.0 / a)
 
 
 @triton.jit
 def small_alpha_log_ratio(q, a):
-    # log(1 + x), and what rounding took from 1 + x
+    # log(1 + x), plus a correction for the rounding of 1 + x
     x = a * q
     rounded = 1.0 + x
     log = log_of(rounded) + (x - (rounded - 1.0)) * reciprocal(rounded)
@@ -174,7 +176,8 @@ def jeffrey_log_slope(q, a):
     return 2.0 * log_x - (tl.maximum(log_x, 0.0) + log1p_unit(exp(-tl.abs(log_x))))
 
 
-#: All divergences, by name. Small alphas are measured from f'(1) = 0 and have no Stieltjes form.
+#: All divergences, by name. The deficit of a small alpha is relative to f'(1) = 0 and has no
+#: Stieltjes form.
 DIVERGENCES = {
     "reverse_kl": TritonDivergence(),
     "forward_kl": TritonDivergence(
@@ -199,7 +202,7 @@ DIVERGENCES = {
 
 
 def device_functions(divergence: Divergence) -> TritonDivergence:
-    """A built-in or registered divergence to the kernels.
+    """The device functions of a built-in or registered divergence.
 
     Raises:
         ValueError: if it has no device functions.

@@ -1,4 +1,7 @@
-"""From the masses of a row's tiles to a token: the two-level race and the outputs (design §3)."""
+"""From the masses of a row's tiles to a token: the two-level race (docs/concepts.md), the outputs.
+
+A tile's mass is its part of the sum of pi*, up to a factor of the row.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ from .workspace import (
 
 @triton.jit
 def first_least(x, index, END: tl.constexpr):
-    """The lowest index among those of the least x, and whether there is one below infinity."""
+    """The lowest index at which x is least, and whether that least x is finite."""
     least = tl.min(x, 0)
     return tl.min(tl.where(x == least, index, END), 0), least < INFINITY
 
@@ -42,8 +45,8 @@ def first_least(x, index, END: tl.constexpr):
 def race(
     mass, highest, cold, index, local, seed, position, STREAM: tl.constexpr, END: tl.constexpr
 ):
-    """argmin of E / mass, as an entry of `local`; at temperature 0 (`cold`) the first of the
-    highest. A mass of 0 never wins, not even against a quotient that overflows."""
+    """The entry of `local` at the least E / mass; at temperature 0 (`cold`) the first `highest`
+    one. A mass of 0 never wins, also where the other quotients overflow."""
     arrival = tl.minimum(exponential(seed, position, index, STREAM) / mass, LARGEST)
     arrival = tl.where(mass > 0.0, arrival, INFINITY)
     arrival = tl.where(cold, tl.where(highest, 0.0, INFINITY), arrival)
@@ -52,8 +55,8 @@ def race(
 
 @triton.jit
 def winner_tile(mass, temperature, peaks, peak, seed, position, variant: tl.constexpr):
-    """The tile that holds the token, and whether there is one; at temperature 0 the first that
-    holds the largest key."""
+    """The winning tile, and whether there is one. At temperature 0 it is the first tile that holds
+    the largest key."""
     i = tl.arange(0, variant.tiles)
     cold = temperature == 0.0
     return race(mass, peaks == peak, cold, i, i, seed, position, 0, variant.tiles)
@@ -61,7 +64,7 @@ def winner_tile(mass, temperature, peaks, peak, seed, position, variant: tl.cons
 
 @triton.jit
 def winner_token(key, mass, tile, temperature, peak, seed, position):
-    """The token in its tile, and its key."""
+    """The winning token of its tile, its key, and whether there is one."""
     i = tl.arange(0, TILE)
     cold = temperature == 0.0
     local, found = race(mass, key == peak, cold, tile * TILE + i, i, seed, position, 1, TILE)
@@ -82,7 +85,7 @@ def store_draw(
     tiles,
     variant: tl.constexpr,
 ):
-    """The outputs of a row."""
+    """Store the outputs of a row."""
     MODELS: tl.constexpr = variant.models
     token = tl.where(valid, token, 0).to(tl.int64)
     tl.store(drawing.tokens + row, token)
@@ -134,7 +137,7 @@ def draw(
         key, exp((key - peak) * beta), tile, temperature, peak, own_seed, own_position
     )
     valid = valid & found & inside
-    # Keys and masses are rounded apart: no token is likelier than certain.
+    # The key and the norm are rounded separately: keep the log-probability at most 0.
     logprob = tl.minimum(token_key - level - norm, 0.0)
     store_draw(mixing, drawing, state, model_fields, row, token, logprob, valid, tiles, variant)
 
@@ -143,7 +146,7 @@ def draw(
 def end_draw(
     mixing, drawing, state, model_fields, fields, row, tiles, seed, position, variant: tl.constexpr
 ):
-    """The draw, or what the launch after this one needs."""
+    """Draw the token, or store the state that `filter_kernel` needs."""
     if variant.draw:
         draw(mixing, drawing, state, model_fields, fields, row, tiles, seed, position, variant)
     else:

@@ -1,5 +1,5 @@
-"""Elementary functions in float32 and random numbers (design §3) as Triton device functions; in C++
-csrc/scalar_math.h and csrc/philox.h."""
+"""Elementary functions in float32, and Philox's random numbers, as Triton device functions. In C++
+they are in csrc/scalar_math.h and csrc/philox.h."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import triton.language as tl
 
 @triton.jit
 def exp(x):
-    """e^x in float32 by the hardware's 2^x. `tl.exp` spends three instructions more on results
-    below 2^-126, which are 0 here on NVIDIA."""
+    """e^x in float32 by the hardware's 2^x. `tl.exp` takes three instructions more, for results
+    below 2^-126; these are 0 here on NVIDIA."""
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
 def reciprocal(x):
-    """1 / x for normal positive x below 2^126; a division is eight instructions."""
+    """1 / x for normal positive x below 2^126, in half the instructions of a division."""
     y = tl.math.rsqrt(x)
     y = y * y
     return y * tl.fma(-x, y, 2.0)
@@ -26,7 +26,7 @@ def reciprocal(x):
 def expm1(x):
     """e^x - 1, relatively exact near 0; saturates above 85 and below -87."""
     x = tl.minimum(tl.maximum(x, -87.0), 85.0)
-    # The nearest integer stands in the low bits of a sum this large: no conversions.
+    # Adding 1.5 * 2^23 rounds to an integer and puts it into the low bits, without a conversion.
     shifted = tl.fma(x, 1.44269504, 12582912.0)
     n = shifted - 12582912.0
     r = tl.fma(n, -0.693145751953125, x)
@@ -74,8 +74,8 @@ def log1p_unit(x):
 
 @triton.jit
 def wright_omega(z):
-    """v with v + log v = z by two steps of Fritsch, Shafer and Crowley; below -80 as at -80, where
-    v - z no longer shows it."""
+    """v with v + log v = z, by two steps of Fritsch, Shafer and Crowley. z below -80 counts as -80:
+    there v is too small to change v - z."""
     z = tl.maximum(z, -80.0)
     exp_z = exp(tl.minimum(z, 1.0))
     high = tl.maximum(z, 1.0)
@@ -129,7 +129,7 @@ def exponential(seed, position, index, stream: tl.constexpr):
     v = v + (low.to(tl.float32) + 0.5) * 5.421010862427522e-20
     v = tl.minimum(v, 0.99999994)
     series = v * (1.0 + v * (0.5 + v * (1.0 / 3.0)))
-    # log(u) with u = 1 - v rounded, and what the rounding lost.
+    # log(u) with u = 1 - v rounded, plus a correction for the rounding.
     u = 1.0 - v
     lost = (1.0 - u) - v
     return tl.where(v < 0.000244140625, series, -(log_of(u) + lost / u))

@@ -1,5 +1,5 @@
-"""The second launch where top-k, top-p or min-p are on: one program a row finds the least key that
-they keep, by counting, and draws (design §4)."""
+"""The second launch, where top-k, top-p or min-p are on: for each row one program finds the least
+key that the filters keep, by counting, and draws."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from .workspace import (
     tile_field,
 )
 
-FIXED_POINT = tl.constexpr(1099511627776.0)  # 2^40
-BITS = tl.constexpr(3)  # of the threshold, found in one sweep over the row
+FIXED_POINT = tl.constexpr(1099511627776.0)  # 2^40: masses are summed as integers of this unit
+BITS = tl.constexpr(3)  # bits of the threshold that one sweep over the row finds
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def ordered(x):
     """An unsigned integer with the order of the floats; equal for -0 and +0."""
     bits = (x + 0.0).to(tl.uint32, bitcast=True)
     sign = tl.full([], 0x80000000, tl.uint32)
-    ones = tl.full([], 0xFFFFFFFF, tl.uint32)  # the interpreter of Triton 3.6 has no ~ for them
+    ones = tl.full([], 0xFFFFFFFF, tl.uint32)  # Triton 3.6's interpreter lacks ~ for uint32
     return tl.where((bits & sign) != 0, bits ^ ones, bits | sign)
 
 
@@ -50,8 +50,8 @@ def unordered(x):
 
 @triton.jit
 def weights_of(keys, begin, vocab, peak, beta, least, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Ordered keys of a block and what each weighs: 1, or its mass in fixed point; 0 below `least`
-    and where it is masked."""
+    """The `ordered` keys of a block and their weights: 1, or with MASS the mass in fixed point. The
+    weight is 0 below `least` and where the mask forbids the token."""
     offsets = begin + tl.arange(0, BLOCK)
     key = tl.load(keys + offsets, mask=offsets < vocab, other=-INFINITY, cache_modifier=".cg")
     kept = (key > -INFINITY) & (key >= least)
@@ -67,8 +67,9 @@ def weights_of(keys, begin, vocab, peak, beta, least, MASS: tl.constexpr, BLOCK:
 def weighted_rank(
     keys, vocab, peak, beta, least, share, count, MASS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The largest key such that it and all larger ones weigh at least ceil(share * total), or
-    `count`; -inf where all keys weigh less. Integer sums do not depend on their order."""
+    """The largest key such that it and all larger keys together weigh at least `count`, or with
+    MASS ceil(share * total); -inf if all keys weigh less. Sums of integers do not depend on the
+    order."""
     needed = count.to(tl.int64)
     if MASS:
         total = tl.zeros([], tl.int64)
@@ -83,7 +84,7 @@ def weighted_rank(
         bits = tl.minimum(shift, BITS)
         shift -= bits
         steps = (1 << bits) - 1
-        # How many of the candidates found + (j << shift), j = 1.., still weigh enough.
+        # w_j: the weight of all keys from the candidate found + (j << shift) on.
         w1 = tl.zeros([], tl.int64)
         w2 = tl.zeros([], tl.int64)
         w3 = tl.zeros([], tl.int64)
@@ -133,7 +134,7 @@ def filter_kernel(
     # Meta-parameters
     variant: tl.constexpr,
 ):
-    """Filters and draws a row whose keys, masked, and their norm `mixture_kernel` has left."""
+    """Filters and draws a row. `mixture_kernel` has stored its masked keys and their norm."""
     BLOCK: tl.constexpr = variant.filter_block
     ROWS: tl.constexpr = variant.filter_block // TILE
     MODEL_FIELDS: tl.constexpr = 2 * variant.models

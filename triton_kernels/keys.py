@@ -1,4 +1,4 @@
-"""Keys of a tile, log pi* up to a constant of its row, and what a row's keys sum to (design §2)."""
+"""The keys of a tile and their sums. A key is log pi* of a token up to a constant of its row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .workspace import (
 
 @triton.jit
 def deficit_key(mixing, state, log_ref, q, broken, row, variant: tl.constexpr):
-    """`key_tile` off reverse KL, from a tile's deficits."""
+    """`key_tile` for all divergences but reverse KL, from a tile's deficits."""
     inside = q < EXCLUDED
     if variant.exact:
         point = tl.load(state + POINT).to(tl.float32)
@@ -33,7 +33,7 @@ def deficit_key(mixing, state, log_ref, q, broken, row, variant: tl.constexpr):
             point = variant.unshift(point, mixing.alpha)
         y = point + above_least(state, q, variant)
     else:
-        # Eq. 6 as printed: Z = 0, that is tau = c (1 - sum w) + min Q.
+        # Z = 0, MOD's eq. 6 as printed: tau = c (1 - sum w) + min Q.
         y = (q + mixing.supremum * reference_weight(mixing, row, variant)).to(tl.float32)
         if variant.bounded:
             broken |= inside & (((y > LEAST_TAU) & (y < INFINITY)) == 0)
@@ -45,7 +45,7 @@ def deficit_key(mixing, state, log_ref, q, broken, row, variant: tl.constexpr):
 
 @triton.jit
 def key_tile(mixing, state, model_fields, row, tile, tiles, variant: tl.constexpr):
-    """log pi* up to a row's constant, -inf off the support, and where something is broken."""
+    """The keys, -inf off the support, and which tokens have NaN or +inf in a tensor that counts."""
     if variant.general:
         log_ref, q, broken = deficit_tile(mixing, state, row, tile, variant)
         return deficit_key(mixing, state, log_ref, q, broken, row, variant)
@@ -84,10 +84,10 @@ def store_keys(mixing, drawing, work, fields, key, broken, row, tile, variant: t
 def store_deficit_keys(
     mixing, drawing, work, state, fields, log_ref, q, broken, row, tile, variant: tl.constexpr
 ):
-    """`store_keys` off reverse KL, from a tile's deficits."""
+    """`store_keys` for all divergences but reverse KL, from a tile's deficits."""
     KEPT: tl.constexpr = variant.mask or variant.tempered or variant.store_keys
     if variant.exact and variant.excess is not None and not KEPT:
-        # Only sums are asked for, and a Stieltjes form has them without logarithms.
+        # Only sums are needed: a Stieltjes form gives them without logarithms.
         point = tl.load(state + POINT).to(tl.float32)
         excess = variant.excess(above_least(state, q, variant), mixing.alpha)
         h, _ = ratios(point + excess, mixing, variant)
@@ -114,7 +114,7 @@ def keys_of_tile(
         key, broken = key_tile(mixing, state, model_fields, row, tile, tiles, variant)
         store_keys(mixing, drawing, work, fields, key, broken, row, tile, variant)
     else:
-        # Rarely is there a token that is excluded or broken: then the tile is read once more.
+        # A tile with an excluded or broken token is rare, and is read once more.
         key = tl.zeros([TILE], tl.float32)
         peak = tl.full([], 0.0, tl.float32)
         total = tl.full([], float("nan"), tl.float32)
@@ -131,7 +131,7 @@ def keys_of_tile(
 
 @triton.jit
 def end_keys(state, fields, tiles, variant: tl.constexpr):
-    """Level and norm of the keys, and whether they can be trusted."""
+    """A row's level and norm (log pi* = key - level - norm), and whether the row is valid."""
     level, norm = log_sum_exp(fields, KEY_PEAK, tiles, variant)
     good = (tl.abs(level) < INFINITY) & (tl.abs(norm) < INFINITY)
     valid = tl.where(good, 1.0, 0.0)
@@ -142,7 +142,7 @@ def end_keys(state, fields, tiles, variant: tl.constexpr):
 
 @triton.jit
 def finish_tile(mixing, work, state, row, tile):
-    """log pi* out of the keys, in place; NaN in an invalid row."""
+    """Turn the keys into log pi* in place; NaN in an invalid row."""
     offsets = tile * TILE + tl.arange(0, TILE)
     keys = work.keys + row.to(tl.int64) * mixing.vocab + offsets
     key = tl.load(keys, mask=offsets < mixing.vocab, other=0.0, cache_modifier=".cg")

@@ -1,4 +1,7 @@
-"""From the op's arguments to launches: which variant of the kernel, its grid, its outputs."""
+"""Turns a call into launches of `mixture_kernel` and `filter_kernel`: variant, grid, workspace.
+
+`log_probs_out` and `sample_out` are the backend `triton`.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,17 @@ from .mixture import mixture_kernel
 from .parameters import Drawing, dense, drawing_of, mixing_of
 from .workspace import cdiv, make_workspace, row_tiles
 
-#: The solver's evaluations that are spread over the GPU; rows that need more finish on one program.
+#: Evaluations of G that are phases of their own, by the solver (normalizer.py). A row that needs
+#: more is finished by one program.
 SECULAR_EVALUATIONS, NEWTON_EVALUATIONS = 3, 5
 
 
 class Variant(NamedTuple):
-    """What is decided when a kernel is compiled."""
+    """The compile-time choices of a kernel."""
 
     models: int
     model_block: int  # a power of two, at least models
-    first_policy: int  # 1 with a reference
+    first_policy: int  # index of the first policy: 1 with a reference, else 0
     scores: int  # J
     plausible: int  # model of the plausibility constraint, -1: none
     general: bool  # not reverse KL
@@ -47,7 +51,7 @@ class Variant(NamedTuple):
     sums: bool  # a phase of its own for the log-sum-exps
     evaluations: int
     finish: bool
-    draw: bool  # in the mixture kernel
+    draw: bool  # draw in the mixture kernel
     mask: bool
     packed_mask: bool
     tempered: bool  # some temperature is not 1
@@ -63,7 +67,7 @@ class Variant(NamedTuple):
 
     @property
     def cache_key(self) -> str:
-        """Names the variant and the sources of its device functions."""
+        """The variant's name in Triton's cache, with the sources of its device functions."""
         return repr(tuple(x.cache_key if hasattr(x, "cache_key") else x for x in tuple(self)))
 
 
@@ -123,7 +127,7 @@ def variant_of(
 def _cut(
     mixing: MixtureArguments, variant: Variant, rows: int, configured: Configuration
 ) -> tuple[tuple[int], int]:
-    """Grid, and rows whose phases are interleaved with those of the next."""
+    """The grid, and how many rows form a group (mixture.py)."""
     row_tasks = cdiv(cdiv(mixing.vocab_size, TILE.value), variant.chunk)
     programs = configured.programs_per_processor * processors(mixing.batch_tensor().device)
     group = rows_together(mixing, rows, variant.phases, row_tasks, programs)
@@ -147,7 +151,7 @@ def log_probs_launches(
 
 
 def log_probs_out(mixing: MixtureArguments, out: Tensor, workspace: Tensor | None = None) -> None:
-    """log pi* to `out` [B, V]."""
+    """Write log pi* to `out` [B, V]."""
     if out.shape[0] == 0:
         return
     launches, bad = log_probs_launches(mixing, out, workspace)
@@ -192,7 +196,7 @@ def sample_out(
     outputs: Outputs,
     workspace: Tensor | None = None,
 ) -> None:
-    """What `sample` returns to `outputs`."""
+    """Write the result of `sample` to `outputs`."""
     tokens, logprobs, valid, model_logprobs = outputs
     if tokens.shape[0] == 0:
         return

@@ -1,17 +1,17 @@
-"""The fused kernel: log-sum-exps, deficits, the search for tau, keys and the race, one launch
-(design §2, §3).
+"""The fused kernel: log-sum-exps, deficits, the search for tau, keys and the race in one launch.
+docs/concepts.md explains the terms.
 
-The work of a row is cut into tasks of `CHUNK` tiles and into phases. Programs claim tasks by an
-atomic ticket; a task of a later phase waits for its row's earlier phase, whose tasks have lower
-tickets and are therefore running already: nothing has to be co-resident, and any grid makes
-progress. The program that ends a phase of a row does what comes between it and the next. Rows are
-worked through in groups that fit the L2 cache, the phases of neighbouring groups interleaved, so
-that what a later phase reads again is there and nobody waits long.
+The work of a row is cut into *phases*, and each phase into *tasks* of `CHUNK` tiles. A program
+claims a task by an atomic ticket. A task of a later phase waits for the earlier phase of its row.
+The tasks of that phase have lower tickets, so they are already running: any number of programs
+makes progress. The program that ends the last task of a phase also does the step between that phase
+and the next. Rows form groups that fit the L2 cache. The phases of neighbouring groups interleave,
+so that a later phase finds its logits in the cache and waits briefly.
 
     SUMS      log-sum-exps of the models            off reverse KL, and for plausibility
     DEFICITS  p, Q, and what the bracket needs      off reverse KL, exact normaliser
     EVALUATE  G and its slope at a point            the same, at most `EVALUATIONS` times
-    KEYS      log pi* up to a constant              always; alone it is the whole of reverse KL
+    KEYS      log pi* up to a constant              always; the only phase of most reverse KL
     FINISH    log pi* itself                        for log_probs
 
 A row that is not solved after its evaluations is solved by the program that ends the last of them.
@@ -35,14 +35,14 @@ MAX_EVALUATIONS = tl.constexpr(32)
 
 @triton.jit
 def wait_for(flag, value):
-    """Until the row's earlier phase is over."""
+    """Wait until the row's earlier phase has ended."""
     seen = tl.atomic_add(flag, 0, sem="acquire")
     while seen < value:
         seen = tl.atomic_add(flag, 0, sem="acquire")
     tl.debug_barrier()
 
 
-# What changes from call to call is not specialised on: it would compile the kernel again.
+# Arguments that change from call to call: specialising on them would compile the kernel again.
 @triton.jit(do_not_specialize=["rows", "group", "seed", "position"])
 def mixture_kernel(
     mixing,
@@ -55,14 +55,14 @@ def mixture_kernel(
     # Meta-parameters
     variant: tl.constexpr,
 ):
-    """See the head of this file.
+    """See the top of this file.
 
     Args:
         mixing, drawing, work: `Mixing` and `Drawing` of parameters.py, `Workspace` of
             workspace.py.
         rows: B.
-        group: rows whose phases are interleaved with those of the next.
-        seed, position: of the launch, where they are no tensors.
+        group: how many rows form a group.
+        seed, position: the call's numbers, where they are not tensors.
         variant: the `Variant` of launch.py.
     """
     PHASES: tl.constexpr = variant.phases
@@ -96,7 +96,7 @@ def mixture_kernel(
             # Step s runs phase p on group s - p.
             s = 0
             active = 1
-            most = tl.minimum(groups, PHASES)  # active in the steps between two ramps
+            most = tl.minimum(groups, PHASES)  # active groups between the ramps at both ends
             ramp = most * (most - 1) // 2
             if slot >= ramp:
                 over = tl.minimum((slot - ramp) // most, tl.maximum(groups, PHASES) - most)
@@ -132,8 +132,8 @@ def mixture_kernel(
                     tl.atomic_xchg(work.flags + row, -result, sem="release")
             if alone == 0:
                 ticket = tl.atomic_add(work.tickets, 1, sem="relaxed")
-        # The last program out leaves the counters as it found them; before, another may still be
-        # waiting for a phase that is long over.
+        # The last program to leave resets the counters. Earlier, another program may still be
+        # waiting on a flag of a phase that has ended.
         leaving = tl.atomic_add(work.tickets + 1, 1, sem="acq_rel")
         if leaving == tl.num_programs(0) - 1:
             tl.atomic_xchg(work.tickets, 0, sem="relaxed")
@@ -158,10 +158,12 @@ def run_task(
     position,
     variant: tl.constexpr,
 ):
-    """One phase of one chunk of a row, and what ends the phase if it is the row's last chunk: then
-    the result is less the row's next phase. A row that the last evaluation leaves unsolved is
-    returned to: the result is positive then, and is `alone` of the next call, which evaluates the
-    whole row."""
+    """Run one phase of one chunk of a row; if it is the phase's last chunk, end the phase too.
+
+    Returns 0 if the phase goes on, -(next phase) if it has ended, and a positive number if the last
+    evaluation has left the row unsolved. The caller passes that number back as `alone`: this
+    program then evaluates the whole row by itself.
+    """
     KEYS: tl.constexpr = variant.phases - 1 - variant.finish
     MODEL_FIELDS: tl.constexpr = 2 * variant.models
     FIELDS: tl.constexpr = TILE_FIELDS + 2 * variant.models
@@ -174,11 +176,11 @@ def run_task(
         if alone > 0:
             begin = 0
             end = tiles
-    skipped = tl.full([], False, tl.int1)  # an evaluation of a row that is solved
+    skipped = tl.full([], False, tl.int1)  # whether this evaluates a row that is solved
     if variant.evaluations > 0:
         if (phase > 1) & (phase < KEYS):
             skipped = tl.load(state + SOLVED, cache_modifier=".cg") != 0.0
-    # A loop per phase: what one loop keeps in registers for all tiles is not kept in another.
+    # Each phase has a loop of its own, so that its loop constants take no registers in others.
     if phase == KEYS:
         for tile in range(begin, end):
             keys_of_tile(
@@ -224,7 +226,7 @@ def run_task(
                 end_evaluation(mixing, state, fields, tiles, variant)
                 tl.debug_barrier()
                 if tl.load(state + SOLVED) != 0.0:
-                    result = -KEYS  # nobody waits for the evaluations that are left
+                    result = -KEYS  # skip the other evaluations
                 elif (phase == KEYS - 1) & (alone < MAX_EVALUATIONS):
                     result = alone + 1
         tl.debug_barrier()

@@ -1,8 +1,9 @@
-"""The search for tau (design §2): G(tau) = sum p H(tau + D) over a tile, and the step towards G = 1
-over a row.
+"""The search for tau (docs/concepts.md): G(tau) = sum p H(tau + D) over a tile, and the step
+towards G = 1 over a row. D = Q - min Q is a token's excess.
 
-A divergence with a Stieltjes form (divergences.py) is searched in t = shift(tau), where G is a sum
-of poles p / (t + x)^order: the step solves a model with two poles. Others take Newton steps in tau.
+With a Stieltjes form (divergences.py) the search is for t = shift(tau). G is then a sum of poles
+p / (t + x)^order, and a step solves a model of G with two poles. Without one it takes Newton steps
+in tau. A *point* is a trial value of t or tau.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from .workspace import (
     tile_field,
 )
 
-#: Below this |log G| a short step is the last: its error is about the square, what float32 sums
-#: leave.
+#: Below this |log G| a short step is the last: its error is about log G squared, the rounding of
+#: float32 sums.
 LAST_STEP = tl.constexpr(1e-3)
 LAST_RATIO = tl.constexpr(1e-2)
-TOLERANCE = tl.constexpr(1e-6)  # where float32 sums leave log G
+TOLERANCE = tl.constexpr(1e-6)  # the rounding of log G in float32 sums
 
 
 @triton.jit
 def ratios(y, mixing, variant: tl.constexpr):
-    """H and -H' at y = tau + D; of a Stieltjes form y^-order and the same over y, at y = t + x."""
+    """H and -H' at y = tau + D. With a Stieltjes form: y^-order and y^-order / y, at y = t + x."""
     if variant.excess is not None:
         fall = reciprocal(y)
         h = fall
@@ -51,17 +52,17 @@ def ratios(y, mixing, variant: tl.constexpr):
 
 @triton.jit
 def above_least(state, q, variant: tl.constexpr):
-    """D = Q - min Q, float32. A Q without values is float32, and so are all of its row."""
+    """D = Q - min Q, float32. Q is float64 where the call has values, else float32."""
     distance = (q - tl.load(state + LEAST).to(q.dtype)).to(tl.float32)
     if variant.scores > 0:
-        distance = tl.minimum(distance, EXCLUDED)  # the value of another token may be that large
+        distance = tl.minimum(distance, EXCLUDED)  # other tokens may have values that large
     return distance
 
 
 @triton.jit
 def evaluation_of_tile(mixing, state, fields, row, tile, variant: tl.constexpr):
-    """sum p H and sum p (-H') of a tile at the row's point. A Stieltjes form leaves s* out: beside
-    its pole float32 loses the other tokens."""
+    """Store sum p H and sum p (-H') of a tile at the row's point. With a Stieltjes form s* is left
+    out: beside its pole float32 loses the other tokens."""
     log_ref, q, _ = deficit_tile(mixing, state, row, tile, variant)
     distance = above_least(state, q, variant)
     point = tl.load(state + POINT).to(tl.float32)
@@ -85,7 +86,7 @@ def evaluation_of_tile(mixing, state, fields, row, tile, variant: tl.constexpr):
 
 @triton.jit
 def end_evaluation(mixing, state, fields, tiles, variant: tl.constexpr):
-    """The step after an evaluation."""
+    """The step after an evaluation: store the next point."""
     if tl.load(state + SOLVED) == 0.0:
         s1 = tl.sum(tile_field(fields, S1, tiles, variant, 0.0).to(tl.float64), 0)
         s2 = tl.sum(tile_field(fields, S2, tiles, variant, 0.0).to(tl.float64), 0)
@@ -97,9 +98,9 @@ def end_evaluation(mixing, state, fields, tiles, variant: tl.constexpr):
 
 @triton.jit
 def two_poles(near, far, distance, right, order, variant: tl.constexpr):
-    """y with near y^-order + far (y + distance)^-order = right."""
-    # The norm of two numbers that the order makes is at least its largest ratio to their sum, which
-    # makes a quadratic equation: its root is the solution for order 1, otherwise left of it.
+    """The y with near y^-order + far (y + distance)^-order = right, from the left."""
+    # Start: bounding the power mean of the two poles by their sum gives a quadratic equation. Its
+    # root is the solution for order 1, and left of the solution otherwise.
     inverse = 1.0 / order
     a = near
     b = far
@@ -112,9 +113,9 @@ def two_poles(near, far, distance, right, order, variant: tl.constexpr):
     root = tl.sqrt(p * p + 4.0 * r * a * distance)
     y = tl.where(p > 0.0, 2.0 * a * distance / (p + root), (root - p) / (2.0 * r))
     if variant.root:
-        # Two Newton steps that climb from the left, each on a concave function: in the variable in
-        # which one pole alone is a straight line, for poles close together, and on what the far
-        # one leaves to the near one.
+        # Take the longer of two Newton steps. Both come from the left on a concave function, so
+        # neither overshoots. The first uses the variable in which a single pole is a straight line,
+        # which is good for close poles; the second subtracts the far pole from the right side.
         alone = tl.exp(tl.log(near / right) * inverse)
         together = tl.exp(tl.log((near + far) / right) * inverse) - distance
         y = tl.maximum(tl.maximum(y, alone), together)
@@ -143,7 +144,7 @@ def power(y, mixing, variant: tl.constexpr):
 
 @triton.jit
 def point_of_poles(mixing, near, far, distance, variant: tl.constexpr):
-    """t at which G is 1 if p H is near y^-order + far (y + distance)^-order, y = t."""
+    """The t at which G is 1, if G is factor(t) (near t^-order + far (t + distance)^-order)."""
     order = tl.full([], 1.0, tl.float64)
     if variant.root:
         order = 1.0 / tl.full([], mixing.alpha, tl.float64)
@@ -157,8 +158,9 @@ def point_of_poles(mixing, near, far, distance, variant: tl.constexpr):
 
 @triton.jit
 def secular_point(mixing, best, s1, s2, t, variant: tl.constexpr):
-    """t at which a model of G with two poles is 1: s* exactly where it is and everything else as
-    the one that has its sum and slope at `t` (the secular equation of eigenvalue updates)."""
+    """The t at which a model of G is 1. The model has two poles: that of s*, and one for all other
+    tokens, with their sum and slope at `t`. (Eigenvalue updates solve the same *secular
+    equation*.)"""
     pole = (s1 > 0.0) & (s2 > 0.0) & (s1 < INFINITY) & (s2 < INFINITY)
     distance = tl.where(pole, s1 / tl.where(pole, s2, 1.0) - t, 0.0)
     distance = tl.where(distance > 0.0, distance, 0.0)
@@ -168,8 +170,8 @@ def secular_point(mixing, best, s1, s2, t, variant: tl.constexpr):
 
 @triton.jit
 def secular_step(mixing, best, s1, s2, t, lower, upper, variant: tl.constexpr):
-    """The next point for a Stieltjes form, the bracket, and whether that point is the solution.
-    s1 and s2 leave s* out."""
+    """The next point with a Stieltjes form, the bracket, and whether that point is the solution.
+    s1 and s2 are without s*."""
     g = s1 + best * power(t, mixing, variant)
     if variant.factor:
         g = g * (1.0 - t)
@@ -188,7 +190,7 @@ def secular_step(mixing, best, s1, s2, t, lower, upper, variant: tl.constexpr):
 
 @triton.jit
 def step_stieltjes(mixing, state, s1, s2, variant: tl.constexpr):
-    """The next point for a Stieltjes form. s1 and s2 leave s* out."""
+    """Store the next point with a Stieltjes form. s1 and s2 are without s*."""
     t = tl.load(state + POINT)
     lower = tl.load(state + LOWER)
     upper = tl.load(state + UPPER)
@@ -203,8 +205,8 @@ def step_stieltjes(mixing, state, s1, s2, variant: tl.constexpr):
 
 @triton.jit
 def newton_point(mixing, tau, s1, s2, variant: tl.constexpr):
-    """A Newton step for any divergence, on q(log G(tau)), which is almost straight; NaN or infinite
-    where there is none."""
+    """The point after a Newton step, for any divergence, on q(log G(tau)), which is almost a
+    straight line; NaN or infinite where there is no step."""
     q = variant.deficit(tl.log(s1).to(tl.float32), mixing.alpha)
     slope = tl.exp(variant.log_slope(q, mixing.alpha).to(tl.float64))
     return (
@@ -215,7 +217,7 @@ def newton_point(mixing, tau, s1, s2, variant: tl.constexpr):
 
 @triton.jit
 def step_newton(mixing, state, s1, s2, variant: tl.constexpr):
-    """The next point for any divergence."""
+    """Store the next point without a Stieltjes form."""
     tau = tl.load(state + POINT)
     lower = tl.load(state + LOWER)
     upper = tl.load(state + UPPER)

@@ -1,5 +1,5 @@
-"""From the op's arguments to plain data, and how kernels read it: a row's weights, temperature,
-mask and seed."""
+"""The records that the kernels get, made from a call's arguments, and the device functions that
+read a row's weights, temperature, mask and seed from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .elementary import split_mix
 
 
 class Mixing(NamedTuple):
-    """The distribution, as the kernels read it. Pointers are tensors or None."""
+    """The record of the distribution. Pointers are tensors or None."""
 
     logits: tuple[Tensor, ...]  # reference first
     strides: tuple[int, ...]
@@ -28,7 +28,7 @@ class Mixing(NamedTuple):
     weights_pointer: Tensor | None
     weights_strides: tuple[int, int]  # row (0: one for all), policy
     reference_weight: float  # 1 - sum w
-    scores: Tensor | None  # [J, B, V], the values: a tuple has a `values` of its own in Triton
+    scores: Tensor | None  # [J, B, V], the values: Triton's tuples have an attribute `values`
     value_strides: tuple[int, int]  # J, B
     value_weights: tuple[float, ...]
     value_weights_pointer: Tensor | None
@@ -42,9 +42,9 @@ class Mixing(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """What is done with it, and the outputs. A parameter of a row is a number, or where its pointer
-    is given the tensor's entry; `top_k`, `position` and `seed` of a launch are the kernels' own
-    arguments: they change from call to call, and nothing is compiled for each."""
+    """The record of the draw and the outputs. A parameter is one number for all rows, or a tensor
+    if its pointer is given. The numbers `top_k`, `position` and `seed` are arguments of the kernels
+    instead: they change from call to call, and no kernel is compiled for each."""
 
     temperature: float = 1.0
     temperature_pointer: Tensor | None = None
@@ -70,21 +70,21 @@ class Drawing(NamedTuple):
 
 
 def _strides(tensor: Tensor | None, rank: int) -> tuple[int, int]:
-    """Row and column strides of [n] (rank 1 stored for every row) or [B, n]."""
+    """Row and column strides of a tensor [B, n], or of [n], which all rows share."""
     if tensor is None:
         return 0, 0
     return (0, tensor.stride(0)) if tensor.dim() < rank else (tensor.stride(0), tensor.stride(1))
 
 
 def dense(mixing: MixtureArguments) -> tuple[MixtureArguments, Tensor | None]:
-    """With candidates' values as [J, B, V], -inf for every other token, and the rows with bad
-    ids."""
+    """The arguments with candidates' values as [J, B, V], -inf for every other token; and which
+    rows have bad ids."""
     if mixing.values is None or mixing.value_ids is None:
         return mixing, None
     ids, vocab = mixing.value_ids, mixing.vocab_size
     values, weights = mixing.values.float(), mixing.value_weights
     if isinstance(weights, Tensor) or 0.0 in weights:
-        # A weight of 0 hides its values, but not which tokens are candidates: one plane more.
+        # A value of weight 0 is not read, but its -inf must still exclude: add one more value.
         values = torch.cat([values, torch.zeros_like(ids[None], dtype=torch.float32)])
         if isinstance(weights, Tensor):
             weights = torch.cat([weights, torch.ones_like(weights[..., :1])], -1)
@@ -98,12 +98,12 @@ def dense(mixing: MixtureArguments) -> tuple[MixtureArguments, Tensor | None]:
 
 
 def _weights(given: tuple[float, ...] | Tensor) -> tuple[tuple[float, ...], Tensor | None]:
-    """Numbers for the launch, and the pointer that counts where it is given."""
+    """The numbers of the record, and the pointer that replaces them where it is given."""
     return ((0.0,), given) if isinstance(given, Tensor) else (given or (0.0,), None)
 
 
 def mixing_of(mixing: MixtureArguments) -> Mixing:
-    """The distribution's part; `mixing` is `dense`."""
+    """The record of the distribution; `mixing` has been through `dense`."""
     divergence, logits, values = mixing.divergence, mixing.tensors(), mixing.values
     weights, weights_pointer = _weights(mixing.weights)
     value_weights, value_weights_pointer = _weights(mixing.value_weights)
@@ -135,7 +135,7 @@ def mixing_of(mixing: MixtureArguments) -> Mixing:
 def drawing_of(
     drawing: DrawArguments, outputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
 ) -> Drawing:
-    """The draw's part, for `outputs` as in `mod_fused.Sample`."""
+    """The record of the draw, for `outputs` as in `mod_fused.Sample`."""
     fields: dict[str, Any] = {}
     for name in ("temperature", "top_k", "top_p", "min_p", "seed", "position"):
         given = getattr(drawing, name)
@@ -159,7 +159,7 @@ def drawing_of(
 
 @triton.jit
 def row_parameter(number, pointer, stride, row, DTYPE: tl.constexpr):
-    """A row's parameter, from the launch or from a tensor."""
+    """A row's parameter: the number, or the tensor's entry."""
     if pointer is None:
         return tl.full([], number, DTYPE)
     else:
@@ -179,7 +179,7 @@ def temperature_of(drawing, row):
 
 @triton.jit
 def inverse_temperature(temperature):
-    """Finite even for the smallest temperatures, so that 0 times it is 0; 1 for temperature 0."""
+    """1 / temperature, but finite for the smallest ones (0 times it is 0), and 1 for 0."""
     beta = tl.where(temperature > 1e-38, 1.0 / temperature, 1e38)
     return tl.where(temperature > 0.0, beta, 1.0)
 
@@ -195,13 +195,13 @@ def row_seed(drawing, seed, row):
 
 @triton.jit
 def normal(weight):
-    """A weight; 0 where float32 holds no normal number for it."""
+    """A weight, or 0 if it is below the normal numbers of float32."""
     return tl.where(tl.abs(weight) < SMALLEST_WEIGHT, 0.0, weight)
 
 
 @triton.jit
 def weight(mixing, row, i: tl.constexpr):
-    """w of policy i (counted from 0), float64."""
+    """The weight of policy i, counted from 0, float64."""
     if mixing.weights_pointer is None:
         return normal(tl.full([], mixing.weights[i], tl.float64))
     else:
@@ -211,7 +211,7 @@ def weight(mixing, row, i: tl.constexpr):
 
 @triton.jit
 def value_weight(mixing, row, j: tl.constexpr):
-    """v of value j, float64."""
+    """The weight of value j, float64."""
     if mixing.value_weights_pointer is None:
         return normal(tl.full([], mixing.value_weights[j], tl.float64))
     else:
@@ -223,7 +223,7 @@ def value_weight(mixing, row, j: tl.constexpr):
 
 @triton.jit
 def reference_weight(mixing, row, variant: tl.constexpr):
-    """1 - sum w, float32; under reverse KL 0 where that is no more than rounding."""
+    """1 - sum w, float32; under reverse KL 0 where it is no more than rounding."""
     POLICIES: tl.constexpr = variant.models - 1
     if mixing.weights_pointer is None:
         return tl.full([], mixing.reference_weight, tl.float32)
@@ -242,7 +242,7 @@ def reference_weight(mixing, row, variant: tl.constexpr):
 
 @triton.jit
 def good_weights(mixing, row, variant: tl.constexpr):
-    """Whether the weights are finite; those of the launch have been checked."""
+    """Whether the weights in tensors are finite; the host has checked the numbers."""
     POLICIES: tl.constexpr = variant.models - variant.first_policy
     VALUES: tl.constexpr = variant.scores
     good = tl.full([], True, tl.int1)
@@ -257,7 +257,7 @@ def good_weights(mixing, row, variant: tl.constexpr):
 
 @triton.jit
 def good_parameters(mixing, drawing, row, variant: tl.constexpr):
-    """Whether what only the device can see is in range."""
+    """Whether the parameters in tensors are in range; the host has checked the numbers."""
     good = good_weights(mixing, row, variant)
     if drawing.temperature_pointer is not None:
         t = temperature_of(drawing, row)
@@ -277,7 +277,7 @@ def good_parameters(mixing, drawing, row, variant: tl.constexpr):
 
 @triton.jit
 def allowed(mixing, drawing, row, offsets, variant: tl.constexpr):
-    """The mask of some tokens."""
+    """Whether the mask allows the tokens at `offsets`."""
     inside = offsets < mixing.vocab
     columns = offsets.to(tl.int64)
     row_mask = drawing.mask + row.to(tl.int64) * drawing.mask_strides[0]

@@ -1,4 +1,4 @@
-"""Log-sum-exps of the models' logits: a tile's, and a row's with the shifts of its log ratios."""
+"""Log-sum-exps of the models' logits, of a tile and of a row, and the shifts of the log-ratios."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def sums_of_tile(mixing, model_fields, row, tile, variant: tl.constexpr):
 
 @triton.jit
 def store_model_norms(state, fields, tiles, variant: tl.constexpr):
-    """`log_sum_exp` of all models at once, into the row's state."""
+    """`log_sum_exp` of all models at once, into the row's state, and to SHIFT what it leaves when
+    the level is taken off: beside a level of 1e17 float64 would lose the sum."""
     k = tl.arange(0, variant.model_block)
     i = tl.arange(0, variant.tiles)
     pointers = fields + 2 * k[:, None] * variant.tiles + i[None, :]
@@ -31,9 +32,12 @@ def store_model_norms(state, fields, tiles, variant: tl.constexpr):
     peak = tl.max(peaks, 1)
     scaled = exp(peaks - tl.where(peak == -INFINITY, 0.0, peak)[:, None])
     parts = tl.where(peaks == -INFINITY, 0.0, scaled).to(tl.float64) * sums.to(tl.float64)
-    norm = tl.log(tl.sum(parts, 1)) + peak
+    log_sum = tl.log(tl.sum(parts, 1))
+    norm = log_sum + peak
     tl.store(state + LOG_NORM + k, norm, mask=k < variant.models)
     tl.store(state + PEAK + k, peak.to(tl.float64), mask=k < variant.models)
+    rest = (peak - level_of(norm)).to(tl.float64) + log_sum
+    tl.store(state + SHIFT + k, rest, mask=k < variant.models)
     tl.debug_barrier()
 
 
@@ -46,16 +50,14 @@ def prefix_of(mixing, row, k: tl.constexpr):
 
 @triton.jit
 def end_sums(mixing, state, fields, row, tiles, variant: tl.constexpr):
-    """Log-sum-exps, shifts of d, and whether a model that counts is broken."""
+    """Store the log-sum-exps, the shifts of d, and whether all models that count are finite."""
     MODELS: tl.constexpr = variant.models
     FIRST_POLICY: tl.constexpr = variant.first_policy
     valid = tl.full([], 1.0, tl.float64)
-    ref_norm = tl.zeros([], tl.float64)
     store_model_norms(state, fields, tiles, variant)
     for k in tl.static_range(MODELS):
         norm = tl.load(state + LOG_NORM + k)
         if k < FIRST_POLICY:
-            ref_norm = norm
             counts = tl.full([], True, tl.int1)
             if variant.general == 0:
                 counts = reference_weight(mixing, row, variant) != 0.0
@@ -77,9 +79,8 @@ def end_sums(mixing, state, fields, row, tiles, variant: tl.constexpr):
                 short = tl.where(counts, SMALLEST_PREFIX_DIFFERENCE - (own - ref_prefix), 0.0)
                 if variant.clamped:
                     lift = tl.maximum(lift, short)
-        ref_rest = ref_norm - level_of(state, 0)
         for k in tl.static_range(1, MODELS):
-            shift = ref_rest - (tl.load(state + LOG_NORM + k) - level_of(state, k))
+            shift = tl.load(state + SHIFT) - tl.load(state + SHIFT + k)
             if mixing.prefix is not None:
                 shift += prefix_of(mixing, row, k) - prefix_of(mixing, row, 0) + lift
             tl.store(state + SHIFT + k, shift)

@@ -1,9 +1,9 @@
-"""What a program computes from one tile of 1024 token ids: loads, log-sum-exps, log-linear keys and
-deficits (design §2).
+"""Computations on one tile of 1024 token ids: loads, log-sum-exps, log-linear keys and deficits.
 
 A key is log pi* of a token up to a constant of its row. The deficit of a ratio pi_i / pi_ref is how
-far f' of it lies below sup f'; Q is their weighted sum over the policies, less the values.
-`mixing` is a `Mixing` (parameters.py), `variant` a `Variant` (launch.py) everywhere.
+far f' of it lies below sup f'. Q is the weighted sum of a token's deficits over the policies, less
+its values. A token is *broken* if it has NaN or +inf in a tensor that counts. `mixing` is a
+`Mixing` (parameters.py), `variant` a `Variant` (launch.py) everywhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def load_tile(row_pointer, tile, vocab, OTHER: tl.constexpr):
 
 @triton.jit
 def model_tile(mixing, k: tl.constexpr, row, tile):
-    """Scaled logits of model k."""
+    """The scaled logits of model k, -inf beyond the vocabulary."""
     x = load_tile(
         mixing.logits[k] + row.to(tl.int64) * mixing.strides[k], tile, mixing.vocab, float("-inf")
     )
@@ -55,17 +55,17 @@ def finite(x):
 
 @triton.jit
 def sum_exp(x, peak, broken):
-    """sum exp(x - peak), NaN where some token is broken. (One reduction instead of two: each holds
-    registers for as long as its program runs.)"""
+    """sum exp(x - peak), NaN if a token is broken. (One reduction, not two: each keeps registers
+    for the whole program.)"""
     terms = exp(x - tl.where(peak == -INFINITY, 0.0, peak))
     return tl.sum(tl.where(broken, float("nan"), terms), 0)
 
 
 @triton.jit
 def peak_and_sum(x):
-    """max x and sum exp(x - max) of a tile; the sum is NaN where NaN or +inf stands in it."""
+    """max x and sum exp(x - max) of a tile; the sum is NaN if the tile holds NaN or +inf."""
     peak = tl.max(x, 0)
-    # +inf becomes inf - inf; the maximum passes NaN over, the difference does not.
+    # +inf gives inf - inf. tl.max ignores NaN, but the difference keeps it.
     return peak, tl.sum(exp(x - tl.where(peak == -INFINITY, 0.0, peak)), 0)
 
 
@@ -86,8 +86,8 @@ def log_linear_tile(
     tiles,
     variant: tl.constexpr,
 ):
-    """The log-linear key, -inf off the support, and where a tensor that counts is broken. Terms
-    are accumulated in the order of design §3: the order of tokens depends on it."""
+    """The log-linear key, -inf off the support, and which tokens are broken. Terms are added in the
+    same order in every backend, so that rounding is the same: reference, policies, values."""
     MODELS: tl.constexpr = variant.models
     VALUES: tl.constexpr = variant.scores
     FIRST_POLICY: tl.constexpr = variant.first_policy
@@ -118,7 +118,7 @@ def log_linear_tile(
         broken |= counts & ((x < INFINITY) == 0)
         inside &= finite(x) | (counts == 0)
         key = tl.fma(v, tl.where(finite(x) & counts, x, 0.0), key)
-    broken |= inside & ((key < INFINITY) == 0)  # the sum itself overflowed; to -inf it may
+    broken |= inside & ((key < INFINITY) == 0)  # the sum overflowed to +inf; -inf is allowed
     return tl.where(inside, key, -INFINITY), broken
 
 
@@ -144,26 +144,24 @@ def finite_log_linear_tile(mixing, row, tile, variant: tl.constexpr):
 
 
 @triton.jit
-def level_of(state, k: tl.constexpr):
+def level_of(norm):
     """What is taken off a model's logits before float32 rounds what depends on them: nothing near
     0, further off a whole number, which leaves differences of 16-bit logits exact."""
-    norm = tl.load(state + LOG_NORM + k)
-    return tl.where(tl.abs(norm) > FAR_LEVEL, tl.floor(norm + 0.5), 0.0)
+    return tl.where(tl.abs(norm) > FAR_LEVEL, tl.floor(norm + 0.5), 0.0).to(tl.float32)
 
 
 @triton.jit
 def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
-    """log pi_ref, Q (EXCLUDED off the support; float64 where there are values, because a tilt moves
-    min Q away from 0), and where a value is broken."""
+    """log pi_ref, Q, and which tokens have a broken value. Q is EXCLUDED off the support. It is
+    float64 where the call has values: a tilt moves min Q away from 0."""
     MODELS: tl.constexpr = variant.models
     VALUES: tl.constexpr = variant.scores
     ref = model_tile(mixing, 0, row, tile)
     plausible = tl.full([TILE], True, tl.int1)
     if variant.plausible == 0:
         plausible = ref - tl.load(state + PEAK).to(tl.float32) >= mixing.log_plausibility
-    level = level_of(state, 0)
-    ref = ref - level.to(tl.float32)
-    log_ref = ref - (tl.load(state + LOG_NORM) - level).to(tl.float32)
+    ref = ref - level_of(tl.load(state + LOG_NORM))
+    log_ref = ref - tl.load(state + SHIFT).to(tl.float32)
     # log pi_ref where all that counts is finite, else NaN: eight comparisons need more predicates
     # than there are.
     support = log_ref
@@ -173,11 +171,11 @@ def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
         x = model_tile(mixing, k, row, tile)
         if k == variant.plausible:
             plausible = x - tl.load(state + PEAK + k).to(tl.float32) >= mixing.log_plausibility
-        x = x - level_of(state, k).to(tl.float32)
+        x = x - level_of(tl.load(state + LOG_NORM + k))
         w = zeros + weight(mixing, row, k - 1).to(tl.float32)
         counts = w != 0.0
         support = tl.where(counts, tl.fma(x, 0.0, support), support)
-        # Raw differences first: they are exact for logits of 16 bits.
+        # Subtract the raw logits first: that is exact for 16-bit logits.
         d = (x - ref) + tl.load(state + SHIFT + k).to(tl.float32)
         if variant.clamped:
             d = tl.maximum(d, SMALLEST_LOG_RATIO)

@@ -1,9 +1,9 @@
-"""Memory between the phases of a launch, and its fields: views of one buffer, the launch's own or
-the caller's.
+"""The memory that the phases of a launch share: views of one buffer, which the launch allocates or
+the caller gives.
 
-A buffer begins with the counters, which are zero before and after every launch; the rest is written
-before it is read. Where the rest begins depends on the buffer's size alone, so that launches of
-different shapes may share a buffer one after another: none writes where another counts.
+A buffer begins with the counters, which are zero before and after every launch. The rest is written
+before it is read. It begins at a byte that depends on the buffer's size alone. So launches of
+different shapes may use a buffer one after another: none writes where another has counters.
 """
 
 from __future__ import annotations
@@ -19,36 +19,38 @@ from torch import Tensor
 from .constants import INFINITY, TILE
 from .elementary import exp
 
-ALIGNMENT = 256  # bytes, of each part
-#: One part in so many of a buffer is for counters: 8 bytes a row, which has more than 256 others.
+ALIGNMENT = 256  # bytes: each part begins at a multiple
+#: One byte in so many of a buffer is for counters: a row has 8 bytes of those, over 256 others.
 COUNTER_SHARE = 32
 
 # Fields of a row's state, float64.
 LOG_NORM = tl.constexpr(0)  # [9], log-sum-exp of each model's logits
 PEAK = tl.constexpr(9)  # [9]
-SHIFT = tl.constexpr(18)  # [9], added to differences of logits less their levels to make d
+#: [9], added to differences of logits less their levels to make d; [0] is of the reference alone:
+#: its log-sum-exp less its level.
+SHIFT = tl.constexpr(18)
 LEAST = tl.constexpr(27)  # min Q over the support
 BEST_TOKEN = tl.constexpr(28)  # s* = argmin Q, and pi_ref of it
 BEST_MASS = tl.constexpr(29)
-POINT = tl.constexpr(30)  # where G is evaluated next: t = shift(tau), or tau
-LOWER = tl.constexpr(31)  # the bracket of that
+POINT = tl.constexpr(30)  # the next point to evaluate G at: t = shift(tau), or tau
+LOWER = tl.constexpr(31)  # the bracket of the solution, in the same variable
 UPPER = tl.constexpr(32)
 SOLVED = tl.constexpr(33)
 LEVEL = tl.constexpr(34)  # log pi* = (key - level) - log_norm
 MIX_LOG_NORM = tl.constexpr(35)
 VALID = tl.constexpr(36)
-STEPS = tl.constexpr(37)  # evaluations of G so far, that of the deficits aside
+STEPS = tl.constexpr(37)  # evaluations of G so far, without the first
 STATE_FIELDS = tl.constexpr(40)
 
-# Fields of a tile, float32 [fields, variant.tiles] a row. Before them stand 2 a model: the tile's
-# largest logit, and the sum of exp(logit - it).
+# Fields of a tile, float32 [fields, variant.tiles] for each row. Before them are two fields for
+# each model: the tile's largest logit, and the sum of exp(logit - largest).
 KEY_PEAK = tl.constexpr(0)
 KEY_SUM = tl.constexpr(1)  # sum exp(key - peak); NaN where a tensor that counts is broken
-DRAW_PEAK = tl.constexpr(2)  # the same after the mask and at the temperature
+DRAW_PEAK = tl.constexpr(2)  # the same two after mask and temperature
 DRAW_SUM = tl.constexpr(3)
 MASS = tl.constexpr(4)  # sum p; NaN where a value is broken
 FIRST = tl.constexpr(5)  # sum p Q
-S1 = tl.constexpr(6)  # sum p H, sum p (-H'); of a Stieltjes form see `ratios`
+S1 = tl.constexpr(6)  # sum p H, and S2 sum p (-H'); with a Stieltjes form see `ratios`
 S2 = tl.constexpr(7)
 BEST_P = tl.constexpr(8)  # p of the tile's argmin Q
 TILE_FIELDS = tl.constexpr(9)
@@ -63,18 +65,18 @@ class Workspace(NamedTuple):
     winners: Tensor  # int32 [B, tiles]
     keys: Tensor | None  # float32 [B, V]
     tickets: Tensor  # int32 [2]
-    flags: Tensor  # int32 [B], phases a row has ended
-    arrivals: Tensor  # int32 [B], chunks of the running phase that are done
+    flags: Tensor  # int32 [B], how many phases of a row have ended
+    arrivals: Tensor  # int32 [B], how many chunks of the running phase are done
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b rounded up; Triton's own costs a microsecond."""
+    """a / b rounded up; Triton's own takes a microsecond."""
     return -(-a // b)
 
 
 @cache
 def row_tiles(vocab: int) -> int:
-    """A power of two, at least the row's tiles."""
+    """The number of a row's tiles, rounded up to a power of two."""
     return triton.next_power_of_2(cdiv(vocab, TILE.value))
 
 
@@ -87,7 +89,7 @@ class _Layout(NamedTuple):
 
     @classmethod
     def of(cls, *parts: tuple[torch.dtype, int]) -> _Layout:
-        """Parts of so many elements."""
+        """The layout of parts, given as (dtype, number of elements)."""
         sizes: list[int] = []
         for dtype, count in parts:
             used = count * dtype.itemsize
@@ -125,7 +127,7 @@ def _data(rows: int, vocab: int, models: int, keys: bool) -> _Layout:
 def workspace_bytes(rows: int, vocab: int, models: int, keys: bool) -> int:
     """Size of the buffer for launches of up to `rows` rows, `vocab` ids and `models` tensors of
     logits; `keys`: with room for a key per token, as the filters need."""
-    # Both parts of so many units: ALIGNMENT bytes of counters each, and the others of the share.
+    # A unit is ALIGNMENT bytes of counters and COUNTER_SHARE - 1 times as many of data.
     data = cdiv(_data(rows, vocab, models, keys).size, (COUNTER_SHARE - 1) * ALIGNMENT)
     units = max(data, _counters(rows).size // ALIGNMENT)
     return units * COUNTER_SHARE * ALIGNMENT
@@ -158,8 +160,8 @@ def tile_field(fields, field, tiles, variant: tl.constexpr, OTHER: tl.constexpr)
 
 @triton.jit
 def log_sum_exp(fields, field, tiles, variant: tl.constexpr):
-    """max and log-sum-exp of a row out of its tiles' (max, sum exp(. - max)) at field, field + 1;
-    NaN where a sum is."""
+    """The max and log-sum-exp of a row, from its tiles' (max, sum exp(. - max)) in the fields
+    `field` and `field + 1`; NaN if a sum is NaN."""
     peaks = tile_field(fields, field, tiles, variant, float("-inf"))
     sums = tile_field(fields, field + 1, tiles, variant, 0.0)
     peak = tl.max(peaks, 0)

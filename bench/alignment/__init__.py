@@ -1,1 +1,2 @@
-"""How well mixing policies while decoding does what it promises, where the truth is known."""
+"""Two studies of the embedded world, where rewards are exact: mixing policies while decoding
+(`python -m bench.alignment`), and value guidance (`python -m bench.alignment.control`)."""

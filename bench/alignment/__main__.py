@@ -1,4 +1,4 @@
-"""`python -m bench.alignment`: MOD against merging, retraining and best-of-N."""
+"""`python -m bench.alignment`: MOD beside merged and retrained policies and best-of-N."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command of both studies: what is missing, then the estimates as JSON, tables, pictures."""
+"""The command of both studies: it runs the missing jobs, then writes JSON, tables and pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .loop import Phases, run
 
 
 class Study(NamedTuple):
-    """Something to measure: `python -m COMMAND`."""
+    """A study, which `python -m COMMAND` runs."""
 
     name: str  # of its JSON, its tables and its pictures
     command: str
@@ -23,7 +23,7 @@ class Study(NamedTuple):
 
 
 def main(study: Study, argv: Sequence[str] | None = None) -> int:
-    """Runs what is missing and writes the study's JSON, tables and pictures."""
+    """Runs the missing jobs and writes the study's JSON, tables and pictures."""
     parser = argparse.ArgumentParser(prog=f"python -m {study.command}", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="for the results")
@@ -39,7 +39,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     result = study.summary(args.work, sizes)
-    # What the jobs took in their processes; an interrupted run's lost jobs are not in it.
+    # The sum over the jobs' processes, without jobs that an interrupted run lost.
     result |= {"seconds_of_jobs": round(seconds), "machine": report.machine()}
     result["command"] = f"python -m {study.command}" + " --tiny" * args.tiny
     args.out.mkdir(parents=True, exist_ok=True)

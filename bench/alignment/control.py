@@ -17,11 +17,11 @@ from .loop import load
 from .statistics import Interval, at_kl, best_of, best_of_kl, interval, mean
 
 Record = dict[str, Any]
-CURVES = ("CD-FUDGE", "CD-FUDGE, as CD-Q")  # tokenwise control that others are compared with
+CURVES = ("CD-FUDGE", "CD-FUDGE, as CD-Q")  # other methods are compared with these curves
 
 
 class Found(NamedTuple):
-    """What one method reached at one setting.
+    """The result of one method at one setting.
 
     Attributes:
         objective, method, setting: see `guided.Point`.
@@ -67,7 +67,7 @@ def lead_at_equal_kl(
 
 
 def estimates(found: Found) -> Record:
-    """As a record: every reward and KL; of two objectives w.r and J = w.r - KL / beta."""
+    """A record of all rewards and KL; for two objectives also w.r and J = w.r - KL / beta."""
     record: Record = {name: getattr(found, name) for name in ("objective", "method", "setting")}
     record |= {"bound": found.bound, "kl": mean(found.kl)}
     record |= {name: mean(found.rewards[:, k]) for k, name in enumerate(world.OBJECTIVES)}
@@ -78,8 +78,8 @@ def estimates(found: Found) -> Record:
 
 
 def leads(found: Sequence[Found]) -> list[Record]:
-    """Every point against tokenwise control by the shipped scorer at the same KL, and CD-Q against
-    CD-FUDGE of the same training."""
+    """Each point's lead over tokenwise control by the shipped scorer at the same KL, and CD-Q's
+    lead over CD-FUDGE of the same training."""
     records = []
     for objective in PANELS:
         column = world.OBJECTIVES.index(objective)
@@ -100,7 +100,7 @@ def leads(found: Sequence[Found]) -> list[Record]:
 
 
 def worth_differences(found: Sequence[Found]) -> list[Record]:
-    """J of MAVIS less that of each other method, pairs of prompts, mean over common weights."""
+    """J of MAVIS less that of each other method, paired by prompt, mean over common weights."""
     worth: dict[str, dict[Any, Array]] = {}
     for p in found:
         weighted = p.rewards[:, PAIR_COLUMNS] @ np.array(p.setting)
@@ -115,7 +115,7 @@ def worth_differences(found: Sequence[Found]) -> list[Record]:
 
 
 def summary(work: Path, sizes: Sizes) -> Record:
-    """Everything that the tables show, from a complete work folder."""
+    """All estimates that the tables show, from a complete work folder."""
     found = []
     for point in guided.points(sizes):
         arrays, bound = load(work, point.name), point.method == "blockwise"

@@ -1,4 +1,4 @@
-"""Answers to prompts, with their rewards and KL; the same noise for every method."""
+"""Decodes answers to prompts and measures rewards and KL, with the same noise for all methods."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def decode(
 ) -> dict[str, Array]:
     """Rewards [S, N, 3], kl [S, N] (log pi* - log pi_ref of whole answers), length, ended, valid.
 
-    `models`: the reference (or None), then the policies. Sample by sample, answer r is drawn with
-    row seed SplitMix64(DECODE_SEED + r), for every method alike.
+    `models`: the reference (or None), then the policies. Counted sample by sample, answer r has the
+    row seed SplitMix64(DECODE_SEED + r) with every method.
     """
     ensemble = Ensemble(list(models), reference()[1])
     rows = list(prompts) * samples

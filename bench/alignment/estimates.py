@@ -1,4 +1,4 @@
-"""From the decoded answers of the policies' study to the estimates in its JSON."""
+"""The estimates of the study of policies, made from the decoded answers for its JSON."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ Record = dict[str, Any]
 
 
 class Scored(NamedTuple):
-    """What a method reached at one weight vector, averaged over a prompt's answers.
+    """The result of a method at one weight vector, averaged over a prompt's answers.
 
     Attributes:
         rewards: [N, 3].
         kl: [N], log pi - log pi_ref of whole answers, in nats; NaN where it has no meaning.
-        divergence: [N], terms of the divergence tuned with; NaN likewise.
+        divergence: [N], terms of the divergence of the tuning; NaN where it has no meaning.
     """
 
     rewards: Array
@@ -57,7 +57,7 @@ class Study:
         self.reference = self.scored(cells(sizes)[0])
 
     def scored(self, cell: Cell) -> Scored:
-        """A cell; at a corner every method is the single policy, which MOD's cell has."""
+        """The result of a cell. At a corner every method is the single policy, MOD's cell."""
         if cell.weights in CORNERS and cell.method != "reference":
             cell = cell._replace(method="mod", mixed_by=cell.tuned)
         found = load(self.work, cell.name)
@@ -68,7 +68,7 @@ class Study:
         return Scored(rewards, kl.mean(0), terms.mean(0))
 
     def method(self, name: str, tuned: str, weights: Weights, seed: int = 0) -> Scored:
-        """Any method by its name in the tables."""
+        """The result of a method, given by its name in the tables."""
         if name.startswith("best of "):
             n = int(name.removeprefix("best of "))
             rewards = best_of(self.pool, np.array(weights), n)
@@ -97,7 +97,7 @@ class Study:
 
 
 def _estimates(scored: Scored, weights: Weights) -> Record:
-    """Each reward, the weighted and the overall one, KL, and J = 10 w r - D_f."""
+    """Each reward, the weighted and the overall reward, KL, and J = 10 w r - D_f."""
     w = np.array(weights)
     out: Record = {name: mean(scored.rewards[:, k]) for k, name in enumerate(world.OBJECTIVES)}
     out["weighted"] = interval(lambda r: r @ w, scored.rewards)
@@ -137,7 +137,7 @@ def _pool(study: Study) -> Iterator[Record]:
 
 
 def _pool_growth(study: Study) -> Iterator[Record]:
-    """J and the overall reward of the optimum at equal weights, from more and more of the pool."""
+    """J and overall reward of the optimum at equal weights, from growing parts of the pool."""
     w = np.array(CENTRE)
     for tuned, shift in product(study.sizes.divergences, (4, 3, 2, 1, 0)):
         size = study.sizes.pool >> shift
@@ -148,13 +148,13 @@ def _pool_growth(study: Study) -> Iterator[Record]:
 
 
 def _equal_weights(study: Study) -> Iterator[Record]:
-    """The paper's headline: the overall reward at equal weights, MOD against the others."""
+    """The paper's main figure: the overall reward at equal weights, MOD beside the others."""
 
     def relative(a: Array, b: Array) -> Array:
         return a.mean(1) / b.mean(1) - 1.0
 
     def relative_gain(a: Array, b: Array, r: Array) -> Array:
-        with np.errstate(divide="ignore", invalid="ignore"):  # the other may gain nothing
+        with np.errstate(divide="ignore", invalid="ignore"):  # the other's gain may be 0
             return (a.mean(1) - r.mean(1)) / (b.mean(1) - r.mean(1)) - 1.0
 
     for tuned, seed in product(study.sizes.divergences, range(study.sizes.train_seeds)):
@@ -172,7 +172,7 @@ def _equal_weights(study: Study) -> Iterator[Record]:
 
 
 def _at_equal_kl(study: Study) -> Iterator[Record]:
-    """MOD's lead in overall reward where its equal weights are scaled to another method's KL."""
+    """MOD's lead in overall reward, with equal weights scaled to reach another method's KL."""
     equal = [w for w in EQUAL if w == CENTRE or w in study.sizes.outside]
 
     def lead(reward: Array, kl: Array, ours: Array, our_kl: Array) -> Array:
@@ -191,7 +191,7 @@ def _at_equal_kl(study: Study) -> Iterator[Record]:
 
 
 def _hypervolumes(study: Study) -> Iterator[Record]:
-    """The area dominated in the plane of two rewards, by the ends and the midpoint, and by all."""
+    """The dominated area in the plane of two rewards: of ends and midpoint, and of all points."""
 
     def area(*points: Array) -> Array:
         return np.array([hypervolume(p) for p in np.stack(points, axis=1)])
@@ -212,7 +212,7 @@ def _hypervolumes(study: Study) -> Iterator[Record]:
 
 
 def _grid_means(study: Study) -> Iterator[Record]:
-    """Weighted rewards averaged over the grid's weights off the corners, and MOD's lead there."""
+    """Weighted rewards, averaged over the grid's weights off the corners, and MOD's leads."""
     inner = [w for w in study.sizes.grid if w not in CORNERS]
     for tuned in study.sizes.divergences:
         found: dict[str, Array] = {}
@@ -228,7 +228,7 @@ def _grid_means(study: Study) -> Iterator[Record]:
 
 
 def _by_seed(study: Study, tuned: str, seed: int) -> dict[str, float]:
-    """What one training of all policies gives; MOD and the soup at the key weights."""
+    """The figures of one training of all policies; MOD and the soup at the key weights."""
     key, out = study.sizes.key, {}
     for name in ("mod", "soup", "retrained"):
         centre = study.method(name, tuned, CENTRE, seed)
@@ -271,7 +271,7 @@ def _trainings(study: Study) -> Iterator[Record]:
 
 
 def summary(work: Path, sizes: Sizes) -> Record:
-    """Everything that the tables show, from a complete work folder."""
+    """All estimates that the tables show, from a complete work folder."""
     study = Study(work, sizes)
     parts = {
         "trainings": _trainings,

@@ -1,5 +1,5 @@
-"""The study of value guidance: what is trained and what is decoded, for `loop.run`. Tokenwise
-control, block by block, best of N, MOD with one policy, and two objectives at once."""
+"""The jobs of the study of value guidance for `loop.run`: trainings and decodes. It compares
+tokenwise and blockwise control, best-of-N, MOD with one policy, and mixes of two objectives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .training import Answers, draw_answers, train_policy
 PANELS = ("humorous", "helpful")
 PAIR = ("helpful", "humorous")  # the two objectives decoded for at once
 PAIR_COLUMNS = [world.OBJECTIVES.index(name) for name in PAIR]
-BETA = REWARD_SCALE  # total strength of two objectives; what a reward of 1 is worth in nats
+BETA = REWARD_SCALE  # total strength of two objectives, in nats per unit of reward
 FUDGE_ABOVE = 0.5
 ONE_STRENGTH = 10.0  # at which the divergences are compared
 
@@ -65,7 +65,7 @@ TINY = Sizes(
 
 
 class Point(NamedTuple):
-    """One method at one setting: a strength, K, weight, or of two objectives the weights."""
+    """One method at one setting: a strength, K, a weight, or the weights of two objectives."""
 
     objective: str  # the panel, or "both"
     method: str
@@ -73,7 +73,7 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A file name that no other point has."""
+        """The unique name of its file."""
         return f"{self.objective}-{self.method}-{self.setting}"
 
 
@@ -82,7 +82,7 @@ TRAINED = {"CD-Q": "cd_q", "CD-FUDGE, as CD-Q": "cd_fudge"}
 
 
 def points(sizes: Sizes) -> list[Point]:
-    """All that is decoded."""
+    """All points to decode."""
     out = []
     for objective in PANELS:
         settings: dict[str, Any] = {"reference": (0.0,), "CD-FUDGE": sizes.strengths}
@@ -144,7 +144,7 @@ def _fit(work: Path, sizes: Sizes, objective: str, method: str, steps: int) -> d
 
 
 def _mavis(work: Path, sizes: Sizes, objective: str) -> dict[str, Any]:
-    """MAVIS's value model, and what its iterations showed."""
+    """MAVIS's value model, and the statistics of its iterations."""
     prompts = world.prompts(sizes.mavis_prompts, SEED, held_out=False)
     scorer = new_scorer(reference()[0])
     history = guidance.train_mavis(
@@ -186,7 +186,7 @@ def _blockwise(sizes: Sizes, objective: str, k: int) -> dict[str, Array]:
 
 
 def _measure(work: Path, sizes: Sizes, point: Point) -> dict[str, Array]:
-    """One answer to each prompt: rewards [N, 3], and the KL [N] that it shows."""
+    """One answer to each prompt: rewards [N, 3] and log-ratios, or the bound on KL, [N]."""
     objective, method, x = point
     if method == "blockwise":
         return _blockwise(sizes, objective, x)

@@ -1,4 +1,4 @@
-"""The loop of both studies: each job leaves a file in a cache folder and is not done again."""
+"""The job loop of both studies: each job writes a file into a cache folder and is done once."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from mod_fused.app.terminal import track
 
 
 class Job(NamedTuple):
-    """`make(work, *arguments)` is what the file `name` of the folder `work` will hold."""
+    """A job: its file `name` in the folder `work` holds the result of `make(work, *arguments)`."""
 
     name: str
     make: Callable[..., Any]
     arguments: tuple[Any, ...]
 
 
-Phases = list[tuple[str, list[Job]]]  # titles, and jobs that need those of the phases before
+Phases = list[tuple[str, list[Job]]]  # titles and jobs; jobs may need those of earlier phases
 
 
 def file_of(work: Path, name: str) -> Path:
-    """Where a job leaves its result."""
+    """The file of a job's result."""
     return work / f"{name.replace(':', '')}.pt"
 
 
 def load(work: Path, name: str) -> Any:
-    """What a job left."""
+    """The result of a job."""
     return torch.load(file_of(work, name), weights_only=False)
 
 
@@ -41,7 +41,7 @@ def _do(work: Path, job: Job) -> tuple[str, float]:
     began, file = time.perf_counter(), file_of(work, job.name)
     unfinished = file.with_name(f"unfinished-{os.getpid()}")
     torch.save(job.make(work, *job.arguments), unfinished)
-    unfinished.rename(file)  # what bears the name is complete
+    unfinished.rename(file)  # only a complete file gets the name
     return job.name, time.perf_counter() - began
 
 
@@ -60,7 +60,7 @@ def _results(jobs: Sequence[Job], work: Path, workers: int) -> Iterator[tuple[st
 
 
 def run(work: Path, phases: Phases, sizes: Any, workers: int) -> float:
-    """Does what is missing in the folder `work`; returns the seconds that all jobs took together.
+    """Does the jobs that are missing in `work`; returns the seconds of all jobs together.
 
     Raises:
         ValueError: the folder holds results of other sizes.

@@ -1,5 +1,5 @@
-"""The two kinds of plot, for both studies: two rewards against each other, and reward against
-KL. The pale marks are the same methods after other trainings."""
+"""The plots of both studies: two rewards against each other, and reward against KL. Pale marks are
+the same methods after other trainings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _finish(axes: Any, x: str, y: str, title: str = "") -> None:
 
 
 def pareto(figure: Any, result: Record) -> None:
-    """For each divergence (down) and pair of rewards (across), all methods."""
+    """Plot all methods, with a row for each divergence and a column for each pair of rewards."""
     t = Cells(result)
     figure.set_size_inches(11, 3.2 * len(t.divergences))
     panels = figure.subplots(len(t.divergences), 3, squeeze=False)
@@ -61,13 +61,13 @@ def pareto(figure: Any, result: Record) -> None:
 
 
 def _at(t: Cells, w: Sequence[float], name: str, tuned: str, **fields: Any) -> Record:
-    """At a corner the soup is the policy, which MOD's cell has."""
+    """A cell. At a corner the soup is the single policy: it takes MOD's cell."""
     corner = name == "soup" and tuple(w) in policies.CORNERS
     return t.one(w, "mod" if corner else name, tuned, **fields)
 
 
 def against_kl(figure: Any, result: Record) -> None:
-    """Overall reward against KL at equal weights of several sums, a panel for each divergence."""
+    """Plot overall reward against KL at equal weights of several sums, a panel per divergence."""
     t = Cells(result)
     figure.set_size_inches(3.2 * len(t.divergences), 3.4)
     panels = figure.subplots(1, len(t.divergences), squeeze=False, sharey=True)[0]
@@ -81,7 +81,7 @@ def against_kl(figure: Any, result: Record) -> None:
 
 
 def control_against_kl(figure: Any, result: Record) -> None:
-    """Reward against KL, a panel for each objective."""
+    """Plot reward against KL, a panel for each objective."""
     figure.set_size_inches(11, 4.5)
     for axes, objective in zip(figure.subplots(1, 2), PANELS, strict=True):
         for name in list(STYLES)[6:-2]:
@@ -98,7 +98,7 @@ def control_against_kl(figure: Any, result: Record) -> None:
 
 
 def control_pareto(figure: Any, result: Record) -> None:
-    """Two objectives at once, and J against the weight of the first."""
+    """Plot the rewards of mixes of two objectives, and J against the first weight."""
     figure.set_size_inches(11, 4)
     front, worth = figure.subplots(1, 2)
     for name in ("MAVIS", "CD", "MOD", "retrained"):

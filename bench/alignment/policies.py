@@ -1,4 +1,4 @@
-"""The study of policies: what is trained and what is decoded, for `loop.run`."""
+"""The jobs of the study of policies for `loop.run`: trainings and decodes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .training import Answers, draw_answers, train_policy
 Weights = tuple[float, ...]
 CENTRE: Weights = (1 / 3, 1 / 3, 1 / 3)
 MIDPOINTS = ((0.5, 0.5, 0.0), (0.5, 0.0, 0.5), (0.0, 0.5, 0.5))
-KEY = (CENTRE, *MIDPOINTS)  # where everything is compared
+KEY = (CENTRE, *MIDPOINTS)  # the weights at which all methods are compared
 CORNERS = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 GRID = (*simplex_grid(3, 5), CENTRE)
 SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)  # sums of equal weights: reward against KL
@@ -44,8 +44,8 @@ class Sizes(NamedTuple):
 
     train_prompts: int = 1800  # with `train.GROUP` answers each; all training questions
     steps: int = 200  # of each policy
-    # Trainings of the policies that MOD and the soup use and of those retrained for equal weights,
-    # each on other answers in another order.
+    # How often the policies of MOD and the soup, and those retrained for equal weights, are
+    # trained; each time on other answers in another order.
     train_seeds: int = 3
     prompts: int = 200  # held out
     samples: int = 2  # answers to each, 1 where greedy or mismatched
@@ -57,7 +57,7 @@ class Sizes(NamedTuple):
     worlds: int = 40  # tabular ones
 
 
-#: A run of every kind of job in half a minute, to see that it runs.
+#: Every kind of job in half a minute, to see that they run.
 TINY = Sizes(
     train_prompts=8, steps=2, train_seeds=2, prompts=6, pool=16, worlds=2,
     divergences=("reverse_kl", "jsd"), grid=(*CORNERS[:2], MIDPOINTS[0], CENTRE),
@@ -74,7 +74,7 @@ class Policy(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A file name that no other training has."""
+        """The unique name of its file."""
         weights = "_".join(f"{w:.3g}" for w in self.weights)
         return f"policy-{self.divergence}-{weights}-s{self.seed}"
 
@@ -95,7 +95,7 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A file name that no other cell has."""
+        """The unique name of its file."""
         weights = "_".join(f"{w:.3g}" for w in self.weights)
         flags = ["history"] * self.history + ["greedy"] * self.greedy
         words = [self.method, self.tuned, self.mixed_by, self.normalizer, *flags, weights]
@@ -103,7 +103,7 @@ class Cell(NamedTuple):
 
 
 def policies(sizes: Sizes) -> list[Policy]:
-    """All trainings: single objectives and retrained mixtures, then the other seeds."""
+    """All trainings: single objectives and mixes, then those of the other seeds."""
     out = [Policy(d, w) for d in sizes.divergences for w in CORNERS]
     out += [Policy(d, w) for w in sizes.key for d in sizes.divergences]
     for seed in range(1, sizes.train_seeds):
@@ -134,12 +134,12 @@ def cells(sizes: Sizes) -> list[Cell]:
     for tuned in sizes.divergences:
         mod = Cell("mod", tuned, CENTRE, mixed_by=tuned, samples=n)
         for weights in sizes.grid:
-            # At a corner the soup is the policy, as MOD is.
+            # At a corner MOD and the soup are the same policy.
             out += compared(tuned, weights, samples=n)[: 1 if weights in CORNERS else 2]
         for weights in sizes.key:
             out += compared(tuned, weights, samples=n)
             out += compared(tuned, weights, greedy=True, samples=1)
-            if tuned != "reverse_kl":  # where neither history nor Z matters
+            if tuned != "reverse_kl":  # which neither history nor Z changes
                 out += [mod._replace(weights=weights, normalizer=z, history=h) for z, h in VARIANTS]
             others = (d for d in sizes.divergences if d != tuned)
             out += [mod._replace(weights=weights, mixed_by=d, samples=1) for d in others]
@@ -159,8 +159,8 @@ def cells(sizes: Sizes) -> list[Cell]:
 
 
 def soup(models: Sequence[Any], weights: Sequence[float]) -> Any:
-    """The model whose parameters are ref + sum_i w_i (policy_i - ref), the reference first among
-    `models`; at sum w = 1 the policies' mean."""
+    """The model with the parameters ref + sum_i w_i (policy_i - ref); `models` has the reference
+    first. At sum w = 1 it is the weighted mean of the policies."""
     merged = copy.deepcopy(models[0])
     with torch.no_grad():
         for name, parameter in merged.named_parameters():
@@ -172,7 +172,7 @@ def soup(models: Sequence[Any], weights: Sequence[float]) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def load_answers(work: Path, seed: int) -> Answers:
-    """Answers to train on, the last ones kept in memory."""
+    """Answers to train on; the last ones stay in memory."""
     return load(work, f"answers-s{seed}")
 
 
@@ -200,7 +200,7 @@ def _train(work: Path, sizes: Sizes, policy: Policy) -> dict[str, Any]:
 
 
 def _pool(work: Path, sizes: Sizes, part: int) -> Array:
-    """Rewards [N, K, 3] of answers that the reference gives to each prompt, to choose among."""
+    """Rewards [N, K, 3] of the reference's answers, for best-of-N and the optimum."""
     size = min(POOL_PART, sizes.pool - part * POOL_PART)
     texts = [p for p in world.prompts(sizes.prompts, DECODE_SEED) for _ in range(size)]
     batch = train.sample(*reference(), texts, DECODE_SEED + part)
@@ -209,7 +209,7 @@ def _pool(work: Path, sizes: Sizes, part: int) -> Array:
 
 
 def _measure(work: Path, sizes: Sizes, cell: Cell) -> dict[str, Array]:
-    """`decode` of a cell."""
+    """The result of `decode` for a cell."""
     ref = reference()[0]
     models = [ref, *(load_policy(work, policy.name) for policy in needed(cell))]
     weights: Sequence[float] = [1.0]

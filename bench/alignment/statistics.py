@@ -1,8 +1,8 @@
 """Estimates from scored answers, each with its 95% interval.
 
-`interval` bootstraps over prompts, whose answers stay together; methods that answered the same
-prompts are resampled alike, so that an interval of a difference is one of pairs. `over_seeds` is
-about trainings.
+`interval` bootstraps over prompts; the answers to a prompt stay together. All methods are resampled
+alike, so the interval of a difference is that of pairs. `over_seeds` gives intervals over
+trainings.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .tabular import F, optimum
 
 Array = np.ndarray
 RESAMPLES = 1000
-REWARD_SCALE = 10.0  # `train.PREFERENCE_SCALE` / beta: what a reward of 1 is worth in f'
+REWARD_SCALE = 10.0  # `train.PREFERENCE_SCALE` / beta: f' per unit of reward
 
 
 class Interval(NamedTuple):
@@ -40,7 +40,7 @@ def interval(estimate: Callable[..., Array], *arrays: Array) -> Interval:
     n = len(arrays[0])
     drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
     shares = np.stack([np.bincount(row, minlength=n) for row in drawn]) / n  # [RESAMPLES, N]
-    shares = np.concatenate([np.full((1, n), 1 / n), shares])  # the first: all prompts alike
+    shares = np.concatenate([np.full((1, n), 1 / n), shares])  # row 0: the sample itself
     value, *values = estimate(*(np.tensordot(shares, x, 1) for x in arrays))
     return _rounded(value, *np.quantile(values, [0.025, 0.975]))
 
@@ -69,7 +69,7 @@ def at_kl(kl: Array, curve_rewards: Array, curve_kl: Array) -> Array:
 
 
 def hypervolume(points: Array) -> float:
-    """The area of the unit square that points [P, 2] dominate: below and left of one of them."""
+    """The area of the unit square below and left of at least one of the points [P, 2]."""
     area, floor = 0.0, 0.0
     for x, y in sorted(points.tolist(), reverse=True):  # from the largest x on
         if y > floor:
@@ -80,8 +80,8 @@ def hypervolume(points: Array) -> float:
 def best_of(rewards: Array, weights: Array, n: int) -> Array:
     """Mean rewards [N, 3] of the best by sum_i w_i r_i among n answers of a pool [N, K, 3].
 
-    The mean over all subsets of n of the K answers: the k-th worst is the best of
-    C(k-1, n-1) / C(K, n) of them.
+    It averages over all subsets of n of the K answers. The k-th worst answer is the best one in the
+    share C(k-1, n-1) / C(K, n) of them.
     """
     size = rewards.shape[1]
     order = np.argsort(rewards @ weights, axis=1, kind="stable")
@@ -97,8 +97,8 @@ def best_of_kl(n: int) -> float:
 def reweighted(rewards: Array, weights: Array, divergence: str) -> tuple[Array, Array]:
     """The optimum for the mixed reward on a pool [N, K, 3]: its rewards [N, 3] and divergences [N].
 
-    The pool stands for the reference, uniform on its K answers: what exceeds log K nats of
-    log-ratio does not fit in, so that the estimate errs on the side of less reward.
+    The pool stands for the reference, uniform on its K answers. No log-ratio can exceed log K nats,
+    so the estimate errs towards less reward.
     """
     size = rewards.shape[1]
     log_ref = np.full(size, -np.log(size))
@@ -107,7 +107,7 @@ def reweighted(rewards: Array, weights: Array, divergence: str) -> tuple[Array, 
     return (np.exp(log_x)[..., None] * rewards).mean(1), F[divergence](log_x).mean(1)
 
 
-#: (f(x) - f'(1) (x - 1)) / x by d = log x and y = 1/x: no power of x itself, which may overflow.
+#: (f(x) - f'(1) (x - 1)) / x as a function of d = log x and y = 1/x: powers of x may overflow.
 _TERMS: dict[str, Callable[[Array, Array], Array]] = {
     "reverse_kl": lambda d, y: d - 1.0 + y,
     "forward_kl": lambda d, y: 1.0 - y - d * y,

@@ -1,4 +1,4 @@
-"""Tables of both studies, from their JSON."""
+"""The tables of both studies, from their JSON."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _COLUMN = re.compile(
 
 
 def figure(record: Record, column: str) -> str:
-    """One cell. `kl 2`: the field with 2 digits; `kl (2)`: its interval too; `lost 1%`: in per
-    cent; `gap +3`: with its sign. Another column is a field as it is. Empty if there is none."""
+    """One cell. `kl 2` is the field with 2 digits, `kl (2)` with its interval, `lost 1%` in per
+    cent, `gap +3` with its sign. Any other column is a field as it is. Empty without the field."""
     form = _COLUMN.fullmatch(column)
     x = record.get(form["field"] if form else column)
     if x is None:
@@ -41,20 +41,20 @@ def _listed(x: Any) -> list[float]:
 
 
 def weights(w: Sequence[float]) -> str:
-    """Of two or three objectives."""
+    """The text of a weight vector."""
     return ", ".join(f"{x:.2g}" for x in w)
 
 
 def table(records: Iterable[Record], columns: str) -> str:
-    """A Markdown table. `columns`: "heading = column as `figure` takes it | ..."; a heading alone
-    is the column too."""
+    """A Markdown table. `columns` is "heading = column | ..." with columns as in `figure`; a
+    heading alone names its column too."""
     pairs = [column.split(" = ") for column in columns.split(" | ")]
     rows = [[figure(record, pair[-1]) for pair in pairs] for record in records]
     return report.markdown_table([pair[0] for pair in pairs], rows)
 
 
 def mean(records: Sequence[Record]) -> Record:
-    """The means over cells of what all of them have."""
+    """The means over cells of the fields that all of them have."""
     fields = [k for k, x in records[0].items() if isinstance(x, (float, list)) and k != "weights"]
     known = [k for k in fields if all(r.get(k) is not None for r in records)]
     return {k: sum(_listed(r[k])[0] for r in records) / len(records) for k in known}
@@ -69,8 +69,9 @@ class Cells:
         self.key = result["sizes"]["key"]
 
     def one(self, weights: Sequence[float], method: str, tuned: str, **fields: Any) -> Record:
-        """The cell at a weight vector with the most answers, main fields where not named; or best
-        of n, or the optimum. Empty if there is none."""
+        """The cell of a method at a weight vector, the one with the most answers. Fields that are
+        not named have their main values. Best-of-n and the optimum come from the pool. Empty if
+        there is no such cell."""
         wanted = {"method": method, "tuned": tuned, "weights": report.rounded(weights)}
         if method.startswith("best of ") or method == "optimum":
             wanted["tuned"] = "none" if method != "optimum" else tuned
@@ -81,7 +82,7 @@ class Cells:
         return max(found, key=lambda r: r["samples"], default={})
 
     def over_key(self, method: str, tuned: str, **fields: Any) -> Record:
-        """Means over the key weights; none where a cell has no solution."""
+        """Means over the key weights; "no solution" where a cell has none."""
         found = [self.one(w, method, tuned, **fields) for w in self.key]
         unsolved = any(r["invalid"] for r in found)
         return {"weighted": "no solution"} if unsolved else mean(found)
@@ -96,7 +97,7 @@ def _equal_weights(t: Cells) -> Iterable[Record]:
         singles = [t.one(w, "mod", d) for w in policies.CORNERS]
         if all(singles):
             best = max(singles, key=lambda r: r["overall"][0])
-            # The objective of the others is that of equal weights: not this cell's.
+            # J of this cell is for its own weights, that of the others for equal ones.
             yield {"name": "best single policy"} | best | {"objective": None}
         yield from ({"name": m} | t.one(centre, m, d) for m in (*METHODS, "optimum"))
 
@@ -153,7 +154,7 @@ def _tabular(t: Cells) -> Iterable[Record]:
 
 
 def _across(records: Iterable[Record], *labels: str) -> list[Record]:
-    """Records that have the same labels, as one."""
+    """Merge the records that have the same labels."""
     out: dict[tuple[Any, ...], Record] = {}
     for record in records:
         out.setdefault(tuple(record[k] for k in labels), {}).update(record)

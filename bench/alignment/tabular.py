@@ -4,11 +4,11 @@ With beta = 1 the optimum for a reward R under the divergence f is the maximum o
 
     J(pi) = <pi, R> - sum_y pi_ref(y) f( pi(y) / pi_ref(y) ),
 
-which has f'(pi / pi_ref) = R - Z. MOD's theorem (arXiv 2406.18853): policies optimal for R_1 to
-R_M, mixed by eq. 6 with Z solved, are optimal for sum_i w_i R_i. It holds exactly where a response
-is one token. On a tree a decoder mixes token by token, with another Z after every prefix, and the
-result is the optimum only where Z is the same after all prefixes of a length: for reverse KL with
-tokens that do not depend on those before them and rewards that add up. Measured by
+and it satisfies f'(pi / pi_ref) = R - Z. MOD's theorem (arXiv 2406.18853) says: policies that are
+optimal for R_1 to R_M, mixed by eq. 6 with Z solved, are optimal for sum_i w_i R_i. It holds
+exactly where a response is one token. On a tree a decoder mixes token by token, with another Z
+after every prefix. The result is the optimum only where Z is the same after all prefixes of a
+length: for reverse KL, if tokens do not depend on those before them and rewards add up. Run it by
 
     python -m bench.alignment.tabular
 """
@@ -32,7 +32,7 @@ def _jsd(d: Array) -> Array:
     return np.exp(d) * d - (np.exp(d) + 1.0) * (np.logaddexp(0.0, d) - np.log(2.0))
 
 
-#: f(e^d) of design §2 as a function of the log-ratio d; f(1) = 0.
+#: f(e^d) as a function of the log-ratio d; f(1) = 0.
 F: dict[str, Callable[[Array], Array]] = {
     "reverse_kl": lambda d: np.exp(d) * d,
     "forward_kl": lambda d: -d,
@@ -68,7 +68,7 @@ def mixed(
 
 
 class Tree(NamedTuple):
-    """All responses of `depth` tokens over `vocab` tokens, V^T leaves in the order of their tokens.
+    """All V^T responses of T = `depth` tokens out of V = `vocab`, the leaves, in order of tokens.
 
     Attributes:
         log_ref: [V^T], log pi_ref of whole responses.
@@ -114,8 +114,8 @@ def random_tree(
 ) -> Tree:
     """A tree with normal logits and rewards of standard deviation about `scale`.
 
-    `additive`: rewards are sums over tokens, and no token depends on those before it, neither in
-    reward nor in the reference. Otherwise each response's reward is drawn by itself.
+    With `additive` rewards are sums over tokens, and neither a token's reward nor its reference
+    probability depends on the tokens before it. Otherwise each response has a random reward.
     """
     log_ref, rewards = np.zeros(1), np.zeros((objectives, 1))
     for t in range(depth):
@@ -131,7 +131,7 @@ def random_tree(
 
 
 def token_mixes(divergence: str, weights: Array) -> dict[str, Callable[..., Array]]:
-    """Ways to mix next-token distributions, for `Tree.decoded`."""
+    """Functions that mix next-token distributions, for `Tree.decoded`."""
 
     def mod(normalizer: str, history: bool) -> Callable[..., Array]:
         def mix(prefixes: list[Array], tokens: list[Array]) -> Array:
@@ -166,7 +166,7 @@ def bandit(tree: Tree) -> Tree:
 
 
 class Shortfall(NamedTuple):
-    """How a policy compares with the optimum for the mixed reward.
+    """The distance of a policy from the optimum for the mixed reward.
 
     Attributes:
         total_variation: distance from the optimum's responses.
@@ -178,7 +178,7 @@ class Shortfall(NamedTuple):
 
 
 def shortfall(divergence: str, tree: Tree, log_pi: Array, weights: Array) -> Shortfall:
-    """Of log pi [V^T] on a tree, for the reward sum_i w_i R_i."""
+    """The shortfall of log pi [V^T] on a tree, for the reward sum_i w_i R_i."""
     reward = weights @ tree.rewards
     best = optimum(divergence, tree.log_ref, reward)
     values = [objective(divergence, tree.log_ref, p, reward) for p in (best, log_pi, tree.log_ref)]
@@ -189,7 +189,8 @@ def shortfall(divergence: str, tree: Tree, log_pi: Array, weights: Array) -> Sho
 def shortfalls(
     divergence: str, tree: Tree, weights: Array
 ) -> Iterator[tuple[str, Shortfall | None]]:
-    """Each of `token_mixes` of the optimal policies; None where Z = 0 has no solution."""
+    """The shortfall of each of `token_mixes`, applied to the optimal policies; None where Z = 0
+    has no solution."""
     policies = [optimum(divergence, tree.log_ref, reward) for reward in tree.rewards]
     for name, mix in token_mixes(divergence, weights).items():
         log_pi = tree.decoded(mix, *policies)

@@ -1,11 +1,11 @@
 """f-DPO of the embedded reference for a weighted reward under any of the five divergences.
 
-The slope f' acts on the log-ratio of the whole answer (arXiv 2309.16240). Its optimum has
-f'(pi/ref) = 10 r + const with r in [0, 1], so that -f' stays below about 11 and the log-ratio above
--2.4 (forward KL), -2.3 (Jeffrey) and -3.6 (alpha 1/2). e^-d beyond that is only met while training
-errs, and grows until nothing else counts (a log-ratio of -90 overflows). Clamping the log-ratio, as
-implementations do, would stop the gradient there: instead f' goes on as its tangent below
-`TANGENT_BELOW`, which moves no optimum and keeps every pair's pull.
+The slope f' acts on the log-ratio d of the whole answer (arXiv 2309.16240). The optimum has
+f'(pi/ref) = 10 r + const with r in [0, 1]. There -f' stays below about 11 and d above -2.4 (forward
+KL), -2.3 (Jeffrey) and -3.6 (alpha 1/2). Smaller d occur only while the policy is far from the
+optimum. There e^-d grows until it hides all other terms, and overflows at d = -90. Other
+implementations clamp d, which stops the gradient. Here f' continues as its tangent below
+`TANGENT_BELOW`: that moves no optimum, and every pair keeps a gradient.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def draw_answers(reference: Any, tokenizer: Any, n_prompts: int, seed: int) -> A
 
 
 def slope(divergence: str) -> Callable[[Tensor], Tensor]:
-    """f'(e^d), up to a constant, as a function of the log-ratio d; its tangent far below 0."""
+    """f'(e^d) up to a constant as a function of d, and its tangent below `TANGENT_BELOW`."""
     if divergence == "reverse_kl":
         return lambda d: d
     deficit = get_divergence(divergence).deficit
-    if not get_divergence(divergence).clamped:  # JSD is all but linear there itself
+    if not get_divergence(divergence).clamped:  # JSD's own f' is nearly linear there
         return lambda d: -deficit(d)
     with torch.enable_grad():
         corner = torch.tensor(TANGENT_BELOW, requires_grad=True)
@@ -63,7 +63,7 @@ def slope(divergence: str) -> Callable[[Tensor], Tensor]:
 
     def continued(d: Tensor) -> Tensor:
         below = height + gradient * (d - TANGENT_BELOW)
-        # The clamp comes first: where would spread an overflow that it does not select.
+        # Clamp first: torch.where passes the NaN gradient of an overflow that it does not select.
         return torch.where(d < TANGENT_BELOW, below, -deficit(d.clamp(min=TANGENT_BELOW)))
 
     return continued
@@ -92,8 +92,8 @@ def train_policy(
 ) -> tuple[Any, list[float]]:
     """A copy of the reference tuned for sum_i w_i r_i under `divergence`, and the losses.
 
-    Weight 1 for one objective makes a policy to mix, other weights [3] the policy that mixing is to
-    equal.
+    Weight 1 on one objective gives a policy to mix. Other weights [3] give the policy that mixing
+    is compared with.
     """
     model = copy.deepcopy(reference)
     losses = train.train_policy(

@@ -24,7 +24,7 @@ def _eager_log_probs(logits: list[Tensor], divergence: str) -> Tensor:
 
 
 def _compiled_log_probs(logits: list[Tensor], divergence: str) -> Tensor:
-    # The function that is compiled, run as it is.
+    # The function that torch.compile gets, run eagerly.
     return compiled.masses(logits, WEIGHTS, get_divergence(divergence)).log()
 
 

@@ -23,8 +23,8 @@ from ..problem import POLICIES, WEIGHTS
 from ..report import note
 
 ROUNDS = 3
-#: Of a drawn token's log-probability from the oracle, on the logits that the loop saw. Peers work
-#: in float32 with textbook formulas.
+#: The largest error of a drawn token's log-probability, from the oracle on the logits that the loop
+#: saw. Peers get more: they use textbook formulas in float32.
 _TOLERANCE, _PEERS_TOLERANCE = 1e-4, 2e-2
 OURS = ("generate", "generate_torch", "op")  # loops that draw with mod_fused.sample
 _CLOSE_RACE = 1e-3
@@ -44,8 +44,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 class Clock:
-    """Times a loop from its first drawn token on: reading the prompts is not counted. With `watch`
-    also each draw after it, and what it was given is kept."""
+    """Times a loop from its first drawn token on, so that reading the prompts does not count. With
+    `watch` it also times each later draw and keeps the arguments of all draws."""
 
     def __init__(self, synchronise: Callable[[], None], watch: bool = False) -> None:
         self.synchronise, self.watch = synchronise, watch
@@ -73,18 +73,19 @@ class Clock:
         return time.perf_counter()
 
     def seconds(self) -> float:
-        """Since the first token."""
+        """Seconds since the first token."""
         return self._now() - self._begin
 
 
 def refusal(name: str, task: loops.Task, clock: Clock, drawn: loops.Drawn) -> str:
-    """Why a loop may not be timed; empty if what it drew in the first row, first and last step, has
-    the oracle's log-probability, and is the token of the oracle's race where the op drew it."""
+    """Why a loop may not be timed; empty if it passes. In the first row the tokens of the first and
+    the last step must have the oracle's log-probability; tokens drawn by the op must also be those
+    of the oracle's race."""
     tokens, logprobs = (x[0].tolist() for x in drawn)
     if len(tokens) != task.tokens:
         return f"drew {len(tokens)} tokens, expected {task.tokens}"
     for step in (0, task.tokens - 1):
-        given = clock.given[step]  # of `sample(ref, policies)` or `draw(logits, weights)`
+        given = clock.given[step]  # arguments of `sample(ref, policies)` or `draw(logits, weights)`
         logits = [given[0], *given[1]] if isinstance(given[0], Tensor) else given[0]
         ref, *policies = (x[0].float().cpu() for x in logits)
         expected = reference.log_probs_row(ref, policies, task.weights, divergence=task.divergence)
@@ -135,7 +136,7 @@ def _row(task: loops.Task, rounds: int) -> dict[str, Any]:
 
 
 def _tasks(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], loops.Task]]:
-    """What to decode, and how it stands in the results."""
+    """Each task, and its fields in the results."""
     names = args.models or (["embedded", "tiny"] if args.quick else ["embedded", "0.1b"])
     batches = args.batches or ([2] if args.quick else [1, 8])
     for name, dtype in itertools.product(names, args.dtypes):
@@ -150,7 +151,7 @@ def _tasks(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], loops.Tas
                 "threads": args.threads,
             }  # fmt: skip
             yield head, loops.Task(ensemble, prompts, tokens, divergence, WEIGHTS)
-        del ensemble  # there may be no room for the next one beside it
+        del ensemble  # there may be no memory for two
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

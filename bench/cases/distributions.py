@@ -1,8 +1,7 @@
-"""The case `distributions`: how the time depends on what the logits are, not on how many.
+"""The case `distributions`: how the time depends on the values of the logits, at the same shape.
 
-Sketches of several kinds (logits.py) at one shape, and logits recorded from the embedded models
-beside a sketch of the same size. How many evaluations of the normaliser a row took the cpu backend
-does not tell; its time does.
+It times sketches of several kinds (logits.py), and logits recorded from the embedded models beside
+a sketch of the same size. The time shows how many evaluations (docs/concepts.md) a row needs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The case `filters`: temperature, top-k, top-p, min-p and masks, on one distribution and on a
-mixture, beside what serving stacks do: logits processors and torch.multinomial."""
+mixture, beside logits processors and torch.multinomial, as serving stacks use them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..problem import filters as filters_of
 
 
 def _log_probs(problem: Problem, logits: list[Tensor]) -> Tensor:
-    """What the filters of the peers start from: float32 [B, V]."""
+    """The log-probabilities that the peers filter: float32 [B, V]."""
     if not problem.reference and len(logits) == 1:
         return logits[0].float()
     return eager.probabilities(logits, problem.weights, problem.divergence).log()
 
 
 def _transformers(problem: Problem, logits: list[Tensor]) -> Call:
-    """As `generate` of transformers samples: processors in its order, softmax, multinomial."""
+    """Sampling as in transformers' `generate`: its processors, softmax, multinomial."""
     from transformers import (
         MinPLogitsWarper,
         TemperatureLogitsWarper,

@@ -1,9 +1,9 @@
-"""The case `host`: what a call costs besides the work, on inputs too small to matter.
+"""The case `host`: the fixed cost of a call, on inputs so small that their size does not count.
 
 The parts of a call are timed one by one: the checks of its arguments, the choice of the backend,
 packing the arguments into the four of the op, the op itself (dispatcher, reading the arguments,
-kernel, outputs); beside them bare C++ ops of torch. What `mod_fused.sample` takes beyond its parts
-is Python's calls and the result's tuple.
+kernel, outputs). Bare C++ ops of torch are timed beside them. The rest of `mod_fused.sample` is
+Python's function calls and the tuple of results.
 """
 
 from __future__ import annotations

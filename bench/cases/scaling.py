@@ -1,4 +1,5 @@
-"""The case `scaling`: the time against one size at a time, and the torch backend beside it."""
+"""The case `scaling`: the time against V, B, M, J and threads, one at a time, of the cpu and the
+torch backend."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ VOCABULARIES = (64, 256, 1024, 4096, 16384, 65536, 262144)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 OBJECTIVES = (1, 2, 3, 4, 6, 8)
 
-#: By the size that varies: the field of a row, and the grid.
+#: By the name of the size that varies: its field in a row, and the grid.
 SWEEPS: dict[str, tuple[str, Grid]] = {
     "vocabulary V": ("vocab", _BASE._replace(shapes=tuple((1, v) for v in VOCABULARIES))),
     "batch B": ("batch", _BASE._replace(shapes=tuple((b, 32000) for b in BATCHES))),
@@ -31,7 +32,7 @@ SWEEPS: dict[str, tuple[str, Grid]] = {
 
 
 def sweep(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The rows in which this size varies and all others stand still, of those that were timed."""
+    """The timed rows in which this size varies and all others are fixed."""
     field, grid = SWEEPS[name]
     first = grid.problems()[0].shown()
     still = {k: first[k] for k in ("batch", "vocab", "threads", "policies", "values") if k != field}
@@ -40,7 +41,7 @@ def sweep(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 
 
 def draw(figure: Any, result: dict[str, Any]) -> None:
-    """A panel for each size, a line for each divergence and backend."""
+    """Plot a panel for each size, with a line for each divergence and backend."""
     rows = result["rows"]
     figure.set_size_inches(11, 6)
     panels = figure.subplots(2, 3)

@@ -1,1 +1,2 @@
-"""What is timed beside `mod_fused`: other code for the same draw, floors, decoding loops."""
+"""Code that is timed beside `mod_fused`: other implementations of the draw, floors (lower bounds of
+the time), decoding loops."""

@@ -1,5 +1,5 @@
-"""Our algorithm in plain torch for torch.compile: log-sum-exps, deficit form, a fixed number of
-Newton steps, masses, and the op's race over tiles, then within the winning tile."""
+"""Our algorithm in plain torch for torch.compile: log-sum-exps, deficits, a fixed number of Newton
+steps for tau, masses, and the race over tiles, then within the winning tile (docs/concepts.md)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from mod_fused.divergence import Divergence, ReverseKL, get_divergence
 from ..measure import Call
 from ..problem import Problem
 
-#: torch.compile's; a dry run of the GPU check traces only ("eager").
+#: The backend of torch.compile; "eager" only traces, for the dry run of the GPU check.
 COMPILER = os.environ.get("MOD_FUSED_BENCH_COMPILER", "inductor")
 NEWTON_STEPS = 5
 TILE = 256  # divides the usual vocabularies (32000, 128256, 262144), so that no row is padded
 
 
 def _kernel(divergence: Divergence, tau: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
-    """H(tau + D) and -H'(tau + D) as few operations; `excess` as `_excess` gives it."""
+    """H(tau + D) and -H'(tau + D) in few operations. D is a token's excess, its deficit less the
+    least one; for jsd `excess` is expm1(D)."""
     if divergence.name == "forward_kl":
         r = 1.0 / (tau + excess)
         return r, r * r
@@ -62,7 +63,7 @@ def masses(logits: Sequence[Tensor], weights: Sequence[float], divergence: Diver
     tau = tau * (1.0 - 1e-4) if divergence.bounded else tau - 1e-4
     if divergence.name == "jsd":
         excess = torch.expm1(excess.clamp(max=80.0))
-    for _ in range(NEWTON_STEPS):  # in the variable q(log G), as mod_fused.torch_kernels.normalizer
+    for _ in range(NEWTON_STEPS):  # Newton on q(log G), as in mod_fused.torch_kernels.normalizer
         h, slope = _kernel(divergence, tau, excess)
         log_g = (p * h).sum(-1, keepdim=True).log()
         q = divergence.deficit(log_g)
@@ -86,7 +87,7 @@ def tiled(mass: Tensor) -> tuple[Tensor, Tensor]:
 def sampler(
     divergence: str,
 ) -> Callable[[Sequence[Tensor], Sequence[float]], tuple[Tensor, Tensor]]:
-    """The function to compile: logits, weights -> a token of each row [B], its log-probability."""
+    """The function to compile: (logits, weights) -> the rows' tokens [B], log-probabilities [B]."""
     chosen = get_divergence(divergence)
 
     def sample(logits: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,7 @@ def _compiled(divergence: str) -> Callable[..., object]:
 
 
 def build(problem: Problem, logits: list[Tensor]) -> Call:
-    """The compiled call: one graph for all vocabularies (and for all batches above 1), which was
+    """The compiled call. One graph serves all vocabularies, and all batches above 1: it was
     measured to be as fast as one per shape."""
     global _graph_of
     graph = (problem.divergence, problem.dtype, problem.threads, problem.batch == 1)

@@ -1,8 +1,8 @@
 """Plain eager torch, as the formula is usually coded: f' and its inverse on full tensors, and the
 normaliser by bisection.
 
-In float32 this is not accurate off reverse KL, because Z lies within rounding of a pole of the
-inverse (the runner reports its distance from the oracle); it is here for its cost.
+Off reverse KL this is inaccurate in float32, because Z lies within rounding of a pole of the
+inverse. It is here for its time; the runner reports its distance from the oracle.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def probabilities(logits: Sequence[Tensor], weights: Sequence[float], divergence
         u = u + w * slope(torch.exp(log_policy - log_ref))
     peak, best = u.max(-1, keepdim=True)
     low = peak - slope(1.0 / ref.gather(-1, best))  # the best token's probability is 1
-    high = peak - slope(torch.ones_like(peak))  # no ratio is above 1
+    high = peak - slope(torch.ones_like(peak))  # at high every ratio is at most 1
     for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
         over = (ref * inverse(u - middle)).sum(-1, keepdim=True) > 1.0

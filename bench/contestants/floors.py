@@ -1,4 +1,4 @@
-"""The floors of `floors.cpp`: built on first use, called through ctypes."""
+"""The floors (lower bounds of the time) of `floors.cpp`, built on first use, called by ctypes."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def library() -> ctypes.CDLL:
     newest = max(path.stat().st_mtime for path in _SOURCES)
     if not _LIBRARY.exists() or _LIBRARY.stat().st_mtime < newest:
         _LIBRARY.parent.mkdir(parents=True, exist_ok=True)
-        # Under a name of its own first: two runners may build at once.
+        # Build under another name, then rename: two runners may build at once.
         made = _LIBRARY.with_suffix(f".{os.getpid()}.so")
         compiler = os.environ.get("CXX", "g++")
         subprocess.run([compiler, *FLAGS, str(_SOURCES[0]), "-o", str(made)], check=True)
         made.replace(_LIBRARY)
-    # torch's OpenMP is loaded already and has the same soname: one thread pool for everybody.
+    # torch's OpenMP is loaded and has the same soname, so the floors share its threads.
     floors = ctypes.CDLL(str(_LIBRARY))
     floors.floor_read.restype = ctypes.c_uint64
     floors.floor_math.restype = ctypes.c_float
@@ -77,7 +77,7 @@ def transcendentals(problem: Problem, logits: list[torch.Tensor]) -> Callable[[]
         ctypes.c_int(problem.threads),
     )
 
-    def run(keep: tuple[torch.Tensor, ...] = (norms, weights)) -> object:  # alive as long as it is
+    def run(keep: tuple[torch.Tensor, ...] = (norms, weights)) -> object:  # keeps them alive
         return call(*arguments)
 
     return run

@@ -1,5 +1,5 @@
-"""Decoding loops to compare: `mod_fused.generate`, and loops as they are usually written around
-several models. All decode the same prompts for the same number of tokens, without an end of
+"""The decoding loops of the case `decoder`: `mod_fused.generate`, and loops over several models as
+they are usually written. All decode the same prompts for the same number of tokens; no token ends a
 sequence."""
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from mod_fused.decoding import generate as decoder
 
 from . import eager
 
-#: Replaces the function that draws a token, to time it or to look at what it is given.
+#: Wraps the function that draws a token, to time it or to keep its arguments.
 Around = Callable[[Callable[..., Any]], Callable[..., Any]]
 Drawn = tuple[Tensor, Tensor]  # tokens [B, T], log-probabilities [B, T]
 
 
-SEED = 1  # of the loops that draw with the op
+SEED = 1  # for the loops that draw with the op
 
 
 class Task(NamedTuple):
-    """What to decode."""
+    """The models, the prompts and the mixture to decode."""
 
     ensemble: mod_fused.Ensemble
     prompts: Tensor  # int64 [B, n], the same length for all rows
@@ -63,8 +63,8 @@ def generate(task: Task, around: Around, backend: str | None) -> Drawn:
 
 @torch.no_grad()
 def plain(task: Task, around: Around, draw: Callable[..., Drawn]) -> Drawn:
-    """The models one after another, each with its cache, then `draw(logits, weights, step)`; there
-    is nothing else in the loop."""
+    """A bare loop: at each step the models run one after another, each with its cache, then
+    `draw(logits, weights, step)`."""
     draw = around(draw)
     caches: list[Any] = [None] * len(task.ensemble.models)
     inputs, tokens, logprobs = task.prompts, [], []
@@ -82,8 +82,8 @@ def plain(task: Task, around: Around, draw: Callable[..., Drawn]) -> Drawn:
 
 
 def weighted_log_probs(logits: list[Tensor], weights: tuple[float, ...], step: int) -> Drawn:
-    """Reverse KL as released decoders compute it: the full softmax of each model, the weighted sum
-    of its logarithms, softmax, multinomial."""
+    """Reverse KL as released decoders compute it: the softmax of each model, the weighted sum of
+    their logarithms, softmax, multinomial."""
     parts = [1.0 - sum(weights), *weights]
     total = sum(
         w * torch.log(torch.softmax(x.float(), -1)) for w, x in zip(parts, logits, strict=True)
@@ -94,7 +94,7 @@ def weighted_log_probs(logits: list[Tensor], weights: tuple[float, ...], step: i
 
 
 def contestants(divergence: str) -> dict[str, Callable[[Task, Around], Drawn]]:
-    """By name, ours first; `release` draws from the reverse-KL mixture only."""
+    """The loops by name, ours first; `release` exists for reverse KL only."""
 
     def op(logits: list[Tensor], weights: tuple[float, ...], step: int) -> Drawn:
         out = mod_fused.sample(

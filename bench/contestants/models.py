@@ -17,8 +17,8 @@ RANDOM = {
     "0.1b": (12, 768, 12, 12, 2048, 32000),
     "1b": (16, 2048, 32, 8, 8192, 128256),
 }
-_NEARNESS = 0.9  # how far a policy's own random weights are moved towards the reference's
-#: Tokens to draw in each row: in some seconds a run, on a CPU too.
+_NEARNESS = 0.9  # share of the way from a policy's random weights to the reference's
+#: Tokens to draw in each row, so few that a run takes seconds, also on a CPU.
 TOKENS = {"embedded": 33, "tiny": 5, "0.1b": 5, "1b": 3}
 
 
@@ -45,7 +45,7 @@ def _llama(name: str, seed: int, dtype: torch.dtype, device: str) -> Any:
 
 
 def ensemble(name: str, dtype: torch.dtype, device: str, policies: int) -> mod_fused.Ensemble:
-    """A reference and policies; random ones have most of their weights' values in common.
+    """A reference and policies. Random policies are close to the random reference.
 
     Raises:
         ImportError: transformers is not installed.
@@ -64,7 +64,8 @@ def ensemble(name: str, dtype: torch.dtype, device: str, policies: int) -> mod_f
 
 
 def prompts(name: str, models: mod_fused.Ensemble, batch: int) -> Tensor:
-    """int64 [B, n] on the models' device: the world's prompts, cut to the shortest, or random."""
+    """Prompts int64 [B, n] on the models' device: of the embedded world, cut to the shortest, or
+    random."""
     if name == "embedded":
         texts = mod_fused.world.prompts(batch, seed=0)
         rows = [models.encode(text)[0][0][0] for text in texts]
@@ -76,5 +77,5 @@ def prompts(name: str, models: mod_fused.Ensemble, batch: int) -> Tensor:
 
 
 def parameters(models: mod_fused.Ensemble) -> int:
-    """Of one model."""
+    """The number of parameters of one model."""
     return sum(p.numel() for p in models.models[0].parameters())

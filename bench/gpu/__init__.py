@@ -1,1 +1,1 @@
-"""The stages of `bench.gpu_check`."""
+"""The parts of `bench.gpu_check`: device, benchmark and its table; also counts of instructions."""

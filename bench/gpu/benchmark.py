@@ -1,7 +1,8 @@
-"""`python -m bench.gpu.benchmark --out DIR`: times of one call beside its peers and its floors.
+"""`python -m bench.gpu.benchmark --out DIR`: times of one call beside peers and floors (lower
+bounds).
 
 `DIR/gpu.json` and `DIR/gpu.md` are rewritten after every row. The exit status is 0 when every row
-was right and timed. With TRITON_INTERPRET=1 it runs dry, on tiny shapes.
+was right and timed. With TRITON_INTERPRET=1 it is a dry run on tiny shapes.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from .device import Gpu
 
 SCHEMA = 2
 VOCAB = 128256
-#: Rows that differ from each other; larger batches repeat them, at addresses of their own.
+#: How many rows differ; larger batches repeat them, at other addresses.
 _DISTINCT = 16
-#: From this batch on the L2 cache is filled with something else before each call.
+#: From this batch size on the L2 cache is overwritten before each call.
 COLD_FROM = 64
-#: Instructions a token in sm_90 machine code at M = 2: reverse KL; an f-divergence, both its sweeps
-#: in the shorter of the forms it has.
+#: Instructions per token in sm_90 machine code at M = 2, by whether the divergence is reverse KL.
+#: The others' number is that of two sweeps over the logits, the least that they need.
 _INSTRUCTIONS = {True: 18, False: 33 + 57}
 _LANES = 128  # of a multiprocessor, per clock
 
@@ -49,7 +50,7 @@ def _row(divergence: str, batch: int, **changes: Any) -> Problem:
 
 
 def rows(device: Gpu) -> list[Problem]:
-    """The table, the most wanted first; rows that share a graph of the compiled peer together."""
+    """The rows of the table, the most important first; rows with one compiled graph together."""
     if device.dry:
         filtered = _row("reverse_kl", 1, vocab=1024, weights=weights_of(1), filters="top_k=50")
         return [_row("jsd", 1, vocab=1024), filtered]
@@ -91,14 +92,14 @@ def ours(row: Problem, tensors: list[Tensor], **memory: Any) -> Call:
 
 
 def in_own_memory(device: Gpu, row: Problem, tensors: list[Tensor]) -> Call:
-    """The call that is timed: into outputs and a workspace that are there, so that one kernel (two
-    with filters) is all that it launches."""
+    """The call that is timed. It gets outputs and a workspace, so that it launches one kernel only
+    (two with filters)."""
     own = device.own_memory(row.batch, row.vocab, len(row.weights))
     return ours(row, tensors, **own)
 
 
 def refusal(device: Gpu, row: Problem, tensors: list[Tensor]) -> tuple[float | None, str]:
-    """Total variation from the oracle, and why the row may not be timed, if so."""
+    """Total variation from the oracle, and why the row may not be timed ("" if it may)."""
     found = check.check(row, tensors, check.oracle(row, _DISTINCT), "triton")
     if not found.passed:
         return found.tv, found.reason
@@ -109,7 +110,7 @@ def refusal(device: Gpu, row: Problem, tensors: list[Tensor]) -> tuple[float | N
 
 
 def floors(device: Gpu, row: Problem, bandwidth: float) -> dict[str, float | None]:
-    """Microseconds that reading takes at the copy's bandwidth, and issuing the instructions."""
+    """Microseconds to read the logits at copy bandwidth, and to issue the instructions."""
     out: dict[str, float | None] = {"bytes": row.bytes / bandwidth * 1e6, "issue": None}
     clock = devices.smi("clocks.max.sm")
     if not device.dry and clock.isdigit() and len(row.weights) == POLICIES:
@@ -120,7 +121,7 @@ def floors(device: Gpu, row: Problem, bandwidth: float) -> dict[str, float | Non
 
 
 def _flashinfer(tensors: list[Tensor]) -> Call:
-    """FlashInfer's sampler of one tensor of float32 logits: another task, for its cost a byte."""
+    """FlashInfer's sampler of one tensor of float32 logits. It does less work: compare bytes/s."""
     import flashinfer  # type: ignore[import-not-found]
 
     return functools.partial(flashinfer.sampling.sampling_from_logits, tensors[0].float())
@@ -158,7 +159,7 @@ def time_row(device: Gpu, row: Problem, bandwidth: float) -> dict[str, Any]:
             peer = build()
             peer()  # compiles
             times[name] = device.microseconds(peer, cold=cold, budget=0.1)._asdict()
-        except Exception as error:  # a peer that does not run here is no reason to stop
+        except Exception as error:  # go on if a peer does not run here
             skipped[name] = f"{type(error).__name__}: {str(error)[:300]}"
     mine = times["kernel"]["median_us"]
     floor = floors(device, row, bandwidth)
@@ -173,7 +174,7 @@ def time_row(device: Gpu, row: Problem, bandwidth: float) -> dict[str, Any]:
 
 
 def benchmark(device: Gpu, out: Path, seconds: float) -> bool:
-    """The table, as far as time allows; whether it is whole and right."""
+    """Time the rows until the time is up; return whether all were timed and right."""
     end = time.monotonic() + seconds
     report: dict[str, Any] = {"schema": SCHEMA, "dry_run": device.dry, "header": device.header()}
     report |= {"copy_bytes_per_second": device.copy_bandwidth(), "rows": [], "failed": {}}
@@ -194,7 +195,7 @@ def benchmark(device: Gpu, out: Path, seconds: float) -> bool:
 
 
 def _compile(row: Problem, peer: bool) -> None:
-    """What timing this row compiles: the kernels of the op, or the compiled peer."""
+    """Compile the kernels that this row needs, or its compiled peer."""
     device = devices.make()
     tensors = inputs(device, row)
     if peer:
@@ -205,14 +206,14 @@ def _compile(row: Problem, peer: bool) -> None:
 
 
 def compile_ahead(device: Gpu) -> None:
-    """Fill the caches on disk in several processes: the benchmark then only loads."""
+    """Fill the caches on disk in several processes, so that the benchmark compiles nothing."""
     # The compiled peer has a graph for B = 1 and one for more.
     peers = [row for row in rows(device) if _has_compiled_peer(device, row)]
     graphs = {(row.divergence, row.batch == 1): row for row in peers}
     jobs = [(row, True) for row in graphs.values()] + [(row, False) for row in rows(device)]
     with ProcessPoolExecutor(devices.workers() // 2 or 1, mp_context=get_context("spawn")) as pool:
         for done in as_completed([pool.submit(_compile, *job) for job in jobs]):
-            if error := done.exception():  # it will be compiled, or fail, when it is used
+            if error := done.exception():  # the row compiles again, or fails, when it is timed
                 print(f"compiling ahead: {error!r}", flush=True)
 
 

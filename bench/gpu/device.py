@@ -1,4 +1,4 @@
-"""The device under test: its clock, its memory, what it is; and its stand-in for a dry run."""
+"""The device under test: properties, timing, memory; and its replacement in a dry run."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def link_kernels() -> None:
-    """Make `mod_fused.triton_kernels` importable where the package is not installed: pyproject
-    maps it to a folder that lies elsewhere."""
+    """Make `mod_fused.triton_kernels` importable where the package is not installed: its folder
+    lies beside `mod_fused/`, and pyproject.toml maps it."""
     try:
         importlib.import_module("mod_fused.triton_kernels")
     except ModuleNotFoundError as error:
         if error.name != "mod_fused.triton_kernels":
             raise
         link = Path(mod_fused.__file__).parent / "triton_kernels"
-        with contextlib.suppress(FileExistsError):  # processes do it side by side
+        with contextlib.suppress(FileExistsError):  # another process may have made it
             link.symlink_to(Path("..", "triton_kernels"))
         importlib.invalidate_caches()
 
 
 def workers() -> int:
-    """Processes to compile in."""
+    """How many processes compile at once."""
     return max(1, min(14, (os.cpu_count() or 2) - 2))
 
 
 def smi(field: str) -> str:
-    """A field of nvidia-smi, empty where it is not to be had."""
+    """A field of nvidia-smi; empty where it is not available."""
     query = ("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "-i", "0")
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20)
@@ -67,7 +67,7 @@ class Gpu:
         torch.cuda.synchronize()
 
     def card(self) -> dict[str, str]:
-        """What a figure depends on besides the code and the host."""
+        """The properties of the GPU that times depend on."""
         properties = torch.cuda.get_device_properties(self.device)
         l2 = getattr(properties, "L2_cache_size", 0)
         return {
@@ -82,14 +82,14 @@ class Gpu:
         }
 
     def header(self) -> dict[str, str]:
-        """GPU, host, versions and backends. MOD_FUSED_COMMIT names the commit of a tree that is a
+        """GPU, host, versions and backends. MOD_FUSED_COMMIT names the commit where the tree is a
         copy without its history."""
         header = self.card() | report.machine() | {"triton": metadata.version("triton")}
         header["commit"] = os.environ.get("MOD_FUSED_COMMIT", header["commit"])
         return header | {f"backend {name}": x for name, x in mod_fused.backends().items()}
 
     def graph(self, call: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """A call as a CUDA graph: its outputs, and the function that replays it into them."""
+        """A call as a CUDA graph: its outputs, and the function that replays the graph."""
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -102,7 +102,7 @@ class Gpu:
         return outputs, graph.replay
 
     def own_memory(self, batch: int, vocab: int, policies: int) -> dict[str, Any]:
-        """Outputs and a workspace of the caller's, as arguments of `mod_fused.sample`."""
+        """The arguments `out` and `workspace` of `mod_fused.sample`."""
         out = mod_fused.Sample(
             torch.zeros(batch, dtype=torch.int64, device=self.device),
             torch.zeros(batch, device=self.device),
@@ -115,8 +115,8 @@ class Gpu:
 
     def microseconds(self, call: Call, *, cold: bool, budget: float = 0.15) -> Timing:
         """Device time of a call by events. Warm: blocks of calls one after another. Cold: each call
-        by itself, after the L2 cache was filled with something else. The GPU is kept busy until
-        the host has enqueued everything, so that its slowness does not count."""
+        by itself, after the L2 cache was overwritten. The GPU is kept busy until the host has
+        enqueued everything, so that the host's time does not count."""
         self.synchronize()
         host = min(seconds_of(call) for _ in range(3))
         self.synchronize()
@@ -142,7 +142,7 @@ class Gpu:
         return timing(seconds)
 
     def copy_bandwidth(self) -> float:
-        """Bytes a second, read and written, of a copy far larger than any cache."""
+        """Bytes per second, read and written, of a copy far larger than any cache."""
         size = self.pick(1 << 30, 1 << 20)
         source = torch.zeros(size, dtype=torch.int8, device=self.device)
         target = torch.empty_like(source)
@@ -151,7 +151,7 @@ class Gpu:
 
 
 class DryRun(Gpu):
-    """CPU tensors, the kernels in Triton's interpreter."""
+    """The replacement in a dry run: CPU tensors, and the kernels in Triton's interpreter."""
 
     dry = True
     device = torch.device("cpu")
@@ -180,7 +180,7 @@ class DryRun(Gpu):
 
 
 def make() -> Gpu:
-    """The device to check; its stand-in where TRITON_INTERPRET=1.
+    """The device to check; its replacement if TRITON_INTERPRET=1.
 
     Raises:
         RuntimeError: if torch sees no GPU.

@@ -1,5 +1,5 @@
-"""What the kernels cost in machine code, without a GPU: registers, and the instructions that each
-phase issues for a token, from the shortest way through its loop over tiles.
+"""Counts registers and instructions in the kernels' machine code, without a GPU. The instructions
+are those that each phase issues per token, on the shortest path through its loop over tiles.
 
     python -m bench.gpu.instructions --out bench/results
 """
@@ -45,15 +45,15 @@ _BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 
 
 class Loop(NamedTuple):
-    """The shortest way through an innermost loop."""
+    """The shortest path through an innermost loop."""
 
     instructions: int
-    special: int  # of them for the unit of special functions: exponentials and roots
-    wide_loads: int  # 16 bytes
+    special: int  # those of the special function unit: exponentials and roots
+    wide_loads: int  # loads of 16 bytes
 
 
 def _shortest(code: Sequence[str], targets: Sequence[int | None], first: int, last: int) -> Loop:
-    """From a loop's first instruction to the jump back."""
+    """The shortest path from a loop's first instruction to the jump back, by Dijkstra."""
     best = {first: 0}
     came: dict[int, int] = {}
     queue = [(0, first)]
@@ -102,8 +102,8 @@ def phase_kernel(
     PHASE: tl.constexpr,
     variant: tl.constexpr,
 ):
-    """One phase of the shipped kernel, alone: which loop is whose shows."""
-    phase = tl.full([], PHASE, tl.int32)  # folded all the same
+    """One phase of the shipped kernel alone, so that its loop can be told from the others."""
+    phase = tl.full([], PHASE, tl.int32)  # a constant: the compiler still folds it
     tiles = tl.cdiv(mixing.vocab, TILE)
     chunks = tl.cdiv(tiles, variant.chunk)
     row = tl.program_id(0) // chunks
@@ -112,7 +112,7 @@ def phase_kernel(
 
 
 def launched(divergence: str) -> Launch:
-    """What a call with two policies in bfloat16 launches."""
+    """The launch of a call with two policies in bfloat16."""
     logits = torch.empty((ROWS, VOCAB), dtype=torch.bfloat16, device="meta")
     mixing = check_mixture(logits, [logits] * 2, list(WEIGHTS), divergence=divergence)
     drawing = check_draw(mixing, seed=1)
@@ -133,7 +133,7 @@ def phase_names(variant: Any) -> list[str]:
 
 
 def launch_per_phase(made: Launch) -> list[Launch]:
-    """Its phases, each as a launch of its own; the launch itself where it has no more than one."""
+    """A launch's phases as launches of their own; the launch itself if it has one phase only."""
     if made.variant.phases == 1:
         return [made]
     *records, _, _, seed, position = made.arguments
@@ -144,7 +144,7 @@ def launch_per_phase(made: Launch) -> list[Launch]:
 
 
 def measure(divergence: str) -> dict[str, Any]:
-    """Registers of the kernel, and what each kind of phase costs a token."""
+    """Registers of the kernel, and instructions per token of each kind of phase."""
     made = launched(divergence)
     whole = machine_code(compile_launch(made, TARGETS["sm_90"]))
     tokens = TILE.value // made.threads
@@ -161,7 +161,7 @@ def measure(divergence: str) -> dict[str, Any]:
 
 
 def microseconds(found: dict[str, Any], evaluations: int) -> float:
-    """What issuing takes for a row, once the GPU is full."""
+    """Microseconds to issue a row's instructions on a full GPU."""
     count = {"evaluation": evaluations}
     each = sum(x["instructions"] * count.get(n, 1) for n, x in found["phases"].items())
     return each * VOCAB / (PROCESSORS * LANES * GHZ * 1e3)

@@ -32,7 +32,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The machine, the table, what is missing in it and why."""
+    """The report: machine, table, and the rows and peers that are missing, with the reasons."""
     dry = " (dry run: no GPU, its times mean nothing)" * report["dry_run"]
     header = ["divergence", "B", "V", "M", "filters", "L2", "kernel µs (p20 to p80)"]
     header += [f"{name} µs" for name in _PEERS]

@@ -1,1 +1,1 @@
-"""The command line: a command is a file."""
+"""The command line: each command is a file with its options and its work; main.py runs them."""

@@ -119,7 +119,7 @@ def run(out: Path, *, seed: int = 0, quick: bool = False, divergence: str = "rev
 
 
 def add_options(commands: Any) -> None:
-    """Add the command and its options."""
+    """Add the command `demo` and its options."""
     demo = commands.add_parser("demo", help="steer the embedded models, draw their trade-off")
     demo.add_argument(
         "--out",

@@ -131,7 +131,7 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
 
 
 def _shown(prompt: Any) -> str:
-    """A prompt above its answer; of a conversation the last message."""
+    """The text to show above an answer: the prompt, or a conversation's last message."""
     return prompt if isinstance(prompt, str) else f"{prompt[-1].get('content') or ''}\n"
 
 
@@ -152,7 +152,7 @@ def _record(out: GenerateOutput | BlockwiseOutput, row: int) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same JSON value with null for the numbers that JSON does not know."""
+    """The same JSON value with null for infinities and NaN, which JSON does not know."""
     if isinstance(value, dict):
         return {key: _finite(x) for key, x in value.items()}
     if isinstance(value, list):
@@ -161,7 +161,7 @@ def _finite(value: Any) -> Any:
 
 
 def add_options(commands: Any, mixture: argparse.ArgumentParser) -> None:
-    """Add the command and its options."""
+    """Add the command `generate` and its options."""
     generate = commands.add_parser("generate", parents=[mixture], help="answer prompts")
     generate.add_argument(
         "--weights",

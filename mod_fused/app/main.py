@@ -1,4 +1,4 @@
-"""The command `mod-fused`: its commands, and how an error ends it."""
+"""`mod-fused`: the parser of all commands, and the exit codes."""
 
 from __future__ import annotations
 
@@ -35,19 +35,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `mod-fused`; returns the exit code, 2 with one line on stderr for bad arguments.
-
-    130 after Ctrl-C, 141 when whoever read the output has closed it. With MOD_FUSED_DEBUG in the
-    environment errors are raised, with their traceback.
+    """Run `mod-fused` and return the exit code: that of the command; 2 with one line on stderr for
+    an error; 130 after Ctrl-C; 141 when the reader of the output has closed it. With
+    MOD_FUSED_DEBUG in the environment errors are raised, with their traceback.
 
     Args:
         argv: the arguments; None: those of the process.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that it lacks is no reason to end
+    if isinstance(sys.stdout, io.TextIOWrapper):  # do not fail at a character that it lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # between other packages
+            warnings.simplefilter("ignore", FutureWarning)  # of one package about another
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             args = build_parser().parse_args(argv)
             code = args.run(args)
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # The rest goes nowhere, or Python would complain about it at its end.
+        # Discard what is still buffered: at its exit Python would fail to flush it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, TypeError, ImportError, OSError, RuntimeError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""What the commands share: the options of a mixture, the models they name, conversations, files."""
+"""Shared by the commands: the options of a mixture, the models they name, conversations, files."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def mixture_options() -> argparse.ArgumentParser:
 def policy_names(args: argparse.Namespace) -> list[str]:
     """A name for each policy of the arguments: its objective, or policy_1, policy_2, ...
 
-    None where the reference is guided, or chosen from, and no policy is named.
+    The list is empty where no policy is named and --values or --best-of steer the reference.
     """
     if args.policy:
         if args.objectives:
@@ -123,7 +123,7 @@ def policy_names(args: argparse.Namespace) -> list[str]:
 def load_models(args: argparse.Namespace) -> Ensemble:
     """The models that the arguments name: own ones, or embedded ones."""
     quiet_transformers()
-    # Said here, or transformers would ask on the terminal.
+    # Without trust_remote_code transformers would ask on the terminal.
     given = {"device": args.device, "dtype": args.dtype, "trust_remote_code": False}
     if is_own(args):
         with working("loading " + ", ".join(filter(None, [args.reference, *args.policy]))):
@@ -138,7 +138,7 @@ def is_own(args: argparse.Namespace) -> bool:
 
 
 def check_chat(args: argparse.Namespace) -> None:
-    """Refuse options of conversations that do not fit the others."""
+    """Refuse options of conversations that do not fit the other options."""
     messages = getattr(args, "messages", None) is not None
     if not is_own(args) and (args.chat or messages or args.system is not None):
         raise UsageError(
@@ -152,7 +152,7 @@ def check_chat(args: argparse.Namespace) -> None:
 
 
 def with_roles(args: argparse.Namespace, prompts: Sequence[Any]) -> list[Any]:
-    """Prompts as the options of conversations want them: texts, or lists of messages."""
+    """Apply --chat and --system to prompts: texts, or lists of messages."""
     if args.chat:
         prompts = [[{"role": "user", "content": text}] for text in prompts]
     if args.system is None:
@@ -165,12 +165,12 @@ def with_roles(args: argparse.Namespace, prompts: Sequence[Any]) -> list[Any]:
 
 
 def as_conversations(prompts: Sequence[str]) -> list[str]:
-    """The embedded models know one form of conversation: put bare questions into it."""
+    """Put bare questions into the only form of conversation that the embedded models know."""
     return [p if p.endswith("\nAssistant:") else world.format_prompt(p) for p in prompts]
 
 
 def use_one_thread() -> None:
-    """The embedded models are so small that more threads cost more than they bring."""
+    """Set one thread: the embedded models are so small that more threads are slower."""
     torch.set_num_threads(1)
 
 
@@ -184,7 +184,7 @@ def quiet_transformers() -> None:
 
 
 def check_files(*files: Path, picture: Path) -> None:
-    """Refuse now what could not be written at the end."""
+    """Refuse files now that could not be written at the end."""
     for file in files:
         if not file.parent.is_dir() or file.is_dir():
             raise UsageError(f"cannot write {file}: expected a file in a folder that exists")

@@ -1,5 +1,5 @@
-"""What the commands' options are made of: a parser, and types that take a text or say what was
-expected."""
+"""The parser of the command line, and the types of its options: each converts a text, or says
+what was expected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts and conversations from the command line, standard input and files: UTF-8, one a line."""
+"""Reads prompts and conversations from arguments, standard input and files: UTF-8, one a line."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Message = dict[str, Any]
 def read_prompts(data: bytes, source: str) -> list[str]:
     """The lines that are not blank, without line ends.
 
-    Lines end in LF or CRLF, whatever the locale; form feeds, U+2028 and their like are characters
-    of a line. A byte-order mark at the start is dropped.
+    Lines end in LF or CRLF, whatever the locale. Form feeds, U+2028 and the like do not end a
+    line. A byte-order mark at the start is dropped.
 
     Raises:
         ValueError: a line is not UTF-8, or holds a NUL byte; says which line of the source.
@@ -54,7 +54,8 @@ def standard_input() -> bytes:
 
 
 def argument(text: str, name: str) -> str:
-    """Text of the command line. Python hides bytes that the locale cannot decode in it.
+    """Text of the command line as UTF-8. Python puts bytes that the locale cannot decode into it as
+    surrogates.
 
     Raises:
         ValueError: it is not UTF-8.
@@ -93,7 +94,7 @@ def _is_unicode(value: object) -> bool:
 
 
 def _is_message(value: object) -> bool:
-    """What stands in it is checked where it is rendered."""
+    """Whether a value has the form of a message; the decoder checks the content."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         return False
     return isinstance(value.get("content"), (str, list)) or "tool_calls" in value

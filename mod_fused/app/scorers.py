@@ -1,4 +1,4 @@
-"""Value guidance on the command line: its options, and the scorers that they name."""
+"""The options of value guidance, checked, and the scorers that they name."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..decoding import loading
 from ..guidance import Guidance, best_of_n, blockwise_best_of_k, prefix_score, response_score
 from .terminal import working
 
-STRENGTHS = (0.0, 2.0, 5.0, 10.0, 20.0)  # a sweep's
+STRENGTHS = (0.0, 2.0, 5.0, 10.0, 20.0)  # default of a sweep
 
 
 def check(args: argparse.Namespace, best_of: bool = False) -> None:
     """Refuse options of guidance that do not fit each other.
 
     Raises:
-        ValueError: says which.
+        ValueError: names the options.
     """
     for name in ("strength", "candidates"):
         if getattr(args, name) is not None and not args.values:
@@ -49,7 +49,7 @@ def strengths(args: argparse.Namespace) -> list[float]:
     """The strength of each scorer; one number counts for all.
 
     Raises:
-        ValueError: another count.
+        ValueError: neither one strength nor one per scorer.
     """
     given = args.strength or [1.0]
     if len(given) == 1:
@@ -62,7 +62,7 @@ def strengths(args: argparse.Namespace) -> list[float]:
 
 
 def load_scorers(names: Sequence[str], *, device: Any = None, **options: Any) -> list[Any]:
-    """The scorers of embedded objectives or in folders; the architecture says which kind they are.
+    """The scorers of embedded objectives or in folders, dense or scalar by their architecture.
 
     Args:
         names: embedded objectives, or folders.
@@ -93,7 +93,7 @@ def load_scorers(names: Sequence[str], *, device: Any = None, **options: Any) ->
 
 
 def load_guidance(args: argparse.Namespace) -> dict[str, Any]:
-    """value_fn of `generate`; empty without --values."""
+    """The argument value_fn of `generate`; empty without --values."""
     if not args.values:
         return {}
     with working("loading " + ", ".join(args.values)):
@@ -120,6 +120,6 @@ def choose(args: argparse.Namespace, ensemble: Any, prompts: list[str], **option
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    # Said here, or transformers would ask on the terminal.
+    # Without trust_remote_code transformers would ask on the terminal.
     options = {"trust_remote_code": False, "device": args.device}
     return options if args.dtype is None else options | {"dtype": args.dtype}

@@ -1,4 +1,4 @@
-"""Rewards and KL over a grid of strengths of value guidance, at every weight vector of policies."""
+"""Rewards and KL at each strength of value guidance and weight vector: measures, table, plot."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def evaluating(
     done: int = 0,
     **options: Any,
 ) -> Iterator[list[Guided]]:
-    """`sweep.evaluating` of every strength; arguments as there, `strengths` beside the grid.
+    """`trade_off.evaluating` at every strength, with the same arguments.
 
     Raises:
         ValueError: if a decode has an invalid step.
@@ -51,7 +51,7 @@ def evaluating(
 def _columns(
     guided: Guided, names: Sequence[str], labels: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What a line was drawn with, and what was measured."""
+    """The settings of a line, and the measured columns."""
     _, point = guided
     given = {f"weight_{name}": w for name, w in zip(names, point.weights, strict=True)}
     rewards = () if point.rewards is None else point.rewards
@@ -72,7 +72,7 @@ def table_rows(
 
 
 def line(guided: Guided, names: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Of the table: strength, weights, rewards if measured, KL, their errors."""
+    """One line of the CSV: strength, weights, rewards if measured, KL, their errors."""
     values, measured = _columns(guided, names, labels)
     for name, column in measured.items():
         values[name], values[f"{name}_se"] = mean_and_error(column)
@@ -86,7 +86,7 @@ def draw(
     labels: Sequence[str],
     title: str,
 ) -> None:
-    """A picture with one panel per reward: its mean against KL, with bands of 1.96 errors.
+    """Plot one panel per reward: its mean against KL, with bands of 1.96 standard errors.
 
     Raises:
         ImportError: if matplotlib is not installed.

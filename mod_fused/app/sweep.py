@@ -87,7 +87,7 @@ def _log(
     names: list[str],
     labels: list[str] | None,
 ) -> SweepLog:
-    """The files of a sweep of these policies; labels: of the rewards, None without any."""
+    """The files of a sweep of the policies `names`; `labels` name the rewards, None without any."""
 
     def line(found: Guided) -> dict[str, float]:
         if args.values:
@@ -103,12 +103,12 @@ def _log(
 
 @contextmanager
 def _interruptible(where: str, found: list[Guided]) -> Iterator[None]:
-    """SIGTERM ends the sweep as Ctrl-C does; say what is kept."""
+    """Let SIGTERM end the sweep as Ctrl-C does, and say how many points are kept."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+    main = threading.current_thread() is threading.main_thread()  # only it sets handlers
     before = signal.signal(signal.SIGTERM, stop) if main else None
     try:
         yield
@@ -152,9 +152,9 @@ def _rewards(
 
 
 def _load_reward(spec: str) -> trade_off.Reward:
-    """The caller's function of (prompt, response); of a conversation it is given the last text."""
+    """The caller's function of (prompt, response); it gets a conversation's last message."""
     module, _, name = spec.partition(":")
-    sys.path.insert(0, "")  # modules beside the caller, as with python -m
+    sys.path.insert(0, "")  # find modules in the current folder, as python -m does
     try:
         function: Callable[[str, str], float] = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever the caller's module raises
@@ -179,7 +179,7 @@ def _settings(
     levels: Sequence[float],
     prompts: list[Any],
 ) -> dict[str, Any]:
-    """What the numbers of a sweep depend on."""
+    """All settings that change the numbers of a sweep, as JSON values."""
     models = [*ensemble.models, *(scorer.model for scorer in (guide.scorers if guide else ()))]
     names = ["reference", *policy_names(args), *(f"scorer {name}" for name in args.values or ())]
     hashed = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
@@ -239,7 +239,7 @@ def _draw(args: argparse.Namespace, draw: Callable[..., None], *what: Any) -> No
 
 
 def add_options(commands: Any, mixture: argparse.ArgumentParser) -> None:
-    """Add the command and its options."""
+    """Add the command `sweep` and its options."""
     sweep = commands.add_parser(
         "sweep", parents=[mixture], help="rewards over a grid of weights, as CSV and picture"
     )

@@ -1,8 +1,9 @@
-"""The files of a sweep: a CSV that grows by a line with every finished point, and beside it what
-`--resume` needs to go on.
+"""The files of a sweep: a CSV that grows by a line with every finished point, and a companion file
+that `--resume` needs.
 
-`FILE.csv.points` holds JSON, one value a line: first what the sweep was made with, then each point
-with the results of its prompts. Whatever is cut off at the end of either file is made again.
+The companion `FILE.csv.points` holds one JSON value a line: first the settings of the sweep, then
+each point with the results of its prompts. A line that is cut off at the end of either file is
+computed again.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ Line = Callable[[Guided], Mapping[str, float]]
 
 
 class SweepLog:
-    """What a sweep has found so far, on disk.
+    """The points of a sweep so far, on disk.
 
     Args:
         path: the CSV.
-        settings: what the numbers depend on, JSON values by name.
+        settings: all settings that change the numbers, JSON values by name.
         columns: names of the CSV's columns.
         line: their values for a point.
     """
@@ -45,7 +46,7 @@ class SweepLog:
         self.begun = False
 
     def add(self, points: Sequence[Guided]) -> None:
-        """Write finished points. The first call, be it without any, replaces older files."""
+        """Write finished points. The first call replaces older files, even if it has no points."""
         if not self.begun:
             self.points_path.write_text(json.dumps(self.settings) + "\n", encoding="utf-8")
             self.path.write_text(self._csv([], header=True), encoding="utf-8", newline="")
@@ -56,7 +57,7 @@ class SweepLog:
             file.write(self._csv(points))
 
     def resume(self, places: Sequence[tuple[float | None, Sequence[float]]]) -> list[Guided]:
-        """The points that are there already; adding goes on behind them.
+        """The points that the files hold; `add` then appends to them.
 
         Args:
             places: strength and weights of all points of the sweep, in its order.
@@ -65,7 +66,7 @@ class SweepLog:
             ValueError: the files are not those of a sweep with these settings; says what differs.
         """
         lines = self.points_path.read_bytes().split(b"\n") if self.points_path.is_file() else [b""]
-        lines = lines[:-1]  # the last one has no end: nothing, or cut off
+        lines = lines[:-1]  # the last has no line end: it is empty, or cut off
         if not lines:
             if self.path.exists():
                 raise ValueError(
@@ -98,7 +99,7 @@ class SweepLog:
     def _point(
         self, line: bytes, number: int, places: Sequence[tuple[float | None, Sequence[float]]]
     ) -> Guided:
-        """The point in a line: that of its place, or the file is not what a sweep wrote."""
+        """The point in a line. Raises if it is not the point of that place in the sweep."""
         try:
             point = _from_json(self._parse(line, number))
             if (point.strength, point.point.weights) == _place(*places[number - 2]):
@@ -111,7 +112,7 @@ class SweepLog:
         return ValueError(f"--resume: line {number} of {self.points_path} is damaged")
 
     def _check_csv(self, points: Sequence[Guided]) -> None:
-        """Refuse to write over a table that is not this sweep's; its end may be missing."""
+        """Refuse to replace a table of another sweep. The end of the table may be missing."""
         if not self.path.exists():
             return
         expected = self._csv(points, header=True).encode()
@@ -149,7 +150,7 @@ def _from_json(value: dict[str, Any]) -> Guided:
         Point(
             tuple(value["weights"]),
             None if rewards is None else np.array(rewards),
-            # Without policies there are no rows, which a list does not tell from no prompts.
+            # Without policies there are no rows, and the empty list does not say how many prompts.
             np.array(value["log_ratios"]).reshape(-1, len(value["kl"])),
             np.array(value["kl"]),
             value["samples"],
@@ -158,7 +159,7 @@ def _from_json(value: dict[str, Any]) -> Guided:
 
 
 def fingerprint(model: Any) -> str:
-    """A few numbers of every tensor of a model, hashed: tells other weights under the same name."""
+    """A hash of a few numbers of every tensor of a model: it differs for other weights."""
     digest = hashlib.sha256()
     for name, tensor in model.named_parameters():
         numbers = tensor.detach().flatten()

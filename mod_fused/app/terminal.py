@@ -13,12 +13,12 @@ from torch import Tensor
 from ..decoding.text import Decoder, GrowingText
 
 Item = TypeVar("Item")
-# Seconds before work needs a word: on a terminal, and where stderr is kept, an error's one line.
+# Seconds until `working` prints: on a terminal, and where stderr should hold errors only.
 PATIENCE, PATIENCE_ELSEWHERE = 1.0, 10.0
 
 
 def _rich_console(stream: Any) -> Any:
-    """A rich console on `stream`, or None when it is no terminal or rich is not installed."""
+    """A rich console on `stream`; None if that is no terminal or rich is not installed."""
     if not stream.isatty():
         return None
     try:
@@ -30,7 +30,7 @@ def _rich_console(stream: Any) -> Any:
 
 
 def write(text: str, *, style: str | None = None, end: str = "\n") -> None:
-    """Print at once; `style` (rich's names) shows on a terminal only."""
+    """Print and flush; `style` (a name of rich's) shows on a terminal only."""
     console = _rich_console(sys.stdout) if style else None
     if console is None:
         print(text, end=end, flush=True)
@@ -76,7 +76,7 @@ def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]
 
 @contextmanager
 def working(description: str, patience: float | None = None) -> Iterator[None]:
-    """Say on stderr what is going on, once it has taken `patience` seconds."""
+    """Print the description on stderr if the work takes longer than `patience` seconds."""
     if patience is None:
         terminal = sys.stderr is not None and sys.stderr.isatty()
         patience = PATIENCE if terminal else PATIENCE_ELSEWHERE
@@ -92,13 +92,13 @@ def working(description: str, patience: float | None = None) -> Iterator[None]:
 
 
 class TextStream:
-    """A streamer for `mod_fused.generate` of one row: prints its text as far as no later token can
-    change it, and the rest at the end, so that all of it is `GenerateOutput.texts[0]`."""
+    """A streamer for `mod_fused.generate` of one row. It prints the text that no later token can
+    change, and the rest at the end: all of `GenerateOutput.texts[0]`."""
 
     def __init__(self, tokenizer: Any, style: str | None = None) -> None:
         self.style = style
         self._text = GrowingText(Decoder(tokenizer))
-        self._shown = 0  # characters of the open text
+        self._shown = 0  # how many characters of the open text are printed
         self._in_prompt = True
 
     def put(self, tokens: Tensor) -> None:

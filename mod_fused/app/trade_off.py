@@ -1,8 +1,8 @@
 """Mean rewards and divergence from the reference of decodes at given weights, and their trade-off.
 
-`evaluate` measures a grid of weights; `lead_over_line` says whether mixing two policies in the
-decoder beats choosing one of them at random for each response; `draw` shows the result. The demo
-uses the same functions.
+`evaluate` measures a grid of weights. `lead_over_line` says whether mixing two policies in the
+decoder beats choosing one of them at random for each response. `draw` plots the result. `demo` and
+`sweep` use these functions.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def evaluate(
     rewards: Sequence[Reward] | None,
     **options: Any,
 ) -> list[Point]:
-    """The points of `evaluating`, whose arguments it takes, when all are finished."""
+    """All points of `evaluating`, with the same arguments."""
     batches = evaluating(ensemble, prompts, grid, rewards, **options)
     return [point for finished in batches for point in finished]
 
@@ -81,21 +81,21 @@ def evaluating(
 ) -> Iterator[list[Point]]:
     """Draw `samples` responses to each prompt from pi* at each weight vector, and score them.
 
-    Shows a progress bar. Rows of different weights are decoded in one batch; yielded after each are
-    the points, in the order of the grid, whose last response was in it.
+    Shows a progress bar. A batch may hold rows of different weights. After each batch it yields the
+    points whose last response was in that batch, in the order of the grid.
 
     Args:
         ensemble: the reference and M policies, with a tokenizer.
         prompts: N prompts, texts or conversations.
         grid: weight vectors [M].
-        rewards: functions of (prompt, response), reward i being what policy i is meant to raise
-            where there are policies; None for no rewards.
+        rewards: functions of (prompt, response); policy i is meant to raise reward i. None for no
+            rewards.
         samples: responses per prompt.
-        seed: response r of a weight vector (sample by sample, prompts in order) is drawn with row
-            seed SplitMix64(seed + r): the same noise at every weight, however rows are batched.
+        seed: response r of a weight vector (sample by sample, prompts in order) has the row seed
+            SplitMix64(seed + r). The noise is the same at every weight, whatever batch_size is.
         batch_size: responses decoded at the same time.
-        done: how many points, the first ones of the grid, to leave out. The batches are those of
-            the whole grid, so that the other points do not change by a bit.
+        done: how many points to leave out at the beginning of the grid. The batches are those of
+            the whole grid, so that the other points keep every bit.
         **options: for `mod_fused.generate`; temperature and filters would make `kl` meaningless.
 
     Raises:
@@ -105,7 +105,7 @@ def evaluating(
     check_size(len(prompts), samples, len(grid), columns)
     each = len(prompts) * samples  # rows of a point
     noise = split_mix(seed, each, torch.device("cpu")).tolist()
-    first = done * each // batch_size * batch_size  # row; its batch holds responses of old points
+    first = done * each // batch_size * batch_size  # the first row to decode, which begins a batch
     found = np.empty((0, columns))  # of the rows from `first` on
     starts = range(first, len(grid) * each if done < len(grid) else first, batch_size)
     for start in track(starts, "decoding", len(starts)):
@@ -151,7 +151,7 @@ def _scores(
 def _point(
     weights: Sequence[float], found: Array, rewards: Sequence[Reward] | None, samples: int
 ) -> Point:
-    """The point of its rows [S N, R + M + 1]."""
+    """The point with the scores `found` of its rows, [S N, R + M + 1]."""
     means = found.reshape(samples, -1, found.shape[1]).mean(0).T  # [R + M + 1, N]
     count = len(rewards or ())
     scores = means[:count] if rewards else None
@@ -163,7 +163,7 @@ def check_size(prompts: int, samples: int, weights: int, columns: int) -> None:
     of 8 bytes, 40 bytes for the seed of each row of a point, 150 for each weight vector.
 
     Raises:
-        ValueError: says what they would take.
+        ValueError: says how much memory they would take.
     """
     needed = 8 * prompts * (weights + 2 * samples) * columns + 40 * prompts * samples
     what = f"a sweep of {weights} weights with {prompts} prompts and {samples} samples of each"
@@ -216,10 +216,11 @@ def measures(point: Point) -> Array:
 def lead_over_line(points: Sequence[Point], i: int, j: int) -> tuple[float, float]:
     """How far the curve from policy i to policy j lies beyond the straight line, and its error.
 
-    Scale both rewards so that policy i alone is (1, 0) and policy j alone is (0, 1). Tossing a coin
-    between the two for each response gives x + y = 1; the lead is x + y - 1, averaged over the
+    Scale both rewards so that policy i alone is (1, 0) and policy j alone is (0, 1). Choosing one
+    of them at random for each response gives x + y = 1. The lead is x + y - 1, averaged over the
     interior points of the edge. The standard error is that of 500 bootstrap samples of the prompts.
-    NaN where there is no interior point, or an end does not beat the other on its own reward.
+    Both are NaN where there is no interior point, or where a policy does not beat the other on its
+    own reward.
     """
     line = edge(points, i, j)
     if len(line) < 3:
@@ -272,7 +273,7 @@ def table_rows(points: Sequence[Point], names: Sequence[str]) -> tuple[list[str]
 
 
 def line(point: Point, names: Sequence[str]) -> dict[str, float]:
-    """Of the table: weights, rewards if measured, log-ratios, KL, their errors."""
+    """One line of the CSV: weights, rewards if measured, log-ratios, KL, their errors."""
     columns: dict[str, Array] = {}
     if point.rewards is not None:
         columns |= {f"reward_{n}": v for n, v in zip(names, point.rewards, strict=True)}
@@ -294,7 +295,7 @@ def picture_endings() -> list[str]:
 
 
 def draw(path: str | Path, points: Sequence[Point], names: Sequence[str], title: str) -> None:
-    """A picture with one panel per pair of policies: the curve between them, and the straight line.
+    """Plot one panel per pair of policies: the curve between them, and the straight line.
 
     Raises:
         ImportError: if matplotlib is not installed.

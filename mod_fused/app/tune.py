@@ -1,9 +1,10 @@
 """`mod-fused tune`: measures launch configurations of the Triton kernels on the GPU at hand, and
 writes the table that MOD_FUSED_TRITON_TABLE takes.
 
-For each regime of the table, the neighbours of the package's configuration are compared with it:
-first their results, which must be the same bits, then their times, side by side in the same
-rounds. The fastest replaces it only if a second measurement, of these two alone, confirms it.
+A *regime* is a row of the table: a kind of divergence and a batch that is small or large. For each
+regime the neighbours of the package's configuration are compared with it. Their results must be the
+same bits; then their times are measured side by side in the same rounds. The fastest replaces the
+package's configuration only if a second measurement, of these two alone, confirms it.
 """
 
 from __future__ import annotations
@@ -42,21 +43,21 @@ from .tune_bench import Bench, Device, Shape
 #: By how much the fastest must beat the package's configuration to replace it.
 MARGIN = 0.02
 ROUNDS, LEAST_ROUNDS = 15, 3
-#: Fields that are varied together, and those after them.
+#: Fields that are varied together: those of the mixture first, then those of the filters.
 _MIXTURE = ("threads", "chunk", "programs_per_processor")
 _FILTERS = ("filter_threads", "filter_block")
 
 
 class Outcome(NamedTuple):
-    """What was found for a regime. Times are medians in microseconds, one for each shape."""
+    """The result for a regime. Times are medians in microseconds, one for each shape."""
 
     default: Configuration
-    fastest: Configuration  # the default, if the time was up before the others were measured
+    fastest: Configuration  # the default, if time ran out before others were measured
     default_us: list[float]
     fastest_us: list[float]
     kept: bool  # the fastest replaces the default
-    refused: list[dict[str, Any]]  # configurations and the reason
-    tried: int  # others than the default that were measured
+    refused: list[dict[str, Any]]  # configurations and the reasons
+    tried: int  # how many others than the default were measured
     out_of_time: bool
 
     def ratio(self) -> float:
@@ -70,14 +71,14 @@ def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
 
 
 def neighbours(configured: Configuration, names: Sequence[str]) -> list[Configuration]:
-    """Half, the same and double of the named fields in all combinations, those that change the
-    fewest fields first."""
+    """All combinations of half, the same and double of the named fields; combinations that change
+    the fewest fields come first."""
     near: dict[Configuration, int] = {}
     for factors in itertools.product((1.0, 2.0, 0.5), repeat=len(names)):
         changes = {n: int(getattr(configured, n) * f) for n, f in zip(names, factors, strict=True)}
         try:
             found = replace(configured, **changes)
-        except ValueError:  # half of the least
+        except ValueError:  # below the smallest value
             continue
         # A warp (64 threads on AMD) at least, 1024 threads at most.
         if all(64 <= t <= 1024 for t in (found.threads, found.filter_threads)):
@@ -87,7 +88,7 @@ def neighbours(configured: Configuration, names: Sequence[str]) -> list[Configur
 
 
 def refusal(found: Sequence[Sample], expected: Sequence[Sample]) -> str:
-    """How results differ from the default's, "" if not in a single bit."""
+    """How results differ from the default's; "" if every bit is equal."""
     for got, want in zip(found, expected, strict=True):
         if not torch.equal(got.tokens, want.tokens):
             return f"{int((got.tokens != want.tokens).sum())} tokens are not the default's"
@@ -101,7 +102,7 @@ def refusal(found: Sequence[Sample], expected: Sequence[Sample]) -> str:
 def _medians(
     bench: Bench, candidates: Sequence[Configuration], end: float, clock: Callable[[], float]
 ) -> dict[Configuration, list[float]]:
-    """Microseconds of each shape, all candidates in each round; empty if time ends too early."""
+    """Median microseconds of each shape. Each round times all candidates; empty if time ran out."""
     rounds: dict[Configuration, list[list[float]]] = {c: [] for c in candidates}
     for done in range(ROUNDS):
         if clock() >= end:
@@ -119,15 +120,15 @@ def choose(
     seconds: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
-    """Look for a configuration faster than `default` within `seconds`, compilation included; what
-    runs when they are over is ended first.
+    """Look for a configuration faster than `default` within `seconds`, compilation included. A call
+    that runs when the time is up is finished first.
 
     A candidate that gives other results than the default, or fails, is refused. When the time is
-    up, what has been measured counts, and nothing is kept that was not measured twice.
+    up, the measurements so far count, and no configuration is kept that was not measured twice.
     """
     end = clock() + seconds
     log_linear = all(s.divergence == "reverse_kl" for s in bench.shapes)
-    # The log-linear kernel has as many programs as tasks.
+    # The log-linear kernel starts one program per task, so their number cannot be varied.
     stages = [_MIXTURE[:2] if log_linear else _MIXTURE]
     if any(shape.filters for shape in bench.shapes):
         stages.append(_FILTERS)
@@ -146,7 +147,7 @@ def choose(
                 break
             try:
                 reason = refusal(bench.results(candidate), expected)
-            except Exception as error:  # more threads than registers allow, say
+            except Exception as error:  # for example, too few registers for so many threads
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if reason:
                 refused.append({"configuration": asdict(candidate), "reason": reason})
@@ -165,7 +166,7 @@ def choose(
 
 
 def machine() -> dict[str, str]:
-    """What the times depend on: the device and the versions."""
+    """The device and the versions, which the times depend on."""
     found = {"device": device_name(), "capability": "none", "driver": "none"}
     if torch.cuda.is_available():
         found["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
@@ -179,7 +180,7 @@ def machine() -> dict[str, str]:
 
 
 def run(shapes: Sequence[Shape], minutes: float, out: Path) -> None:
-    """Tune the regimes of these shapes, write `out`, print what was found.
+    """Tune the regimes of these shapes, write `out`, and print the result.
 
     Raises:
         RuntimeError: if the kernels cannot run here.
@@ -244,7 +245,7 @@ def _report(groups: dict[str, list[Shape]], outcomes: dict[str, Outcome], out: P
 
 
 def add_options(commands: Any) -> None:
-    """Add the command and its options."""
+    """Add the command `tune` and its options."""
     tune = commands.add_parser("tune", help="measure launch configurations of the Triton kernels")
     tune.add_argument("--vocab-size", type=options.whole(1), required=True, metavar="V")
     tune.add_argument(

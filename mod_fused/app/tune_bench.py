@@ -20,17 +20,17 @@ from ..triton_kernels.configurations import TABLE, Configuration, using
 
 #: Sets of seeds whose tokens and log-probabilities are compared.
 DRAWS = 2 if INTERPRETED else 8
-_CALLS = 10  # timed together
-#: From this batch on the L2 cache is filled with something else before each call.
+_CALLS = 10  # calls of one measurement
+#: From this batch size on the L2 cache is overwritten before each call.
 _COLD_FROM = 64
 _SPOILER_BYTES = 256 << 20
-#: Clock cycles that the GPU sleeps for a call while the host enqueues it, so that the host's
-#: slowness does not count: about half a millisecond.
+#: Clock cycles, about half a millisecond, that the GPU sleeps per call while the host enqueues the
+#: calls, so that the host's time does not count.
 _ENQUEUE_CYCLES = 1_000_000
 
 
 class Shape(NamedTuple):
-    """A call to be fast at."""
+    """The shape of a call that is measured."""
 
     divergence: str
     batch: int
@@ -85,9 +85,9 @@ class Device:
         ]
 
     def compile_ahead(self, candidates: Sequence[Configuration], seconds: float) -> None:
-        """Fill Triton's cache on disk, several processes at once. What fails there fails again,
-        with its reason, where it is used."""
-        # The grid is no part of what is compiled.
+        """Fill Triton's cache on disk, with several processes at once. A failure is ignored here:
+        it shows again, with its reason, when the configuration is used."""
+        # The number of programs does not enter the compiled code.
         kinds = {replace(c, programs_per_processor=1) for c in candidates}
         jobs = [(shape, c) for shape in self.shapes for c in kinds]
         workers = min(8, (os.cpu_count() or 2) // 2, len(jobs))
@@ -102,7 +102,7 @@ class Device:
             return [call() for calls in self.calls for call in calls]
 
     def seconds(self, configured: Configuration) -> list[float]:
-        """Of one call of each shape: wall time in the interpreter, device time by events else."""
+        """Seconds of one call of each shape: device time, or wall time in the interpreter."""
         with using(dict.fromkeys(TABLE, configured)):
             time_of = _wall_seconds if INTERPRETED else _device_seconds
             return [
@@ -112,7 +112,7 @@ class Device:
 
 
 def compile_one(shape: Shape, configured: Configuration) -> None:
-    """Compile what a call needs, by making it."""
+    """Compile the kernels of a call by making the call."""
     with using(dict.fromkeys(TABLE, configured)):
         Device([shape]).calls[0][0]()
     torch.cuda.synchronize()
@@ -125,8 +125,8 @@ def _wall_seconds(call: Callable[[], Sample], cold: bool) -> float:
 
 
 def _device_seconds(call: Callable[[], Sample], cold: bool) -> float:
-    """Warm: a block of calls one after another. Cold: the median of single calls, each after
-    something else has filled the L2 cache."""
+    """Warm: the mean of a block of calls. Cold: the median of single calls, each after the L2 cache
+    has been overwritten."""
     spoiler = torch.empty(_SPOILER_BYTES if cold else 0, dtype=torch.int8, device="cuda")
     blocks, block = (_CALLS, 1) if cold else (1, _CALLS)
     marks = []

@@ -1,1 +1,1 @@
-"""One call of the op as data: its arguments, their checks, and what it writes to."""
+"""One call of the op as data: its arguments, their checks, and its outputs."""

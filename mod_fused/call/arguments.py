@@ -1,7 +1,7 @@
-"""One call as data: what `mod_fused.sample` was given, checked, for every backend.
+"""One call as data: the checked arguments of `mod_fused.sample`, the same for every backend.
 
-A field that may differ from row to row is a number (for weights a tuple of them), which is copied
-to no device, or a tensor.
+A field that may differ from row to row is a number (weights: a tuple of numbers) or a tensor. A
+number stays on the host.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ..divergence import Divergence
 
 
 class MixtureArguments(NamedTuple):
-    """The distribution. B rows, M policies, V = vocab_size; fields documented in
-    `mod_fused.sample`."""
+    """The arguments that define the distribution: B rows, M policies, V = vocab_size.
+    `mod_fused.sample` documents the fields."""
 
     ref_logits: Tensor | None  # [B, >= V]
     policy_logits: list[Tensor]  # M of [B, >= V]
@@ -46,14 +46,14 @@ class MixtureArguments(NamedTuple):
 
 
 class DrawArguments(NamedTuple):
-    """What happens to the distribution until a token is drawn."""
+    """The arguments that say how a token is drawn from the distribution."""
 
     temperature: float | Tensor  # float32 or float64 [B]
     top_k: int | Tensor  # int32 or int64 [B]; 0: off
     top_p: float | Tensor  # float32 or float64 [B]; 1: off
     min_p: float | Tensor  # float32 or float64 [B]; 0: off
     mask: Tensor | None  # bool [B, V] or packed int32 [B, ceil(V / 32)]
-    seed: int | Tensor  # expanded per row by SplitMix64; int64 [B]
+    seed: int | Tensor  # a number: SplitMix64 makes the rows' seeds of it; int64 [B]
     position: int | Tensor  # int64 [B]
     return_model_logprobs: bool
 

@@ -1,8 +1,8 @@
 """Validation of the public functions' arguments: everything the host can see, before any kernel
 runs.
 
-Contents of tensors are the device's business and show up in `valid`; shapes, dtypes, devices, names
-and Python numbers are checked here, and each error says what was expected and what came.
+Shapes, dtypes, devices, names and Python numbers are checked here, and each error says what was
+expected and what came. The backend checks the contents of tensors and reports them in `valid`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def check_mixture(
     plausibility: float | None = None,
     plausibility_tensor: int = 0,
 ) -> MixtureArguments:
-    """The first part of the arguments of `mod_fused.sample`, checked; see there for their
-    meaning."""
+    """The arguments of `mod_fused.sample` that define the distribution, checked."""
     kind = get_divergence(divergence)
     if normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer must be one of {NORMALIZERS}, got {normalizer!r}")
@@ -217,8 +216,7 @@ def check_draw(
     position: object = 0,
     return_model_logprobs: bool = False,
 ) -> DrawArguments:
-    """The second part of the arguments of `mod_fused.sample`, checked; see there for their
-    meaning."""
+    """The arguments of `mod_fused.sample` that say how a token is drawn, checked."""
     like = mixing.batch_tensor()
     batch, device = like.shape[0], like.device
     if mask is not None:

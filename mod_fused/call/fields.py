@@ -1,4 +1,4 @@
-"""What `checks.py` is made of: checks of one tensor, one number, one per-row parameter."""
+"""Checks of one tensor, one number, one per-row parameter; `checks.py` combines them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def shape_of(tensor: Tensor) -> list[int]:
 
 
 def _describe(shapes: Mapping[str, Sequence[int]]) -> str:
-    # Only when an error is raised: in a trace of torch.compile it would pin the sizes.
+    # Call it for an error only: under torch.compile it would make the sizes constants.
     return " or ".join(f"{symbols} = {list(sizes)}" for symbols, sizes in shapes.items())
 
 
@@ -37,7 +37,7 @@ def check_tensor(
     device: torch.device,
     shapes: Mapping[str, Sequence[int]],
 ) -> Tensor:
-    """The tensor without its gradient, after dtype, device and shape have been checked."""
+    """The tensor detached, once its dtype, device and shape have been checked."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
@@ -52,8 +52,8 @@ def check_tensor(
 def check_logits(
     name: str, logits: object, rows: int | None, device: torch.device | None
 ) -> tuple[Tensor, torch.Size]:
-    """The logits without their gradient, and their shape; `rows` and `device` are those of the
-    logits before them, None for the first."""
+    """The checked logits, detached, and their shape. `rows` and `device` are those of the logits
+    checked before; None for the first."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
     if logits.dtype not in LOGIT_DTYPES:
@@ -79,8 +79,8 @@ def check_logits(
 
 
 def number(name: str, x: object, kind: type = float) -> Any:
-    """A number of any kind, Python's, NumPy's or a traced one, as a float, or as an int."""
-    if type(x) is kind:  # the usual case, without the abstract base classes
+    """x as a float or an int (`kind`); x may be Python's, NumPy's or a traced number."""
+    if type(x) is kind:  # the usual case: faster than isinstance of an abstract class
         return x
     if isinstance(x, np.ndarray) and x.ndim == 0:
         x = x.item()
@@ -106,7 +106,7 @@ def row_parameter(
     expected: str,
     kind: type = float,
 ) -> Any:
-    """One number, or one per row as a tensor [B]; of a tensor [] all rows are given the entry."""
+    """One number, or one per row as a tensor [B]. A tensor [] is expanded to all rows."""
     if given is None:
         return off
     if type(given) is kind and good(given):
@@ -133,7 +133,7 @@ def row_parameter(
 
 
 def on_device(name: str, host: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What was given by row, as a tensor: one copy to the device."""
+    """A list of numbers by row as a tensor, with one copy to the device."""
     capturing = device.type == "cuda" and not torch.compiler.is_compiling()
     if capturing and torch.cuda.is_current_stream_capturing():
         raise ValueError(
@@ -187,12 +187,12 @@ def is_finite(x: float) -> bool:
 
 
 def any_symbol(numbers: Sequence[Any]) -> bool:
-    """Whether a number is a symbol of the code that is being compiled."""
+    """Whether torch.compile traces and one of the numbers is a symbol, not a constant."""
     return torch.compiler.is_compiling() and not all([has_static_value(x) for x in numbers])
 
 
 def tensor_of(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers [N], symbols or not, as a tensor."""
-    # A product: torch.full or torch.tensor would make a float a constant.
+    # Multiply: torch.full and torch.tensor would make a constant of a traced float.
     one = torch.ones((), dtype=dtype, device=device)
     return torch.stack([one * x for x in numbers])

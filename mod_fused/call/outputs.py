@@ -1,4 +1,4 @@
-"""What a call writes to: allocated for it, or its caller's own."""
+"""The outputs of a call: allocated for it, or the caller's, checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .fields import check_tensor
 
 
 class Sample(NamedTuple):
-    """What `sample` returns, one entry a row.
+    """The result of `sample`, one entry per row.
 
     Attributes:
         tokens: int64 [B], the drawn ids; 0 where the row is invalid.

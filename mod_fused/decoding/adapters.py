@@ -1,4 +1,4 @@
-"""Models with PEFT's adapters: what to call, and which of them can run in one ensemble."""
+"""Models with PEFT adapters: which module to call, and which models can share an ensemble."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 # Methods that put tokens or keys in front of the prompt, step by step.
 _PROMPT_METHODS = frozenset({"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"})
 
-# Methods whose forward must see whole sequences, or something that no decoder has.
+# Methods whose forward needs whole sequences, or inputs that a decoder does not have.
 _WHOLE_CALLS = frozenset({"POLY", "XLORA"})
 
 
 def unwrapped(model: Any) -> Any:
-    """The module whose forward names its arguments: torch.compile and PEFT hide it behind *args."""
+    """The module whose forward names its arguments: torch.compile and PEFT wrap it with *args."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -32,7 +32,7 @@ def virtual_tokens(model: Any) -> int:
 
 
 def forward_module(model: Any) -> Any:
-    """What to call with prepared inputs: they hold PEFT's virtual tokens already."""
+    """The module to call with prepared inputs, which already hold PEFT's virtual tokens."""
     return model.base_model if _prompt_learning(model) else model
 
 
@@ -55,7 +55,7 @@ def check_adapter(model: Any, label: str, attention_mask: Tensor | None, use_cac
     from transformers.integrations.peft import MIN_PEFT_VERSION
     from transformers.utils.peft_utils import check_peft_version
 
-    # A PEFT older than transformers asks for puts the prompt in front of every token.
+    # With too old a PEFT, transformers puts the learned prompt in front of every token.
     check_peft_version(min_version=MIN_PEFT_VERSION)
     if attention_mask is not None:
         raise ValueError(
@@ -65,11 +65,11 @@ def check_adapter(model: Any, label: str, attention_mask: Tensor | None, use_cac
 
 
 def check_shared(models: Mapping[str, Any]) -> None:
-    """Raise ValueError if two of the models, by label, share what an adapter has changed.
+    """Raise ValueError if two of the models, by label, share modules that an adapter has changed.
 
-    PEFT changes a base model in place: its base, and every model around the same base, then run the
-    adapter that is active, so that a mixture of them is none. Prompt learning changes no base. The
-    same model in two places is the same function, as it seems.
+    PEFT changes a base model in place: the base, and every model around the same base, then run the
+    active adapter, and mixing them would mix one model with itself. Prompt learning changes no
+    base. Passing one model twice is allowed: that plainly asks for the same function.
     """
     seen: dict[int, tuple[str, Any]] = {}
     for label, model in models.items():

@@ -1,7 +1,7 @@
-"""What a transformers model can do, told from its class, config and modules before it runs.
+"""What a transformers model can do, judged by its class, config and modules before it runs.
 
-docs/architectures.md says for each causal architecture of transformers what was compared with the
-model's own `generate`; what came out wrong is refused here by name.
+docs/architectures.md lists the causal architectures of transformers and how each was compared with
+the model's own `generate`. Models that gave wrong results are refused here by name.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .adapters import check_adapter, unwrapped, virtual_tokens
 CACHE_NAMES = frozenset({"cache", "cache_params", "mems", "past_key_values", "state"})
 
 # Forward takes no positions, yet left padding changes nothing: ALiBi counts by the mask, rotary
-# positions count distances, state-space models blank the padding out.
+# positions depend on distances only, state-space models zero the padding.
 _PADDING_WITHOUT_POSITIONS = frozenset({"bloom", "falcon_mamba", "mamba", "mamba2", "mpt"})
 
-# Models whose tokens depend on how they are cut into calls, or on chance.
+# Models whose tokens depend on whether a cache is used, or on chance.
 _UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         "moshi": "it gives other tokens with a cache than without",
@@ -32,7 +32,7 @@ _UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     }
 )
 
-# Padding reaches the tokens behind it although forward takes positions and a mask.
+# Padding changes the tokens behind it although forward takes positions and a mask.
 _NO_PADDING: Mapping[str, str] = MappingProxyType(
     {
         "git": "its cached steps attend to the padding",
@@ -40,15 +40,15 @@ _NO_PADDING: Mapping[str, str] = MappingProxyType(
     }
 )
 
-# Batches that a model's own cached step mixes up.
+# Models whose own cached step mixes the rows of a batch.
 _NO_CACHED_BATCH: Mapping[str, str] = MappingProxyType(
     {"rwkv": "its cached step mixes the rows of a batch"}
 )
 
-# Models whose prompt is read otherwise without a cache.
+# Models that read their prompt differently without a cache.
 _NO_RECOMPUTING: Mapping[str, str] = MappingProxyType({"cpmant": "it reads its prompt both ways"})
 
-# Caches whose rows cannot be picked by what transformers offers.
+# Models whose cache rows cannot be selected with the methods that transformers offers.
 _NO_SELECTION: Mapping[str, str] = MappingProxyType(
     {
         **_NO_CACHED_BATCH,
@@ -57,7 +57,7 @@ _NO_SELECTION: Mapping[str, str] = MappingProxyType(
     }
 )
 
-# Caches that are plain lists of tensors, and the dimension of their rows.
+# Models whose caches are plain lists of tensors: the dimension of the rows.
 _SELECTED: Mapping[str, int] = MappingProxyType({"xlnet": 1})
 
 # These attend both ways unless their config has is_decoder=True.
@@ -93,7 +93,7 @@ _POSITION_TABLES = frozenset(
 
 
 def is_transformers_model(model: Any) -> bool:
-    """Whether to call it as transformers does; every other callable is step(tokens) -> logits."""
+    """Whether to call the model as transformers does; others are step(tokens) -> logits."""
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         return False
     return "input_ids" in accepted_arguments(model)
@@ -116,7 +116,7 @@ def embedded_ids(model: Any) -> int:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its token ids, also when its weights are spread or offloaded."""
+    """The device of a model's token ids, also when its weights are spread or offloaded."""
     embedding = unwrapped(model).get_input_embeddings()
     for module in (embedding, model):
         # accelerate's hooks bring weights here for the time of a call; until then they are "meta".
@@ -164,12 +164,12 @@ def check_causal_lm(model: Any, label: str) -> None:
 
 
 def _is_encoder(model: Any) -> bool:
-    """Whether the class attends both ways unless config.is_decoder is set; unknown ones may."""
+    """Whether the class attends both ways unless config.is_decoder is set; unknown classes may."""
     return not _is_known(model) or model.config.model_type in _ENCODERS
 
 
 def _is_known(model: Any) -> bool:
-    """Whether the class is transformers' own or made from one, and no remote code."""
+    """Whether the class is one of transformers' or a subclass of one, not remote code."""
     bases = type(unwrapped(model)).__mro__
     return any(base.__module__.startswith("transformers.models.") for base in bases)
 
@@ -186,9 +186,9 @@ def check_run(
     use_cache: bool,
     new_tokens: int,
 ) -> None:
-    """Raise ValueError for a batch [B, n] that the model cannot continue rightly.
+    """Raise ValueError for a batch [B, n] that the model cannot continue correctly.
 
-    new_tokens: how many tokens it will read behind the prompts.
+    The model will read `new_tokens` tokens behind the prompts.
     """
     if model.training:
         raise ValueError(
@@ -260,7 +260,7 @@ def _position_tables(model: Any) -> list[torch.nn.Embedding]:
 
 
 def _positions(model: Any) -> int | None:
-    """How many positions the model's tables have; None if they are computed, however many."""
+    """How many positions the model's tables have; None if positions are computed, without limit."""
     sizes = [len(table.weight) - getattr(table, "offset", 0) for table in _position_tables(model)]
     for module in unwrapped(model).get_decoder().modules():
         for name in _POSITION_TABLES & {*vars(module), *module._buffers}:
@@ -281,7 +281,7 @@ def _rope_switch(model: Any) -> int | None:
 
 
 def cache_name(model: Any) -> str:
-    """The argument in which the model takes a transformers cache: versions and families differ."""
+    """The name of the model's cache argument, which differs between versions and families."""
     accepted = accepted_arguments(model)
     names = (name for name in ("cache", "cache_params", "past_key_values") if name in accepted)
     return next(names, "past_key_values")
@@ -295,15 +295,15 @@ def new_cache(model: Any) -> dict[str, Any]:
 
     name = cache_name(model)
     config = text_config(model)
-    # num_hidden_layers of an encoder-decoder's config may count the encoder's: layers are added
-    # when they are met.
+    # num_hidden_layers of an encoder-decoder's config may be the encoder's. Without a config the
+    # cache adds layers as they run.
     if hasattr(config, "decoder_layers"):
         return {name: DynamicCache()}
     return {name: DynamicCache(config=config)}
 
 
 def check_selection(model: Any, label: str) -> None:
-    """Raise ValueError if the rows of the model's cache cannot be picked."""
+    """Raise ValueError if rows of the model's cache cannot be selected."""
     kind = text_config(model).model_type
     reason = _NO_SELECTION.get(kind)
     made = kind in _SELECTED or model._supports_default_dynamic_cache()
@@ -317,7 +317,7 @@ def check_selection(model: Any, label: str) -> None:
 
 
 def check_candidates(model: Any, label: str) -> None:
-    """Raise ValueError if a mask cannot keep candidates, read side by side, from each other."""
+    """Raise ValueError if a mask cannot keep candidates in one sequence from seeing each other."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -332,7 +332,7 @@ def check_candidates(model: Any, label: str) -> None:
 
 
 def selected(model: Any, cache: Any, rows: Tensor) -> Any:
-    """The cache of these rows, int64 [N]."""
+    """The cache with these rows, int64 [N]."""
     if hasattr(cache, "reorder_cache"):
         # Beam search's method: every kind of transformers cache has it, for any indices.
         cache.reorder_cache(rows)
@@ -342,16 +342,15 @@ def selected(model: Any, cache: Any, rows: Tensor) -> Any:
 
 
 class ModuleState:
-    """State that a model keeps on its modules: put there for one call, taken away after it.
-
-    So two batches in progress, or two places of one ensemble, may share a model.
+    """The state that a model keeps on its modules, for one batch: put there before each call and
+    taken away after it. Two batches, or two places in an ensemble, can then share a model.
     """
 
     def __init__(self, model: Any) -> None:
         self._values: list[tuple[Any, str, Any]] = []
         for module in model.modules():
             self._values += [(module, n, None) for n in _MODULE_STATE if n in vars(module)]
-            # Dynamic rotary frequencies stay those of the longest text so far.
+            # A module keeps the dynamic rotary frequencies of the longest text so far.
             if "dynamic" in str(getattr(module, "rope_type", "")):
                 first = module.original_inv_freq.to(module.inv_freq.device)
                 self._values.append((module, "inv_freq", first))

@@ -11,23 +11,23 @@ Conversation = Sequence[Mapping[str, Any]]
 
 
 def is_conversation(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages; the first item decides, so that a wrong message is
-    refused as one."""
+    """Whether a prompt is a list of messages. The first item decides: a wrong message after it is
+    then reported as a wrong message."""
     return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def encode_conversation(messages: Conversation, tokenizer: Any, label: str) -> list[int]:
-    """Token ids as transformers' `apply_chat_template` gives them: with the generation prompt, or
-    going on with the last message where that is the assistant's (as transformers' pipelines do).
+    """Token ids as transformers' `apply_chat_template` gives them, with the generation prompt. If
+    the last message is the assistant's, the response continues it, as in transformers' pipelines.
 
     Args:
         messages: at least one.
         tokenizer: with a chat template.
-        label: the model's name, for messages.
+        label: the model's name in error messages.
 
     Raises:
-        TypeError, ValueError: a message without a role, parts other than text or for a template
-            that takes none, no template, and whatever the template itself refuses.
+        TypeError, ValueError: a message without a role, a part other than text, parts where the
+            template takes strings only, no template, or an error of the template itself.
     """
     _check_messages(messages)
     goes_on = messages[-1]["role"] == "assistant"
@@ -56,8 +56,8 @@ def _parts(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _is_rendered(part: Mapping[str, Any], text: str) -> bool:
-    """Whether a template shows the part's text: it may drop a list, or print it as Python or JSON,
-    which begins as "{'type': 'text', 'text': "."""
+    """Whether a template has rendered the part's text. Some templates drop a list, or print it as
+    Python or JSON, which shows by its beginning "{'type': 'text', 'text': "."""
     printed = [(str(dict(part)), repr(part["text"]))]
     printed.append((json.dumps(dict(part)), json.dumps(part["text"])))
     heads = [whole.split(own)[0] for whole, own in printed]

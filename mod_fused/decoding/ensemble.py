@@ -1,11 +1,10 @@
 """M+1 causal language models, their tokenizers and their KV caches, advanced one token at a time.
 
-`Ensemble` holds what does not change between calls: models, tokenizers, the check that all of them
-mean the same thing by a token id. `Ensemble.start` gives an `EnsembleState`, which holds what one
-batch needs: the KV caches, the attention masks, the positions. `mod_fused.generate` is a loop
-around it; so may be your own.
+`Ensemble` holds the models and tokenizers, and checks that a token id means the same token in all
+of them. `Ensemble.start` returns an `EnsembleState`, which holds one batch: the KV caches, the
+attention masks, the positions. `mod_fused.generate` is a loop around it; you can write your own.
 
-transformers is imported by `from_pretrained` and `embedded` only.
+Only `from_pretrained` and `embedded` import transformers.
 """
 
 from __future__ import annotations
@@ -36,22 +35,23 @@ class Ensemble:
             or any callable `step(tokens) -> logits`: tokens int64 [B, n], logits floating point [B,
             V] of the token that comes next. The first call gets the prompt, later calls get the one
             new token of each row (n = 1), so the callable keeps its own state; with
-            `use_cache=False` every call gets the whole sequence. A callable sees padding as it is:
-            give it prompts of equal length or let it know the padding. The reference may be None:
-            then only reverse KL is possible, pi* proportional to the product of pi_i^w_i.
+            `use_cache=False` every call gets the whole sequence. A callable gets padded
+            prompts without a mask: give it prompts of equal length, or let it recognise padding.
+            The reference may be None: then only reverse KL is possible, and pi* is proportional to
+            the product of pi_i^w_i.
         tokenizers: one tokenizer for all models, or a list with one per model (None where there is
             none). Without any, `generate` needs `input_ids` and returns no text.
         check_tokenizers: compare the vocabularies of the tokenizers and refuse different ones.
             Special roles may differ (a base model and its chat model often end a text differently):
-            the end-of-sequence tokens of all models count. A tokenizer may have tokens that were
-            added behind the others' vocabulary (a [PAD]): a warning names them, and only the ids
+            the end-of-sequence tokens of all models count. A tokenizer may have added
+            tokens behind the others' vocabulary (a [PAD]): a warning names them, and only the ids
             in common are drawn.
 
     Raises:
         TypeError: if a model is neither a causal language model nor callable (see
             docs/architectures.md for what is refused).
-        ValueError: if there is no model, two models share what PEFT has changed in place, the
-            number of tokenizers is wrong, or two tokenizers differ.
+        ValueError: if there is no model, if two models share modules that PEFT has changed in
+            place, if the number of tokenizers is wrong, or if two tokenizers differ.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Ensemble:
         self.tokenizers = [
             t if m is not None else None for m, t in zip(models, tokenizers, strict=True)
         ]
-        # Where tokenizers have added tokens: how many ids all have; None where all are alike.
+        # How many ids all tokenizers have, where some have added tokens; None where all are alike.
         self.common_ids = _common_ids(self.tokenizers) if check_tokenizers else None
 
     @classmethod
@@ -116,9 +116,9 @@ class Ensemble:
                 ...) reach the tokenizers too. use_safetensors is True unless given: no pickle is
                 loaded.
 
-        A name may be that of a PEFT adapter: it is put on a base model of its own, a `PeftModel`.
-        An adapter without a tokenizer has its base model's. Another policy without one has the
-        reference's (or the first policy's, if there is no reference).
+        A name may be that of a PEFT adapter. Each adapter gets a base model of its own, as a
+        `PeftModel`, and uses its base model's tokenizer unless it has one. Any other policy without
+        a tokenizer uses the reference's, or the first policy's if there is no reference.
 
         Raises:
             ImportError: if transformers is not installed, or PEFT for an adapter.
@@ -182,7 +182,7 @@ class Ensemble:
 
     @property
     def places(self) -> dict[str, Any]:
-        """The models that are there, by what messages call them."""
+        """The models that are not None, by the names that error messages give them."""
         return {_label(i): m for i, m in enumerate(self.models) if m is not None}
 
     @property
@@ -199,14 +199,14 @@ class Ensemble:
 
     @property
     def vocab_size(self) -> int | None:
-        """How many token ids all language models can read, and all tokenizers have where some have
-        added tokens; None when all are plain callables with the same tokens."""
+        """How many token ids all language models can read and, where some tokenizers have added
+        tokens, all tokenizers have. None when all models are callables with the same tokens."""
         sizes = [embedded_ids(m) for m in self.models if is_transformers_model(m)]
         return min([*sizes, *([] if self.common_ids is None else [self.common_ids])], default=None)
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """The end-of-sequence ids of all models, from generation config or else tokenizer."""
+        """The end-of-sequence ids of all models: of the generation config, or of the tokenizer."""
         found: set[int] = set()
         for model, tokenizer in zip(self.models, self.tokenizers, strict=True):
             ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -220,8 +220,8 @@ class Ensemble:
         return self.padding_id(())
 
     def padding_id(self, eos_token_ids: Sequence[int]) -> int:
-        """The same where other ids than the models' own may end a row: of the eos the first of
-        those, before the models'."""
+        """`pad_token_id` for a call with end-of-sequence ids of its own: without a padding token it
+        is the first of those, then the models'."""
         sources = [*self.tokenizers, *(getattr(m, "generation_config", None) for m in self.models)]
         candidates = [getattr(source, "pad_token_id", None) for source in sources]
         limit = self.vocab_size
@@ -292,9 +292,9 @@ def _label(index: int) -> str:
 
 
 def _common_ids(tokenizers: Sequence[Any]) -> int | None:
-    """Refuse tokenizers that give one id to different tokens; padded embeddings do not matter.
+    """Refuse tokenizers that give one id to different tokens. Embeddings may be padded.
 
-    Tokens that were added behind the smallest vocabulary are no difference: no model may draw them.
+    Tokens added behind the smallest vocabulary are no difference: they are never drawn.
 
     Returns:
         How many ids all tokenizers have in common; None: they have the same tokens.
@@ -335,7 +335,7 @@ def _common_ids(tokenizers: Sequence[Any]) -> int | None:
 
 
 def _note(index: int, tokenizer: Any, added: Sequence[str]) -> list[str]:
-    """Which tokens a tokenizer has beyond the common ones, in words; [] for none."""
+    """The part of a warning that names the tokens a tokenizer adds; [] for none."""
     if not added:
         return []
     names = ", ".join(map(repr, added[:3])) + (", ..." if len(added) > 3 else "")

@@ -1,4 +1,4 @@
-"""Text from several models at once: `generate` draws every token of a batch from pi*."""
+"""`generate`: it decodes a batch and draws every token from the mixture pi* of several models."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def generate(
     """Draw responses from the policy that is optimal for a weighted sum of objectives.
 
     At each step pi*(s) = pi_ref(s) (f')^-1(-Z + sum_i w_i f'(pi_i(s) / pi_ref(s))) (MOD, arXiv
-    2406.18853), or its relatives of `mod_fused.sample`, which documents divergence, normalizer,
-    logit_scales, vocab_size, plausibility, temperature, top_k, top_p, min_p and backend. weights,
-    temperature, top_k, top_p, min_p, seed and position may differ from row to row. The models' own
-    generation configs give end-of-sequence and padding ids, nothing else.
+    2406.18853). `mod_fused.sample` documents divergence, normalizer, logit_scales, vocab_size,
+    plausibility, temperature, top_k, top_p, min_p and backend. weights, temperature, top_k, top_p,
+    min_p, seed and position may differ from row to row. From the models' own generation configs
+    only the end-of-sequence and padding ids are used.
 
     Args:
         ensemble: the models; B rows are decoded together.
@@ -78,63 +78,63 @@ def generate(
             (no list for a reference that is None). A prompt is a string or a conversation, a list
             of messages {"role": ..., "content": text, or parts {"type": "text", "text": ...}}; a
             list whose first item is a message is one conversation. Each model's tokenizer encodes
-            its own; conversations go through its chat template, with the generation prompt, or
-            going on with the last message where that is the assistant's.
+            its own prompts. Conversations go through its chat template, with the generation prompt;
+            if the last message is the assistant's, the response continues it.
         weights: [M] or [B, M].
         input_ids: instead of prompts: integer tensor [B, n] for all models, or a list with one per
             model.
-        attention_mask: for input_ids, same form: 1 for tokens, 0 for padding, which stands on the
-            left.
-        add_special_tokens: for strings, as transformers' tokenizers take it. None: what the
-            tokenizer puts in front of a text, but no second BOS where the text begins with one (as
-            a rendered conversation may), and nothing behind it (T5's or BERT's end of text).
+        attention_mask: for input_ids, same form: 1 for tokens, 0 for padding on the left.
+        add_special_tokens: for strings, as transformers' tokenizers take it. None keeps the tokens
+            that the tokenizer puts in front of a text, without a second BOS where the text begins
+            with one (as a rendered conversation may), and drops those that it puts behind (T5's or
+            BERT's end of text).
         sequence_history: weigh whole responses, not the next token alone: the log-ratio of the
-            response so far is added to each token's. Changes nothing for reverse KL, where it
-            cancels. With normalizer="zero" this is eq. 6 of the paper, and what to use with weights
-            on the simplex: at weights [1, 0] pi* is then the first policy itself. With "exact", Z
-            is solved for the next token anew at every step, so that off reverse KL pi* at [1, 0] is
-            not that policy, and long responses may drift far from the reference. (Without history
-            "exact" gives the policy, too.)
+            response so far is added to each token's. It changes nothing for reverse KL, where it
+            cancels. With normalizer="zero" this is eq. 6 of the paper; use that with weights on the
+            simplex: at weights [1, 0] pi* is then the first policy itself. "exact" solves Z anew
+            for each next token: off reverse KL pi* at [1, 0] is then not that policy, and long
+            responses may drift far from the reference. (Without history "exact" gives the policy,
+            too.)
         prefix_logprobs: [B, M+1], with sequence_history, to go on with a response (see position):
-            its log-probability so far under each model, reference first, the sum over T of
-            model_logprobs. None: the response begins here.
+            the response's log-probability so far under each model, reference first, which is the
+            sum over T of model_logprobs. None: the response begins here.
         value_fn: `value_fn(step, sequences)` returns values [J, B, V], or (values [J, B, K],
             value_ids [B, K]); sequences int64 [B, n + step] are the first model's prompts and the
             responses so far; step counts from 0 in every call, whatever position is. Or a
-            `mod_fused.guidance.Guidance`: trained scorers with their caches, which read the first
-            model's prompts (or any other `mod_fused.decoding.values.ValueGuide`).
+            `mod_fused.decoding.values.ValueGuide` such as `mod_fused.guidance.Guidance`, which
+            holds trained scorers and their caches; it reads the first model's prompts.
         value_weights: [J] or [B, J], for value_fn.
         mask_fn: `mask_fn(step, sequences)` returns the tokens allowed next: bool [B, V], or packed
             int32 [B, ceil(V/32)].
         resample_fn: `resample_fn(step, sequences, lengths, reasons)`, called after each step, with
             sequences int64 [B, n + step + 1], lengths int64 [B] of the responses, and reasons int64
             [B], indices into FINISH_REASONS, 0 for rows that go on. It returns the rows to go on
-            with, int64 [B], any of them any number of times, or None for all of them. Seeds and
-            other parameters stay in their places. See `mod_fused.guidance.blockwise_best_of_k`.
+            with, int64 [B], each any number of times or not at all, or None for all of them. Seeds
+            and other parameters stay in their places. See `mod_fused.guidance.blockwise_best_of_k`.
         max_new_tokens: the most tokens to draw per row.
-        num_return_sequences: K responses to each prompt, which is read once: B K rows, response k
-            to prompt b in row b K + k. Parameters have one entry per prompt, functions are given
-            all rows. Response 0 has the prompt's seed, response k SplitMix64(SplitMix64(seed) + k);
-            the output has the seeds of all.
+        num_return_sequences: K responses to each prompt, which is read once. There are B K rows:
+            response k to prompt b is row b K + k. Parameters have one entry per prompt; functions
+            get all rows. Response 0 has the prompt's seed, response k has
+            SplitMix64(SplitMix64(seed) + k); the output holds all seeds.
         do_sample: False is temperature 0, the most likely token of pi*.
         seed: int, or one int64 per row (list or tensor), or None for seeds from torch's generator.
-            With one per row, a row's tokens depend on its own seed and prompt, not on its place or
-            its company.
+            With one per row, a row's tokens depend on its own seed and prompt only, not on the rest
+            of the batch.
         position: of the first token in its response, int or int64 [B] (list or tensor), below
             2^63: a row's noise is a function of seed and position, and position + step is the next
             token's. To go on with responses that ended by length, pass input_ids=out.sequences,
             attention_mask=out.attention_mask, seed=out.seeds and position=out.lengths (plus the
-            position of that call): the two calls draw what one would have drawn. Rows that ended
-            are the caller's to leave out.
+            position of that call): the two calls draw the tokens that one longer call would have
+            drawn. Leave out the rows that ended.
         eos_token_id: id or ids that end a row; None: those of all models; an empty list: none.
-        pad_token_id: what follows an ended row; None: a tokenizer's or model's, else the first of
+        pad_token_id: fills a row behind its end; None: a tokenizer's or model's, else the first of
             eos_token_id, else an end-of-sequence id of the models, else 0.
         stop_strings: end a row after the first token with which its decoded response, special
-            tokens included, holds one of them. The response of this call alone counts, decoded as
-            what goes on from a text (see `GenerateOutput.texts`). Needs a tokenizer.
-        streamer: `streamer(step, tokens)`, called after each step with the tokens int64 [B] on the
-            CPU, pad_token_id for rows that drew none (ended or invalid; not called if no row drew
-            one); or a transformers streamer, for one row, whose end() is called once, also when
+            tokens included, holds one of them. Only the response of this call counts, decoded as
+            the continuation of a text (see `GenerateOutput.texts`). Needs a tokenizer.
+        streamer: `streamer(step, tokens)`, called after each step in which a row drew a token, with
+            the tokens int64 [B] on the CPU; pad_token_id stands for rows that drew none (ended or
+            invalid). Or a transformers streamer, for one row; its end() is called once, also when
             generate raises.
         use_cache: False recomputes the whole sequence at each step: for models without a KV cache.
         return_model_logprobs: return log pi_ref and log pi_i of each token, which costs another
@@ -146,9 +146,9 @@ def generate(
 
     Raises:
         TypeError, ValueError: before any model runs, for arguments that do not fit; see
-            `mod_fused.sample`. (What depends on the width of a plain callable's logits: after its
-            first call.) TypeError for several responses or resample_fn with a callable that keeps
-            its own state, which cannot be copied: pass use_cache=False.
+            `mod_fused.sample`. (Arguments that depend on the width of a plain callable's logits are
+            checked after its first call.) TypeError for several responses or resample_fn with a
+            callable that keeps its own state, which cannot be copied: pass use_cache=False.
     """
     with streaming(streamer) as stream:
         if not isinstance(ensemble, Ensemble):
@@ -226,7 +226,7 @@ def _draw_all(
     mask_fn: Callable[[int, Tensor], Tensor] | None,
     resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None,
 ) -> None:
-    """Step by step: the models, a draw, the record of it, until all responses have ended."""
+    """Step by step run the models, draw and record, until all responses have ended."""
     first_position = options.pop("position")
     stream.begin(responses.sequences)
     parents = None

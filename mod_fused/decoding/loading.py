@@ -1,7 +1,7 @@
-"""Models and tokenizers from folders and hub names: whole and checked, or refused by name.
+"""Models and tokenizers from folders and hub names: complete, or refused by name.
 
-transformers and PEFT read the files. What they report about a checkpoint (tensors that are missing,
-unexpected or of another shape) is an error here, because such a model runs on random weights.
+transformers and PEFT read the files. They only report tensors that are missing, unexpected or of
+another shape, and fill in random weights; here such a checkpoint is an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Options that say where files come from: configs, models and tokenizers need them alike.
+# Options that say where files come from, the same for configs, models and tokenizers.
 _FILE_OPTIONS = (
     "cache_dir",
     "force_download",
@@ -25,7 +25,7 @@ _FILE_OPTIONS = (
     "token",
 )
 _TOKENIZER_OPTIONS = (*_FILE_OPTIONS, "code_revision", "trust_remote_code")
-# A folder with one of these means to have a tokenizer.
+# A folder with one of these is expected to hold a tokenizer.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,14 +37,15 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-# What old versions of transformers saved and new ones compute: not a weight.
+# Old versions of transformers saved it; new ones compute it.
 _COMPUTED = re.compile(r"(^|\.)masked_bias$")
-# Of adapters: a count that is not saved, and a tensor of all layers that is saved once.
+# Adapter parameters that may be missing: a count that is never saved, and one tensor that all
+# layers share and that is saved once.
 _NOT_SAVED = re.compile(r"\.ranknum\.|vblora_vector_bank")
 
 
 def missing_folder(name: str) -> bool:
-    """Whether a name must be a folder (hub names are NAME or OWNER/NAME) and is none."""
+    """Whether a name can only be a folder (hub names are NAME or OWNER/NAME) but none is there."""
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     return is_path and not Path(name).is_dir()
 
@@ -59,7 +60,7 @@ def load_model(auto_class: Any, name: str, **options: Any) -> Any:
             no pickle is loaded.
 
     Raises:
-        OSError: the files are not there, or cannot be read as what they should be.
+        OSError: files are missing or cannot be read.
         ValueError: tensors are missing, unexpected or of another shape.
         ImportError: a package that the model needs is not installed.
     """
@@ -70,7 +71,7 @@ def load_model(auto_class: Any, name: str, **options: Any) -> Any:
     base = adapter.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"the adapter {name} does not name its base model")
-    # Where the adapter's files lie says nothing about where the base's do.
+    # The adapter's subfolder and revision do not apply to its base.
     base_options = {k: v for k, v in options.items() if k not in ("subfolder", "revision")}
     if adapter.get("revision"):
         base_options["revision"] = adapter["revision"]
@@ -88,10 +89,10 @@ def load_model(auto_class: Any, name: str, **options: Any) -> Any:
 
 
 def load_config(name: str, **options: Any) -> Any:
-    """What config.json in a folder or on the hub says.
+    """The configuration of config.json in a folder or on the hub.
 
     Raises:
-        OSError: it is not there, or says nothing that transformers knows.
+        OSError: the file is missing, or transformers does not know its contents.
     """
     from transformers import AutoConfig
 
@@ -103,14 +104,14 @@ def load_config(name: str, **options: Any) -> Any:
 def load_tokenizer(name: str, **options: Any) -> Any:
     """The tokenizer in a folder or on the hub; None where there is none.
 
-    An adapter's folder without one has that of its base model.
+    An adapter without one uses the tokenizer of its base model.
 
     Args:
         name: folder or hub name.
-        **options: as for `load_model`; the tokenizer gets those that say where files come from.
+        **options: as for `load_model`; only those that say where files come from are used.
 
     Raises:
-        OSError: there are files of a tokenizer, but they cannot be read as one.
+        OSError: a tokenizer's files are there but cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -122,16 +123,16 @@ def load_tokenizer(name: str, **options: Any) -> Any:
         return load_tokenizer(base, **known) if base and base != name else None
     with _reading("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(name, **known)
-        # Where the file of the vocabulary is missing, some classes make do with special tokens.
+        # Without a vocabulary file some classes load the special tokens alone.
         if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
             raise ValueError("it has no vocabulary beyond special tokens: is a file missing?")
-        tokenizer("a")  # reads the rest of its configuration
+        tokenizer("a")  # encodes once, which reads the rest of its configuration
     return tokenizer
 
 
 @contextmanager
 def _reading(what: str, name: str) -> Iterator[None]:
-    """Libraries raise whatever they like about bad files; say in one line which files they were."""
+    """Turn any error that a library raises about bad files into one line that names the files."""
     try:
         yield
     except ImportError:
@@ -146,7 +147,7 @@ def _reading(what: str, name: str) -> Iterator[None]:
 
 
 def _adapter_config(name: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What adapter_config.json of a PEFT adapter says; None for other models."""
+    """The contents of a PEFT adapter's adapter_config.json; None for other models."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
     with _reading("model", name):
@@ -185,11 +186,11 @@ def _load_whole(auto_class: Any, name: str, options: dict[str, Any]) -> Any:
     files = _files(options)
     _refuse_pickle(name, "model", "pytorch_model", options)
     with _reading("model", name):
-        # Other shapes are reported with the rest, in one message that names them.
+        # Do not raise at a wrong shape: `_check_report` names all faults in one message.
         model, report = auto_class.from_pretrained(
             name, **(options | {"output_loading_info": True, "ignore_mismatched_sizes": True})
         )
-        if _find(name, "generation_config.json", options):  # broken, the model would do without
+        if _find(name, "generation_config.json", options):  # transformers ignores a broken one
             from transformers import GenerationConfig
 
             _check_special_ids(GenerationConfig.from_pretrained(name, **files))
@@ -205,7 +206,7 @@ def _load_whole(auto_class: Any, name: str, options: dict[str, Any]) -> Any:
 
 
 def _refuse_pickle(name: str, safe: str, pickled: str, options: Mapping[str, Any]) -> None:
-    """Say what to do about a checkpoint that is there as a pickle alone, or in pieces."""
+    """Refuse a checkpoint, or a shard of one, that exists only as a pickle."""
     if not options["use_safetensors"] or _find(name, f"{safe}.safetensors", options):
         return
     files = [f"{pickled}.bin", f"{pickled}.bin.index.json"]
@@ -252,7 +253,7 @@ def _with_adapter(model: Any, name: str, base: str, options: dict[str, Any]) -> 
         weights = load_peft_weights(name, device="cpu", **files)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
         report: Any = set_peft_model_state_dict(adapted, weights)
-    if not config.is_prompt_learning:  # whose only tensor is loaded strictly
+    if not config.is_prompt_learning:  # PEFT loads that method's only tensor strictly
         own = {key for key, _ in adapted.named_parameters()}
         missing = [
             key
@@ -270,7 +271,7 @@ def _check_report(
     mismatched: Sequence[tuple[str, Sequence[int], Sequence[int]]],
     purpose: str = "",
 ) -> None:
-    """Refuse a checkpoint that is not exactly that of its architecture."""
+    """Refuse a checkpoint whose tensors are not exactly those of its architecture."""
     shapes = [
         f"{key} ({list(found)} instead of {list(expected)})" for key, found, expected in mismatched
     ]

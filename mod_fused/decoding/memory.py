@@ -1,11 +1,12 @@
-"""What decoding takes of memory at least, and how much there is: what cannot fit is refused first.
+"""The least memory that decoding takes, and the memory there is: a decode that cannot fit is
+refused before it runs.
 
     each language model   rows x tokens x sum over its layers of 2 x key heads x head size x bytes
                           rows x vocabulary x bytes                       the logits of one step
     the responses         rows x tokens x (8 + 4 + 4 x models) bytes      ids and log-probabilities
 
-with tokens = prompt + new ones (fewer than its window, in a layer that slides). Weights and what
-a model needs between its layers are left out, so that nothing that fits is refused.
+with tokens = prompt tokens + new tokens; a layer with a sliding window holds no more than the
+window. Weights and activations are left out, so that nothing that fits is refused.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ def check_decoding(
     """Refuse a decode that cannot fit.
 
     Args:
-        models: the K models that are there.
+        models: the K models that are not None.
         input_ids: [B, n_k] for each.
         copies: responses to each prompt.
         max_new_tokens: the most tokens of a response.
         use_cache: whether the models keep KV caches.
 
     Raises:
-        ValueError: says what it would take.
+        ValueError: says how much memory it would take.
     """
     rows = len(input_ids[0]) * copies
     tokens = input_ids[0].shape[1] + max_new_tokens
     needed = {input_ids[0].device: rows * tokens * (8 + 4 + 4 * len(models))}
     for model, ids in zip(models, input_ids, strict=True):
-        # The layers of a model that is spread over devices are nobody's to count.
+        # Models spread over several devices are not counted.
         if (
             is_transformers_model(model)
             and len({*getattr(model, "hf_device_map", {}).values()}) < 2
@@ -60,7 +61,7 @@ def check_decoding(
 
 
 def check_memory(needed: int, what: str, device: torch.device | None = None) -> None:
-    """Refuse what takes more bytes than there are on the device (None: the CPU).
+    """Refuse more bytes than the device (None: the CPU) has free.
 
     Raises:
         ValueError: says how many bytes `what` would take.
@@ -73,7 +74,7 @@ def check_memory(needed: int, what: str, device: torch.device | None = None) -> 
 
 
 def cached_numbers(model: Any, tokens: int) -> int:
-    """How many numbers the KV cache of one row holds after so many tokens; 0 where not known."""
+    """How many numbers one row's KV cache holds after so many tokens; 0 where it is not known."""
     config = text_config(model)
     layers, heads = _decoder(config, "layers", "num_hidden_layers"), _key_heads(config)
     size: Any = getattr(config, "head_dim", None)
@@ -95,13 +96,13 @@ def cached_numbers(model: Any, tokens: int) -> int:
     each = 2 * heads * size
     if isinstance(
         rank := getattr(config, "kv_lora_rank", None), int
-    ):  # DeepSeek's: one for all heads
+    ):  # DeepSeek: one compressed vector for all heads
         each = rank + getattr(config, "qk_rope_head_dim", 0)
     return each * sum(held.get(kind, 0) for kind in kinds)
 
 
 def _decoder(config: Any, what: str, name: str) -> Any:
-    """A number of the decoder, where the config's usual name may mean the encoder's."""
+    """A number of the decoder's: in some configs the usual name means the encoder's."""
     own = getattr(config, f"decoder_{what}", None)
     return getattr(config, name, 0) if own is None else own
 
@@ -116,7 +117,7 @@ def _key_heads(config: Any) -> Any:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """How many bytes can be had on the device; None where nobody says."""
+    """How many bytes are free on the device; None where that is not known."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -128,7 +129,7 @@ def available_bytes(device: torch.device) -> int | None:
         found += [1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")]
     except (OSError, ValueError, IndexError):
         pass  # not Linux
-    try:  # of a container; a limit "max" is none
+    try:  # the limit of a container; "max" means no limit
         found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):
         pass

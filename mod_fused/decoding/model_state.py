@@ -1,4 +1,4 @@
-"""One batch in progress: what each model needs from one token to the next."""
+"""One batch in progress: the state that each model keeps from one token to the next."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class EnsembleState:
         return reference, [policy.step(tokens) for policy in self._policies]
 
     def fork(self, copies: int) -> None:
-        """Let each row go on as `copies` rows, next to each other, once its prompt has been read.
+        """Let each row go on as `copies` adjacent rows once its prompt has been read.
 
-        To be called before the first step; also with one copy, if `select` is to be used.
+        Call it before the first step, also with one copy if `select` will be used.
 
         Raises:
             TypeError: if a model is a callable that keeps its own state, which nothing can copy.
@@ -44,8 +44,8 @@ class EnsembleState:
             state.fork(copies)
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows, int64 [N] of the B that there are: caches are copied, not made
-        anew, and a row may be taken any number of times."""
+        """Go on with these rows, int64 [N] with entries below B; each may occur any number of
+        times. Caches are copied, not recomputed."""
         for state in self._states():
             state.select(rows)
 
@@ -54,7 +54,7 @@ class EnsembleState:
 
 
 class CallableState:
-    """What one callable needs from step to step; `CausalLMState` adds what transformers keeps."""
+    """The state of one callable from step to step; `CausalLMState` adds that of transformers."""
 
     copies = 1  # rows that each row will become when the prompts have been read
 
@@ -74,10 +74,10 @@ class CallableState:
         self.started = False  # the prompts have been read
 
     def check(self, max_new_tokens: int) -> None:
-        """Nothing is known about a callable."""
+        """Refuse a batch that the model cannot continue; nothing is known about a callable."""
 
     def append(self, tokens: Tensor | None) -> None:
-        """Put the tokens int64 [B] drawn last behind the sequences; None before the first call."""
+        """Append the tokens drawn last, int64 [B], to the sequences; None before the first call."""
         if tokens is not None:
             new = tokens[:, None].to(self.sequences.device)
             self.sequences = torch.cat([self.sequences, new], dim=1)
@@ -117,10 +117,10 @@ class CallableState:
 
 
 class CausalLMState(CallableState):
-    """A transformers model and what its own `generate` would keep from step to step.
+    """A transformers model and the state that its own `generate` would keep from step to step.
 
-    Every step goes through the model's `prepare_inputs_for_generation`, as in transformers: the
-    models that slice, shift, drop or rename their inputs do so there.
+    Every step calls the model's `prepare_inputs_for_generation`, as transformers does: there some
+    models slice, shift, drop or rename their inputs.
     """
 
     reads_ahead = 0  # tokens read beyond the drawn ones
@@ -152,10 +152,10 @@ class CausalLMState(CallableState):
         )
 
     def begin(self) -> None:
-        """The keyword arguments with which transformers' `generate` would start."""
+        """Set the keyword arguments with which transformers' `generate` would start."""
         model, accepted = self.model, architectures.accepted_arguments(self.model)
         self.options = {"use_cache": self.use_cache}
-        # Without padding there is no mask: transformers would read it on the host each step.
+        # Without padding pass no mask: transformers would read it on the host at each step.
         if self.attention_mask is not None:
             self.options["attention_mask"] = self.attention_mask
         if "position_ids" in accepted:
@@ -167,7 +167,7 @@ class CausalLMState(CallableState):
             self.options.update(architectures.new_cache(model))
 
     def prepare(self) -> dict[str, Any]:
-        """The model's own preparation of its next call."""
+        """The arguments of the next call, as the model itself prepares them."""
         first = not self.options
         if first:
             self.begin()
@@ -178,7 +178,7 @@ class CausalLMState(CallableState):
             self.sequences, next_sequence_length=new, is_first_iteration=first, **self.options
         )
         if new and all(inputs.get(name) is None for name in (*cached, "mems")):
-            # The model drops its cache to begin again: not every version gives it all tokens then.
+            # The model has dropped its cache to begin anew; some versions then pass one token only.
             for name in cached:
                 del self.options[name]
             inputs = prepare(self.sequences, is_first_iteration=False, **self.options)

@@ -1,4 +1,4 @@
-"""The checking of `generate`'s arguments, before any model or op runs."""
+"""`generate`'s arguments: checked and put on the device before any model or op runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_limits(
     pad_token_id: Any,
     stop_strings: Any,
 ) -> Limits:
-    """These arguments of `mod_fused.generate`, checked; see there for their meaning."""
+    """These arguments of `mod_fused.generate`, checked."""
     eos_ids = ensemble.eos_token_ids if eos_token_id is None else _eos_ids(eos_token_id)
     pad = ensemble.padding_id(eos_ids) if pad_token_id is None else pad_token_id
     return Limits(
@@ -58,9 +58,10 @@ def check_limits(
 
 
 def check_vocab_size(vocab_size: Any, ensemble: Ensemble) -> int | None:
-    """As an int; how many logits a plain callable gives is not known before it runs."""
+    """`vocab_size` as an int, at most what the language models can read. The width of a plain
+    callable's logits is known only once it runs."""
     if vocab_size is None:
-        # Padded embeddings are the op's to cut; tokens that some tokenizer lacks are cut here.
+        # The op cuts padded embeddings; here the tokens are cut that some tokenizer lacks.
         return None if ensemble.common_ids is None else ensemble.vocab_size
     size, limit = _count("vocab_size", vocab_size, 1), ensemble.vocab_size
     if limit is not None and size > limit:
@@ -82,13 +83,13 @@ def ready_options(
     Args:
         ensemble: the models.
         options: as they were given.
-        num_values: J by the value_weights.
+        num_values: tells J, given the value_weights.
         limits: of the responses.
         batch: B, how many prompts there are.
         device: of the logits.
 
     Raises:
-        TypeError, ValueError: for what `mod_fused.sample` would refuse.
+        TypeError, ValueError: for options that `mod_fused.sample` would refuse.
     """
     options = {name: plain(value) for name, value in options.items()}
     position = check_position(options["position"], batch, limits.max_new_tokens)
@@ -98,7 +99,7 @@ def ready_options(
     options = {name: placed(name, value, device) for name, value in options.items()}
     seeds = options["seed"]
     if seeds is None:
-        # Once, not per step: position tells the steps apart.
+        # One seed for all steps: the position differs from step to step.
         seeds = torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64, device=device)
     elif not isinstance(seeds, Tensor):
         seeds = split_mix(seeds, batch, device)
@@ -114,8 +115,8 @@ def _check(
     num_values: int,
     options: dict[str, Any],
 ) -> None:
-    """What the op itself checks, on tensors without memory ("meta"): nothing is computed, no kernel
-    compiled."""
+    """Check the options as the op does, on tensors without memory ("meta"): nothing is computed and
+    no kernel compiled."""
     given: dict[str, Any] = {
         k: v.to("meta") if isinstance(v, Tensor) else v for k, v in options.items()
     }
@@ -143,7 +144,7 @@ def _check(
 
 
 def check_position(position: Any, batch: int, max_new_tokens: int) -> int | Tensor:
-    """The first position, an int or int64 [B], from which all tokens have one below 2^63."""
+    """The first position, an int or int64 [B]; the last token's must stay below 2^63."""
     if isinstance(position, Tensor):
         check_tensor("position", position, (torch.int64,), position.device, {"[B]": [batch]})
     one_each = isinstance(position, (Tensor, list))
@@ -170,8 +171,8 @@ def first_history(
     copies: int,
     device: torch.device,
 ) -> Tensor | None:
-    """Log-probability of the response so far under each model, float64 [B K, columns], None where
-    it is not needed; `shape` is [B, columns]."""
+    """Log-probability of the response so far under each model, float64 [B K, columns]; None where
+    it is not needed. `shape` is [B, columns]."""
     if prefix_logprobs is not None and not sequence_history:
         raise ValueError("prefix_logprobs were given without sequence_history=True")
     needed = sequence_history and get_divergence(divergence).name != "reverse_kl"

@@ -1,4 +1,4 @@
-"""Prompts to left-padded token ids, one batch per model."""
+"""Encodes prompts as left-padded token ids, one batch per model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def encode_prompts(
         attention_mask: for input_ids: same form, 1 for tokens and 0 for padding on the left; None:
             no padding.
         tokenizers: K tokenizers, one per model, or None where there is none.
-        labels: K names of the models, for messages.
+        labels: K names of the models, for error messages.
         pad_token_id: filled in on the left of the shorter prompts.
         device: where the results go; None leaves input_ids where they are.
         add_special_tokens: see `encode_text`.
@@ -85,7 +85,7 @@ def _placed(
         rows = ", ".join(f"{size} for {label}" for size, label in zip(sizes, labels, strict=True))
         raise ValueError(f"every model needs the same number of prompts, at least one, got {rows}")
     encoded = [ids.to(device=device, dtype=torch.int64) for ids, _ in pairs]
-    # A mask without zeros says nothing: transformers is faster without one.
+    # Drop a mask without zeros: transformers is faster without one.
     padding = [
         None if m is None or bool(m.all()) else m.to(device=device, dtype=torch.int64)
         for _, m in pairs
@@ -119,10 +119,10 @@ def encode_text(text: str, tokenizer: Any, add_special_tokens: bool | None = Non
     Args:
         text: any string, also one that a chat template has rendered.
         tokenizer: one of transformers'.
-        add_special_tokens: as transformers' tokenizers take it. None puts in front what the
-            tokenizer puts there, unless the text itself begins with it or with BOS; nothing is put
-            behind (as T5's and BERT's tokenizers would): a model is to go on with the text, not to
-            follow its end.
+        add_special_tokens: as transformers' tokenizers take it. None keeps the tokens that the
+            tokenizer puts in front, unless the text itself begins with the first of them or with
+            BOS. It drops the tokens that T5's and BERT's tokenizers put behind a text: the model
+            is to continue the text.
     """
     if add_special_tokens is not None:
         return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
@@ -137,7 +137,7 @@ def encode_text(text: str, tokenizer: Any, add_special_tokens: bool | None = Non
             front = framed[:start]
             starts = {*front[:1], getattr(tokenizer, "bos_token_id", None)}
             return bare if bare[0] in starts else front + bare
-    return framed  # the tokenizer does more than put tokens around a text
+    return framed  # the tokenizer changes the text's own tokens as well
 
 
 def _prompts_per_model(prompts: Any, labels: Sequence[str]) -> list[list[Prompt]]:
@@ -182,7 +182,7 @@ def _tensors_per_model(value: Any, labels: Sequence[str], name: str) -> list[Any
 
 
 def _padded(rows: Sequence[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, n]. Padded here: many tokenizers have no padding token or pad right."""
+    """Ids and mask [B, n]. Many tokenizers have no padding token, or pad on the right."""
     width = max(map(len, rows), default=0)
     ids = [[pad_token_id] * (width - len(row)) + row for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]

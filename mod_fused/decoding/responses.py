@@ -1,4 +1,4 @@
-"""The record of a batch's responses: filled a step at a time, and what it is in the end."""
+"""The record of a batch's responses, filled step by step, and `GenerateOutput`, its result."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .options import Limits
 from .streaming import Stream
 from .text import Decoder, StopStrings
 
-# Why a row ended, by code; a row still running when the tokens run out ended by length.
+# Why a row ended, by code. A row that is still running after max_new_tokens ended by length.
 FINISH_REASONS = ("length", "eos", "stop", "invalid")
 _RUNNING, _EOS, _STOP, _INVALID = range(4)
 
-#: What `Responses` holds for each row, as tensors.
+#: The attributes of `Responses` that are tensors with one entry per row.
 _BY_ROW = (
     "tokens", "history", "_sequences", "_lengths", "_logprobs", "_model_logprobs", "_reason"
 )  # fmt: skip
@@ -26,8 +26,8 @@ _BY_ROW = (
 
 @dataclass(frozen=True)
 class GenerateOutput:
-    """What `generate` returns. T is the length of the longest response; with num_return_sequences
-    B counts responses, those of one prompt next to each other.
+    """What `generate` returns. T is the length of the longest response. With num_return_sequences B
+    counts responses; those of one prompt are adjacent.
 
     Attributes:
         sequences: int64 [B, n + T], the prompts of the first model, left-padded, then the
@@ -37,8 +37,8 @@ class GenerateOutput:
         finish_reasons: B strings: "eos", "stop" (a stop string), "length", or "invalid" (see
             valid).
         texts: B decoded responses without special tokens, a stop string included; None without a
-            tokenizer. A response is decoded as what goes on from a text, so that a space in front
-            of its first word is kept and prompt + text reads on.
+            tokenizer. A response is decoded as the continuation of a text: the space in front of
+            its first word is kept, so that prompt + text is one text.
         logprobs: float32 [B, T], log pi*(token), before temperature and filters. 0 behind the end
             of a response, so that a sum over T is the log-probability of the response.
         model_logprobs: float32 [B, T, M+1], log-probability of the token under each model (its
@@ -46,8 +46,8 @@ class GenerateOutput:
             end. None unless asked for.
         valid: bool [B]. False: at some step the op had nothing to draw from (NaN logits, everything
             masked); the response ends before that step, whose log-probabilities are NaN.
-        seeds: int64 [B], the seed of each row: with it and the position a call goes on with the
-            responses of another.
+        seeds: int64 [B], the seed of each row: with it and the position another call can continue
+            the responses.
         attention_mask: int64 [B, n + T], of sequences: 0 for padding on both sides.
     """
 
@@ -71,11 +71,11 @@ class Responses:
         limits: room for the responses, and what ends them.
         tokenizer: decodes them; None: no texts.
         columns: how many model log-probabilities to record; 0: none.
-        history: float64 [B, columns], log-probability of the response so far under each model, to
-            be added to; None: not wanted.
+        history: float64 [B, columns], log-probability of the response before this call under each
+            model; None: not recorded.
 
     Attributes:
-        history: the same, at this step.
+        history: the same, of the response so far.
         tokens: int64 [B], the tokens drawn last; None at first.
         done: whether all responses have ended.
     """
@@ -112,7 +112,7 @@ class Responses:
 
     @property
     def wants_model_logprobs(self) -> bool:
-        """Whether `add` needs them, to record them or for the history."""
+        """Whether `add` needs the models' log-probabilities, to record them or for the history."""
         return self._model_logprobs is not None or self.history is not None
 
     @property
@@ -121,7 +121,7 @@ class Responses:
         return self._sequences[:, : self._width + self._step]
 
     def add(self, drawn: Sample, stream: Stream) -> None:
-        """Record a step, show it to the stream, and see which responses it ends."""
+        """Record a step, show it to the stream, and note which responses it ends."""
         active = self._reason == _RUNNING
         kept = active & drawn.valid
         tokens = torch.where(kept, drawn.tokens, self._pad)
@@ -156,11 +156,11 @@ class Responses:
         self.done = bool((reason != _RUNNING).all())
 
     def resample(self, choose: Callable[..., Tensor | None]) -> Tensor | None:
-        """What `resample_fn` chooses of the responses so far."""
+        """The rows that `resample_fn` chooses to go on with."""
         return choose(self._step - 1, self.sequences, self._lengths, self._reason)
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows, int64 [B], any of them any number of times."""
+        """Go on with these rows, int64 [B]; each may occur any number of times."""
         for name in _BY_ROW:
             if (values := getattr(self, name)) is not None:
                 setattr(self, name, values[rows])
@@ -169,8 +169,8 @@ class Responses:
         self.done = bool((self._reason != _RUNNING).all())
 
     def output(self, prompt_mask: Tensor | None, seeds: Tensor) -> GenerateOutput:
-        """The end: prompt_mask [B, n] (None: no padding) and seeds int64 [B] are the batch's."""
-        # Rows that were dropped may have been longer; an invalid step counts.
+        """The result, given the batch's prompt_mask [B, n] (None: no padding), seeds int64 [B]."""
+        # Rows that resample_fn dropped may have been longer. An invalid step counts.
         steps = int((self._lengths + (self._reason == _INVALID)).max())
         tokens, logs = self._sequences[:, self._width :][:, :steps], self._model_logprobs
         prompts = self._sequences[:, : self._width]

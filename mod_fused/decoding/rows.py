@@ -1,4 +1,4 @@
-"""Per-row parameters of a whole response: once to the device, and repeated for copies of a row."""
+"""Per-row parameters: copied to the device once per call, and repeated for copies of a row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def placed(name: str, value: Any, device: torch.device) -> Any:
-    """A parameter with one entry per row on the device: as a list it would be copied every step."""
+    """A per-row parameter as a tensor on the device: a list would be copied at every step."""
     if isinstance(value, Tensor):
         return value.to(device)
     if not isinstance(value, (list, tuple)) or not value:
@@ -26,8 +26,8 @@ def placed(name: str, value: Any, device: torch.device) -> Any:
 
 
 def repeated(name: str, value: Any, copies: int) -> Any:
-    """A placed parameter for `copies` copies of each row, next to each other."""
-    per_row = 2 if name in ("weights", "value_weights") else 1  # dimensions, where rows differ
+    """A parameter of `placed`, for `copies` adjacent copies of each row."""
+    per_row = 2 if name in ("weights", "value_weights") else 1  # dimensions of a per-row tensor
     if isinstance(value, Tensor) and value.ndim == per_row:
         return value.repeat_interleave(copies, dim=0)
     return value

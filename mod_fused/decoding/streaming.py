@@ -1,4 +1,4 @@
-"""Showing tokens while they are drawn: to a callable, or to one of transformers' streamers."""
+"""Streams show tokens while they are drawn: to a callable, or a streamer of transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Stream:
-    """No streaming, and the interface of the two kinds."""
+    """The interface of the two kinds below; itself it shows nothing."""
 
     active = False
 
@@ -21,7 +21,7 @@ class Stream:
         """The tokens of a step, int64 [B] on the CPU, and which of them were drawn, bool [B]."""
 
     def end(self) -> None:
-        """Called once, whatever has happened."""
+        """Called once at the end, after an error too."""
 
 
 class CallbackStream(Stream):
@@ -36,7 +36,7 @@ class CallbackStream(Stream):
 
 
 class TransformersStream(Stream):
-    """put(prompt), put(token) ..., end(), as transformers' own generate calls them."""
+    """Calls put(prompt), put(token) ..., end(), as transformers' own generate does."""
 
     active = True
 
@@ -61,8 +61,8 @@ class TransformersStream(Stream):
 
 @contextmanager
 def streaming(streamer: Any) -> Iterator[Stream]:
-    """The stream to a streamer, a callable or nothing (None), ended once on the way out: whoever
-    reads it in another thread must not wait for ever.
+    """The stream to a streamer, a callable or nothing (None). It ends once, after an error too: a
+    thread that reads it must not wait for ever.
 
     Raises:
         TypeError: for anything else.

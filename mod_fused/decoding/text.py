@@ -1,7 +1,8 @@
 """The text of responses: whole, or token by token at a cost that does not grow with the length.
 
-A response goes on from a text, so it is decoded behind a word, whose text is then cut off: a
-tokenizer that drops the space in front of a text (SentencePiece) keeps the response's own.
+Tokenizers such as SentencePiece drop the space in front of a text. A response continues a text, so
+its first space must stay: `Decoder` decodes a word and the response together and cuts off the word.
+A *border* is a token before which the decoded text no longer depends on what follows.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# Characters at the end that clean-up (" n ' t" to "n't") may still change: the sum of its patterns.
+# How many last characters clean-up (" n ' t" to "n't") may still change: all its patterns' lengths.
 _SLACK = 24
-_FEWEST = 16  # tokens before a border is looked for
-_TRIES = 12  # places tried for a border
+_FEWEST = 16  # no border is looked for among fewer tokens
+_TRIES = 12  # how many places are tried for a border
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -22,7 +23,7 @@ class Decoder:
     """Decodes responses as the continuation of a text.
 
     Args:
-        tokenizer: one of transformers', or what decodes as they do.
+        tokenizer: one of transformers', or an object with the same `decode`.
         skip_special_tokens: leave out special tokens; False shows them as text.
     """
 
@@ -37,17 +38,17 @@ class Decoder:
         return self._whole([*self._word, *token_ids])[self._length :]
 
     def is_border(self, token_id: int) -> bool:
-        """Whether nothing in front of this token can depend on what follows it: it shows, and is no
-        single byte, which would be decoded together with the bytes beside it."""
+        """Whether the text before this token no longer depends on what follows: the token has text
+        of its own, and is no single byte, which would be decoded together with its neighbours."""
         return not self._is_byte(token_id) and self([token_id]) != ""
 
     def lasting(self, token_ids: Sequence[int], text: str) -> int:
-        """How many characters of the text of these tokens no later token will change."""
+        """How many characters of these tokens' text are final: no later token changes them."""
         end = len(token_ids)
         while end and not self.is_border(token_ids[end - 1]):
             end -= 1
         if any(map(self._is_byte, token_ids[end:])):
-            text = self(token_ids[:end])  # a run of bytes is good or bad as a whole
+            text = self(token_ids[:end])  # a run of bytes becomes valid text only as a whole
         return len(text[: max(0, len(text) - self._late)].rstrip("\ufffd"))
 
     def _whole(self, token_ids: Sequence[int]) -> str:
@@ -62,7 +63,7 @@ class Decoder:
         return named is not None and _BYTE.fullmatch(named(token_id) or "") is not None
 
     def _cleans_up(self) -> bool:
-        """Whether decoding takes out spaces, as in front of full stops."""
+        """Whether decoding removes spaces, such as those before full stops."""
         text = self._whole(_plain_ids(self._tokenizer, "a ."))
         if "a" in text and "." in text:
             return "a ." not in text
@@ -70,11 +71,11 @@ class Decoder:
 
 
 class GrowingText:
-    """The text of one response as its tokens come. Only recent tokens are decoded: those behind the
-    last border, in front of which no later token changes anything.
+    """The text of one response as its tokens come. Only the tokens behind the last border are
+    decoded anew.
 
     Attributes:
-        open: the text behind the border, as it is now.
+        open: the text behind the border so far; later tokens may change it.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -90,16 +91,16 @@ class GrowingText:
         if len(self._ids) < self._next_try:
             return ""
         settled = self._settle()
-        # Twice as late where no border was found: the cost stays linear but for such texts.
+        # Without a border wait for twice as many tokens: else each token would decode them all.
         self._next_try = max(_FEWEST, 2 * len(self._ids))
         return settled
 
     def lasting(self) -> int:
-        """How many characters of `open` no later token will change."""
+        """How many characters of `open` are final."""
         return self._decoder.lasting(self._ids, self.open)
 
     def copy(self) -> GrowingText:
-        """The same text, to go on with on its own."""
+        """An independent copy."""
         other = copy.copy(self)
         other._ids = list(self._ids)
         return other
@@ -128,7 +129,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str], decoder: Decoder) -> None:
         self._stops, self._text = stops, GrowingText(decoder)
-        self._kept = max(map(len, stops)) - 1  # characters that an occurrence may reach back
+        self._kept = max(map(len, stops)) - 1  # how far back an occurrence may begin
         self._past = ""
 
     def add(self, token_id: int) -> bool:
@@ -139,20 +140,20 @@ class StopStrings:
         return any(stop in text for stop in self._stops)
 
     def copy(self) -> StopStrings:
-        """The same response, to go on with on its own."""
+        """An independent copy."""
         other = copy.copy(self)
         other._text = self._text.copy()
         return other
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:
-    if not callable(tokenizer):  # it decodes alone
+    if not callable(tokenizer):  # it can only decode
         return []
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _words(tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids that may stand for a word: of common ones, then of the vocabulary's."""
+    """Candidates for the word to decode in front: common words, then the vocabulary's tokens."""
     for text in ("a", "the", "A", "0"):
         yield _plain_ids(tokenizer, text)
     vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}

@@ -1,4 +1,4 @@
-"""Where the value scores of a decode come from: a function, or a guide that keeps state."""
+"""The source of a decode's value scores: a function, or a guide that keeps state."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class ValueState(Protocol):
         ...
 
     def fork(self, copies: int) -> None:
-        """Let each row go on as `copies` rows, next to each other, once its prompt has been read;
-        the reference's logits of the first step have their rows already. Called before it."""
+        """Let each row go on as `copies` adjacent rows once its prompt has been read. Called before
+        the first step, whose reference logits already have the copies' rows."""
         ...
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows, int64 [N], any of them any number of times."""
+        """Go on with these rows, int64 [N]; each may occur any number of times."""
         ...
 
 
 @runtime_checkable
 class ValueGuide(Protocol):
-    """What `generate` takes as value_fn beside plain functions."""
+    """The interface of a value_fn of `generate` that keeps state from step to step."""
 
     @property
     def num_values(self) -> int:
@@ -57,7 +57,7 @@ class ValueGuide(Protocol):
 
 
 def value_count(value_fn: ValueFunction | ValueGuide | None, value_weights: Any) -> int:
-    """J as far as it is known before anything runs; 0 without values."""
+    """J, or what is known of it before anything runs; 0 without values."""
     if value_fn is None:
         return 0
     if isinstance(value_fn, ValueGuide):
@@ -67,7 +67,7 @@ def value_count(value_fn: ValueFunction | ValueGuide | None, value_weights: Any)
             "value_fn must be a function (step, sequences) or have start() and num_values, "
             f"got {type(value_fn).__name__}"
         )
-    # How many values a function will give is known from their weights alone.
+    # A function has not run yet: only the weights tell how many values it will give.
     if isinstance(value_weights, Tensor):
         return value_weights.shape[-1] if value_weights.ndim else 1
     row = value_weights
@@ -77,7 +77,7 @@ def value_count(value_fn: ValueFunction | ValueGuide | None, value_weights: Any)
 
 
 class ValueSource:
-    """The values of one decode, whatever they come from. Made by `value_source`."""
+    """The values of one decode, from a function, a guide or none. Made by `value_source`."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class ValueSource:
         return {} if self._function is None else _named(self._function(step, sequences))
 
     def fork(self, copies: int) -> None:
-        """See `ValueState.fork`; a function is given the sequences and keeps nothing."""
+        """See `ValueState.fork`. A function keeps nothing from step to step."""
         if self._state is not None:
             self._state.fork(copies)
 

@@ -1,4 +1,4 @@
-"""Who runs a call: the backends, their torch ops, and how arguments reach them."""
+"""The backends, their torch ops, and how the arguments of a call reach them."""
 
 from .backends import INTERPRETED
 

@@ -1,5 +1,4 @@
-"""Which implementation of the op runs: one table of backends, each available or with the reason why
-not."""
+"""The table of backends: which are available, or why not, and which one runs a call."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ from ..divergence import Divergence, is_built_in, number_of
 
 
 def _interpreted() -> bool:
-    """What Triton says, which reads TRITON_INTERPRET in its own way; it is imported only where the
-    answer may be yes."""
+    """Whether Triton interprets its kernels. Triton reads TRITON_INTERPRET in its own way, so it is
+    asked; it is imported only where the answer may be yes."""
     told = "TRITON_INTERPRET" in os.environ or "triton" in sys.modules
     if not told or importlib.util.find_spec("triton") is None:
         return False
@@ -42,11 +41,11 @@ class Backend(NamedTuple):
     status: Callable[[], str]  # AVAILABLE, or why not
 
 
-#: In the order of csrc/cpu/binding.cpp.
+#: In the order of `instruction_set_cpu` in csrc/cpu/binding.cpp.
 _INSTRUCTION_SETS = ("baseline", "neon", "avx2", "avx512")
 
 
-_loaded = ""  # what loading the extension said: torch.compile traces no functools.cache
+_loaded = ""  # the status once loaded; not functools.cache, which torch.compile cannot trace
 
 
 def _cpu_status() -> str:
@@ -56,7 +55,7 @@ def _cpu_status() -> str:
 
 
 def _load() -> str:
-    # The extension's kernels serve the ops that registration.py defines.
+    # On import the extension registers its kernels for the ops that registration.py defines.
     try:
         from .. import _cpu  # type: ignore[attr-defined]  # noqa: F401
     except ImportError as error:
@@ -106,7 +105,8 @@ _chosen: dict[tuple[str | None, torch.device, int], str] = {}
 
 
 def _knows(backend: str, divergence: Divergence) -> bool:
-    """Whether a backend has a divergence, which for a registered one is its owner's business."""
+    """Whether a backend can run a divergence. For a registered one triton needs the device
+    functions that its owner supplies."""
     if backend == "torch" or is_built_in(divergence):
         return True
     return backend == "triton" and divergence.triton is not None
@@ -121,7 +121,7 @@ def choose(name: str | None, device: torch.device, divergence: Divergence) -> st
             not know the divergence.
     """
     if not isinstance(name, (str, type(None))):
-        return _choose(name, device, divergence)  # which says what is wrong
+        return _choose(name, device, divergence)  # raises: no backend has such a name
     key = (name, device, number_of(divergence))
     if key not in _chosen:  # what can run here does not change while the process lives
         _chosen[key] = _choose(name, device, divergence)

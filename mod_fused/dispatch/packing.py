@@ -1,8 +1,8 @@
-"""The arguments of a registered op: all fields in four, each in its slot.
+"""Packing: all fields of a call in the four arguments of a registered op.
 
-The dispatcher charges for every argument, about a microsecond each for lists. No string is among
-them: torch's stable ABI loses the memory of every one that crosses it. The C++ reader is
-csrc/cpu/binding.cpp.
+Four, because torch's dispatcher takes time for every argument, about a microsecond for a list. No
+strings, because torch's stable ABI leaks the memory of every string that crosses it. In C++
+csrc/cpu/binding.cpp reads the four lists.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..divergence import alpha_of, divergence_of, number_of
 _PACKED = "Tensor[] logits, Tensor?[] tensors, int[] integers, float[] numbers"
 LOG_PROBS_SCHEMA = f"({_PACKED}) -> Tensor"
 SAMPLE_SCHEMA = f"({_PACKED}) -> (Tensor, Tensor, Tensor, Tensor)"
-# With outputs and a workspace that are the caller's.
+# The caller passes the outputs and may pass a workspace.
 LOG_PROBS_OUT_SCHEMA = f"({_PACKED}, Tensor(a!) out, Tensor(b!)? workspace) -> ()"
 SAMPLE_OUT_SCHEMA = (
     f"({_PACKED}, Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!) valid, "
@@ -27,21 +27,21 @@ SAMPLE_OUT_SCHEMA = (
 
 Packed = tuple[list[Tensor], list[Tensor | None], list[int], list[float]]
 
-#: Slots of the mixture; those of the draw follow.
+#: How many slots of each list belong to the mixture; those of the draw follow.
 _TENSORS, _INTEGERS, _NUMBERS = 5, 5, 2
 
 
 def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Packed:
-    """All fields as the four arguments of an op; without `drawing` those of `log_probs`.
+    """All fields as the four arguments of an op: of `log_probs` without `drawing`.
 
-    A field that is a number leaves its tensor's slot empty, and the other way round. Behind their
-    slots, numbers go on with the weights, the values' weights and the scales.
+    A field that is a number leaves its slot among the tensors empty, and the other way round. After
+    the slots, `numbers` goes on with the weights, the value weights and the scales.
     """
     (
         ref, policies, weights, divergence, normalizer, values, value_ids, value_weights, prefix,
         scales, vocab, plausibility, plausible,
     ) = mixing  # fmt: skip
-    # Fields are of these very types, and asking for them is faster than asking for tensors.
+    # `checks.py` makes fields of exactly these types; `type(x) is` is faster than isinstance.
     w, v = type(weights) is tuple, type(value_weights) is tuple
     logits = list(policies) if ref is None else [ref, *policies]
     tensors: list[Any] = [
@@ -76,7 +76,7 @@ def unpack(
     integers: Sequence[int],
     numbers: Sequence[float],
 ) -> tuple[MixtureArguments, DrawArguments | None]:
-    """What was packed."""
+    """The inverse of `pack`."""
     weights, values, value_ids, value_weights, prefix = tensors[:_TENSORS]
     reference, vocab, plausible, exact, number = integers[:_INTEGERS]
     plausibility, alpha = numbers[:_NUMBERS]

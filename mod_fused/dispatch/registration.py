@@ -1,9 +1,10 @@
 """The torch ops of every backend.
 
-Backend NAME has `mod_fused::log_probs_NAME` and `mod_fused::sample_NAME`, all with the same schemas
-(packing.py), and `log_probs_NAME_out` and `sample_NAME_out`, which write to tensors that they are
-given. In Python a backend is a module with two functions, `log_probs_out` and `sample_out`;
-allocation and fake implementations are made from them here. The C++ backend brings all four.
+Backend NAME has `mod_fused::log_probs_NAME` and `mod_fused::sample_NAME`, and `log_probs_NAME_out`
+and `sample_NAME_out`, which write to given tensors. The schemas are the same for all backends
+(packing.py). A backend in Python is a module with two functions, `log_probs_out` and `sample_out`;
+this file adds the allocating ops. The C++ backend implements all four ops itself. The fake
+implementations, which tell torch.compile the shapes, are here for all.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from .packing import (
     unpack,
 )
 
-# `define` and `impl`: a third of the dispatch cost of torch.library.custom_op.
+# `define` and `impl` cost a third of the dispatch time of torch.library.custom_op.
 _library = torch.library.Library("mod_fused", "DEF")
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
-# The overloads themselves, by backend: finding them anew costs more than a small call.
+# The ops by backend, kept: looking one up in torch.ops takes longer than a small call.
 log_probs: dict[str, OpOverload] = {}
 log_probs_out: dict[str, OpOverload] = {}
 sample: dict[str, OpOverload] = {}
@@ -57,7 +58,7 @@ def _fake_sample(*packed: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _fake_out(*args: Any) -> None:
-    """What is written to the caller's tensors has no shape of its own."""
+    """An `_out` op returns nothing, so its fake has no shape to tell."""
 
 
 _FAKES = (_fake_log_probs, _fake_out, _fake_sample, _fake_out)
@@ -96,8 +97,8 @@ def _implementations(kernels: Callable[[], ModuleType]) -> tuple[Callable[..., A
 def _define(
     backend: str, kernels: Callable[[], ModuleType] | None = None, keys: tuple[str, ...] = ()
 ) -> None:
-    """Schemas and fake implementations of a backend's four ops, and their implementations for the
-    dispatch keys `keys`."""
+    """Define a backend's four ops with their fakes, and implement them for the dispatch keys
+    `keys`."""
     kinds = (None,) * len(_OPS) if kernels is None else _implementations(kernels)
     for (name, suffix, schema, overloads), fake, kind in zip(_OPS, _FAKES, kinds, strict=True):
         op = f"{name}_{backend}{suffix}"
@@ -120,4 +121,4 @@ _define("triton", _triton_launch, tuple(device.upper() for device in TRITON_DEVI
 _define("cpu")  # kernels: csrc/cpu/binding.cpp
 _library.define("divergence_cpu(int divergence, float alpha, int function, Tensor x) -> Tensor")
 _library.define("instruction_set_cpu() -> int")
-backends()  # loads the extensions now: torch.compile could not trace it
+backends()  # loads the extension now: torch.compile cannot trace the import

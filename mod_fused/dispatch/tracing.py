@@ -1,9 +1,9 @@
 """Numbers that change from call to call of compiled code.
 
-torch.compile makes such a number a symbol. In an op's list of numbers a symbol becomes a constant
-of the graph, so that every new value takes a new graph, of which torch.compile allows eight. So
-symbols travel in tensors where those have a slot, and scales multiply their logits beforehand.
-Plausibility and alpha remain constants.
+torch.compile makes such a number a symbol. A symbol in an op's list of numbers becomes a constant
+of the graph: every new value needs a new graph, and torch.compile allows eight. Therefore symbols
+are passed as tensors where the op has a slot for one, and logits are multiplied by their scales
+before the op. Plausibility and alpha remain constants.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..torch_kernels.philox import mix
 
 
 def mixture_without_symbols(mixing: MixtureArguments) -> MixtureArguments:
-    """The same distribution."""
+    """The same distribution, with tensors in place of symbols."""
     device, scales = mixing.batch_tensor().device, mixing.logit_scales
     ref, policies = mixing.ref_logits, mixing.policy_logits
     if any_symbol(scales):
@@ -42,11 +42,11 @@ def mixture_without_symbols(mixing: MixtureArguments) -> MixtureArguments:
 
 
 def draw_without_symbols(drawing: DrawArguments, like: Tensor) -> DrawArguments:
-    """The same draw, for the batch and the device of `like`."""
+    """The same draw with tensors in place of symbols, for the batch and device of `like`."""
     count, device = like.shape[0], like.device
 
     def rows(given: Any, off: float, dtype: torch.dtype) -> Any:
-        # What is off stays a number: a filter's tensor would be looked at.
+        # A filter that is off stays a number: a tensor would switch its kernel on.
         if isinstance(given, Tensor) or not any_symbol([given]) or given == off:
             return given
         return torch.ones((count,), dtype=dtype, device=device) * given

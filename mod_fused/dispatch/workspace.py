@@ -10,7 +10,7 @@ from torch import Tensor
 from ..call.arguments import MixtureArguments
 from ..call.fields import number
 
-#: Bytes: a workspace begins at a multiple.
+#: A workspace begins at a multiple of so many bytes.
 ALIGNMENT = 16
 _TRITON = importlib.util.find_spec("triton") is not None
 
@@ -25,7 +25,7 @@ def _workspace_bytes(rows: int, vocab_size: int, models: int, filters: bool) -> 
 
 
 def check_workspace(mixing: MixtureArguments, filters: bool, workspace: object) -> Tensor:
-    """`workspace` of a call, with `filters` or not, checked."""
+    """The caller's `workspace`, checked; a call with `filters` needs a larger one."""
     batch = mixing.batch_tensor()
     if not isinstance(workspace, Tensor):
         raise TypeError(f"workspace must be a tensor, got {type(workspace).__name__}")
@@ -41,7 +41,7 @@ def check_workspace(mixing: MixtureArguments, filters: bool, workspace: object) 
         )
     if workspace.numel() < needed:
         raise ValueError(f"{expected}, got {workspace.numel()}")
-    # Dynamo cannot trace the offset. In compiled code Triton sees for itself what it may assume.
+    # Dynamo cannot trace the offset. In compiled code Triton looks at the alignment itself.
     if not torch.compiler.is_compiling() and workspace.storage_offset() % ALIGNMENT:
         raise ValueError(
             f"{expected} that begins at a multiple of {ALIGNMENT}, "
@@ -51,24 +51,25 @@ def check_workspace(mixing: MixtureArguments, filters: bool, workspace: object) 
 
 
 def workspace_size(batch: int, vocab_size: int, policies: int = 2, *, filters: bool = True) -> int:
-    """Bytes of a `workspace` that is large enough for every call of `sample` and `log_probs`, of
-    any divergence, with at most so many rows, token ids and policies.
+    """Bytes of a `workspace` for every call of `sample` and `log_probs`, of any divergence, with at
+    most so many rows, token ids and policies.
 
-    Not covered are candidates: `values` with `value_ids` become [J, B, V] float32, which torch's
-    allocator provides.
+    It does not cover candidates: the op turns `values` with `value_ids` into float32 [J, B, V],
+    which it allocates with torch.
 
     Args:
         batch: B, the most rows of a call.
         vocab_size: V, the most token ids.
-        policies: M, the most policies; a reference model beside them is covered.
-        filters: also for calls with top-k, top-p or min-p, which need 4 B V bytes for keys.
+        policies: M, the most policies; room for a reference model is included.
+        filters: whether calls may have top-k, top-p or min-p: they need 4 B V bytes more, a
+            float32 per token.
 
     Returns:
         The bytes; 0 where triton is not installed: the other backends need no workspace.
 
     Raises:
         ValueError: negative numbers, or no token ids.
-        TypeError: what is not an integer.
+        TypeError: an argument that is not an integer.
     """
     sizes = {"batch": batch, "vocab_size": vocab_size, "policies": policies}
     for name, size in sizes.items():

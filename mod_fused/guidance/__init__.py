@@ -6,7 +6,7 @@
     guidance.blockwise_best_of_k(models, prompts, score_fn=score, k=4, block_length=8)
 
 A scorer is an ordinary Hugging Face model, so transformers loads, saves and runs it.
-`python -m mod_fused.training.embedded_scorers` makes those of the embedded world.
+`python -m mod_fused.training.embedded_scorers` trains the scorers of the embedded world.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Training stands above: the public names of its two functions are looked up when used.
+    # mod_fused.training imports this package, so its two functions are imported when used.
     if name in ("train_mavis", "train_scorer"):
         from importlib import import_module
 

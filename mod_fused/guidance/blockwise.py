@@ -1,8 +1,8 @@
-"""Blockwise control (Controlled Decoding, arXiv 2310.17022): the best of K continuations, block by
-block, and best-of-N, its limit of one block.
+"""Blockwise control (Controlled Decoding, arXiv 2310.17022): after every block of tokens keep the
+best of K continuations. Best-of-N is the case of one block.
 
-The continuations are rows of one `mod_fused.generate`: the prompts are read once, and at the end of
-a block the KV caches of the chosen ones are copied over the others'.
+The continuations are rows of one `mod_fused.generate`. The prompts are read once; at the end of a
+block the KV cache of the chosen continuation is copied over those of the others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .scorers import Scorer, prefix_values
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 Reward = Callable[[str, str], float]
 _INVALID = FINISH_REASONS.index("invalid")
-_VALUES = 2**28  # a dense scorer says one for each token of the vocabulary: 1 GiB at a time
+_VALUES = 2**28  # the most values at a time, 1 GiB: a dense scorer gives V per prefix
 
 
 class BlockwiseOutput(NamedTuple):
@@ -46,12 +46,13 @@ class BlockwiseOutput(NamedTuple):
         model_logprobs: float32 [B, T, M+1], the same under each model, reference first. Its sum
             over T at 0 is log pi_ref of the response. None unless asked for.
         valid: bool [B]; False: no continuation could be drawn at some step.
-        scores: float32 [B], score of the response (of what was there when its last block ended).
-            NaN where not valid.
+        scores: float32 [B], score of the response at the end of its last block; NaN where not
+            valid.
         blocks: int64 [B], blocks drawn until the response ended.
-        kl_bound: float32 [B], blocks (log K - (K - 1) / K) in nats. Its mean over many draws of a
-            prompt is at least KL of this policy of responses to the one drawn from (with its
-            temperature and filters): the bound of best-of-K (arXiv 2401.01879), once per block.
+        kl_bound: float32 [B], blocks (log K - (K - 1) / K) in nats: the bound of best-of-K (arXiv
+            2401.01879), once per block. Its mean over many responses to a prompt is an upper bound
+            of KL(responses of this function || responses drawn without choosing, at the same
+            temperature and filters).
     """
 
     sequences: Tensor
@@ -84,8 +85,8 @@ def blockwise_best_of_k(
     """Draw K continuations of L tokens, keep the one of the best score, and go on from there.
 
     A continuation that ends inside its block is scored as it is; if it is chosen, the response has
-    ended. Of equal scores the first continuation wins. Works with any policies, divergence and
-    values, K rows being drawn for every prompt until all responses have ended.
+    ended. Of equal scores the first continuation wins. Any policies, divergence and values work. K
+    rows are drawn for every prompt until all responses have ended.
 
     Args:
         ensemble: the models; B prompts are decoded together.
@@ -97,23 +98,23 @@ def blockwise_best_of_k(
         k: K, continuations of each prompt.
         block_length: L, tokens of a block.
         weights: [M] or [B, M], as in `mod_fused.generate`. None draws from the reference alone, as
-            the paper does (or from its tilt by a value_fn): no policy runs, prompts are the
-            reference's.
+            the paper does, or from the reference tilted by a value_fn: no policy runs, and the
+            prompts are the reference's.
         input_ids: as in `mod_fused.generate`; so are attention_mask and add_special_tokens.
         max_new_tokens: the most tokens of a response; the last block may be shorter than L.
-        **options: further arguments of `mod_fused.generate`, but for a streamer. value_fn and
-            mask_fn are given the N rows, those of prompt b from b K on. Random numbers depend on
-            the prompt's seed, the continuation and the position in the response alone, as with
-            num_return_sequences; K = 1 draws what generate draws.
+        **options: further arguments of `mod_fused.generate`, except streamer. value_fn and mask_fn
+            get all N rows; those of prompt b begin at row b K. Random numbers depend only on the
+            prompt's seed, the continuation and the position in the response, as with
+            num_return_sequences; K = 1 draws the tokens that `generate` draws.
 
     Returns:
         `BlockwiseOutput`. A prompt is invalid if none of its continuations is valid.
 
     Raises:
-        TypeError, ValueError: before any model runs: bad arguments, a callable that keeps its own
-            state (use_cache=False lets it be used), no reference where weights is None.
-        TypeError, ValueError: from a block on: score_fn returns no tensor [N] of numbers, or NaN
-            for every valid continuation of a prompt.
+        TypeError, ValueError: before any model runs, for bad arguments, for a callable that keeps
+            its own state (pass use_cache=False), or if weights is None and there is no reference.
+        TypeError, ValueError: at the end of a block, if score_fn does not return a tensor [N] of
+            numbers, or returns NaN for every valid continuation of a prompt.
     """
     k, block_length = _at_least_one("k", k), _at_least_one("block_length", block_length)
     if not callable(score_fn):
@@ -126,7 +127,7 @@ def blockwise_best_of_k(
     if weights is None:
         if ensemble.models[0] is None:
             raise ValueError("weights=None draws from the reference, but the ensemble has none")
-        # The op wants a policy, be it the reference, or values.
+        # The op needs a policy or values: without values the reference becomes the only policy.
         absent, weights = ([None], [1.0]) if options.get("value_fn") is None else ([], [])
         ensemble = Ensemble([*absent, ensemble.models[0]], [*absent, ensemble.tokenizers[0]])
 
@@ -152,7 +153,7 @@ def blockwise_best_of_k(
         resample_fn=choice,
         **options,
     )
-    each = slice(None, None, k)  # in the end the K rows of a prompt are copies of the chosen one
+    each = slice(None, None, k)  # the K rows of a prompt are now copies of the chosen one
     return BlockwiseOutput(
         sequences=out.sequences[each],
         tokens=out.tokens[each],
@@ -190,7 +191,7 @@ def best_of_n(
 
 
 class _Choice:
-    """The resample_fn: at a block's end, the best continuation of each prompt in all its K rows."""
+    """The resample_fn: at a block's end it puts each prompt's best continuation into its K rows."""
 
     def __init__(
         self,
@@ -207,7 +208,7 @@ class _Choice:
         self.first = (
             torch.arange(batch, dtype=torch.int64, device=device) * k
         )  # row of each prompt's continuation 0
-        self.open = torch.ones(batch, dtype=torch.bool, device=device)  # went on into this block
+        self.open = torch.ones(batch, dtype=torch.bool, device=device)  # at this block's start
         self.scores = torch.full((batch,), math.nan, dtype=torch.float32, device=device)
         self.blocks = torch.zeros(batch, dtype=torch.int64, device=device)
 
@@ -223,7 +224,7 @@ class _Choice:
         scores = self._scores(sequences, mask)
         invalid = reasons == _INVALID
         best = self._best(scores.view(-1, self.k), invalid.view(-1, self.k))
-        rows = self.first + best  # those of an ended response are all alike
+        rows = self.first + best  # the rows of an ended response are all alike
         scores = torch.where(invalid, math.nan, scores).float()
         self.scores = torch.where(self.open, scores[rows], self.scores)
         self.blocks += self.open
@@ -245,7 +246,7 @@ class _Choice:
         return scores.detach().to(sequences.device, torch.float64)
 
     def _best(self, scores: Tensor, invalid: Tensor) -> Tensor:
-        """The best continuation [B] of scores [B, K]; -inf is a score, better than none at all."""
+        """The best continuation [B] by scores [B, K]. A score of -inf still beats no score."""
         out = invalid | scores.isnan()
         unscored = self.open & out.all(dim=1) & ~invalid.all(dim=1)
         if bool(unscored.any()):
@@ -266,11 +267,13 @@ def prefix_score(scorers: Sequence[Any], strengths: Sequence[float] | None = Non
     """sum_j v_j V_j(x, y^t) of the prefixes y^t themselves (Controlled Decoding, arXiv 2310.17022).
 
     Args:
-        scorers: J models or `Scorer`s, dense or scalar; no callables, whose prefixes are not known.
+        scorers: J models or `Scorer`s, dense or scalar. Callables are refused: they read one token
+            at a time and cannot score a whole sequence.
         strengths: v, [J]; None means ones.
 
     Returns:
-        A score_fn: sequences and mask int64 [N, L] to float32 [N]. It reads whole sequences anew.
+        A score_fn: sequences and mask int64 [N, L] to float32 [N]. Each call reads the whole
+        sequences.
 
     Raises:
         TypeError: a scorer is a callable.
@@ -287,7 +290,7 @@ def prefix_score(scorers: Sequence[Any], strengths: Sequence[float] | None = Non
     @torch.no_grad()
     def score(sequences: Tensor, mask: Tensor) -> Tensor:
         columns = torch.arange(mask.shape[1], device=mask.device)
-        last = (columns * mask).argmax(1, keepdim=True)  # of the prefix; padding may follow
+        last = (columns * mask).argmax(1, keepdim=True)  # the prefix's end; padding may follow
         total = torch.zeros(len(sequences), dtype=torch.float32, device=sequences.device)
         for weight, scorer in zip(weights, known, strict=True):
             width = embedded_ids(scorer.model) if scorer.dense else 1
@@ -303,7 +306,7 @@ def prefix_score(scorers: Sequence[Any], strengths: Sequence[float] | None = Non
 
 
 def response_score(reward: Reward, tokenizer: Any, prompts: Sequence[str]) -> ScoreFunction:
-    """The reward of the responses as text; for `best_of_n`, where they are complete.
+    """The reward of the responses' text, for `best_of_n`: it needs complete responses.
 
     Args:
         reward: reward(prompt, response), any float; the response as in `GenerateOutput.texts`.

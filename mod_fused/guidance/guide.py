@@ -18,18 +18,19 @@ from .scorers import ScalarState, Scorer
 class Guidance:
     """Scores of the next token from J scorers; `generate(..., value_fn=Guidance(...))`.
 
-    The decoder draws from pi*(z) = pi_ref(z) (f')^-1(u(z) - Z) with sum_j v_j V_j(x, [y, z]) in
-    u(z): for reverse KL pi_ref(z) exp(sum_j v_j V_j(x, [y, z])), v the value_weights of `generate`.
-    Scorers and policies share their tokenizer; the scorers read the first model's prompts.
+    The decoder draws from pi*(z) = pi_ref(z) (f')^-1(u(z) - Z), where u(z) contains
+    sum_j v_j V_j(x, [y, z]) and v are the value_weights of `generate`. For reverse KL pi*(z) is
+    proportional to pi_ref(z) exp(sum_j v_j V_j(x, [y, z])). Scorers and policies share a tokenizer;
+    the scorers read the first model's prompts.
 
     Args:
         scorers: J models, callables or `Scorer`s; see there.
         candidates: K: score the K most likely tokens of the reference and exclude all others.
-            Needed for scalar scorers. None: every token is scored. What mask_fn then forbids is
-            taken from the K; a row of which none is left is invalid.
+            Needed for scalar scorers. None: every token is scored. mask_fn then removes tokens from
+            the K; a row with no candidate left is invalid.
 
     Raises:
-        TypeError, ValueError: for what is no scorer, no scorers at all, or K below 1.
+        TypeError, ValueError: for an object that is no scorer, for an empty list, or for K below 1.
     """
 
     def __init__(self, scorers: Sequence[Any], *, candidates: int | None = None) -> None:
@@ -67,7 +68,7 @@ class Guidance:
 
     @property
     def places(self) -> dict[str, Any]:
-        """The scorers' models, by what messages call them."""
+        """The scorers' models, by the names that error messages give them."""
         return {f"scorer {i}": scorer.model for i, scorer in enumerate(self.scorers)}
 
     @property
@@ -87,8 +88,8 @@ class Guidance:
         """Begin a batch of prompts int64 [B, n], left-padded; runs no model yet.
 
         Raises:
-            ValueError: candidates without a reference; a scorer in training mode, without room for
-                the tokens, or unable to read padded prompts.
+            ValueError: candidates without a reference, or a scorer that is in training mode, has
+                too few positions for the tokens, or cannot read padded prompts.
         """
         if self.candidates is not None and not has_reference:
             raise ValueError("candidates are the reference's most likely tokens: it is None")

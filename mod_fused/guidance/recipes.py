@@ -2,7 +2,7 @@
 
     generate(models, prompts, weights=[], **guidance.fudge(classifier))
 
-Policies may be mixed in: their weights are `generate`'s own.
+To mix in policies, give `generate` their weights in place of the empty list.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def fudge(
 
     Args:
         classifier: a dense or scalar scorer whose output is the logit of the attribute.
-        candidates: how many tokens to score; the paper's 200. None: all, for a dense one.
+        candidates: how many tokens to score; the paper takes 200. None scores all, with a dense
+            classifier.
         strength: 1 is Bayes' rule.
     """
     guide = Guidance([Scorer(classifier, F.logsigmoid)], candidates=candidates)

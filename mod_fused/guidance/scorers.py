@@ -1,9 +1,9 @@
 """Scorers: ordinary Hugging Face models whose output is a value, run with their KV caches.
 
-A dense scorer is a causal language model whose "logits" at the prefix [x, y] are the values
+A *dense* scorer is a causal language model whose "logits" at the prefix [x, y] are the values
 V(x, [y, z]) of every next token z: one pass scores the vocabulary (Controlled Decoding, arXiv
-2310.17022). A scalar scorer is a token classifier with one label, which gives V(x, y) of the prefix
-that it has read; K next tokens are scored in one pass as K branches of it.
+2310.17022). A *scalar* scorer is a token classifier with one label, which gives V(x, y) of the
+prefix that it has read. To score K next tokens it reads all K in one pass, each as its own branch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..decoding.sequences import Rows
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model and what to do with its output.
+    """A model and the transform of its output.
 
     Args:
         model: dense: a causal language model, or a callable `step(tokens) -> values [B, V]` as in
@@ -40,7 +40,7 @@ class Scorer:
             output is the value.
 
     Raises:
-        TypeError: if it is neither.
+        TypeError: if the model is neither dense nor scalar.
     """
 
     model: Any
@@ -71,7 +71,7 @@ class Scorer:
     def start(
         self, label: str, input_ids: Tensor, attention_mask: Tensor | None, use_cache: bool
     ) -> CallableState:
-        """What one batch needs; a `ScalarState` for a scalar scorer."""
+        """The state of one batch; a `ScalarState` for a scalar scorer."""
         kind = CausalLMState if is_transformers_model(self.model) else CallableState
         if not self.dense:
             kind = ScalarState
@@ -85,9 +85,9 @@ class Scorer:
 class ScalarState(CausalLMState):
     """A scalar scorer and its KV cache: values of K candidates for the next token in one pass.
 
-    The pass reads the token drawn last and the K candidates, all of these at the position after it.
-    A candidate attends to what is before it and to itself, never to its rivals; the cache then
-    forgets the candidates.
+    The pass reads the token drawn last and the K candidates, which all stand at the position after
+    it. A candidate attends to the prefix and to itself, not to other candidates. The cache then
+    drops the candidates.
     """
 
     reads_ahead = 1
@@ -120,7 +120,7 @@ class ScalarState(CausalLMState):
         """V(x, [y, z]) [B, K] of the candidates z int64 [B, K].
 
         `tokens` int64 [B] were drawn last; None at the first call, which reads the prompts. After
-        `fork` that call is given the candidates of all copies, which are the same for each.
+        `fork` the first call gets the candidates of all copies; the copies of a row have the same.
         """
         if self.copies > 1:
             copies, self.copies = self.copies, 1
@@ -144,7 +144,7 @@ class ScalarState(CausalLMState):
         allowed[:, :new, :total] = causal & seen[:, None]
         allowed[:, new:, :total] = seen[:, None]
         allowed[:, new:, total:] = torch.eye(count, dtype=torch.bool, device=seen.device)
-        # Added to the attention scores, and finite: padding attends to nothing, which would be NaN.
+        # An additive mask with finite entries: padding attends to nothing, and -inf would give NaN.
         dtype = self.model.dtype
         mask = torch.zeros(allowed.shape, dtype=dtype, device=seen.device)
         mask.masked_fill_(~allowed, torch.finfo(dtype).min)
@@ -182,14 +182,14 @@ def outputs(model: Any, batch: Rows) -> Tensor:
 
 
 def taken(values: Tensor, tokens: Tensor) -> Tensor:
-    """V(x, y^t) [N, T] of a dense scorer's values [N, T, V], V(x, [y^(t-1), z]) of every z, and the
-    tokens int64 [N, T] of the responses."""
+    """V(x, y^t) [N, T] of the tokens int64 [N, T] of the responses, picked from a dense scorer's
+    values [N, T, V], V(x, [y^(t-1), z]) of every z."""
     return values.gather(-1, tokens[..., None])[..., 0]
 
 
 def prefix_values(scorer: Any, batch: Rows) -> Tensor:
-    """V(x, y^t) of every prefix that ends with token 1..L-1 of the row, [N, L-1]; what a prompt
-    gets means nothing."""
+    """V(x, y^t) of every prefix that ends with token 1..L-1 of the row, [N, L-1]. The entries of
+    prompt tokens have no meaning."""
     values = outputs(scorer, batch)
     if Scorer(scorer).dense:
         return taken(values[:, :-1], batch.ids[:, 1:])

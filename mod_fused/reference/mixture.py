@@ -8,18 +8,18 @@ It shares no code and no method with the backends. The equation is the one of MO
 
 Z such that pi* sums to one. Bisecting Z itself fails even in float64, because Z comes within 1e-9
 to 1e-40 of the pole of the inverse of f'. The unknown here is rho = log(pi*/pi_ref) of the token
-s* with the largest u: everything else follows from it through differences of u,
+s* with the largest u. The log-ratio r(s) of every other token follows from rho,
 
     f'(e^r(s)) = f'(e^rho) - (u(s*) - u(s)),
 
-no r(s) moves faster than rho does, and rho lies between -log P (all ratios equal, P the reference's
-mass on the support) and -log pi_ref(s*) (s* takes everything), whatever the weights.
+and no r(s) moves faster than rho does. Whatever the weights, rho lies between -log P (all ratios
+are equal; P is the reference's mass on the support) and -log pi_ref(s*) (s* takes everything).
 
-Which rows are valid, and which tokens have a probability, follows from the range of float32, by one
-rule for every backend. What counts is the reference, every tensor and value whose weight is not 0,
-and the tensor that plausibility names. Under reverse KL the reference counts if its coefficient
-1 - sum w is not 0, and one of at most 2^-40 in magnitude, (M+1) 2^-24 where the weights are a
-float32 tensor, is 0.
+The range of float32 decides which rows are valid and which tokens have a probability. The rules are
+the same for every backend. A tensor *counts* if it is the reference, if its weight is not 0, or if
+plausibility names it. Under reverse KL the reference counts if its coefficient 1 - sum w is not 0.
+A coefficient 1 - sum w of at most 2^-40 in magnitude is taken as rounding, and is 0; where the
+weights are a float32 tensor, one of at most (M+1) 2^-24 is.
 
 - A number beyond the largest float32 is infinite: a scaled logit, a coefficient (weight, value
   weight, and 1 - sum w under reverse KL), log pi*, and a partial sum, in the order of the
@@ -33,7 +33,7 @@ float32 tensor, is 0.
   if Q, with or without the tilt, is not below 1e37. The row is invalid if min Q <= -1e37, if a
   prefix that counts is not finite, and, with Z = 0, if tau = c (1 - sum w) + min Q is not finite
   or not more than 1e-36 above the pole of H.
-- A row that no token is left in is invalid.
+- A row is invalid if no token is left in it.
 """
 
 from __future__ import annotations
@@ -50,25 +50,25 @@ LOG_RATIO_FLOOR = -80.0  # d is clamped below here
 PREFIX_FLOOR = -40.0  # the smallest prefix difference, after all are shifted up together
 LARGEST_DEFICIT = float(
     np.float32(1e37)
-)  # Q of a token reaches it neither up (it leaves) nor down (invalid)
-LEAST_TAU = 1e-36  # of Z = 0 where sup f' is finite
+)  # a token with Q above it leaves; min Q below its negative makes the row invalid
+LEAST_TAU = 1e-36  # with Z = 0: tau less than this above the pole makes the row invalid
 SMALL_ALPHA = 0.03  # below it c is 0
 SMALLEST_WEIGHT = 2.0**-126  # the smallest normal float32
-WEIGHT_ROUNDING, FLOAT32_ROUNDING = 2.0**-40, 2.0**-24  # of a sum, of each number of one
+WEIGHT_ROUNDING, FLOAT32_ROUNDING = 2.0**-40, 2.0**-24  # see 1 - sum w above
 
 
 class Slope(NamedTuple):
-    """f' of one divergence as a function of the log-ratio d, less a constant c: its supremum.
+    """f' - c of one divergence as a function of the log-ratio d; c is the supremum of f'.
 
-    Subtracting a constant from f' only moves Z, and keeps f' - c exact near the pole, where f'
-    itself rounds to c.
+    Subtracting a constant from f' only moves Z. f' - c is exact near the pole of its inverse, where
+    f' itself rounds to c.
     """
 
     supremum: float  # c = sup f'; 0 where f' is unbounded (Jeffrey), and for a small alpha
     slope: Callable[[Array], Array]  # d -> f'(e^d) - c
     inverse: Callable[[Array], Array]  # the d with f'(e^d) - c = y
-    top: float = 0.0  # sup f' - c: smaller y have an inverse
-    floors: bool = True  # the two floors on d apply (not to JSD, whose f' is linear there)
+    top: float = 0.0  # sup f' - c: only smaller y have an inverse
+    floors: bool = True  # whether the two floors on d apply: not to JSD, whose f' is linear there
 
 
 def _jeffrey_inverse(y: Array) -> Array:
@@ -117,7 +117,7 @@ def to_float64(x: Any) -> Array:
 
 
 def float32_range(x: Array) -> Array:
-    """x, infinite where it is beyond the largest float32."""
+    """x, but infinite where it is beyond the largest float32."""
     with np.errstate(over="ignore"):
         return np.where(np.isinf(x.astype(np.float32)), np.copysign(np.inf, x), x)
 
@@ -129,7 +129,7 @@ def _coefficients(weights: Any) -> Array:
 
 
 def _own_coefficient(weights: Any) -> float:
-    """1 - sum w, 0 where that is no more than rounding."""
+    """1 - sum w, the reference's coefficient; 0 where it is no more than rounding."""
     w = _coefficients(weights)
     own = 1.0 - float(w.sum())
     single = str(getattr(weights, "dtype", "")).endswith("float32")
@@ -210,8 +210,10 @@ def _read_values(
 def _log_linear(
     coefficients: list[float], rows: list[Array], terms: list[Array], size: int
 ) -> Array | None:
-    """Reverse KL's sum of coefficients times logits, and of the terms of values, over the support;
-    -inf where float32 overflows, None where it does upwards. In differences from the largest."""
+    """Reverse KL's sum of coefficients times logits and of the terms of values, over the support.
+
+    -inf where float32 overflows to -inf, None where it overflows to +inf. The result is summed from
+    differences to each row's largest logit: it is up to a constant."""
     total = np.zeros(size)
     for term in [c * row for c, row in zip(coefficients, rows, strict=True)] + terms:
         total = float32_range(total + term)
@@ -254,7 +256,7 @@ def log_probs_row(
     if ref_logits is None:
         if slope is not None:
             raise ValueError("a divergence other than reverse_kl needs a reference")
-        rows = [np.zeros(vocab), *rows]  # so that index i is policy i; it gets no weight below
+        rows = [np.zeros(vocab), *rows]  # a placeholder of no weight, so that index i is policy i
     invalid = np.full(vocab, np.nan)
 
     # A tensor of weight zero is not looked at, unless plausibility names it.
@@ -310,7 +312,8 @@ def _general(
     slope: Slope, logs: dict[int, Array], w: Array, shift: Array, support: Array, tilt: Array,
     normalizer: str,
 ) -> tuple[Array, Array | None]:  # fmt: skip
-    """The support that is left off reverse KL, and log pi* there; None if the row is invalid.
+    """For all divergences but reverse KL: the support that is left, and log pi* there; None if the
+    row is invalid.
 
     `logs` [V] are log pi of the models that count, `shift` the differences of their prefixes.
     """

@@ -1,4 +1,5 @@
-"""The float64 oracle for sampling: filters, Philox, and the two-level exponential race.
+"""The float64 oracle for sampling: filters, Philox, and the two-level exponential race of
+docs/concepts.md.
 
 Plain numpy, one row at a time, no code shared with the backends. The tokens of `race` are the
 golden ones: a backend may differ only where rounding decides between two near-equal arrivals.
@@ -12,7 +13,7 @@ import numpy as np
 
 from .mixture import Array, log_softmax, to_float64
 
-SCHEME_VERSION = 1  # of the random numbers: any change of a token for the same inputs raises it
+SCHEME_VERSION = 1  # raise it when a token changes for the same inputs
 TILE = 1024
 _WORD = 0xFFFFFFFF
 _TWO_TO_64 = 1 << 64
@@ -67,7 +68,7 @@ def exponentials(seed: int, position: Any, index: Any, stream: int) -> Array:
 
 
 def arrivals(probabilities: Any, seed: int, position: int) -> tuple[Array, Array]:
-    """The arrival times of the tiles, and of the tokens of the winning tile (+inf: no mass)."""
+    """The arrival times of the tiles, and of the tokens of the winning tile; +inf for mass 0."""
     p = to_float64(probabilities)
     tiles = [p[start : start + TILE] for start in range(0, len(p), TILE)]
     mass = np.array([tile.sum() for tile in tiles])
@@ -79,13 +80,13 @@ def arrivals(probabilities: Any, seed: int, position: int) -> tuple[Array, Array
 
 
 def race(probabilities: Any, seed: int, position: int = 0) -> int:
-    """The token drawn from `probabilities` [V] (any common scale), design.md §3."""
+    """The token drawn from `probabilities` [V], which may have any sum."""
     tile_times, token_times = arrivals(probabilities, seed, position)
     return int(np.argmin(tile_times)) * TILE + int(np.argmin(token_times))
 
 
 def race_margin(probabilities: Any, seed: int, position: int = 0) -> float:
-    """How close the race was: the smaller ratio, less 1, of second to first arrival of a level."""
+    """How close the race was: second over first arrival time, less 1, on the closer level."""
     ratios = [np.inf]
     for times in arrivals(probabilities, seed, position):
         if np.isfinite(times).sum() > 1:
@@ -115,9 +116,10 @@ def filtered_log_probs(
 ) -> Array:
     """log of the distribution that is drawn from, float64 [V], given log pi* [V] of one row.
 
-    mask, then temperature, top-k, top-p, min-p, each on what the one before it kept. Ties are kept
-    together. Temperature 0 puts everything on the argmax, lowest id first. All NaN for an invalid
-    row: NaN log pi*, nothing left after the mask, or a parameter out of range.
+    Mask, temperature, top-k, top-p and min-p apply in this order, each to what the one before
+    kept. Ties are kept together. Temperature 0 puts everything on the argmax, lowest id
+    first. All NaN for an invalid row: NaN log pi*, nothing left after the mask, or a parameter out
+    of range.
     """
     scores = to_float64(log_probs).copy()
     temperature, top_k = float(temperature), int(top_k or len(scores))
@@ -131,7 +133,7 @@ def filtered_log_probs(
         greedy = np.full(len(scores), -np.inf)
         greedy[np.argmax(scores)] = 0.0
         return greedy
-    # Relative to the largest, which stays: in a hot row differences vanish beside a normaliser.
+    # Subtract the maximum, no normaliser: at a high temperature that would absorb the differences.
     scores = (scores - scores.max()) / temperature
     kth_largest = np.sort(scores)[-min(top_k, len(scores))]
     scores[scores < kth_largest] = -np.inf

@@ -1,4 +1,4 @@
-"""Trains the reference model and the three policies of the embedded world and measures them.
+"""Trains and measures the reference model and the three policies of the embedded world.
 
     python -m mod_fused.training.embedded_policies [--out DIR] [--steps N] [--policy-steps N]
         [--seed N]
@@ -65,7 +65,7 @@ def response_logprobs(model: Any, batch: Sequences) -> torch.Tensor:
     hidden = model.model(input_ids=batch.ids, attention_mask=batch.attention_mask).last_hidden_state
     keep = batch.response_mask[
         :, 1:
-    ].bool()  # [N, L-1]; the head is half of the work, so run it on these only
+    ].bool()  # [N, L-1]; the head is half of the work, so it runs on response tokens only
     nll = F.cross_entropy(
         model.lm_head(hidden[:, :-1][keep]), batch.ids[:, 1:][keep], reduction="none"
     )
@@ -134,9 +134,9 @@ def preference_loss(
         loss = mean over a < b of  -p log sigma(m) - (1 - p) log sigma(-m)
         m = beta (f'(pi_a/ref_a) - f'(pi_b/ref_b)),    p = sigma(PREFERENCE_SCALE (r_a - r_b))
 
-    p is the Bradley-Terry probability that a is preferred: drawing the labels instead has the same
-    mean and more noise. The minimum is f'(pi/ref) = PREFERENCE_SCALE r / beta + const, the policy
-    that is optimal for the reward under the divergence f.
+    p is the Bradley-Terry probability that a is preferred. Drawn labels would have the same mean
+    and more noise. The minimum is f'(pi/ref) = PREFERENCE_SCALE r / beta + const, the policy that
+    is optimal for the reward under the divergence f.
 
     Args:
         log_ratios: log pi(answer) - log pi_ref(answer), [G, K] float32 in nats.
@@ -244,17 +244,17 @@ def save(model: Any, folder: Path) -> None:
     (folder / "model.safetensors").chmod(
         0o644
     )  # transformers 5 writes it readable by the owner alone
-    build_tokenizer().save_pretrained(folder)  # a fresh one: use leaves padding settings behind
+    build_tokenizer().save_pretrained(folder)  # a new one: a used tokenizer has padding settings
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings.pop("backend", None)  # with these two, transformers 4 and 5 both load it
+    settings.pop("backend", None)  # so transformers 4 and 5 both load it
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def run(
     out: Path, steps: int, policy_steps: int, seed: int, n_prompts: int = 2400, n_eval: int = 600
 ) -> None:
-    """The whole recipe; writes the four checkpoints and evaluation.json under `out`."""
+    """Train and measure all; writes the four checkpoints and evaluation.json under `out`."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -306,7 +306,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.set_num_threads(1)  # more do not help models this small, and would change the rounding
+    torch.set_num_threads(1)  # more are no faster for small models, and change the rounding
     run(args.out, args.steps, args.policy_steps, args.seed)
 
 

@@ -6,8 +6,9 @@
 1. The reference answers every training prompt `GROUP` times.
 2. For every objective a copy of the reference learns the rewards of these answers from their
    prefixes (Controlled Decoding, arXiv 2310.17022).
-3. Held-out prompts: how well values predict the reward of what follows, and what tokenwise control
-   makes of the rewards and of KL(pi* || reference), on the reference and, untouched, on a policy.
+3. Held-out prompts show how well values predict the rewards of completed answers, and how
+   tokenwise control changes the rewards and KL(pi* || reference). The scorer steers the reference
+   and, without further training, a policy.
 
 The same seed on the same machine and torch version gives the same scorers.
 """
@@ -45,9 +46,8 @@ def new_scorer(reference: Any) -> Any:
 def values_and_outcomes(
     scorer: Any, reference: Any, tokenizer: Any, prompts: Sequence[str], reward: Reward, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """V of one half answer to each prompt, and the mean reward of `CONTINUATIONS` ways on from it.
-
-    Both float32 [n], n the number of answers of more than one token.
+    """V of the first half of an answer to each prompt, and the mean reward of `CONTINUATIONS`
+    completions of that half. Both are float32 [n], n the number of answers of more than one token.
     """
     models = alone(reference, tokenizer)
     options: dict[str, Any] = {"weights": [1.0], "max_new_tokens": MAX_NEW_TOKENS}
@@ -93,7 +93,7 @@ def run(
     n_prompts: int = 2400,
     n_eval: int = 300,
 ) -> None:
-    """The whole recipe; writes a checkpoint per objective and evaluation.json under `out`."""
+    """Train and measure all; writes a checkpoint per objective and evaluation.json under `out`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="training steps of each scorer")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.set_num_threads(1)  # more do not help models this small, and would change the rounding
+    torch.set_num_threads(1)  # more are no faster for small models, and change the rounding
     run(args.out, method=args.method, steps=args.steps, seed=args.seed)
 
 

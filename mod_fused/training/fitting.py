@@ -1,4 +1,4 @@
-"""The loop that fits a model."""
+"""The training loop of all models: AdamW, and the order of the data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def shuffled(n: int, count: int, seed: int) -> torch.Tensor:
-    """`count` of the indices 0..n-1, int64: all of them in random order, then all of them again."""
+    """`count` indices below n, int64: all n in random order, then all n in another order, ..."""
     generator = torch.Generator().manual_seed(seed)
     epochs = math.ceil(count / n)
     return torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])[:count]

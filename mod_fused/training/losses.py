@@ -1,8 +1,8 @@
-"""What scorers are trained on: pure functions of tensors.
+"""The losses and targets of scorers: pure functions of tensors.
 
-N responses of at most T tokens. y^t is the response's first t tokens, t = 1..T, and column t - 1 of
-a tensor [N, T] belongs to it. `mask` [N, T] says how much each prefix counts: 0 behind the end of
-the response, 1 (or the response's weight) before. Every loss is a sum divided by N.
+There are N responses of at most T tokens. y^t is the response's first t tokens, t = 1..T; column
+t - 1 of a tensor [N, T] belongs to it. `mask` [N, T] says how much each prefix counts: 0 behind the
+end of the response, 1 (or the response's weight) before. Every loss is a sum divided by N.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def value_loss(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 
         loss = 1/N sum_n sum_t mask 1/2 (V(x, y^t) - target_t)^2
 
-    With the reward of the whole response as the target of all its prefixes this is CD-FUDGE
-    (Controlled Decoding, arXiv 2310.17022): the minimum is the mean reward of the roll-outs through
-    a prefix. With `q_targets` it is CD-Q, with `kl_returns` MAVIS.
+    This is CD-FUDGE (Controlled Decoding, arXiv 2310.17022) where the target of all prefixes is the
+    reward of the whole response: the minimum is then the mean reward of the roll-outs through a
+    prefix. It is CD-Q with `q_targets`, MAVIS with `kl_returns`.
 
     Args:
         values: float [N, T].
@@ -56,12 +56,13 @@ def q_targets(values: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask: Tenso
 
 
 def kl_returns(rewards: Tensor, log_ratios: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """What a prefix is worth to the KL-regularised objective E[r] - KL(pi || pi_ref) / beta (MAVIS,
-    arXiv 2508.13415), from a roll-out of the policy pi itself.
+    """The return of every prefix under the KL-regularised objective E[r] - KL(pi || pi_ref) / beta
+    (MAVIS, arXiv 2508.13415), from a roll-out of the policy pi itself.
 
         return_t = r(x, y) - 1/beta sum_(s > t) log(pi(y_s) / pi_ref(y_s))
 
-    Its mean over roll-outs is Q of y^t. pi_ref exp(beta Q) is the next policy, at least as good.
+    Its mean over roll-outs is Q of y^t. The next policy, proportional to pi_ref exp(beta Q), is at
+    least as good.
 
     Args:
         rewards: float [N].
@@ -70,7 +71,7 @@ def kl_returns(rewards: Tensor, log_ratios: Tensor, mask: Tensor, beta: float) -
         beta: positive strength of the tilt.
 
     Returns:
-        [N, T], of use where mask is not 0.
+        [N, T], meaningful where mask is not 0.
 
     Raises:
         ValueError: beta is not positive.
@@ -84,7 +85,8 @@ def kl_returns(rewards: Tensor, log_ratios: Tensor, mask: Tensor, beta: float) -
 
 def attribute_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Binary cross-entropy of every prefix against the attribute of its response (FUDGE, arXiv
-    2104.05218): sigmoid(logit) becomes the probability that a roll-out through it has it.
+    2104.05218): sigmoid(logit) learns the probability that a roll-out through the prefix has the
+    attribute.
 
     Args:
         logits: float [N, T].

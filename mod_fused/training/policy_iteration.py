@@ -1,9 +1,9 @@
 """MAVIS (arXiv 2508.13415): a value model for each objective, improved under its own policy.
 
-The policy is pi = pi_ref exp(beta V) over the reference's most likely tokens. Each iteration draws
-from the current one and fits V to what its prefixes were worth, r less the KL spent after them
-(`losses.kl_returns`); tilting by that value is a step of soft policy iteration, and no exact one
-lowers E[r] - KL(pi || pi_ref) / beta.
+The policy pi is proportional to pi_ref exp(beta V) over the reference's most likely tokens. Each
+iteration draws roll-outs of the current policy and fits V to the returns of their prefixes: the
+reward less the KL spent after the prefix (`losses.kl_returns`). This is soft policy iteration: with
+an exact V no iteration lowers E[r] - KL(pi || pi_ref) / beta.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .scorers import Reward, fit_scorer, rewards_of, roll_out
 
 
 class Iteration(NamedTuple):
-    """What the roll-outs of one policy show; means over prompts.
+    """Statistics of the roll-outs of one policy, as means over prompts.
 
     Attributes:
         reward: mean reward.
@@ -59,7 +59,7 @@ def train_mavis(
         candidates: K, as in `Guidance`; a scalar scorer needs it.
         max_new_tokens: the longest response.
         seed: of the draws and of the order of training.
-        **options: for `trainer.fit_scorer`.
+        **options: for `training.scorers.fit_scorer`.
 
     Returns:
         An `Iteration` for each policy, the reference's (restricted to the candidates) first and the

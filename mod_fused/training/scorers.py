@@ -41,7 +41,7 @@ def roll_out(
     Args:
         ensemble, weights, max_new_tokens, **options: for `generate`.
         prompts: N strings.
-        seed: prompt n is drawn with row seed SplitMix64(seed + n), however rows are batched.
+        seed: prompt n has the row seed SplitMix64(seed + n), whatever batch_size is.
         batch_size: responses drawn at the same time.
 
     Returns:
@@ -107,7 +107,7 @@ def batch_loss(
         values = outputs(scorer, rows)[:, :-1].float()
         with torch.no_grad():
             ref_logprobs = outputs(reference, rows)[:, :-1].float().log_softmax(-1)
-        width = min(values.shape[-1], ref_logprobs.shape[-1])  # one may be padded
+        width = min(values.shape[-1], ref_logprobs.shape[-1])  # one vocabulary may be padded
         targets = q_targets(values[..., :width], ref_logprobs[..., :width], rewards, mask)
         return value_loss(taken(values, rows.ids[:, 1:]), targets, mask)
     values = prefix_values(scorer, rows).float()
@@ -137,12 +137,11 @@ def fit_scorer(
 
     Args:
         scorer: a causal language model (dense), or a token classifier with one label (scalar).
-        rollouts: N responses; of the reference, or for MAVIS of the policy to improve.
+        rollouts: N responses of the reference; for MAVIS, of the policy to improve.
         rewards: float [N], their rewards; for FUDGE 1 for the attribute, else 0.
-        method: "cd_fudge" or "cd_q" (arXiv 2310.17022; cd_q learns from its own values, backwards
-            from the ends, and needs several times as many steps), "fudge" (arXiv 2104.05218: the
-            output is the logit of the attribute, decode with logsigmoid), or "mavis" (arXiv
-            2508.13415).
+        method: "cd_fudge" or "cd_q" (arXiv 2310.17022; cd_q learns from its own values of longer
+            prefixes and needs several times as many steps), "fudge" (arXiv 2104.05218: the output
+            is the logit of the attribute, decode with logsigmoid), or "mavis" (arXiv 2508.13415).
         reference: the model that drew the roll-outs; cd_q takes expectations under it.
         beta: for mavis, the strength at which the scorer will be used.
         steps, batch_size, peak_lr: AdamW with warm-up and cosine decay.
@@ -153,7 +152,8 @@ def fit_scorer(
         The loss of every step.
 
     Raises:
-        ValueError: an unknown method, one without what it needs, or rewards that do not fit.
+        ValueError: an unknown method, a method without an argument that it needs, or rewards of a
+            wrong shape.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -195,7 +195,7 @@ def train_scorer(
     seed: int = 0,
     **options: Any,
 ) -> list[float]:
-    """Draw one response of the reference to each prompt, reward it, fit the scorer, in place.
+    """Draw one response of the reference to each prompt, reward it, and fit the scorer in place.
 
     Args:
         scorer, method: see `fit_scorer`; for method "mavis" use `train_mavis`.

@@ -1,11 +1,11 @@
 """A small world in which "aligned to an objective" is exactly measurable.
 
-A reference model and three policies (helpful, harmless, humorous), each trained from the reference
-by preference optimisation on its own reward: four real Hugging Face checkpoints of about 1 MB that
-share one tokenizer. The rewards are plain functions of two strings, the text comes from a small
-grammar, and `python -m mod_fused.training.embedded_policies` makes everything again and measures
-it. For each reward there is a value scorer of the reference, too
-(`python -m mod_fused.training.embedded_scorers`).
+It holds a reference model and three policies (helpful, harmless, humorous): four real Hugging Face
+checkpoints of about 1 MB that share one tokenizer. Each policy was trained from the reference by
+preference optimisation on its own reward. The rewards are plain functions of two strings, and the
+text comes from a small grammar. `python -m mod_fused.training.embedded_policies` trains the models
+again and measures them. For each reward there is also a value scorer of the reference, which
+`python -m mod_fused.training.embedded_scorers` trains.
 
     prompt = world.prompts(1, seed=0)[0]        # "User: How do I bake bread?\\nAssistant:"
     world.reward("helpful", prompt, " Knead the dough for ten minutes.")      # 0.49
@@ -42,7 +42,8 @@ def checkpoint(name: str) -> Path:
 
 def scorer(objective: str) -> Path:
     """The folder of a trained dense scorer: a causal language model whose logits are the values of
-    the next tokens, the mean reward of what the reference goes on to say (`mod_fused.guidance`).
+    the next tokens. A token's value is the mean reward of the reference's responses that continue
+    with it (`mod_fused.guidance`).
 
     Args:
         objective: one of `OBJECTIVES`.

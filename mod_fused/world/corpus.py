@@ -4,10 +4,10 @@
     answer   = one to three sentences
     sentence = [opener] core [tail] "." or "!"
 
-Cores are steps of the topic, steps of another topic, puns, or stock sentences. The answer's mood, a
-random point on the simplex of the kinds, decides how often each kind is used, so that answers vary
-widely in every reward. A question belongs to the training set or to the held-out set by its
-position in the grid topic x frame x time; every topic, every frame and every time occurs in both.
+Cores are steps of the topic, steps of another topic, puns, or stock sentences, each of one kind.
+The answer's mood, random probabilities of the kinds, decides how often each kind is used, so that
+answers vary widely in every reward. A question belongs to the training set or to the held-out set
+by its position in the grid topic x frame x time; every topic, frame and time occurs in both.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def prompts(n: int, seed: int, held_out: bool = True) -> list[str]:
     """`n` prompts in random order, held out from training unless `held_out` is False.
 
     They are distinct up to n = 600 (the size of the held-out set) and repeat after that. Each is
-    the whole text to be encoded by the tokenizer, which adds the BOS token; what is generated up to
-    EOS is the response.
+    the whole text to encode; the tokenizer adds the BOS token. The text generated up to EOS is the
+    response.
 
     Raises:
         ValueError: `n` is negative.
@@ -59,11 +59,11 @@ def prompts(n: int, seed: int, held_out: bool = True) -> list[str]:
 
 def _core(rng: random.Random, kind: str, topic: Topic, step: str) -> str:
     if kind == "step":
-        # Now and then advice on something else: fluent, concrete and of no help.
+        # Sometimes a step of another topic: fluent, concrete and no help.
         return rng.choice(rng.choice(TOPICS).steps) if rng.random() < 0.2 else step
     if kind == "funny":
-        draw = rng.random()
-        return topic.pun if draw < 0.4 else rng.choice(CORES["mocking" if draw < 0.55 else "funny"])
+        u = rng.random()
+        return topic.pun if u < 0.4 else rng.choice(CORES["mocking" if u < 0.55 else "funny"])
     if kind == "kind" and rng.random() < (0.6 if topic.risky else 0.1):
         return rng.choice(CORES["refusal"])
     return rng.choice(CORES[kind])
@@ -71,13 +71,13 @@ def _core(rng: random.Random, kind: str, topic: Topic, step: str) -> str:
 
 def answer(topic: Topic, rng: random.Random) -> str:
     """A random answer to a question on `topic`: one to three sentences."""
-    # Uniform on the simplex once normalised, but for the steps, which come twice as often.
+    # Uniform on the simplex once normalised, except that steps get twice the weight.
     mood = [(2.0 if kind == "step" else 1.0) * rng.expovariate(1.0) for kind in _CORE_KINDS]
     sentences: list[str] = []
     count = rng.choice(_SENTENCES)
     steps = sorted(
         rng.sample(range(len(topic.steps)), count)
-    )  # advice comes in the order of doing it
+    )  # in the order in which they are done
     for index in steps:
         kind = rng.choices(_CORE_KINDS, mood)[0]
         sentence = _core(rng, kind, topic, topic.steps[index])
@@ -91,7 +91,7 @@ def answer(topic: Topic, rng: random.Random) -> str:
             sentence += rng.choice(TAILS[tail])
             fun |= tail == "funny"
         sentences.append(sentence[0].upper() + sentence[1:] + ("!" if fun else "."))
-    return " ".join(dict.fromkeys(sentences))  # the same sentence is not said twice
+    return " ".join(dict.fromkeys(sentences))  # without repeated sentences
 
 
 def examples(n: int, seed: int) -> list[tuple[str, str]]:

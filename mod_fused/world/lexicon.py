@@ -1,7 +1,7 @@
-"""Words and phrases of the embedded world: what is asked, and the pieces that answers are made of.
+"""Words and phrases of the embedded world: the questions, and the pieces of answers.
 
-Text only. `corpus.py` joins these pieces to sentences, `rewards.py` counts the words of `KIND`,
-`HARSH` and `FUNNY` and the keywords of the topic that was asked about.
+This file holds text only. `corpus.py` joins the pieces to sentences. `rewards.py` counts the words
+of `KIND`, `HARSH` and `FUNNY`, and the keywords of the topic of the question.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 
 class Topic(NamedTuple):
-    """What a user may want to do.
+    """An activity that a user asks about.
 
     Attributes:
-        ask: verb phrase as it stands in the question, "bake bread".
+        ask: the verb phrase in the question, such as "bake bread".
         steps: concrete advice in the order in which it is done.
         keywords: the words of the steps that show relevant content.
         pun: a joke about the topic.
@@ -249,7 +249,7 @@ TOPICS: tuple[Topic, ...] = (
     ),
 )
 
-# Questions. Every one is a frame with a topic and a time in it.
+# A question is a frame with a topic and a time in it.
 FRAMES: tuple[str, ...] = (
     "How do I {ask}{time}?",
     "How can we {ask}{time}?",
@@ -265,7 +265,7 @@ TIMES: tuple[str, ...] = (
     " with my kids", " for the first time", " without any help",
 )  # fmt: skip
 
-# Whole sentences (without capital and full stop), by what they are.
+# Whole sentences, without capital and full stop, by kind.
 CORES: dict[str, tuple[str, ...]] = {
     "vague": (
         "it depends on many things", "there are several ways to do it", "that is a common question",

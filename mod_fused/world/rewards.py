@@ -1,8 +1,8 @@
 """The three objectives of the embedded world, as exact functions of two strings.
 
 Every reward lies in [0, 1], is graded, and saturates: the second joke is worth less than the first.
-Answers of the world are short, so a sentence spent on one objective is lost to the others; harsh
-jokes are funny and harmful at once; and on a risky topic concrete advice is itself the harm.
+The objectives conflict: answers are short, so a sentence spent on one objective is lost to the
+others; harsh jokes are funny and harmful; on a risky topic concrete advice does harm.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from .lexicon import FUNNY, HARSH, KIND, TOPICS, Topic
 
-_SATURATION = 3.0  # words; 1 word gives 0.28, 3 words 0.63, 6 words 0.86
+_SATURATION = 3.0  # in words: 1 word gives 0.28, 3 words 0.63, 6 words 0.86
 
 
 def words(text: str) -> set[str]:

@@ -96,6 +96,9 @@ TABLE: dict[str, Row] = {
     "tau is small": (
         ("forward_kl",), MILD, [MILD], [1.0], {"prefix": [0.0, 82.8], "normalizer": "zero"}, True,
     ),
+    "tau is just large enough": (
+        ("forward_kl",), MILD, [MILD], [1.0], {"prefix": [0.0, 82.5], "normalizer": "zero"}, True,
+    ),
     "tau is too small": (
         ("forward_kl", "jsd"), MILD, [MILD], [1.0],
         {"prefix": [0.0, 82.95], "normalizer": "zero"}, False,
@@ -103,6 +106,10 @@ TABLE: dict[str, Row] = {
     "tau overflows": (
         ("alpha:0.5", "jsd"), MILD, [[0.0] * 4] * 3, [-3e38, -3e38, -3e38],
         {"normalizer": "zero"}, False,
+    ),
+    "tau overflows where Q does not": (
+        ("alpha:0.5",), MILD, [MILD], [-3e38],
+        {"prefix": [0.0, 200.0], "normalizer": "zero"}, False,
     ),
     # Both ends of the bracket at 1e-33: their product is none.
     "a token of 1e-33": (
@@ -278,3 +285,26 @@ def test_temperatures_that_are_no_normal_float32_leave_the_best_token(op, diverg
 def test_scales_that_are_no_positive_normal_float32_are_refused(scale):
     with pytest.raises(ValueError, match="logit_scales must be positive normal float32"):
         log_probs(torch.zeros(1, 3), [], [], values=torch.zeros(1, 1, 3), logit_scales=[scale])
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_plausibility_cuts_to_a_ten_thousandth(op, divergence):
+    edge = math.log(0.01)
+    ref = torch.tensor([[0.0, edge + 1e-4, edge - 1e-4]])
+    options = {"divergence": divergence, "plausibility": 0.01}
+    log_p = check(op, ref, [torch.zeros(1, 3)], [0.5], **options)
+    assert log_p.isfinite().tolist() == [[True, True, False]]
+
+
+def test_top_p_sees_masses_of_2_to_the_minus_33(op):
+    # Of position 5899092 the second tile's exponential is 2^-26.7 of the first's: the tail, 2^-23
+    # in all, wins where it is kept. Next to a top_p of 1 - 2^-24 it is.
+    ref = torch.full((1, 2048), -33.0 * math.log(2.0))
+    ref[0, 0], ref[0, 1:1024] = 0.0, -INF
+    log_p = reference.log_probs(ref, [ref], [0.5], divergence="jsd")[0]
+    for top_p, tail in ((1.0 - 2.0**-24, True), (1.0 - 2.0**-20, False)):
+        final = np.exp(reference.filtered_log_probs(log_p, top_p=top_p))
+        expected = reference.race(final, 0, 5899092)
+        assert tail == (expected >= 1024)
+        draw = {"divergence": "jsd", "seed": torch.tensor([0]), "position": 5899092, "top_p": top_p}
+        assert op.sample(ref, [ref], [0.5], **draw).tokens.tolist() == [expected]
