@@ -45,11 +45,6 @@ def _tiles(x: Tensor, vocab_size: int) -> Tensor:
     return padded.unflatten(1, (-1, TILE))
 
 
-def _float32(x: float) -> float:
-    """x rounded to float32."""
-    return torch.tensor(x, dtype=torch.float32).item()
-
-
 def _normal(weights: Tensor) -> Tensor:
     """Weights [b, n] in the range of float32: infinite beyond it, 0 below its normal numbers."""
     overflows = weights.float().isinf()
@@ -134,7 +129,7 @@ def mix(mixing: MixtureArguments, rows: slice) -> Mixture:
         x = logits[mixing.plausibility_tensor - (mixing.ref_logits is None)]
         peak = x.amax((-2, -1))
         valid = valid & peak.isfinite()  # NaN and +inf both end up in the peak
-        support = support & (x - peak[:, None, None] >= _float32(math.log(mixing.plausibility)))
+        support = support & (x - peak[:, None, None] >= math.log(mixing.plausibility))
 
     if type(divergence) is ReverseKL:
         key = _log_linear(own, logits, weights, values, value_weights)

@@ -69,6 +69,10 @@ TABLE: dict[str, Row] = {
         ("alpha:0.05",), MILD, [MILD], [1e36], {}, False,
     ),
     "Q of a token is too small": (POWERS, MILD, [FAR], [-1e6], {}, False),
+    "Q is too large but for its value": (
+        ("forward_kl", "jeffrey"), MILD, [FAR], [200.0], {"values": [[0.0, 0.0, 5e36, 0.0]]}, True,
+    ),
+    "a reference at its floor": (OTHERS, [0.0, -80.0], [[0.0] * 2], [0.5], {}, True),
     "just not": (POWERS, MILD, [FAR], [-100.0], {}, True),
     "the least float as a value": (ALL, MILD, [], [], {"values": [[0.0, -LARGEST, 0.0, 1]]}, True),
     "the largest as a value": (OTHERS, MILD, [], [], {"values": [[0.0, LARGEST, 0.0, 1]]}, False),
@@ -95,9 +99,6 @@ TABLE: dict[str, Row] = {
     "a prefix under reverse KL": (KL, MILD, [MILD], [0.5], {"prefix": [0.0, -INF]}, True),
     "tau is small": (
         ("forward_kl",), MILD, [MILD], [1.0], {"prefix": [0.0, 82.8], "normalizer": "zero"}, True,
-    ),
-    "tau is just large enough": (
-        ("forward_kl",), MILD, [MILD], [1.0], {"prefix": [0.0, 82.5], "normalizer": "zero"}, True,
     ),
     "tau is too small": (
         ("forward_kl", "jsd"), MILD, [MILD], [1.0],
