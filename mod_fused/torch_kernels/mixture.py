@@ -187,7 +187,7 @@ def _general(
     whether Z exists [b]."""
     log_norms = [normalizer.row_logsumexp(x) for x in logits]
     # Levels and log-sums apart: beside a level of 1e17 float64 would lose the other.
-    levels = [x.amax((-2, -1)).nan_to_num(0.0, 0.0, 0.0).double()[:, None, None] for x in logits]
+    levels = [x.amax((-2, -1)).double()[:, None, None] for x in logits]
     log_sums = [
         normalizer.row_logsumexp((x - level).float())
         for x, level in zip(logits, levels, strict=True)
@@ -220,9 +220,7 @@ def _general(
         log_policy = x - log_norms[i + 1].float()[:, None, None]  # may be beyond float32
         support = support & ((w == 0) | (log_policy > -torch.inf))
     support = support & (deficit < _LARGEST_DEFICIT)
-    if values:
-        # A tilt moves min Q away from 0, and D would keep only its rounding: in float64 until then.
-        deficit = deficit.double()
+    # A tilt moves min Q away from 0, and D would keep only its rounding: in float64 until then.
     for j, x in enumerate(values):
         v = value_weights[:, j, None, None].float().double()
         deficit = torch.where(v == 0, deficit, deficit - v * x.double())

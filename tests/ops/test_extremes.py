@@ -96,6 +96,10 @@ TABLE: dict[str, Row] = {
         ALL, MILD, [MILD, MILD], [0.5, 0.0], {"prefix": [0.0, 0.0, NAN]}, True,
     ),
     "a prefix that counts": (OTHERS, MILD, [MILD], [0.5], {"prefix": [0.0, -INF]}, False),
+    "an infinite prefix": (OTHERS, MILD, [MILD], [0.5], {"prefix": [0.0, INF]}, False),
+    "an impossible prefix of the reference": (
+        OTHERS, MILD, [MILD], [0.5], {"prefix": [-INF, 0.0]}, False,
+    ),
     "a prefix under reverse KL": (KL, MILD, [MILD], [0.5], {"prefix": [0.0, -INF]}, True),
     "tau is small": (
         ("forward_kl",), MILD, [MILD], [1.0], {"prefix": [0.0, 82.8], "normalizer": "zero"}, True,
