@@ -45,11 +45,6 @@ def _tiles(x: Tensor, vocab_size: int) -> Tensor:
     return padded.unflatten(1, (-1, TILE))
 
 
-def _float32(x: float) -> float:
-    """x rounded to float32."""
-    return torch.tensor(x, dtype=torch.float32).item()
-
-
 def normal(weights: Tensor) -> Tensor:
     """Weights [b, n] in the range of float32: infinite beyond it, 0 below its normal numbers."""
     overflows = weights.float().isinf()
@@ -135,7 +130,7 @@ def mix(mixing: MixtureArguments, rows: slice, record: dict[str, Any] | None = N
         x = logits[mixing.plausibility_tensor - (mixing.ref_logits is None)]
         peak = x.amax((-2, -1))
         valid = valid & peak.isfinite()  # NaN and +inf both end up in the peak
-        support = support & (x - peak[:, None, None] >= _float32(math.log(mixing.plausibility)))
+        support = support & (x - peak[:, None, None] >= math.log(mixing.plausibility))
 
     if type(divergence) is ReverseKL:
         key = _log_linear(own, logits, weights, values, value_weights)
@@ -204,7 +199,7 @@ def _general(
     whether Z exists [b]."""
     log_norms = [normalizer.row_logsumexp(x) for x in logits]
     # Levels and log-sums apart: beside a level of 1e17 float64 would lose the other.
-    levels = [x.amax((-2, -1)).nan_to_num(0.0, 0.0, 0.0).double()[:, None, None] for x in logits]
+    levels = [x.amax((-2, -1)).double()[:, None, None] for x in logits]
     log_sums = [
         normalizer.row_logsumexp((x - level).float())
         for x, level in zip(logits, levels, strict=True)
@@ -233,9 +228,7 @@ def _general(
         log_policy = x - log_norms[i + 1].float()[:, None, None]  # may be beyond float32
         support = support & ((w == 0) | (log_policy > -torch.inf))
     support = support & (deficit < _LARGEST_DEFICIT)
-    if values:
-        # A tilt moves min Q away from 0, and D would keep only its rounding: in float64 until then.
-        deficit = deficit.double()
+    # A tilt moves min Q away from 0, and D would keep only its rounding: in float64 until then.
     for j, x in enumerate(values):
         v = value_weights[:, j, None, None].float().double()
         deficit = torch.where(v == 0, deficit, deficit - v * x.double())

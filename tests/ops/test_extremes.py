@@ -33,9 +33,13 @@ TABLE: dict[str, Row] = {
     ),
     "one token, scaled far away": (ALL, [1.7], [[2.3]], [0.5], {"scales": [1.2e30, 3e30]}, True),
     "the largest weights": (KL, [0.0] * 2, [[0.0] * 2] * 2, [3e38, 3e38], {}, False),
-    "1 - sum w just counts": (KL, [NAN] * 4, [MILD] * 2, [0.5, 0.5 + 2.0**-38], {}, False),
+    "1 - sum w is rounding": (KL, [NAN] * 4, [MILD], [1 - 2**-40], {}, True),
+    "1 - sum w just counts": (KL, [NAN] * 4, [MILD], [1 + 2**-40 + 2**-52], {}, False),
+    "1 - sum w of float32 is rounding": (
+        KL, [NAN] * 4, [MILD, FAR], torch.tensor([0.5, 0.5 - 3 * 2**-24]), {}, True,
+    ),
     "1 - sum w of float32 just counts": (
-        KL, [NAN] * 4, [MILD] * 2, torch.tensor([0.9, 0.1 + 5e-7]), {}, False,
+        KL, [NAN] * 4, [MILD, FAR], torch.tensor([0.5, 0.5 - 3.5 * 2**-24]), {}, False,
     ),
     "a weight beyond float32": (ALL, MILD, [MILD], "1e39", {}, False),
     "a weight that is no normal float32": (ALL, MILD, [[NAN] * 4], [1.1e-38], {}, True),
@@ -65,6 +69,10 @@ TABLE: dict[str, Row] = {
         ("alpha:0.05",), MILD, [MILD], [1e36], {}, False,
     ),
     "Q of a token is too small": (POWERS, MILD, [FAR], [-1e6], {}, False),
+    "Q is too large but for its value": (
+        ("forward_kl", "jeffrey"), MILD, [FAR], [200.0], {"values": [[0.0, 0.0, 5e36, 0.0]]}, True,
+    ),
+    "a reference at its floor": (OTHERS, [0.0, -80.0], [[0.0] * 2], [0.5], {}, True),
     "just not": (POWERS, MILD, [FAR], [-100.0], {}, True),
     "the least float as a value": (ALL, MILD, [], [], {"values": [[0.0, -LARGEST, 0.0, 1]]}, True),
     "the largest as a value": (OTHERS, MILD, [], [], {"values": [[0.0, LARGEST, 0.0, 1]]}, False),
@@ -92,16 +100,17 @@ TABLE: dict[str, Row] = {
         ALL, MILD, [MILD, MILD], [0.5, 0.0], {"prefix": [0.0, 0.0, NAN]}, True,
     ),
     "a prefix that counts": (OTHERS, MILD, [MILD], [0.5], {"prefix": [0.0, -INF]}, False),
+    "an infinite prefix": (OTHERS, MILD, [MILD], [0.5], {"prefix": [0.0, INF]}, False),
+    "an impossible prefix of the reference": (
+        OTHERS, MILD, [MILD], [0.5], {"prefix": [-INF, 0.0]}, False,
+    ),
     "a prefix under reverse KL": (KL, MILD, [MILD], [0.5], {"prefix": [0.0, -INF]}, True),
     "tau is small": (
-        ("forward_kl",), MILD, [MILD], [1.0], {"prefix": [0.0, 80.0], "normalizer": "zero"}, True,
-    ),
-    "tau is just large enough": (
-        ("forward_kl",), MILD, [MILD], [1.0], {"prefix": [0.0, 82.5], "normalizer": "zero"}, True,
+        ("forward_kl",), MILD, [MILD], [1.0], {"prefix": [0.0, 82.8], "normalizer": "zero"}, True,
     ),
     "tau is too small": (
         ("forward_kl", "jsd"), MILD, [MILD], [1.0],
-        {"prefix": [0.0, 84.0], "normalizer": "zero"}, False,
+        {"prefix": [0.0, 82.95], "normalizer": "zero"}, False,
     ),
     "tau overflows": (
         ("alpha:0.5", "jsd"), MILD, [[0.0] * 4] * 3, [-3e38, -3e38, -3e38],
@@ -121,6 +130,9 @@ TABLE: dict[str, Row] = {
     ),
     "plausibility of an empty tensor of weight 0": (
         ALL, MILD, [[-INF] * 4], [0.0], {"plausibility": 0.1}, False,
+    ),
+    "Q just inside the border": (
+        OTHERS, [0.0] * 3, [], [], {"values": [[0.0, 9.99e36, -9.99e36]]}, True,
     ),
     "Q at the border": (OTHERS, [0.0, 0.0], [], [], {"values": [[0.0, 1e37]]}, False),
     "Q inside the border": (OTHERS, [0.0, 0.0], [], [], {"values": [[0.0, 9.5e36]]}, True),
