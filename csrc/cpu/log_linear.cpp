@@ -132,10 +132,10 @@ bool Row::log_linear_keys() {
       loops_.load(logits(constrained), begin, n, x);
       const float peak = (float)model_sums_[constrained].level;
       for (int i = 0; i < n; ++i) key[i] = x[i] - peak >= least ? key[i] : -kInfinity;
-      // Plausibility may have excluded a key that overflowed. A value of NaN or +inf still makes the row invalid.
+      // Plausibility may have excluded a key that overflowed. NaN or +inf in a tensor still makes the row invalid.
       bool broken = false;
       for (int i = 0; i < n; ++i) broken |= !(key[i] < kInfinity);
-      for (size_t t = model_terms_; t < terms_.size() && !request_.value_ids; ++t) {
+      for (size_t t = 0; t < terms_.size() && !request_.value_ids; ++t) {
         loops_.load(terms_[t].source, begin, n, x);
         for (int i = 0; i < n; ++i) broken |= !(x[i] < kInfinity);
       }

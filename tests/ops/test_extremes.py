@@ -125,6 +125,10 @@ TABLE: dict[str, Row] = {
         ("forward_kl",), [-49.4087257, -125.0038986], [[-49.594368, -125.0609818]], [50.0],
         {}, True,
     ),
+    "a broken token that plausibility excludes": (
+        ALL, [5.0, 0.0, 0.0, 0.0], [[0.0, NAN, 0.0, 0.0]], [0.5],
+        {"plausibility": 0.5, "plausible": 0}, False,
+    ),
     "plausibility of a broken tensor of weight 0": (
         ALL, MILD, [[0.0, NAN, 0.0, 0.0]], [0.0], {"plausibility": 0.1}, False,
     ),
