@@ -165,7 +165,8 @@ def explain(
     # A registered divergence has no oracle.
     oracle = _of_oracle(mixing, drawing) if is_built_in(mixing.divergence) else None
     if not valid:
-        return Explanation(name, False, oracle and oracle.reason, oracle=oracle)
+        reason = "a registered divergence has no oracle" if oracle is None else oracle.reason
+        return Explanation(name, False, reason, oracle=oracle)
     fields = _solved(mixing, log_pi.double(), model_logprobs.double(), int(token))
     fields |= _recorded(mixing) if name == "torch" else state
     fields |= drawn(drawing, log_pi, torch_kept(drawing), torch_arrivals)
@@ -249,8 +250,11 @@ def _solved(
         (x[0, : mixing.vocab_size].float() * s).double()
         for x, s in zip(mixing.tensors(), scales, strict=True)
     ]
+    # The peaks are taken off: beside a level of 1e17 float64 would lose the log-sums.
+    peaks = torch.stack([x.max() for x in rows])
+    rows = [x - peak for x, peak in zip(rows, peaks, strict=True)]
     norms = torch.stack([x[token] for x in rows]) - model_logprobs
-    fields: dict[str, Any] = {"norms": tuple(norms.tolist())}
+    fields: dict[str, Any] = {"norms": tuple((norms + peaks).tolist())}
     kind, one, cpu = mixing.divergence, slice(0, 1), torch.device("cpu")
     if type(kind) is ReverseKL:
         return fields
@@ -324,7 +328,7 @@ def _of_oracle(mixing: MixtureArguments, drawing: DrawArguments) -> Explanation:
         return Explanation("oracle", False, reason)
     token = found["winner"]
     fields: dict[str, Any] = {"norms": tuple(solution["norms"].tolist())}
-    fields["normalizer"] = solution["normalizer"]
+    fields["normalizer"] = float(solution["normalizer"])
     if "tau" in solution:
         at = int(np.searchsorted(solution["at"], token))
         policies = range(1, mixing.model_count())

@@ -171,3 +171,13 @@ def test_doctor_explains_the_first_wrong_row(
     out = capsys.readouterr().out
     assert "the first wrong row: torch, forward_kl log pi*" in out
     assert "tau" in out and "race winner" in out and "oracle" in out
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_far_levels_leave_its_numbers(backend: str) -> None:
+    if mod_fused.backends()[backend] != "available":
+        pytest.skip(mod_fused.backends()[backend])
+    ref, policy = torch.full((1, 3), 1e16), torch.tensor([[0.0, 1.0, 2.0]])
+    found = mod_fused.explain(ref, [policy], [0.5], divergence="jsd", seed=1, backend=backend)
+    for name in ("tau", "z", "log_ratios", "least_deficit"):
+        assert getattr(found, name) == pytest.approx(getattr(found.oracle, name), abs=1e-5), name

@@ -39,6 +39,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # mod_fused.training imports this package, so its two functions are imported when used.
     if name in ("train_mavis", "train_scorer"):

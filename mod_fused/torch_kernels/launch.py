@@ -46,7 +46,7 @@ def sample_out(
         logprob = _pick(mixture.key, token) - mixture.level - mixture.log_norm
         logprobs[rows] = torch.where(ok, logprob, torch.nan).float()
         if drawing.return_model_logprobs and model_logprobs is not None:
-            each = [_pick(x, token) - row_logsumexp(x) for x in mixture.logits]
+            each = [_log_prob(x, token) for x in mixture.logits]
             stacked = torch.stack(each, 1).float()
             model_logprobs[rows] = torch.where(ok[:, None], stacked, torch.nan)
 
@@ -54,6 +54,14 @@ def sample_out(
 def _chunks(rows: int, vocab_size: int) -> list[slice]:
     size = max(1, CHUNK_TOKENS // (vocab_size + -vocab_size % TILE))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _log_prob(x: Tensor, token: Tensor) -> Tensor:
+    """log softmax of x [b, T, TILE] at one token id per row, float64 [b]."""
+    # The peak is taken off first: beside a level of 1e17 float64 would lose the log-sum.
+    peak = x.amax((-2, -1)).double()
+    at = _pick(x, token).double() - peak
+    return at - row_logsumexp((x - peak[:, None, None]).float())
 
 
 def _pick(x: Tensor, token: Tensor) -> Tensor:
