@@ -83,6 +83,7 @@ def _ensemble(model: Any) -> Ensemble:
         (None, "bert", {"is_decoder": False}, "is_decoder=False"),
         (None, "electra", {"is_decoder": False}, "is_decoder=False"),
         (None, "xlm", {}, "causal=False"),
+        (None, "gemma3_text", {"use_bidirectional_attention": True}, "attention=True"),
         (None, "roberta", {}, "positions begin behind its padding id"),
         (None, "camembert", {}, "positions begin behind its padding id"),
     ],
@@ -154,3 +155,85 @@ def test_an_unknown_architecture_with_a_state_gets_no_padding_and_no_copies(
         _ensemble(model).start([ids], [mask])
     with pytest.raises(ValueError, match="rows of policy 1 .* cannot be copied"):
         _ensemble(model).start([ids], [None]).fork(2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("moshi", "other tokens with a cache than without"),
+        ("prophetnet", "other probabilities with a cache than without"),
+        ("reformer", "hashes at random"),
+    ],
+)
+def test_models_that_contradict_themselves_are_refused(kind: str, message: str) -> None:
+    with pytest.raises(TypeError, match=f"is not supported: .*{message}"):
+        _ensemble(small_model(kind, 0))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("bert-generation", "big_bird", "camembert", "data2vec-text", "ernie", "megatron-bert"),
+        *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta"),
+        *("xlm-roberta-xl", "xmod"),
+    ],
+)
+def test_a_configuration_that_is_no_decoder_is_refused(kind: str) -> None:
+    with pytest.raises(TypeError, match="is_decoder=False"):
+        _ensemble(small_model(kind, 0, is_decoder=False))
+
+
+@pytest.mark.parametrize("kind", ["bloom", "falcon_mamba", "mamba", "mamba2", "mpt"])
+def test_padding_without_positions_is_taken_where_the_mask_is_enough(kind: str) -> None:
+    ids, mask = torch.tensor([[3, 4], [0, 5]]), torch.tensor([[1, 1], [0, 1]])
+    model = small_model(kind, 0)
+    padded = _ensemble(model).start([ids], [mask], max_new_tokens=2).step()[1][0]
+    alone = _ensemble(model).start([ids[1:, 1:]], [None], max_new_tokens=2).step()[1][0]
+    assert (padded[1:] - alone).abs().max() < 1e-5
+
+
+def test_what_single_families_cannot_do_is_refused() -> None:
+    ids, mask = torch.tensor([[3, 4], [0, 5]]), torch.tensor([[1, 1], [0, 1]])
+    with pytest.raises(ValueError, match="its cached steps attend to the padding"):
+        _ensemble(small_model("git", 0)).start([ids], [mask])
+    with pytest.raises(ValueError, match="Pass use_cache=True"):
+        _ensemble(small_model("cpmant", 0)).start([ids], [None], use_cache=False)
+    for kind, reason in (("xlstm", "cannot be reordered"), ("rwkv", "mixes the rows")):
+        state = _ensemble(small_model(kind, 0)).start([ids[:1]], [None])
+        with pytest.raises(ValueError, match=f"cannot be copied: .*{reason}"):
+            state.fork(2)
+    _ensemble(small_model("rwkv", 0)).start([ids], [None], use_cache=False)  # a batch is fine then
+
+
+def test_what_a_model_or_its_config_declares_is_refused(monkeypatch: Any) -> None:
+    model = small_model("gpt2", 0)
+    for owner, name, value, message in (
+        (model, "output_modalities", ("audio",), "generates no text"),
+        (model.config, "is_causal", False, "is_causal=False"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value, raising=False)
+            with pytest.raises(TypeError, match=message):
+                _ensemble(model)
+    monkeypatch.setattr(model.config, "is_decoder", False, raising=False)
+    _ensemble(model)  # GPT-2 reads from the left to the right whatever this says
+    monkeypatch.setattr("mod_fused.decoding.architectures._is_known", lambda model: False)
+    with pytest.raises(TypeError, match="is_decoder=False"):
+        _ensemble(model)
+
+
+def test_padding_needs_a_mask_and_ends_where_rotary_frequencies_change() -> None:
+    from transformers import LlamaForCausalLM
+
+    class Foreign(LlamaForCausalLM):
+        def forward(self, input_ids: Any, position_ids: Any = None) -> Any:
+            return super().forward(input_ids, position_ids=position_ids)
+
+    ids, mask = torch.tensor([[3, 4], [0, 5]]), torch.tensor([[1, 1], [0, 1]])
+    with pytest.raises(ValueError, match="takes no attention_mask"):
+        _ensemble(Foreign(small_model("llama", 0).config).eval()).start([ids], [mask])
+    for kind in ("llama (dynamic RoPE)", "phi3 (LongRoPE)"):
+        ensemble = _ensemble(small_model(kind, 0))
+        ensemble.start([ids], [mask], max_new_tokens=11)  # it reads 12 tokens
+        with pytest.raises(ValueError, match="frequencies change at 12 tokens"):
+            ensemble.start([ids], [mask], max_new_tokens=12)
