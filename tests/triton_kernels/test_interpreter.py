@@ -352,7 +352,8 @@ def test_the_list_of_divergences_alone_says_how_one_is_computed(name, monkeypatc
     monkeypatch.setattr(divergences, "DIVERGENCES", {"unknown": entries[name]})
     ref, policies = logits(220, 2, 1100, 2, kind="typical")
     mixing = check_mixture(ref, policies, [0.5, 0.4], divergence=name)
-    found = launch.log_probs(mixing._replace(divergence=unknown))
+    found = torch.empty(2, 1100)
+    launch.log_probs_out(mixing._replace(divergence=unknown), found)
     monkeypatch.setattr(divergences, "DIVERGENCES", entries)
     assert_identical([found], [OP.log_probs(ref, policies, [0.5, 0.4], divergence=name)])
 
