@@ -66,7 +66,7 @@ fuzz: $(READY)  ## random calls of the C++ backend against torch and the oracle;
 # A copy of the tree is built and tested: the extension in place stays as it is. Python itself leaks.
 sanitize: $(READY)  ## tests and fuzzing of the C++ backend under address and undefined-behaviour sanitizers
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	cp -r csrc mod_fused triton_kernels tests setup.py pyproject.toml README.md $(SANITIZED)
+	cp -r bench csrc mod_fused triton_kernels tests setup.py pyproject.toml README.md $(SANITIZED)
 	rm -f $(SANITIZED)/mod_fused/_cpu*
 	cd $(SANITIZED) && CXXFLAGS="$(SANITIZERS) -fno-sanitize-recover=all -fno-omit-frame-pointer -g1" \
 		LDFLAGS="$(SANITIZERS)" $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace

@@ -21,6 +21,7 @@ from .parameters import (
     temperature_of,
 )
 from .sums import store_model_norms
+from .tiles import level_of
 from .workspace import (
     DRAW_PEAK,
     DRAW_SUM,
@@ -28,6 +29,7 @@ from .workspace import (
     KEY_SUM,
     LEVEL,
     LOG_NORM,
+    LOG_SUM,
     MIX_LOG_NORM,
     VALID,
     tile_field,
@@ -102,7 +104,8 @@ def store_draw(
             )
             if mixing.scales is not None:
                 x = x * mixing.scales[k]
-            own = tl.where(valid, x - norm, float("nan")).to(tl.float32)
+            own = x.to(tl.float64) - level_of(norm) - tl.load(state + LOG_SUM + k)
+            own = tl.where(valid, own, float("nan")).to(tl.float32)
             tl.store(drawing.model_logprobs + row.to(tl.int64) * MODELS + k, own)
 
 

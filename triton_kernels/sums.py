@@ -9,7 +9,7 @@ from .constants import INFINITY, SMALLEST_PREFIX_DIFFERENCE
 from .elementary import exp
 from .parameters import reference_weight, weight
 from .tiles import level_of, model_tile, store_model_sum
-from .workspace import LOG_NORM, PEAK, SHIFT, VALID
+from .workspace import LOG_NORM, LOG_SUM, PEAK, SHIFT, VALID
 
 
 @triton.jit
@@ -21,8 +21,8 @@ def sums_of_tile(mixing, model_fields, row, tile, variant: tl.constexpr):
 
 @triton.jit
 def store_model_norms(state, fields, tiles, variant: tl.constexpr):
-    """`log_sum_exp` of all models at once, into the row's state, and to SHIFT what it leaves when
-    the level is taken off: beside a level of 1e17 float64 would lose the sum."""
+    """Store `log_sum_exp` of all models in the row's state, and what it leaves when the level is
+    taken off: beside a level of 1e17 float64 would lose it."""
     k = tl.arange(0, variant.model_block)
     i = tl.arange(0, variant.tiles)
     pointers = fields + 2 * k[:, None] * variant.tiles + i[None, :]
@@ -37,7 +37,7 @@ def store_model_norms(state, fields, tiles, variant: tl.constexpr):
     tl.store(state + LOG_NORM + k, norm, mask=k < variant.models)
     tl.store(state + PEAK + k, peak.to(tl.float64), mask=k < variant.models)
     rest = (peak - level_of(norm)).to(tl.float64) + log_sum
-    tl.store(state + SHIFT + k, rest, mask=k < variant.models)
+    tl.store(state + LOG_SUM + k, rest, mask=k < variant.models)
     tl.debug_barrier()
 
 
@@ -80,7 +80,7 @@ def end_sums(mixing, state, fields, row, tiles, variant: tl.constexpr):
                 if variant.clamped:
                     lift = tl.maximum(lift, short)
         for k in tl.static_range(1, MODELS):
-            shift = tl.load(state + SHIFT) - tl.load(state + SHIFT + k)
+            shift = tl.load(state + LOG_SUM) - tl.load(state + LOG_SUM + k)
             if mixing.prefix is not None:
                 shift += prefix_of(mixing, row, k) - prefix_of(mixing, row, 0) + lift
             tl.store(state + SHIFT + k, shift)

@@ -14,7 +14,7 @@ import triton.language as tl
 from .constants import EXCLUDED, FAR_LEVEL, INFINITY, SMALLEST_LOG_RATIO, SMALLEST_LOG_REF, TILE
 from .elementary import exp
 from .parameters import reference_weight, value_weight, weight
-from .workspace import LOG_NORM, PEAK, SHIFT
+from .workspace import LOG_NORM, LOG_SUM, PEAK, SHIFT
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
     if variant.plausible == 0:
         plausible = ref - tl.load(state + PEAK).to(tl.float32) >= mixing.log_plausibility
     ref = ref - level_of(tl.load(state + LOG_NORM))
-    log_ref = ref - tl.load(state + SHIFT).to(tl.float32)
+    log_ref = ref - tl.load(state + LOG_SUM).to(tl.float32)
     # log pi_ref where all that counts is finite, else NaN: eight comparisons need more predicates
     # than there are.
     support = log_ref

@@ -26,9 +26,7 @@ COUNTER_SHARE = 32
 # Fields of a row's state, float64.
 LOG_NORM = tl.constexpr(0)  # [9], log-sum-exp of each model's logits
 PEAK = tl.constexpr(9)  # [9]
-#: [9], added to differences of logits less their levels to make d; [0] is of the reference alone:
-#: its log-sum-exp less its level.
-SHIFT = tl.constexpr(18)
+SHIFT = tl.constexpr(18)  # [9], d = difference of the logits less their levels, plus this
 LEAST = tl.constexpr(27)  # min Q over the support
 BEST_TOKEN = tl.constexpr(28)  # s* = argmin Q, and pi_ref of it
 BEST_MASS = tl.constexpr(29)
@@ -40,7 +38,8 @@ LEVEL = tl.constexpr(34)  # log pi* = (key - level) - log_norm
 MIX_LOG_NORM = tl.constexpr(35)
 VALID = tl.constexpr(36)
 STEPS = tl.constexpr(37)  # evaluations of G so far, without the first
-STATE_FIELDS = tl.constexpr(40)
+LOG_SUM = tl.constexpr(38)  # [9], LOG_NORM less the model's level
+STATE_FIELDS = tl.constexpr(48)
 
 # Fields of a tile, float32 [fields, variant.tiles] for each row. Before them are two fields for
 # each model: the tile's largest logit, and the sum of exp(logit - largest).

@@ -14,7 +14,7 @@
 namespace mod_fused {
 
 namespace {
-constexpr double kLeastTau = 1e-36;  // with Z = 0 and a finite sup f' a smaller tau makes the row invalid
+constexpr double kLeastTau = 1e-36f;  // with Z = 0 and a finite sup f' a smaller tau makes the row invalid
 }
 
 bool Row::mix_general() {

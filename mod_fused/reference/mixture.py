@@ -51,7 +51,9 @@ PREFIX_FLOOR = -40.0  # the smallest prefix difference, after all are shifted up
 LARGEST_DEFICIT = float(
     np.float32(1e37)
 )  # a token with Q above it leaves; min Q below its negative makes the row invalid
-LEAST_TAU = 1e-36  # with Z = 0: tau less than this above the pole makes the row invalid
+LEAST_TAU = float(
+    np.float32(1e-36)
+)  # with Z = 0: tau less than this above the pole makes the row invalid
 SMALL_ALPHA = 0.03  # below it c is 0
 SMALLEST_WEIGHT = 2.0**-126  # the smallest normal float32
 WEIGHT_ROUNDING, FLOAT32_ROUNDING = 2.0**-40, 2.0**-24  # see 1 - sum w above

@@ -108,6 +108,9 @@ TABLE: dict[str, Row] = {
     "tau is small": (
         ("forward_kl",), MILD, [MILD], [1.0], {"prefix": [0.0, 82.8], "normalizer": "zero"}, True,
     ),
+    "tau is the least": (
+        ("forward_kl",), [0.0] * 2, [], [], {"values": [[-1e-36] * 2], "normalizer": "zero"}, False,
+    ),
     "tau is too small": (
         ("forward_kl", "jsd"), MILD, [MILD], [1.0],
         {"prefix": [0.0, 82.95], "normalizer": "zero"}, False,

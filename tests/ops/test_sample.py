@@ -279,3 +279,14 @@ def test_an_expanded_row_and_a_copied_one_draw_the_same(op):
     expanded = op.sample(row.expand(6, -1), [row.expand(6, -1)], [0.5], seed=seeds)
     copied = op.sample(row.repeat(6, 1), [row.repeat(6, 1)], [0.5], seed=seeds)
     assert torch.equal(expanded.tokens, copied.tokens)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("level", [1e12, 1e15, 1e17])
+def test_model_logprobs_keep_their_log_sums_at_any_level(op, level, divergence):
+    ref, policy = torch.full((1, 3), level), torch.tensor([[0.0, 1.0, 2.0]])
+    options = {"divergence": divergence, "seed": 0, "return_model_logprobs": True}
+    drawn = op.sample(ref, [policy], [1.0], **options)
+    expected = torch.log_softmax(torch.stack([torch.zeros(3), policy[0]]).double(), 1)
+    found = drawn.model_logprobs[0].double()
+    assert torch.allclose(found, expected[:, drawn.tokens[0]], atol=1e-6)

@@ -1,8 +1,7 @@
-"""Rows of a call in chunks, and the models' own log-probabilities."""
+"""Rows of a call in chunks."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from mod_fused import sample
@@ -31,13 +30,3 @@ def test_rows_do_not_depend_on_the_chunk_they_are_in(monkeypatch):
     monkeypatch.setattr(launch, "CHUNK_TOKENS", 2 * 2048)
     for one, other in zip(whole, sample(ref, [policy], **arguments), strict=True):
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("level", [1e12, 1e15, 1e17])
-def test_model_logprobs_keep_their_log_sums_at_any_level(level):
-    ref, policy = torch.full((1, 3), level), torch.tensor([[0.0, 1.0, 2.0]])
-    drawn = sample(
-        ref, [policy], [0.5], divergence="jsd", seed=0, return_model_logprobs=True, backend="torch"
-    )
-    expected = torch.log_softmax(torch.stack([torch.zeros(3), policy[0]]).double(), 1)
-    assert torch.allclose(drawn.model_logprobs[0].double(), expected[:, drawn.tokens[0]], atol=1e-6)
