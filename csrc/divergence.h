@@ -97,11 +97,11 @@ struct JensenShannon {
   double order() const { return 1.0; }
   double pole(double y) const { return y; }
 
- private:
   // 1 - e^-q; e^-q is 0 in float32 beyond 80.
   MOD_FUSED_MEMBER static float one_minus_exp(float q) { return -expm1_of(-(q > 80.0f ? 80.0f : q)); }
   MOD_FUSED_MEMBER static double one_minus_exp(double q) { return -expm1(-q); }
 
+ private:
   static constexpr uint32_t kFarBits = 0x5ce40000u;  // Q = 60 becomes 2^92, and Q = 1e37 becomes 3.3e36
   double scale_ = 1.0;  // c
 };
@@ -237,6 +237,22 @@ struct Jeffrey {
   double constant(double) const { return 0.0; }
   double order() const { return 1.0; }
 
+  // v with v + log v = z, by two steps of Fritsch, Shafer and Crowley. z below -80 counts as -80: v is too small to change v
+  // - z.
+  template <class Real> MOD_FUSED_MEMBER static Real wright_omega(Real z) {
+    z = z < -80 ? Real(-80) : z;
+    const Real exp_z = exp_of(z > 1 ? Real(1) : z);
+    const Real log_z = log_of(z < 1 ? Real(1) : z);
+    const Real low = exp_z / (1 + Real(0.6) * exp_z), high = z - log_z * (z / (1 + z));
+    Real v = z > 1 ? high : low;
+    for (int i = 0; i < 2; ++i) {
+      const Real step = (z - v - log_of(v)) / (1 + v);
+      const Real twice = 2 * (1 + v + step * (1 + v) * Real(2.0 / 3.0));
+      v = v * (1 + step * (twice - step) / (twice - 2 * step));
+    }
+    return v;
+  }
+
  private:
   // expm1 for x in [-80, 80]; below -80 the deficit is linear to the last bit.
   MOD_FUSED_MEMBER static float expm1_signed(float x) { return expm1_of(x < -80.0f ? -80.0f : x); }
@@ -253,22 +269,6 @@ struct Jeffrey {
     const float near = bits_float((uint32_t)(int32_t)multiply_add(log_v < 2.0f ? log_v : 2.0f, 12102203.2f, 1064992505.0f));
     const float far = multiply_add((float)(int32_t)float_bits(z - 1.0f), -8.26295829e-8f, z + 87.9998f);
     return z > 3.5f ? far : near;
-  }
-
-  // v with v + log v = z, by two steps of Fritsch, Shafer and Crowley. z below -80 counts as -80: v is too small to change v
-  // - z.
-  template <class Real> MOD_FUSED_MEMBER static Real wright_omega(Real z) {
-    z = z < -80 ? Real(-80) : z;
-    const Real exp_z = exp_of(z > 1 ? Real(1) : z);
-    const Real log_z = log_of(z < 1 ? Real(1) : z);
-    const Real low = exp_z / (1 + Real(0.6) * exp_z), high = z - log_z * (z / (1 + z));
-    Real v = z > 1 ? high : low;
-    for (int i = 0; i < 2; ++i) {
-      const Real step = (z - v - log_of(v)) / (1 + v);
-      const Real twice = 2 * (1 + v + step * (1 + v) * Real(2.0 / 3.0));
-      v = v * (1 + step * (twice - step) / (twice - 2 * step));
-    }
-    return v;
   }
 };
 

@@ -28,7 +28,6 @@ from .explained_draw import (
 )
 from .torch_kernels import philox
 from .torch_kernels.mixture import (
-    SMALLEST_LOG_RATIO,
     dense_values,
     mix,
     normal,
@@ -113,6 +112,7 @@ def explain(
     value_ids: Tensor | None = None,
     value_weights: Any = None,
     prefix_logprobs: Tensor | None = None,
+    mixture_prefix_logprobs: Tensor | None = None,
     logit_scales: Any = None,
     vocab_size: int | None = None,
     plausibility: float | None = None,
@@ -149,7 +149,8 @@ def explain(
     """
     mixing = check_mixture(
         ref_logits, policy_logits, weights, divergence, normalizer, values, value_ids,
-        value_weights, prefix_logprobs, logit_scales, vocab_size, plausibility, plausibility_tensor,
+        value_weights, prefix_logprobs, mixture_prefix_logprobs, logit_scales, vocab_size,
+        plausibility, plausibility_tensor,
     )  # fmt: skip
     drawing = check_draw(mixing, temperature, top_k, top_p, min_p, mask, seed, position, True)
     batch, row = mixing.batch_tensor().shape[0], number("row", row, int)
@@ -197,6 +198,7 @@ def _one_row(
         value_ids=cut(mixing.value_ids),
         value_weights=weights(mixing.value_weights),
         prefix_logprobs=cut(mixing.prefix_logprobs),
+        mixture_prefix_logprobs=cut(mixing.mixture_prefix_logprobs),
     )
     return one, DrawArguments(*(cut(x) for x in drawing._replace(seed=seed)))
 
@@ -206,6 +208,8 @@ def _recorded(mixing: MixtureArguments) -> dict[str, Any]:
     record: dict[str, Any] = {}
     mixture = mix(mixing, slice(0, 1), record)
     fields: dict[str, Any] = {"normalizer": float(mixture.level.double() + mixture.log_norm)}
+    if mixing.mixture_prefix_logprobs is not None and record:  # the rest has the row's scale
+        return fields | {"evaluations": record["evaluations"]}
     if record:
         fields |= {"tau": float(record["tau"]), "least_deficit": float(record["least"])}
     if "lower" in record:
@@ -233,7 +237,8 @@ def _triton_state(mixing: MixtureArguments, row: int) -> dict[str, Any]:
     state = states.view(batch, -1)[row].tolist()
     found: dict[str, Any] = {}
     if mixing.normalizer == "exact":
-        found["least_deficit"] = state[fields.LEAST.value]
+        if mixing.mixture_prefix_logprobs is None:  # else it has the row's scale
+            found["least_deficit"] = state[fields.LEAST.value]
         found["evaluations"] = int(state[fields.STEPS.value])
     level, log_norm = state[fields.LEVEL.value], state[fields.MIX_LOG_NORM.value]
     first = fields.LOG_NORM.value
@@ -259,12 +264,18 @@ def _solved(
     if type(kind) is ReverseKL:
         return fields
     w = normal(row_vector(mixing.weights, one, cpu))
-    shifts = torch.zeros_like(w)
-    if mixing.prefix_logprobs is not None:
-        shifts = prefix_differences(kind, mixing.prefix_logprobs.double(), w != 0)
-    d = (model_logprobs[1:] - model_logprobs[0] + shifts[0]).float()
-    d = d.clamp(min=SMALLEST_LOG_RATIO) if kind.clamped else d
-    q = kind.deficit(d.double())
+    shifts, functions = prefix_differences(mixing, one, w != 0)
+    log_mass = 0.0
+    if mixing.mixture_prefix_logprobs is not None and mixing.prefix_logprobs is not None:
+        # What is shown has no scale of the row.
+        prefix = mixing.prefix_logprobs.double()
+        shifts = prefix[:, 1:] - prefix[:, :1]
+        log_mass = float(mixing.mixture_prefix_logprobs) - float(prefix[0, 0])
+        d = model_logprobs[1:] - model_logprobs[0] + shifts[0]
+    else:
+        d = (model_logprobs[1:] - model_logprobs[0] + shifts[0]).float().double()
+        d = torch.maximum(d, functions.least_log_ratio)
+    q = kind.deficit(d)
     total = torch.where(w[0] == 0, 0.0, w[0] * q).sum()
     if mixing.values is not None:
         v = normal(row_vector(mixing.value_weights, one, cpu))[0]
@@ -274,7 +285,7 @@ def _solved(
     offset = kind.supremum * (1.0 - w.sum())
     ratio = (log_pi - (rows[0] - norms[0]))[log_pi > -torch.inf]
     at_token = log_pi[token] - model_logprobs[0]
-    log_sum = torch.zeros((), dtype=torch.float64)
+    log_sum = torch.tensor(log_mass, dtype=torch.float64)
     if mixing.normalizer == "zero":  # rescaled: log pi* = lr + log H(Q + offset) - log_sum
         log_sum = kind.log_ratio(total + offset) - at_token
     each = kind.deficit(ratio + log_sum)  # tau + D of each token
@@ -284,6 +295,7 @@ def _solved(
     ends: dict[str, Any] = {}
     if mixing.normalizer == "exact":
         log_ref = (rows[0] - norms[0])[log_pi > -torch.inf]
+        log_ref = log_ref - log_mass
         lower, upper = bracket(kind, log_ref[None, None], (each - tau)[None, None], best[None])
         ends = {"lower": float(lower), "upper": float(upper)}
     return (
@@ -310,13 +322,17 @@ def _of_oracle(mixing: MixtureArguments, drawing: DrawArguments) -> Explanation:
     def row(x: Any) -> Any:
         return x[0] if isinstance(x, Tensor) and x.dim() == 2 else x
 
+    own_prefix = None
+    if mixing.mixture_prefix_logprobs is not None:
+        own_prefix = float(mixing.mixture_prefix_logprobs)
     log_pi = reference.log_probs_row(
         row(mixing.ref_logits), [row(x) for x in mixing.policy_logits], row(mixing.weights),
         divergence=mixing.divergence, normalizer=mixing.normalizer,
         values=None if mixing.values is None else mixing.values[:, 0],
         value_ids=row(mixing.value_ids),
         value_weights=None if mixing.values is None else row(mixing.value_weights),
-        prefix_logprobs=row(mixing.prefix_logprobs), logit_scales=mixing.logit_scales or None,
+        prefix_logprobs=row(mixing.prefix_logprobs),
+        mixture_prefix_logprobs=own_prefix, logit_scales=mixing.logit_scales or None,
         vocab_size=mixing.vocab_size, plausibility=mixing.plausibility or None,
         plausibility_tensor=mixing.plausibility_tensor, solution=solution,
     )  # fmt: skip

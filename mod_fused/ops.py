@@ -30,6 +30,7 @@ def log_probs(
     value_ids: Tensor | None = None,
     value_weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
     prefix_logprobs: Tensor | None = None,
+    mixture_prefix_logprobs: Tensor | None = None,
     logit_scales: Sequence[float] | None = None,
     vocab_size: int | None = None,
     plausibility: float | None = None,
@@ -60,6 +61,7 @@ def log_probs(
         value_ids,
         value_weights,
         prefix_logprobs,
+        mixture_prefix_logprobs,
         logit_scales,
         vocab_size,
         plausibility,
@@ -88,6 +90,7 @@ def sample(
     value_ids: Tensor | None = None,
     value_weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
     prefix_logprobs: Tensor | None = None,
+    mixture_prefix_logprobs: Tensor | None = None,
     logit_scales: Sequence[float] | None = None,
     vocab_size: int | None = None,
     plausibility: float | None = None,
@@ -134,7 +137,15 @@ def sample(
         value_weights: v, [J] or [B, J]; None means ones.
         prefix_logprobs: float32 or float64 [B, M+1], log-probability in nats of the response so far
             under each model, reference first. Without it the formula sees one token only; reverse
-            KL does not depend on it. On simplex weights combine it with normalizer="zero".
+            KL does not depend on it. Z still normalises to the reference's mass of the response,
+            which at weights [1, 0] is not the policy itself: give the mixture's, too, or take
+            normalizer="zero" on simplex weights.
+        mixture_prefix_logprobs: float32 or float64 [B], log pi* in nats of the response so far: the
+            sum of this op's own log pi* of its tokens. With prefix_logprobs, the exact normaliser
+            and a built-in divergence, Z then normalises to the mixture's own mass of the response,
+            m = pi*(y_<t) / pi_ref(y_<t):
+
+                f'(m pi*(s) / pi_ref(s)) = u(s) - Z,    u of the ratios of whole responses
         logit_scales: M+1 positive numbers; each tensor is multiplied by its own before its softmax.
         vocab_size: V; None means the narrowest tensor's width. Further columns are never looked at.
         plausibility: p in (0, 1]: tokens less likely than p times the most likely token of
@@ -188,6 +199,7 @@ def sample(
         value_ids,
         value_weights,
         prefix_logprobs,
+        mixture_prefix_logprobs,
         logit_scales,
         vocab_size,
         plausibility,

@@ -41,6 +41,14 @@ MIXTURES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
             "plausibility_tensor": 1,
         },
     ),
+    "own_mass": (
+        (REF, POLICIES, WEIGHTS),
+        {
+            "divergence": "jsd",
+            "prefix_logprobs": normal(3, B, 3),
+            "mixture_prefix_logprobs": normal(7, B).double(),
+        },
+    ),
     "sparse_zero": (
         (REF, POLICIES, WEIGHTS),
         {

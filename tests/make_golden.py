@@ -23,6 +23,11 @@ MIXTURES = [
     for d in ("reverse_kl", "forward_kl", "jsd", "alpha:0.5", "jeffrey")
     for v, dtype in ((3000, "float32"), (1025, "bfloat16"))
 ]
+# The same with prefixes and the mixture's own mass of a response so far.
+MIXTURES += [
+    {"divergence": d, "vocab": 1025, "dtype": "float32", "prefix": True}
+    for d in ("forward_kl", "jsd", "alpha:0.5", "jeffrey")
+]
 SEEDS = [0, 1, -1, 2**32, 2**63 - 1, -(2**63), 123456789, -987654321]
 POSITIONS = [0, 1, 2, 1000, 2**31, 2**32, 2**40 + 1, 7]
 FILTERS = [{}, {"temperature": 0.7, "top_k": 50}, {"temperature": 1.3, "top_p": 0.9}]
@@ -45,10 +50,20 @@ def mixture_inputs(case: dict[str, Any]) -> tuple[Any, ...]:
     return ref, policies, [0.5, 0.25]
 
 
+def mixture_options(case: dict[str, Any]) -> dict[str, Any]:
+    """The other arguments of one golden mixture."""
+    options: dict[str, Any] = {"divergence": case["divergence"]}
+    if "prefix" in case:
+        b = torch.arange(len(SEEDS), dtype=torch.float64)
+        options["prefix_logprobs"] = torch.stack([-3.0 * b, 2.0 - 3.5 * b, -2.0 * b], 1)
+        options["mixture_prefix_logprobs"] = 1.0 - 3.25 * b
+    return options
+
+
 def mixture_tokens() -> list[dict[str, Any]]:
     table = []
     for case in MIXTURES:
-        log_p = reference.log_probs(*mixture_inputs(case), divergence=case["divergence"])
+        log_p = reference.log_probs(*mixture_inputs(case), **mixture_options(case))
         for filters in FILTERS:
             tokens = []
             for row, seed, position in zip(log_p, SEEDS, POSITIONS, strict=True):

@@ -12,6 +12,7 @@ import triton.language as tl
 from .constants import EXCLUDED, INFINITY, TILE
 from .elementary import exp
 from .normalizer import newton_point, point_of_poles, ratios, secular_point
+from .own_mass import parameter
 from .parameters import reference_weight, weight
 from .tiles import deficit_tile
 from .workspace import (
@@ -37,20 +38,20 @@ ROUNDING = tl.constexpr(1e-5)  # of float32 sums over a row
 
 
 @triton.jit
-def start_offset(mixing, row, variant: tl.constexpr):
+def start_offset(mixing, state, row, variant: tl.constexpr):
     return reference_weight(mixing, row, variant) * variant.deficit(
-        tl.zeros([], tl.float32), mixing.alpha
+        tl.zeros([], tl.float32), parameter(mixing, state, variant)
     )
 
 
 @triton.jit
-def start_ratios(q, mixing, row, variant: tl.constexpr):
+def start_ratios(q, mixing, state, row, variant: tl.constexpr):
     """`ratios` at the first point, where G is summed together with the deficits: tau = least +
     `start_offset`. There Z = 0 if the reference counts as a policy of weight 1 - sum w."""
-    y = (q + start_offset(mixing, row, variant)).to(tl.float32)
+    y = (q + start_offset(mixing, state, row, variant)).to(tl.float32)
     if variant.excess is not None:
         y = variant.excess(y, mixing.alpha)
-    return ratios(y, mixing, variant)
+    return ratios(y, mixing, state, variant)
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def deficits_of_tile(mixing, work, state, fields, row, tile, tiles, variant: tl.
         p = tl.where(i == best, 0.0, p)  # it may be s*; `end_deficits` adds the others
     else:
         q = tl.where(inside, q, 1.0)
-    h, slope = start_ratios(q, mixing, row, variant)
+    h, slope = start_ratios(q, mixing, state, row, variant)
     tl.store(fields + S1 * variant.tiles + tile, tl.sum(p * h, 0))
     tl.store(fields + S2 * variant.tiles + tile, tl.sum(p * slope, 0))
 
@@ -94,8 +95,9 @@ def end_deficits(mixing, work, state, fields, row, tiles, variant: tl.constexpr)
     mass = tl.where(good, mass, 1.0)
     best = tl.where(good, best, 1.0)
 
-    upper = variant.deficit(-tl.log(mass).to(tl.float32), mixing.alpha).to(tl.float64)
-    lower = variant.deficit(-tl.log(best).to(tl.float32), mixing.alpha).to(tl.float64)
+    a = parameter(mixing, state, variant)
+    upper = variant.deficit(-tl.log(mass).to(tl.float32), a).to(tl.float64)
+    lower = variant.deficit(-tl.log(best).to(tl.float32), a).to(tl.float64)
     mean = first / mass
     # The mean of D bounds tau from below (Jensen), less the rounding of the sums.
     jensen = upper - (mean - least + ROUNDING * (tl.abs(mean) + tl.abs(least)))
@@ -114,6 +116,11 @@ def end_deficits(mixing, work, state, fields, row, tiles, variant: tl.constexpr)
                 upper = tl.where(positive & (least < upper), least, upper)
         lower = lower * (1.0 - WIDEN)
         upper = upper * (1.0 + WIDEN)
+    elif variant.of_mass is not None:
+        # Where m is small H all but has a pole at 0.
+        scale = tl.exp(tl.minimum(a, 0.0)).to(tl.float64)
+        lower -= WIDEN * (tl.abs(lower) + scale)
+        upper += WIDEN * (tl.abs(upper) + scale)
     else:
         lower -= WIDEN
         upper += WIDEN
@@ -127,7 +134,7 @@ def end_deficits(mixing, work, state, fields, row, tiles, variant: tl.constexpr)
     # The first step, from the sums of the first evaluation.
     s1 = tl.sum(tile_field(fields, S1, tiles, variant, 0.0).to(tl.float64), 0)
     s2 = tl.sum(tile_field(fields, S2, tiles, variant, 0.0).to(tl.float64), 0)
-    tau = least + start_offset(mixing, row, variant).to(tl.float64)
+    tau = least + start_offset(mixing, state, row, variant).to(tl.float64)
     usable = good
     if variant.bounded:
         usable = good & (tau > 0.0)
@@ -135,7 +142,7 @@ def end_deficits(mixing, work, state, fields, row, tiles, variant: tl.constexpr)
     if variant.excess is not None:
         # Each tile's sums lack its best token: add all of these but s*.
         others = (i < tiles) & (i != best_tile) & (least_of < EXCLUDED)
-        h, slope = start_ratios(tl.where(others, least_of, least), mixing, row, variant)
+        h, slope = start_ratios(tl.where(others, least_of, least), mixing, state, row, variant)
         p = tl.where(others, tile_field(fields, BEST_P, tiles, variant, 0.0), 0.0).to(tl.float64)
         s1 += tl.sum(p * h.to(tl.float64), 0)
         s2 += tl.sum(p * slope.to(tl.float64), 0)
@@ -159,7 +166,7 @@ def end_deficits(mixing, work, state, fields, row, tiles, variant: tl.constexpr)
         usable = usable & (s1 < INFINITY) & (s2 < INFINITY)
     else:
         point = lower
-        following = newton_point(mixing, tau, s1, s2, variant)
+        following = newton_point(mixing, state, tau, s1, s2, variant)
     usable = usable & (following >= lower) & (following <= upper)
     tl.store(state + LOWER, lower)
     tl.store(state + UPPER, upper)

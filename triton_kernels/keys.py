@@ -8,6 +8,7 @@ import triton.language as tl
 from .constants import EXCLUDED, INFINITY, LEAST_TAU, TILE
 from .elementary import exp
 from .normalizer import above_least, ratios
+from .own_mass import parameter
 from .parameters import inverse_temperature, masked_key, reference_weight, temperature_of
 from .tiles import deficit_tile, finite_log_linear_tile, log_linear_tile, sum_exp
 from .workspace import (
@@ -39,7 +40,7 @@ def deficit_key(mixing, state, log_ref, q, broken, row, variant: tl.constexpr):
             broken |= inside & (((y > LEAST_TAU) & (y < INFINITY)) == 0)
         else:
             broken |= q <= -EXCLUDED
-    key = log_ref + variant.log_ratio(tl.where(inside, y, 1.0), mixing.alpha)
+    key = log_ref + variant.log_ratio(tl.where(inside, y, 1.0), parameter(mixing, state, variant))
     return tl.where(inside, key, -INFINITY), broken
 
 
@@ -90,7 +91,7 @@ def store_deficit_keys(
         # Only sums are needed: a Stieltjes form gives them without logarithms.
         point = tl.load(state + POINT).to(tl.float32)
         excess = variant.excess(above_least(state, q, variant), mixing.alpha)
-        h, _ = ratios(point + excess, mixing, variant)
+        h, _ = ratios(point + excess, mixing, state, variant)
         if variant.factor:
             h = h * (1.0 - point)
         total = tl.sum(tl.where(broken, float("nan"), exp(log_ref) * h), 0)

@@ -19,6 +19,7 @@ from .constants import TILE
 from .divergences import device_functions
 from .filters import filter_kernel
 from .mixture import mixture_kernel
+from .own_mass import OF_MASS
 from .parameters import Drawing, dense, drawing_of, mixing_of
 from .workspace import cdiv, make_workspace, row_tiles
 
@@ -38,7 +39,8 @@ class Variant(NamedTuple):
     general: bool  # not reverse KL
     exact: bool
     simplex: bool  # neither values nor prefix
-    deficit: Any  # from here to `factor`: a `TritonDivergence`
+    own_mass: bool  # G is the mixture's own mass of the response
+    deficit: Any  # from here to `of_mass`: a `TritonDivergence`
     log_ratio: Any
     log_slope: Any
     clamped: bool
@@ -48,6 +50,7 @@ class Variant(NamedTuple):
     unshift: Any
     root: bool
     factor: bool
+    of_mass: str | None
     sums: bool  # a phase of its own for the log-sum-exps
     evaluations: int
     finish: bool
@@ -77,6 +80,9 @@ def variant_of(
     """The variant for these arguments."""
     divergence = device_functions(mixing.divergence)
     general = not divergence.log_linear
+    own_mass = general and mixing.mixture_prefix_logprobs is not None
+    if own_mass:
+        divergence = OF_MASS.get(mixing.divergence.name, divergence)
     exact = general and mixing.normalizer == "exact"
     plausible = -1
     if mixing.plausibility > 0.0:
@@ -104,6 +110,7 @@ def variant_of(
         general=general,
         exact=exact,
         simplex=mixing.values is None and mixing.prefix_logprobs is None,
+        own_mass=own_mass,
         **divergence._asdict(),
         sums=sums,
         evaluations=evaluations,

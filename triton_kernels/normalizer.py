@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .constants import EXCLUDED, INFINITY, TILE
 from .elementary import exp, log_of, reciprocal
+from .own_mass import parameter
 from .tiles import deficit_tile
 from .workspace import (
     BEST_MASS,
@@ -36,7 +37,7 @@ TOLERANCE = tl.constexpr(1e-6)  # the rounding of log G in float32 sums
 
 
 @triton.jit
-def ratios(y, mixing, variant: tl.constexpr):
+def ratios(y, mixing, state, variant: tl.constexpr):
     """H and -H' at y = tau + D. With a Stieltjes form: y^-order and y^-order / y, at y = t + x."""
     if variant.excess is not None:
         fall = reciprocal(y)
@@ -45,8 +46,9 @@ def ratios(y, mixing, variant: tl.constexpr):
             h = exp(-log_of(y) * (1.0 / mixing.alpha))
         slope = h * fall
     else:
-        h = exp(variant.log_ratio(y, mixing.alpha))
-        slope = exp(variant.log_slope(y, mixing.alpha))
+        a = parameter(mixing, state, variant)
+        h = exp(variant.log_ratio(y, a))
+        slope = exp(variant.log_slope(y, a))
     return h, slope
 
 
@@ -77,7 +79,7 @@ def evaluation_of_tile(mixing, state, fields, row, tile, variant: tl.constexpr):
         inside = q < EXCLUDED
         p = tl.where(inside, exp(log_ref), 0.0)
         y = point + tl.where(inside, distance, 0.0)
-    h, slope = ratios(y, mixing, variant)
+    h, slope = ratios(y, mixing, state, variant)
     s1 = tl.sum(p * h, 0)
     s2 = tl.sum(p * slope, 0)
     tl.store(fields + S1 * variant.tiles + tile, s1)
@@ -204,15 +206,13 @@ def step_stieltjes(mixing, state, s1, s2, variant: tl.constexpr):
 
 
 @triton.jit
-def newton_point(mixing, tau, s1, s2, variant: tl.constexpr):
+def newton_point(mixing, state, tau, s1, s2, variant: tl.constexpr):
     """The point after a Newton step, for any divergence, on q(log G(tau)), which is almost a
     straight line; NaN or infinite where there is no step."""
-    q = variant.deficit(tl.log(s1).to(tl.float32), mixing.alpha)
-    slope = tl.exp(variant.log_slope(q, mixing.alpha).to(tl.float64))
-    return (
-        tau
-        + (variant.deficit(tl.zeros([], tl.float32), mixing.alpha) - q).to(tl.float64) * slope / s2
-    )
+    a = parameter(mixing, state, variant)
+    q = variant.deficit(tl.log(s1).to(tl.float32), a)
+    slope = tl.exp(variant.log_slope(q, a).to(tl.float64))
+    return tau + (variant.deficit(tl.zeros([], tl.float32), a) - q).to(tl.float64) * slope / s2
 
 
 @triton.jit
@@ -224,7 +224,7 @@ def step_newton(mixing, state, s1, s2, variant: tl.constexpr):
     log_g = tl.log(s1)
     lower = tl.where(log_g > 0.0, tau, lower)
     upper = tl.where(log_g <= 0.0, tau, upper)
-    newton = newton_point(mixing, tau, s1, s2, variant)
+    newton = newton_point(mixing, state, tau, s1, s2, variant)
     good = (tl.abs(log_g) < INFINITY) & (newton > lower) & (newton < upper)
     following = tl.where(good, newton, 0.5 * (lower + upper)).to(tl.float32).to(tl.float64)
     short = tl.abs(following - tau) < LAST_RATIO * tl.maximum(tl.abs(tau), 1.0)

@@ -35,6 +35,8 @@ class Mixing(NamedTuple):
     value_weights_strides: tuple[int, int]
     prefix: Tensor | None
     prefix_strides: tuple[int, int]
+    own_prefix: Tensor | None  # the mixture's
+    own_prefix_stride: int
     vocab: int
     log_plausibility: float
     alpha: float
@@ -105,6 +107,7 @@ def _weights(given: tuple[float, ...] | Tensor) -> tuple[tuple[float, ...], Tens
 def mixing_of(mixing: MixtureArguments) -> Mixing:
     """The record of the distribution; `mixing` has been through `dense`."""
     divergence, logits, values = mixing.divergence, mixing.tensors(), mixing.values
+    own_prefix = mixing.mixture_prefix_logprobs
     weights, weights_pointer = _weights(mixing.weights)
     value_weights, value_weights_pointer = _weights(mixing.value_weights)
     reference_weight = 1.0 - sum(weights)
@@ -125,6 +128,8 @@ def mixing_of(mixing: MixtureArguments) -> Mixing:
         value_weights_strides=_strides(value_weights_pointer, 2),
         prefix=mixing.prefix_logprobs,
         prefix_strides=_strides(mixing.prefix_logprobs, 2),
+        own_prefix=own_prefix,
+        own_prefix_stride=0 if own_prefix is None else own_prefix.stride(0),
         vocab=mixing.vocab_size,
         log_plausibility=math.log(mixing.plausibility) if mixing.plausibility > 0.0 else 0.0,
         alpha=alpha_of(divergence),

@@ -7,9 +7,10 @@ import triton.language as tl
 
 from .constants import INFINITY, SMALLEST_PREFIX_DIFFERENCE
 from .elementary import exp
+from .own_mass import counted_mass, shift_of_mass
 from .parameters import reference_weight, weight
 from .tiles import level_of, model_tile, store_model_sum
-from .workspace import LOG_NORM, LOG_SUM, PEAK, SHIFT, VALID
+from .workspace import LOG_MASS, LOG_NORM, LOG_SUM, PEAK, SHIFT, VALID
 
 
 @triton.jit
@@ -68,6 +69,7 @@ def end_sums(mixing, state, fields, row, tiles, variant: tl.constexpr):
         valid = tl.where(counts & ((tl.abs(norm) < INFINITY) == 0), 0.0, valid)
     if variant.general:
         lift = tl.zeros([], tl.float64)
+        least = tl.full([], INFINITY, tl.float64)
         if mixing.prefix is not None:
             ref_prefix = prefix_of(mixing, row, 0)
             for k in tl.static_range(MODELS):
@@ -76,9 +78,17 @@ def end_sums(mixing, state, fields, row, tiles, variant: tl.constexpr):
                 if k > 0:
                     counts = weight(mixing, row, k - 1) != 0.0
                 valid = tl.where(counts & ((tl.abs(own) < INFINITY) == 0), 0.0, valid)
-                short = tl.where(counts, SMALLEST_PREFIX_DIFFERENCE - (own - ref_prefix), 0.0)
-                if variant.clamped:
-                    lift = tl.maximum(lift, short)
+                if k > 0:
+                    least = tl.where(counts, tl.minimum(least, own - ref_prefix), least)
+            if variant.own_mass:
+                own = tl.load(mixing.own_prefix + row.to(tl.int64) * mixing.own_prefix_stride)
+                log_mass = own.to(tl.float64) - ref_prefix
+                valid = tl.where(tl.abs(log_mass) < INFINITY, valid, 0.0)
+                counted = counted_mass(mixing, log_mass, least, variant)
+                tl.store(state + LOG_MASS, counted)
+                lift = -shift_of_mass(counted, variant)
+            elif variant.clamped:
+                lift = tl.maximum(lift, SMALLEST_PREFIX_DIFFERENCE - least)
         for k in tl.static_range(1, MODELS):
             shift = tl.load(state + LOG_SUM) - tl.load(state + LOG_SUM + k)
             if mixing.prefix is not None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .constants import EXCLUDED, FAR_LEVEL, INFINITY, SMALLEST_LOG_RATIO, SMALLEST_LOG_REF, TILE
+from .constants import EXCLUDED, FAR_LEVEL, INFINITY, SMALLEST_LOG_REF, TILE
 from .elementary import exp
+from .own_mass import policy_deficit, tilt_scale
 from .parameters import reference_weight, value_weight, weight
 from .workspace import LOG_NORM, LOG_SUM, PEAK, SHIFT
 
@@ -177,9 +178,7 @@ def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
         support = tl.where(counts, tl.fma(x, 0.0, support), support)
         # Subtract the raw logits first: that is exact for 16-bit logits.
         d = (x - ref) + tl.load(state + SHIFT + k).to(tl.float32)
-        if variant.clamped:
-            d = tl.maximum(d, SMALLEST_LOG_RATIO)
-        q = tl.where(counts, q + w * variant.deficit(d, mixing.alpha), q)
+        q = tl.where(counts, q + w * policy_deficit(d, mixing, state, variant), q)
     inside = plausible & (support >= SMALLEST_LOG_REF)
     inside &= q < EXCLUDED
     broken = tl.zeros([TILE], tl.int1)
@@ -189,6 +188,8 @@ def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
             v = value_weight(mixing, row, j).to(tl.float32).to(tl.float64) + tl.zeros(
                 [TILE], tl.float64
             )
+            if variant.own_mass:
+                v = v * tilt_scale(mixing, state, variant)
             x = value_tile(mixing, j, row, tile)
             counts = v != 0.0
             broken |= counts & ((x < INFINITY) == 0)

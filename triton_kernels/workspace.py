@@ -39,6 +39,7 @@ MIX_LOG_NORM = tl.constexpr(35)
 VALID = tl.constexpr(36)
 STEPS = tl.constexpr(37)  # evaluations of G so far, without the first
 LOG_SUM = tl.constexpr(38)  # [9], LOG_NORM less the model's level
+LOG_MASS = tl.constexpr(47)  # log m of the response so far, see own_mass.py
 STATE_FIELDS = tl.constexpr(48)
 
 # Fields of a tile, float32 [fields, variant.tiles] for each row. Before them are two fields for

@@ -76,7 +76,7 @@ struct Packed {
 };
 
 // Slots of the mixture, then those of the draw.
-enum TensorSlot { kWeights, kValues, kValueIds, kValueWeights, kPrefix, kMixtureTensors,
+enum TensorSlot { kWeights, kValues, kValueIds, kValueWeights, kPrefix, kOwnPrefix, kMixtureTensors,
                   kMask = kMixtureTensors, kTemperatures, kTopKs, kTopPs, kMinPs, kSeeds, kPositions, kDrawTensors };
 enum IntegerSlot { kReference, kVocab, kPlausibilityTensor, kExact, kDivergence, kMixtureIntegers,
                    kTopK = kMixtureIntegers, kSeed, kPosition, kModelLogprobs, kDrawIntegers };
@@ -144,6 +144,8 @@ void add_tensors(const Packed& packed, Request& request) {
     for (int64_t b = 0; b < request.rows; ++b)
       for (int i = 0; i < request.models; ++i)
         request.prefix.push_back(number<double>(*prefix, b * prefix->stride(0) + i * prefix->stride(1)));
+  if (const Pointer own = packed.tensor(kOwnPrefix))
+    for (int64_t b = 0; b < request.rows; ++b) request.own_prefix.push_back(number<double>(*own, b * own->stride(0)));
 }
 
 // The part of a request that all ops have; the tensors must outlive it.

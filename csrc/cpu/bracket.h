@@ -10,13 +10,12 @@
 
 namespace mod_fused {
 
-constexpr double kSmallestPrefixDifference = -40.0;
 constexpr double kLeastExponent = -1.0, kMostExponent = 30.0;  // range of min Q in which Jensen-Shannon stores e^Q
 constexpr double kLog2E = 1.4426950216293335;  // the value of the loops' float32 constant
 constexpr double kMostFusedWeight = 100.0;  // times e^80 it is below kExcluded
 constexpr double kRounding = 1e-5;  // of float32 sums over a row
 
-inline Row::Offsets Row::offsets(bool clamped) const {
+inline Row::Offsets Row::offsets() const {
   Offsets result;
   for (int model = 0; model < request_.models; ++model) {
     const ModelSum& sum = model_sums_[model];
@@ -24,11 +23,8 @@ inline Row::Offsets Row::offsets(bool clamped) const {
     result.norms[model] = (sum.level - result.levels[model]) + sum.log_sum;
   }
   const double* prefix = request_.prefix.empty() ? nullptr : request_.prefix.data() + b_ * request_.models;
-  double lift = 0.0;
-  for (int model = 1; model < request_.models && prefix && clamped; ++model)
-    if (counts(model)) lift = std::max(lift, kSmallestPrefixDifference - (prefix[model] - prefix[0]));
   for (int model = 1; model < request_.models; ++model) {
-    const double difference = prefix ? prefix[model] - prefix[0] + lift : 0.0;
+    const double difference = prefix ? prefix[model] - prefix[0] + response_.shift : 0.0;
     result.shifts[model] = result.norms[0] - result.norms[model] + difference;
   }
   return result;
@@ -55,7 +51,7 @@ template <class D> bool Row::fuse(const D& divergence, const Offsets& offsets, D
   fused->log_norm = (float)offsets.norms[0];
   fused->log_norm_offset = (float)(-offsets.norms[0] * kLog2E);
   fused->factor = (float)(divergence.factor() * kLog2E);
-  fused->limit = D::clamped ? std::fabs(fused->factor) * 80.0f : std::min(115.0f, (float)(80.0 / weight_sum - 1.0));
+  fused->limit = D::clamped ? std::fabs(fused->factor * (float)response_.floor) : std::min(115.0f, (float)(80.0 / weight_sum - 1.0));
   return fused->count > 0 && weight_sum <= kMostFusedWeight;
 }
 
@@ -70,7 +66,7 @@ inline void Row::collect_fused(const DivergenceLoops& loops, DeficitTile fused, 
     else fused.policies[count++] = data;
   }
   scratch_.deficits[tile] =
-      loops.deficits(fused, tile_size(tile), (float)request_.alpha, scratch_.p() + begin, scratch_.u() + begin);
+      loops.deficits(fused, tile_size(tile), parameter_, scratch_.p() + begin, scratch_.u() + begin);
 }
 
 // p and Q of a tile, one tensor after the other.
@@ -89,7 +85,8 @@ inline void Row::collect_buffered(const DivergenceLoops& loops, const Offsets& o
   for (int model = 1; model < request_.models; ++model) {
     if (!counts(model)) continue;
     load(model, other);
-    loops.add_deficit(ref, other, n, (float)request_.alpha, (float)offsets.shifts[model], (float)policy_weight(model), q);
+    loops.add_deficit(ref, other, n, parameter_, (float)offsets.shifts[model], (float)response_.floor,
+                      (float)policy_weight(model), q);
   }
   if (request_.plausibility_model >= 0) {
     loops_.load(logits(request_.plausibility_model), begin, n, other);
@@ -109,7 +106,7 @@ inline void Row::close_excesses(const DivergenceLoops& loops, double least) {
   for_tiles([&](int64_t tile) {
     alignas(64) double tilt[kTile];
     if (tilted) tile_tilt(tile, tilt);
-    loops.excesses(scratch_.u() + tile * kTile, tilted ? tilt : nullptr, tile_size(tile), (float)request_.alpha, least);
+    loops.excesses(scratch_.u() + tile * kTile, tilted ? tilt : nullptr, tile_size(tile), parameter_, least);
   });
 }
 
@@ -135,9 +132,10 @@ inline int64_t Row::sum_deficits(DeficitSums* sum) const {
 // Stores p and u of the row in scratch, and their sums for the bracket.
 template <class D>
 bool Row::collect_deficits(const D& divergence, const DivergenceLoops& loops, bool in_one_loop, Deficits* total) {
-  const Offsets offsets = this->offsets(D::clamped);
+  const Offsets offsets = this->offsets();
   DeficitTile fused{};
-  total->fused = in_one_loop && fuse(divergence, offsets, &fused);
+  total->fused = false;
+  if constexpr (DivergencesOfMass::place<D>() < 0) total->fused = in_one_loop && fuse(divergence, offsets, &fused);
   for_tiles([&](int64_t tile) {
     scratch_.mixes[tile].broken = false;
     if (total->fused) collect_fused(loops, fused, tile);

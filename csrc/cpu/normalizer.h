@@ -22,7 +22,7 @@ Row::RowSums Row::evaluate(const DivergenceLoops& loops, float base, float t) {
   for_tiles([&](int64_t tile) {
     const int64_t begin = tile * kTile;
     const MassSums part = loops.sums(scratch_.p() + begin, scratch_.u() + begin, tile_size(tile),
-                                     (float)request_.alpha, base, t);
+                                     parameter_, base, t);
     scratch_.sums[tile] = part.s1;
     scratch_.slopes[tile] = part.s2;
   });
@@ -70,7 +70,7 @@ double Row::solve(const D& divergence, const DivergenceLoops& loops, const Defic
   float t = (float)between(low, high);
   if (total.fused && (!D::bounded || base > 0.0f)) {
     const int64_t tile = best_ / kTile, begin = tile * kTile;
-    const MassSums part = loops.sums(scratch_.p() + begin, scratch_.u() + begin, tile_size(tile), (float)request_.alpha, base, base);
+    const MassSums part = loops.sums(scratch_.p() + begin, scratch_.u() + begin, tile_size(tile), parameter_, base, base);
     const RowSums rest{total.sums.s1 + part.s1, total.sums.s2 + part.s2};
     if (std::isfinite(rest.s1) && std::isfinite(rest.s2)) t = (float)step(rest, base);
   }

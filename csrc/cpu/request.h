@@ -66,7 +66,8 @@ struct Request {
   const int64_t* value_ids = nullptr;  // candidates, [B, candidates]; null: values are dense
   int64_t candidates = 0, value_ids_row = 0, value_ids_column = 0;  // strides in elements
 
-  std::vector<double> prefix;  // [B, models], or empty
+  std::vector<double> prefix;      // [B, models], or empty
+  std::vector<double> own_prefix;  // [B], or empty: the mixture's
   float log_plausibility = 0.0f;
   int plausibility_model = -1;  // -1: off
 

@@ -133,6 +133,7 @@ bool Row::sum_tiles() {
 
 void Row::run() {
   bool good = read_parameters();
+  if (request_.own_prefix.size() && !request_.log_linear()) good &= std::isfinite(request_.own_prefix[(size_t)b_]);
   if (good && request_.prefix.size() && !request_.log_linear())
     for (int model = 0; model < request_.models; ++model)
       good &= !counts(model) || std::isfinite(request_.prefix[(size_t)(b_ * request_.models + model)]);

@@ -12,6 +12,7 @@ namespace mod_fused {
 
 // Logits further from 0 than this are reduced by a whole number, their level, before float32 rounds them.
 constexpr double kFarLevel = 128.0;
+constexpr double kSmallestLogRatio = -80.0;  // smaller log-ratios count as this
 
 // Memory of a row: two floats per vocabulary entry and a few per tile. A thread keeps it between calls.
 struct Scratch {
@@ -78,8 +79,17 @@ class Row {
   bool draw_log_linear();    // stores no keys
   bool sum_log_linear(float* level, bool* certain);
 
+  // What the response so far does to the policies' log-ratios.
+  struct Response {
+    double shift = 0.0;            // added to them
+    double log_mass = 0.0;         // of the divergences of own_mass.h
+    double floor = kSmallestLogRatio;
+    double tilt_scale = 1.0;       // kappa
+  };
+
   // general.cpp; false if the row is invalid
   bool mix_general();
+  Response response() const;
   template <class D> bool mix(D divergence, const DivergenceLoops& loops);
 
   // values.cpp; false if a value is NaN or +inf
@@ -101,7 +111,7 @@ class Row {
   struct Bracket {
     double lower, upper;
   };
-  Offsets offsets(bool clamped) const;
+  Offsets offsets() const;
   template <class D> bool fuse(const D& divergence, const Offsets& offsets, DeficitTile* fused) const;
   void collect_fused(const DivergenceLoops& loops, DeficitTile fused, int64_t tile);
   void collect_buffered(const DivergenceLoops& loops, const Offsets& offsets, int64_t tile);
@@ -163,6 +173,8 @@ class Row {
   const TileLoops& loops_;
   const int64_t tiles_;
 
+  Response response_;
+  float parameter_ = 0.0f;        // of the divergence's loops
   double own_coefficient_ = 1.0;  // the reference's under reverse KL: 1 - sum w, or 0 if that is only rounding
   float temperature_ = 1.0f, min_p_ = 0.0f;
   double top_p_ = 1.0;

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "../divergence.h"
+#include "../own_mass.h"
 
 namespace mod_fused {
 
@@ -73,20 +73,20 @@ struct RaceResult {
   float arrival;
 };
 
-// The loops of one divergence. Only alpha-divergences read `alpha`.
+// The loops of one divergence. `parameter` is alpha, or log m of the divergences of own_mass.h; the others do not read it.
 struct DivergenceLoops {
-  // Computes p and u of a tile in one loop.
-  DeficitSums (*deficits)(const DeficitTile& tile, int n, float alpha, float* p, float* u);
-  // Q += w * deficit((policy - ref) + shift); NaN where the policy excludes the token.
-  void (*add_deficit)(const float* ref, const float* policy, int n, float alpha, float shift, float w, float* q);
+  // Computes p and u of a tile in one loop; null for those of own_mass.h.
+  DeficitSums (*deficits)(const DeficitTile& tile, int n, float parameter, float* p, float* u);
+  // Q += w * deficit(max((policy - ref) + shift, floor)); NaN where the policy excludes the token.
+  void (*add_deficit)(const float* ref, const float* policy, int n, float parameter, float shift, float floor, float w, float* q);
   // Replaces Q by u = excess(Q + tilt - least), whose base is 0; tilt may be null.
-  void (*excesses)(float* q, const double* tilt, int n, float alpha, double least);
+  void (*excesses)(float* q, const double* tilt, int n, float parameter, double least);
   // s1 and s2 of a tile at t.
-  MassSums (*sums)(const float* p, const float* u, int n, float alpha, float base, float t);
+  MassSums (*sums)(const float* p, const float* u, int n, float parameter, float base, float t);
   // The tokens' masses: p * H without the factor e^constant.
-  void (*masses)(const float* p, const float* u, int n, float alpha, float base, float t, float* out);
+  void (*masses)(const float* p, const float* u, int n, float parameter, float base, float t, float* out);
   // log p + log H, -inf off the support.
-  void (*keys)(const float* p, const float* u, int n, float alpha, float base, float t, float constant, float* out);
+  void (*keys)(const float* p, const float* u, int n, float parameter, float base, float t, float constant, float* out);
 };
 
 // The loops of masks and filters, over keys.
@@ -137,7 +137,7 @@ struct TileLoops {
   // (key - level) - log_norm
   void (*normalised)(const float* key, int n, double level, double log_norm, float* out);
   FilterLoops filters;
-  DivergenceLoops divergences[Divergences::size];
+  DivergenceLoops divergences[LoopDivergences::size];
 };
 
 const TileLoops* baseline_loops();

@@ -335,7 +335,7 @@ template <class... D> constexpr TileLoops table_of(DivergenceList<D...>) {
   };
 }
 
-constexpr TileLoops kLoops = table_of(Divergences());
+constexpr TileLoops kLoops = table_of(LoopDivergences());
 
 }  // namespace
 

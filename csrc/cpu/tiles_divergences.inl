@@ -1,10 +1,10 @@
 // The divergences' loops; included by tiles.inl in its namespace.
 
-constexpr float kSmallestLogRatio = -80.0f;  // smaller log-ratios count as this
 constexpr float kSmallestExponent = -115.0f;  // inside -80 * log2(e)
 
-// The loops of one divergence, which is made from `alpha` alone.
+// The loops of one divergence, which is made from its parameter alone.
 template <class D> struct Loops {
+  static constexpr bool kOfMass = DivergencesOfMass::place<D>() >= 0;
   static constexpr bool symmetric = !D::clamped;  // Jensen-Shannon: the term looks at -|y|
 
   // H up to e^constant and -H'/H / order.
@@ -20,9 +20,9 @@ template <class D> struct Loops {
   // With `careful` the result is right for any input. Without it, only if all exponents are in range, as `in_range` then
   // says; NaN and infinities show in `in_range` or in the sums.
   template <class T, int count, bool careful>
-  static DeficitSums deficits_of(const DeficitTile& tile, int n, float alpha, float* __restrict p, float* __restrict u,
+  static DeficitSums deficits_of(const DeficitTile& tile, int n, float parameter, float* __restrict p, float* __restrict u,
                                  bool* in_range) {
-    const D divergence(alpha);
+    const D divergence(parameter);
     const T* __restrict ref = static_cast<const T*>(tile.ref);
     const T* policies[count];
     float offsets[count], weights[count];
@@ -87,43 +87,46 @@ template <class D> struct Loops {
   }
 
   template <class T, int count>
-  static DeficitSums deficits_checked(const DeficitTile& tile, int n, float alpha, float* p, float* u) {
+  static DeficitSums deficits_checked(const DeficitTile& tile, int n, float parameter, float* p, float* u) {
     bool in_range = false;
     if (!tile.careful) {
-      const DeficitSums sums = deficits_of<T, count, false>(tile, n, alpha, p, u, &in_range);
+      const DeficitSums sums = deficits_of<T, count, false>(tile, n, parameter, p, u, &in_range);
       if (in_range) return sums;
     }
-    return deficits_of<T, count, true>(tile, n, alpha, p, u, &in_range);
+    return deficits_of<T, count, true>(tile, n, parameter, p, u, &in_range);
   }
 
   template <class T>
-  static DeficitSums deficits_as(const DeficitTile& tile, int n, float alpha, float* p, float* u) {
-    if (tile.count == 1) return deficits_checked<T, 1>(tile, n, alpha, p, u);
-    if (tile.count == 2) return deficits_checked<T, 2>(tile, n, alpha, p, u);
-    return deficits_checked<T, 3>(tile, n, alpha, p, u);
+  static DeficitSums deficits_as(const DeficitTile& tile, int n, float parameter, float* p, float* u) {
+    if (tile.count == 1) return deficits_checked<T, 1>(tile, n, parameter, p, u);
+    if (tile.count == 2) return deficits_checked<T, 2>(tile, n, parameter, p, u);
+    return deficits_checked<T, 3>(tile, n, parameter, p, u);
   }
 
-  static DeficitSums deficits(const DeficitTile& tile, int n, float alpha, float* p, float* u) {
-    if (tile.dtype == DType::bfloat16) return deficits_as<BFloat16>(tile, n, alpha, p, u);
-    if (tile.dtype == DType::float16) return deficits_as<Float16>(tile, n, alpha, p, u);
-    return deficits_as<float>(tile, n, alpha, p, u);
+  static DeficitSums deficits(const DeficitTile& tile, int n, float parameter, float* p, float* u) {
+    if (tile.dtype == DType::bfloat16) return deficits_as<BFloat16>(tile, n, parameter, p, u);
+    if (tile.dtype == DType::float16) return deficits_as<Float16>(tile, n, parameter, p, u);
+    return deficits_as<float>(tile, n, parameter, p, u);
   }
 
-  static void add_deficit(const float* __restrict ref, const float* __restrict policy, int n, float alpha, float shift,
-                          float w, float* __restrict q) {
-    const D divergence(alpha);
+  static void add_deficit(const float* __restrict ref, const float* __restrict policy, int n, float parameter, float shift,
+                          float floor, float w, float* __restrict q) {
+    const D divergence(parameter);
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
       // Subtract the raw logits first: that is exact for 16-bit logits.
       float d = (policy[i] - ref[i]) + shift;
-      if (D::clamped) d = d < kSmallestLogRatio ? kSmallestLogRatio : d;
-      const float sum = q[i] + w * divergence.deficit(d);
+      if (D::clamped) d = d < floor ? floor : d;
+      float deficit;
+      if constexpr (kOfMass) deficit = divergence.of_policy(d);
+      else deficit = divergence.deficit(d);
+      const float sum = q[i] + w * deficit;
       q[i] = policy[i] > -kInfinity ? sum : __builtin_nanf("");
     }
   }
 
-  static void excesses(float* __restrict q, const double* __restrict tilt, int n, float alpha, double least) {
-    const D divergence(alpha);
+  static void excesses(float* __restrict q, const double* __restrict tilt, int n, float parameter, double least) {
+    const D divergence(parameter);
     if (tilt != nullptr)
       for (int i = 0; i < n; ++i) q[i] = (float)(q[i] + tilt[i] - least);
     const float from = tilt == nullptr ? (float)least : 0.0f;
@@ -135,8 +138,8 @@ template <class D> struct Loops {
     }
   }
 
-  static MassSums sums(const float* __restrict p, const float* __restrict u, int n, float alpha, float base, float t) {
-    const D divergence(alpha);
+  static MassSums sums(const float* __restrict p, const float* __restrict u, int n, float parameter, float base, float t) {
+    const D divergence(parameter);
     float s1 = 0.0f, s2 = 0.0f;
 #pragma omp simd reduction(+ : s1, s2)
     for (int i = 0; i < n; ++i) {
@@ -149,9 +152,9 @@ template <class D> struct Loops {
     return {s1, s2};
   }
 
-  static void masses(const float* __restrict p, const float* __restrict u, int n, float alpha, float base, float t,
+  static void masses(const float* __restrict p, const float* __restrict u, int n, float parameter, float base, float t,
                      float* __restrict out) {
-    const D divergence(alpha);
+    const D divergence(parameter);
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
       float h, fall;
@@ -160,9 +163,9 @@ template <class D> struct Loops {
     }
   }
 
-  static void keys(const float* __restrict p, const float* __restrict u, int n, float alpha, float base, float t,
+  static void keys(const float* __restrict p, const float* __restrict u, int n, float parameter, float base, float t,
                    float constant, float* __restrict out) {
-    const D divergence(alpha);
+    const D divergence(parameter);
     float most = 0.0f;
 #pragma omp simd reduction(max : most)
     for (int i = 0; i < n; ++i) {
@@ -181,5 +184,8 @@ template <class D> struct Loops {
     }
   }
 
-  static constexpr DivergenceLoops table() { return {deficits, add_deficit, excesses, sums, masses, keys}; }
+  static constexpr DivergenceLoops table() {
+    if constexpr (kOfMass) return {nullptr, add_deficit, excesses, sums, masses, keys};
+    else return {deficits, add_deficit, excesses, sums, masses, keys};
+  }
 };

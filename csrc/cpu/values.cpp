@@ -11,7 +11,7 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 }
 
-// -sum v V of a tile's tokens; +inf where a value excludes the token, or the token is no candidate.
+// -kappa sum v V of a tile's tokens; +inf where a value excludes the token, or the token is no candidate.
 bool Row::tile_tilt(int64_t tile, double* tilt) const {
   const int64_t begin = tile * kTile;
   const int n = tile_size(tile);
@@ -19,7 +19,7 @@ bool Row::tile_tilt(int64_t tile, double* tilt) const {
   if (request_.value_ids) {
     std::fill(tilt, tilt + n, kInfinity);
     for (const Candidate* c = first_candidate(begin); c != candidates_.data() + candidates_.size() && c->token < begin + n; ++c)
-      tilt[c->token - begin] = c->tilt;
+      tilt[c->token - begin] = c->tilt * response_.tilt_scale;
     return true;
   }
   alignas(64) float x[kTile];
@@ -29,6 +29,7 @@ bool Row::tile_tilt(int64_t tile, double* tilt) const {
     loops_.load(values(j), begin, n, x);
     good &= !loops_.add_tilt(x, n, (float)value_weight(j), tilt);
   }
+  for (int i = 0; i < n && response_.tilt_scale != 1.0; ++i) tilt[i] *= response_.tilt_scale;
   return good;
 }
 

@@ -26,6 +26,7 @@ class MixtureArguments(NamedTuple):
     value_ids: Tensor | None  # int64 [B, K]
     value_weights: tuple[float, ...] | Tensor  # J numbers; [J] or [B, J]
     prefix_logprobs: Tensor | None  # float32 or float64 [B, models]
+    mixture_prefix_logprobs: Tensor | None  # float32 or float64 [B]
     logit_scales: tuple[float, ...]  # one per model, or empty
     vocab_size: int
     plausibility: float  # 0: off

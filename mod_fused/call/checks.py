@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..divergence import Divergence, ReverseKL, get_divergence
+from ..divergence import Divergence, ReverseKL, get_divergence, is_built_in
 from .arguments import DrawArguments, MixtureArguments
 from .fields import (
     FLOATS,
@@ -43,6 +43,7 @@ def check_mixture(
     value_ids: Tensor | None = None,
     value_weights: object = None,
     prefix_logprobs: Tensor | None = None,
+    mixture_prefix_logprobs: Tensor | None = None,
     logit_scales: object = None,
     vocab_size: int | None = None,
     plausibility: float | None = None,
@@ -76,6 +77,11 @@ def check_mixture(
     if prefix_logprobs is not None:
         shapes = {"[B, models]": [batch, models]}
         prefix_logprobs = check_tensor("prefix_logprobs", prefix_logprobs, FLOATS, device, shapes)
+    if mixture_prefix_logprobs is not None:
+        mixture_prefix_logprobs = check_tensor(
+            "mixture_prefix_logprobs", mixture_prefix_logprobs, FLOATS, device, {"[B]": [batch]}
+        )
+        _check_own_mass(kind, normalizer, prefix_logprobs)
 
     return MixtureArguments(
         ref_logits,
@@ -87,10 +93,22 @@ def check_mixture(
         value_ids,
         () if value_weights is None else value_weights,
         prefix_logprobs,
+        mixture_prefix_logprobs,
         () if logit_scales is None else _check_scales(logit_scales, models),
         vocab_size,
         *_check_plausibility(plausibility, plausibility_tensor, ref_logits is None, len(policies)),
     )
+
+
+def _check_own_mass(kind: Divergence, normalizer: str, prefix_logprobs: Tensor | None) -> None:
+    """Refuse what the mixture's own mass cannot go with."""
+    name = "mixture_prefix_logprobs"
+    if prefix_logprobs is None:
+        raise ValueError(f"{name} needs prefix_logprobs, got None")
+    if normalizer != "exact":
+        raise ValueError(f"{name} needs normalizer 'exact', got {normalizer!r}: Z = 0 has no mass")
+    if not is_built_in(kind):
+        raise ValueError(f"{name} is possible for the built-in divergences only, got {kind.name}")
 
 
 def _check_logits(

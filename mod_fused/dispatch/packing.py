@@ -28,7 +28,7 @@ SAMPLE_OUT_SCHEMA = (
 Packed = tuple[list[Tensor], list[Tensor | None], list[int], list[float]]
 
 #: How many slots of each list belong to the mixture; those of the draw follow.
-_TENSORS, _INTEGERS, _NUMBERS = 5, 5, 2
+_TENSORS, _INTEGERS, _NUMBERS = 6, 5, 2
 
 
 def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Packed:
@@ -39,7 +39,7 @@ def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Pack
     """
     (
         ref, policies, weights, divergence, normalizer, values, value_ids, value_weights, prefix,
-        scales, vocab, plausibility, plausible,
+        own_prefix, scales, vocab, plausibility, plausible,
     ) = mixing  # fmt: skip
     # `checks.py` makes fields of exactly these types; `type(x) is` is faster than isinstance.
     w, v = type(weights) is tuple, type(value_weights) is tuple
@@ -50,6 +50,7 @@ def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Pack
         value_ids,
         None if v else value_weights,
         prefix,
+        own_prefix,
     ]
     exact = int(normalizer == "exact")
     integers: list[Any] = [int(ref is not None), vocab, plausible, exact, number_of(divergence)]
@@ -77,7 +78,7 @@ def unpack(
     numbers: Sequence[float],
 ) -> tuple[MixtureArguments, DrawArguments | None]:
     """The inverse of `pack`."""
-    weights, values, value_ids, value_weights, prefix = tensors[:_TENSORS]
+    weights, values, value_ids, value_weights, prefix, own_prefix = tensors[:_TENSORS]
     reference, vocab, plausible, exact, number = integers[:_INTEGERS]
     plausibility, alpha = numbers[:_NUMBERS]
     slots, drawing = _NUMBERS, None
@@ -109,6 +110,7 @@ def unpack(
         value_ids,
         tuple(numbers[weighted:scored]) if value_weights is None else value_weights,
         prefix,
+        own_prefix,
         tuple(numbers[scored:]),
         vocab,
         plausibility,

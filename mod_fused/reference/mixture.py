@@ -34,6 +34,15 @@ weights are a float32 tensor, one of at most (M+1) 2^-24 is.
   prefix that counts is not finite, and, with Z = 0, if tau = c (1 - sum w) + min Q is not finite
   or not more than 1e-36 above the pole of H.
 - A row is invalid if no token is left in it.
+
+With the mixture's own mass m = pi*(y_<t) / pi_ref(y_<t) of the response so far (its log is the
+mixture's prefix less the reference's) the equation is that of the whole response,
+
+    f'(m pi*(s) / pi_ref(s)) = u(s) - Z,    pi*(s) = pi_ref(s) H(u(s) - Z) / m,
+
+and the probabilities of the next token sum to one. Log-ratios of responses reach hundreds of nats
+then. So this file takes numpy's longdouble, where e^d has a range of more than d = 10000, and has
+no clamp, no shift and no limits of Q.
 """
 
 from __future__ import annotations
@@ -154,11 +163,12 @@ def log_softmax(logits: Array) -> Array:
         return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def solve_log_ratios(lr: Array, u: Array, slope: Slope) -> Array:
-    """log(pi* / pi_ref) over the support, by bisection on rho (see the top of the file).
+def solve_log_ratios(lr: Array, u: Array, slope: Slope, log_mass: float = 0.0) -> Array:
+    """log H(u - Z) over the support, by bisection on rho (see the top of the file).
 
     `lr` [N] is log pi_ref on the support and `u` [N] is u(s) up to a constant, which only moves Z.
-    The result is not renormalised: its distance from sum one is the error of the solution.
+    The sum of pi_ref H is e^log_mass, m of the whole response. The result is not renormalised: its
+    distance from that sum is the error of the solution.
     """
     best = int(np.argmax(u))
     behind = u[best] - u  # >= 0
@@ -166,9 +176,9 @@ def solve_log_ratios(lr: Array, u: Array, slope: Slope) -> Array:
     def log_ratios(rho: float) -> Array:
         return slope.inverse(slope.slope(np.array(rho)) - behind)
 
-    low, high = -np.log(np.exp(lr).sum()), -lr[best]
-    while low < (middle := 0.5 * (low + high)) < high:  # until no float64 lies between
-        if np.exp(lr + log_ratios(middle)).sum() < 1.0:
+    low, high = log_mass - np.log(np.exp(lr).sum()), log_mass - lr[best]
+    while low < (middle := 0.5 * (low + high)) < high:  # until no number lies between
+        if np.exp(lr + log_ratios(middle) - log_mass).sum() < 1.0:
             low = middle
         else:
             high = middle
@@ -242,6 +252,7 @@ def log_probs_row(
     value_ids: Any = None,
     value_weights: Any = None,
     prefix_logprobs: Any = None,
+    mixture_prefix_logprobs: Any = None,
     logit_scales: Any = None,
     vocab_size: int | None = None,
     plausibility: float | None = None,
@@ -252,7 +263,8 @@ def log_probs_row(
 
     Arguments are one row of those of `mod_fused.log_probs`: `ref_logits` [V0] or None,
     `policy_logits` M vectors [V_i], `weights` [M], `values` [J, V] or [J, K] with `value_ids` [K],
-    `value_weights` [J], `prefix_logprobs` and `logit_scales` [M+1] (reference first).
+    `value_weights` [J], `prefix_logprobs` and `logit_scales` [M+1] (reference first),
+    `mixture_prefix_logprobs` a number.
     `solution` takes what was solved on the way, and why a row is invalid.
     """
     solution = {} if solution is None else solution
@@ -308,18 +320,24 @@ def log_probs_row(
     else:
         logs = {k: float32_range(log_softmax(rows[k])) for k in used}
         shift = np.zeros(len(rows))  # prefix_i - prefix_ref
+        log_mass = None
         if prefix_logprobs is not None:
             prefix = to_float64(prefix_logprobs)
             if not np.isfinite(prefix[used]).all():
                 return invalid("a prefix that counts is not finite")
             shift = prefix - prefix[0]
-            if slope.floors and used[1:]:
+            if mixture_prefix_logprobs is not None:
+                log_mass = float(mixture_prefix_logprobs) - prefix[0]
+                if not np.isfinite(log_mass):
+                    return invalid("a prefix that counts is not finite")
+                shift = shift.astype(np.longdouble)
+            elif slope.floors and used[1:]:
                 shift = shift + max(0.0, PREFIX_FLOOR - shift[used[1:]].min())
         support &= logs[0] >= LOG_REF_FLOOR
         for k in used:
             support &= logs[k] > -np.inf
         tilt = sum(terms, np.zeros(vocab))
-        at, score = _general(slope, logs, w, shift, support, tilt, normalizer, solution)
+        at, score = _general(slope, logs, w, shift, log_mass, support, tilt, normalizer, solution)
     if score is None or not (score > -np.inf).any():
         return invalid("no token is left, a sum overflows float32, or Z = 0 has no inverse")
     solution["normalizer"] = _log_sum_exp(score) + peaks
@@ -329,51 +347,58 @@ def log_probs_row(
 
 
 def _general(
-    slope: Slope, logs: dict[int, Array], w: Array, shift: Array, support: Array, tilt: Array,
-    normalizer: str, solution: dict[str, Any],
+    slope: Slope, logs: dict[int, Array], w: Array, shift: Array, log_mass: float | None,
+    support: Array, tilt: Array, normalizer: str, solution: dict[str, Any],
 ) -> tuple[Array, Array | None]:  # fmt: skip
     """For all divergences but reverse KL: the support that is left, and log pi* there; None if the
     row is invalid.
 
-    `logs` [V] are log pi of the models that count, `shift` the differences of their prefixes.
+    `logs` [V] are log pi of the models that count, `shift` the differences of their prefixes,
+    `log_mass` that of the mixture's own prefix, None without it.
     """
     at = np.flatnonzero(support)
-    negative_q = np.zeros(len(at))  # sum w (f' - c)
+    own_mass = log_mass is not None
+    negative_q = np.zeros(len(at), dtype=shift.dtype)  # sum w (f' - c)
     log_ratios: dict[int, Array] = {}  # d by model
     for k in sorted(logs.keys() - {0}):
         d = logs[k][at] - logs[0][at] + shift[k]
-        d = np.maximum(d, LOG_RATIO_FLOOR) if slope.floors else d
+        d = np.maximum(d, LOG_RATIO_FLOOR) if slope.floors and not own_mass else d
         log_ratios[k] = d
-        negative_q = float32_range(negative_q + w[k - 1] * slope.slope(d))
+        negative_q = negative_q + w[k - 1] * slope.slope(d)
+        negative_q = negative_q if own_mass else float32_range(negative_q)
     u = negative_q + tilt[at]
-    inside = (negative_q > -LARGEST_DEFICIT) & (u > -LARGEST_DEFICIT)
+    least_u = -np.inf if own_mass else -LARGEST_DEFICIT
+    inside = (negative_q > least_u) & (u > least_u)
     at, u = at[inside], u[inside]
     log_ratios = {k: d[inside] for k, d in log_ratios.items()}
     lr = logs[0][at]
-    if not len(at) or not u.max() < LARGEST_DEFICIT:
+    if not len(at) or not u.max() < -least_u:
         return at, None
     ratios: Array | None
     if normalizer == "exact":
-        ratios = solve_log_ratios(lr, u, slope)
+        ratios = solve_log_ratios(lr, u, slope, log_mass or 0.0)
     else:
         ratios = log_ratios_at_zero(u, w.sum(), slope)
     if ratios is None:
         return at, None
-    _record(solution, slope, log_ratios, shift, at, lr, u, ratios, float(w.sum()))
-    return at, lr + ratios
+    _record(
+        solution, slope, log_ratios, shift, at, lr - (log_mass or 0.0), u, ratios, float(w.sum())
+    )
+    return at, lr + (ratios - (log_mass or 0.0)).astype(np.float64)
 
 
 def _record(
     solution: dict[str, Any], slope: Slope, log_ratios: dict[int, Array], shift: Array, at: Array,
     lr: Array, u: Array, ratios: Array, weight_sum: float,
 ) -> None:  # fmt: skip
-    """What `explain` shows of a solution: tau, its bracket, Z, and by token d and Q."""
+    """What `explain` shows of a solution: tau, its bracket, Z, and by token d and Q; `lr` less the
+    logarithm of the own mass."""
     best = int(np.argmax(u))
     tau, least = -float(slope.slope(ratios[best])), -float(u[best])
     ends = np.array([-lr[best], -np.log(np.exp(lr).sum())])
     lower, upper = (-slope.slope(ends)).tolist()
     solution.update(
-        shifts=shift[1:], tau=tau, lower=lower, upper=upper, least=least,
+        shifts=shift[1:].astype(np.float64), tau=tau, lower=lower, upper=upper, least=least,
         z=tau - least - slope.supremum * (1.0 - weight_sum),
         at=at, deficit=-u, log_ratios=log_ratios,
         deficits={k: -slope.slope(d) for k, d in log_ratios.items()},
@@ -383,8 +408,8 @@ def _record(
 def log_probs(
     ref_logits: Any, policy_logits: Any, weights: Any, *, divergence: Any = "reverse_kl",
     normalizer: str = "exact", values: Any = None, value_ids: Any = None,
-    value_weights: Any = None, prefix_logprobs: Any = None, logit_scales: Any = None,
-    vocab_size: int | None = None, plausibility: float | None = None,
+    value_weights: Any = None, prefix_logprobs: Any = None, mixture_prefix_logprobs: Any = None,
+    logit_scales: Any = None, vocab_size: int | None = None, plausibility: float | None = None,
     plausibility_tensor: int = 0,
 ) -> Array:  # fmt: skip
     """log pi* of a batch, float64 [B, V]: `log_probs_row` on each row.
@@ -405,6 +430,7 @@ def log_probs(
     scores = None if values is None else to_float64(values)
     ids = None if value_ids is None else to_float64(value_ids)
     prefix = None if prefix_logprobs is None else to_float64(prefix_logprobs)
+    own = None if mixture_prefix_logprobs is None else to_float64(mixture_prefix_logprobs)
     return np.stack(
         [
             log_probs_row(
@@ -417,6 +443,7 @@ def log_probs(
                 value_ids=row(ids, b, 2),
                 value_weights=row(v, b, 2),
                 prefix_logprobs=row(prefix, b, 2),
+                mixture_prefix_logprobs=row(own, b, 1),
                 logit_scales=logit_scales,
                 vocab_size=vocab_size,
                 plausibility=plausibility,

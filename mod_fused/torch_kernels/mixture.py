@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..call.arguments import MixtureArguments
-from ..divergence import Divergence, ReverseKL
+from ..divergence import ReverseKL
 from . import normalizer
+from .own_mass import RowFunctions, own_mass
 from .parameters import row_vector
 from .philox import TILE
 
@@ -136,7 +137,7 @@ def mix(mixing: MixtureArguments, rows: slice, record: dict[str, Any] | None = N
         key = _log_linear(own, logits, weights, values, value_weights)
     else:
         key, support, solvable = _general(
-            mixing, divergence, rows, logits, weights, values, value_weights, support, record
+            mixing, rows, logits, weights, values, value_weights, support, record
         )
         valid = valid & solvable
     key = torch.where(support, key, -torch.inf)
@@ -174,19 +175,31 @@ def _log_linear(
     return key
 
 
-def prefix_differences(divergence: Divergence, prefix: Tensor, used: Tensor) -> Tensor:
-    """prefix_i - prefix_ref, float64 [b, M] of `prefix` [b, M + 1], in the range of float32; `used`
-    [b, M]: weights that are not 0."""
+def prefix_differences(
+    mixing: MixtureArguments, rows: slice, used: Tensor
+) -> tuple[Tensor, RowFunctions]:
+    """prefix_i - prefix_ref in the range of float32, float64 [b, M], and the functions of the
+    log-ratios that they are part of. `used` [b, M]: weights that are not 0."""
+    kind, zeros = mixing.divergence, torch.zeros_like(used, dtype=torch.float64)
+    zero = zeros.new_zeros(len(zeros))
+    floor = zero + (SMALLEST_LOG_RATIO if kind.clamped else -torch.inf)
+    plain = RowFunctions(kind, zero, floor, zero + 1.0)
+    if mixing.prefix_logprobs is None:
+        return zeros, plain
+    prefix = mixing.prefix_logprobs[rows].double()
     difference = prefix[:, 1:] - prefix[:, :1]
-    if divergence.clamped and difference.shape[1]:
-        least = torch.where(used, difference, torch.inf).amin(1, keepdim=True)
-        difference = difference + (_SMALLEST_PREFIX_DIFFERENCE - least).clamp(min=0.0)
-    return difference
+    counted = torch.where(used, difference, torch.inf)
+    least = torch.cat([counted, torch.full_like(prefix[:, :1], torch.inf)], 1).amin(1)
+    if mixing.mixture_prefix_logprobs is not None:
+        log_mass = mixing.mixture_prefix_logprobs[rows].double() - prefix[:, 0]
+        functions = own_mass(kind, log_mass, least)
+        return difference - functions.log_mass[:, None], functions
+    lift = (_SMALLEST_PREFIX_DIFFERENCE - least).clamp(min=0.0) if kind.clamped else zero
+    return difference + lift[:, None], plain
 
 
 def _general(
     mixing: MixtureArguments,
-    divergence: Divergence,
     rows: slice,
     logits: list[Tensor],
     weights: Tensor,
@@ -211,18 +224,23 @@ def _general(
 
     shifts = torch.stack(log_sums, 1)
     shifts = shifts[:, :1] - shifts[:, 1:]
+    used = weights != 0
+    differences, functions = prefix_differences(mixing, rows, used)
+    divergence, _, least_log_ratio, tilt_scale = functions
+    shifts = shifts + differences
     if mixing.prefix_logprobs is not None:
-        prefix = mixing.prefix_logprobs[rows].double()
-        used = weights != 0
+        prefix = mixing.prefix_logprobs[rows]
         solvable = prefix[:, 0].isfinite() & (prefix[:, 1:].isfinite() | ~used).all(1)
-        shifts = shifts + prefix_differences(divergence, prefix, used)
+    if mixing.mixture_prefix_logprobs is not None:
+        solvable = solvable & mixing.mixture_prefix_logprobs[rows].isfinite()
+    # Beside the mass of a whole response float32 would lose a token's log-ratio.
+    real = torch.float32 if mixing.mixture_prefix_logprobs is None else torch.float64
 
     deficit = torch.zeros_like(log_ref)  # Q
     for i, x in enumerate(logits[1:]):
         # In float64: the models' logits may lie around different levels, however far from 0.
-        d = (((x - levels[i + 1]) - ref) + shifts[:, i, None, None]).float()
-        if divergence.clamped:
-            d = d.clamp(min=SMALLEST_LOG_RATIO)
+        d = (((x - levels[i + 1]) - ref) + shifts[:, i, None, None]).to(real)
+        d = torch.maximum(d, least_log_ratio.to(real)[:, None, None])
         w = weights[:, i, None, None].float()
         deficit = torch.where(w == 0, deficit, deficit + w * divergence.deficit(d))
         log_policy = x - log_norms[i + 1].float()[:, None, None]  # may be beyond float32
@@ -230,7 +248,7 @@ def _general(
     support = support & (deficit < _LARGEST_DEFICIT)
     # A tilt moves min Q away from 0, and D would keep only its rounding: in float64 until then.
     for j, x in enumerate(values):
-        v = value_weights[:, j, None, None].float().double()
+        v = value_weights[:, j].float().double()[:, None, None] * tilt_scale[:, None, None]
         deficit = torch.where(v == 0, deficit, deficit - v * x.double())
 
     support = support & (deficit < _LARGEST_DEFICIT)

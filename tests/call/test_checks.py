@@ -366,6 +366,13 @@ def test_lists_by_row_are_refused_while_a_graph_is_captured(monkeypatch, name):
 # --- errors ---------------------------------------------------------------------------------------
 
 X, Y = normal(1, 3, 40), normal(2, 3, 40)
+PREFIX = {"prefix_logprobs": torch.zeros(3, 2)}
+
+
+def own(x: Any) -> dict[str, Any]:
+    return {"mixture_prefix_logprobs": x}
+
+
 LOG_PROBS_ERRORS = [
     (ValueError, "policy_logits", (X, [Y[:2]], [1.0]), {}),
     (ValueError, "policy_logits", (X, [Y[0]], [1.0]), {}),
@@ -413,6 +420,22 @@ LOG_PROBS_ERRORS = [
     ),
     (ValueError, "prefix_logprobs", (X, [Y], [1.0]), {"prefix_logprobs": torch.zeros(3, 1)}),
     (TypeError, "prefix_logprobs", (X, [Y], [1.0]), {"prefix_logprobs": torch.zeros(3, 2).half()}),
+    (ValueError, "mixture_prefix_logprobs", (X, [Y], [1.0]), {**PREFIX, **own(torch.zeros(3, 1))}),
+    (ValueError, "mixture_prefix_logprobs", (X, [Y], [1.0]), {**PREFIX, **own(torch.zeros(2))}),
+    (
+        TypeError,
+        "mixture_prefix_logprobs",
+        (X, [Y], [1.0]),
+        {**PREFIX, **own(torch.zeros(3).half())},
+    ),
+    (TypeError, "mixture_prefix_logprobs", (X, [Y], [1.0]), {**PREFIX, **own([0.0] * 3)}),
+    (ValueError, "needs prefix_logprobs", (X, [Y], [1.0]), own(torch.zeros(3))),
+    (
+        ValueError,
+        "needs normalizer 'exact'",
+        (X, [Y], [1.0]),
+        {**PREFIX, **own(torch.zeros(3)), "divergence": "jsd", "normalizer": "zero"},
+    ),
     (ValueError, "logit_scales", (X, [Y], [1.0]), {"logit_scales": [1.0]}),
     (ValueError, "logit_scales", (X, [Y], [1.0]), {"logit_scales": [1.0, 0.0]}),
     (ValueError, "logit_scales", (X, [Y], [1.0]), {"logit_scales": [1.0, -2.0]}),

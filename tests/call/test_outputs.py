@@ -41,9 +41,11 @@ def model_count(mixture: str) -> int:
 
 
 @pytest.mark.parametrize("draw", ["numbers", "tensors", "packed"])
-@pytest.mark.parametrize("mixture", ["lists", "no_reference", "everything_dense", "sparse_zero"])
+@pytest.mark.parametrize(
+    "mixture", ["lists", "no_reference", "own_mass", "everything_dense", "sparse_zero"]
+)
 def test_outputs_are_filled_with_the_bits_of_the_functional_op(op, mixture, draw):
-    if draw == "packed" and mixture not in ("lists", "sparse_zero"):
+    if draw == "packed" and mixture not in ("lists", "own_mass", "sparse_zero"):
         draw = "greedy"  # the mask is as wide as their vocabulary
     args, kwargs = on(op.device, MIXTURES[mixture])
     draws = dict(on(op.device, DRAWS[draw]))
@@ -61,7 +63,7 @@ def test_outputs_are_filled_with_the_bits_of_the_functional_op(op, mixture, draw
     assert not counters(workspace).any()
 
 
-@pytest.mark.parametrize("mixture", ["lists", "sparse_zero"])
+@pytest.mark.parametrize("mixture", ["lists", "own_mass", "sparse_zero"])
 def test_log_probs_are_written_to_out(op, mixture):
     args, kwargs = on(op.device, MIXTURES[mixture])
     kwargs = {**kwargs, "backend": op.backend}
@@ -210,7 +212,7 @@ def test_workspace_size_covers_what_is_smaller_and_refuses_what_is_no_size():
         workspace_size(1, 5, 2.5)
 
 
-@pytest.mark.parametrize("mixture", ["lists", "sparse_zero"])
+@pytest.mark.parametrize("mixture", ["lists", "own_mass", "sparse_zero"])
 @pytest.mark.parametrize("function", ["sample", "log_probs"])
 def test_opcheck(op, function, mixture):
     args, kwargs = on(op.device, MIXTURES[mixture])

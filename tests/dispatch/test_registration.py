@@ -67,7 +67,7 @@ def test_fake_tensors_have_the_shapes_and_dtypes_of_the_real_ones(op, function, 
             assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
 
 
-@pytest.mark.parametrize("mixture", ["lists", "everything_dense", "sparse_zero"])
+@pytest.mark.parametrize("mixture", ["lists", "own_mass", "everything_dense", "sparse_zero"])
 def test_compile_fullgraph_draws_the_same_tokens(op, mixture):
     args, kwargs = MIXTURES[mixture]
     draws = {n: x for n, x in DRAWS["tensors"].items() if n != "mask"}

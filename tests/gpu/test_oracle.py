@@ -63,6 +63,11 @@ FEATURES: dict[str, Callable[[int, int], Arguments]] = {
     "values": lambda b, v: ({"values": cases.normal(4, 2, b, v), "value_weights": [1.0, 0.5]}, {}),
     "candidates": candidates,
     "prefix": lambda b, v: ({"prefix_logprobs": 5.0 * cases.normal(6, b, 3)}, {}),
+    "own mass": lambda b, v: (
+        {"prefix_logprobs": 5.0 * cases.normal(6, b, 3)}
+        | {"mixture_prefix_logprobs": 5.0 * cases.normal(7, b)},
+        {},
+    ),
     "scales": lambda b, v: ({"logit_scales": [1.0, 0.75, 1.25]}, {}),
     "plausibility": lambda b, v: ({"plausibility": 1e-3, "plausibility_tensor": 1}, {}),
     "cut vocabulary": lambda b, v: ({"vocab_size": v - 3}, {}),
@@ -70,7 +75,7 @@ FEATURES: dict[str, Callable[[int, int], Arguments]] = {
 }
 #: Asked of every divergence; the other features of one for each way to normalise (log-linear, by
 #: the secular equation, by Newton's method). Every combination takes a compilation.
-OF_ALL = ("plain", "per-row tensors", "values", "prefix", "zero normalizer")
+OF_ALL = ("plain", "per-row tensors", "values", "prefix", "own mass", "zero normalizer")
 OF_EVERY_FEATURE = ("reverse_kl", "jsd", "jeffrey")
 
 

@@ -73,6 +73,9 @@ def random_call(seed: int) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, A
         kwargs["plausibility_tensor"] = int(rng.integers(1 if without_ref else 0, count + 1))
     if coin() and divergence != "reverse_kl":
         kwargs["normalizer"] = "zero" if coin() else "exact"
+    if "prefix_logprobs" in kwargs and kwargs.get("normalizer") != "zero" and coin():
+        own = kwargs["prefix_logprobs"].amax(1) + tensor(batch, scale=3.0)
+        kwargs["mixture_prefix_logprobs"] = own.double()
     filters: dict[str, Any] = {}
     if coin():
         filters["temperature"] = torch.from_numpy(rng.uniform(0.5, 2.0, size=batch)).float()

@@ -14,7 +14,7 @@ from cases import (
     logits,
     normal,
 )
-from make_golden import PATH, POSITIONS, SEEDS, mixture_inputs, tail_log_probs
+from make_golden import PATH, POSITIONS, SEEDS, mixture_inputs, mixture_options, tail_log_probs
 from scipy import stats
 
 from mod_fused import reference
@@ -90,7 +90,7 @@ def test_tokens_18_nats_down_are_drawn_exactly_when_their_turn_comes(op):
 def test_golden_tokens(op, case):
     assert GOLDEN["scheme_version"] == reference.SCHEME_VERSION
     drawn = op.sample(
-        *mixture_inputs(case), divergence=case["divergence"], **case["filters"],
+        *mixture_inputs(case), **mixture_options(case), **case["filters"],
         seed=torch.tensor(SEEDS), position=torch.tensor(POSITIONS),
     )  # fmt: skip
     pairs = zip(case["tokens"], drawn.tokens.tolist(), strict=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import mpmath
 import numpy as np
 import pytest
@@ -207,6 +209,83 @@ def test_shifting_extreme_prefixes_to_minus_40_changes_nothing_visible(divergenc
             )
             expected = mp_log_probs(divergence, lr, [policy], [1.0], np.zeros(6), shift)
             assert 0.5 * np.abs(np.exp(got) - np.exp(expected)).sum() <= 2e-5
+
+
+# --- the mixture's own mass of a response ---------------------------------------------------------
+
+
+def response_tree(seed, vocab=3, depth=3):
+    """By prefix: log-probabilities of the next token under the reference and two policies."""
+    rng = np.random.default_rng(seed)
+    prefixes = [p for n in range(depth) for p in itertools.product(range(vocab), repeat=n)]
+    return {p: reference.log_softmax(rng.normal(size=(3, vocab)) * 2.0) for p in prefixes}
+
+
+@pytest.mark.parametrize("divergence", BARRIERS)
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (1.0, 0.0), (2.0, 1.5), (1.5, -0.5)], ids=str)
+def test_own_mass_gives_the_mixture_of_whole_responses(divergence, weights):
+    # pi*(y) = pi_ref(y) H(u(y) - Z) of every prefix y, where Z makes the continuations of a prefix
+    # sum to its probability: the equation as it stands, in 40 digits, without a mass.
+    tree = response_tree(31)
+    zero = mpmath.mpf(0)
+    whole = {(): [zero, zero, zero, zero]}  # log-probabilities: three models, then the mixture's
+    with mpmath.workdps(40):
+        for prefix, tokens in tree.items():
+            models, own = whole[prefix][:3], whole[prefix][3]
+            logs = [[m + mpmath.mpf(x) for x in t] for m, t in zip(models, tokens, strict=True)]
+            log_pi = mp_whole_responses(divergence, logs[0], logs[1:], weights, own)
+            got = reference.log_probs_row(
+                tokens[0], tokens[1:], weights, divergence=divergence,
+                prefix_logprobs=[float(x) for x in models], mixture_prefix_logprobs=float(own),
+            )  # fmt: skip
+            expected = np.array([float(x - own) for x in log_pi])
+            assert np.abs(np.exp(got) - np.exp(expected)).max() <= 1e-9
+            assert np.abs(got - expected).max() <= 1e-8
+            for s, x in enumerate(log_pi):
+                whole[(*prefix, s)] = [*(log[s] for log in logs), x]
+
+
+def mp_whole_responses(divergence, log_ref, log_policies, weights, log_total):
+    """log pi_ref(y) H(u(y) - Z) of responses y, with Z such that they sum to e^log_total."""
+    mp, name = mpmath.mp, divergence.split(":")[0]
+    a = mp.mpf(alpha_of(divergence)) if name == "alpha" else None
+    slope, inverse = {
+        "forward_kl": (lambda x: -1 / x, lambda y: -1 / y),
+        "jsd": (lambda x: mp.log(x / (1 + x)), lambda y: 1 / mp.expm1(-y)),
+        "alpha": (lambda x: -(x**-a), lambda y: (-y) ** (-1 / a)),
+        "jeffrey": (lambda x: mp.log(x) - 1 / x, lambda y: 1 / mp.lambertw(mp.exp(-y)).real),
+    }[name]
+    u = [
+        mp.fsum(
+            w * slope(mp.exp(x[s] - log_ref[s])) for w, x in zip(weights, log_policies, strict=True)
+        )
+        for s in range(len(log_ref))
+    ]
+    best = max(range(len(u)), key=lambda s: u[s])
+
+    def log_pi(rho):  # rho: the log-ratio of the response of the largest u
+        z = u[best] - slope(mp.exp(rho))
+        return [x + mp.log(inverse(v - z)) for x, v in zip(log_ref, u, strict=True)]
+
+    total = mp.exp(log_total)
+    low, high = mp.mpf(-200), log_total - log_ref[best]
+    for _ in range(160):
+        rho = (low + high) / 2
+        mass = mp.fsum(mp.exp(x) for x in log_pi(rho))
+        low, high = (rho, high) if mass < total else (low, rho)
+    return log_pi(rho)
+
+
+@pytest.mark.parametrize("divergence", BARRIERS)
+def test_own_mass_at_a_corner_is_the_policy(divergence):
+    rng = np.random.default_rng(32)
+    lr, policy, other = reference.log_softmax(rng.normal(size=(3, 40)) * 3.0)
+    for prefix in (0.0, -7.0, -300.0, 150.0):
+        got = reference.log_probs_row(
+            lr, [policy, other], [1.0, 0.0], divergence=divergence,
+            prefix_logprobs=[-4.0, prefix, 9.0], mixture_prefix_logprobs=prefix,
+        )  # fmt: skip
+        assert np.abs(np.exp(got) - np.exp(policy)).max() <= 1e-12
 
 
 # --- the published observations -------------------------------------------------------------------
