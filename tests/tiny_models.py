@@ -180,9 +180,11 @@ def by_hand(
     drawn, each = [], []
     for step, token in enumerate(response):
         now = [x[step].double().numpy() for x in logits]
+        own = history and options.get("normalizer", "exact") == "exact"
         mixed = reference.log_probs_row(
-            now[0], now[1:], prefix_logprobs=prefix if history else None, **options
-        )
+            now[0], now[1:], prefix_logprobs=prefix if history else None,
+            mixture_prefix_logprobs=sum(drawn) if own else None, **options,
+        )  # fmt: skip
         vocab = len(mixed)
         each.append([reference.log_softmax(x[:vocab])[token] for x in now])
         drawn.append(mixed[token])

@@ -39,6 +39,7 @@ def generate(
     normalizer: str = "exact",
     sequence_history: bool = False,
     prefix_logprobs: Tensor | Sequence[Sequence[float]] | None = None,
+    mixture_prefix_logprobs: Tensor | Sequence[float] | None = None,
     logit_scales: Sequence[float] | None = None,
     vocab_size: int | None = None,
     plausibility: float | None = None,
@@ -90,14 +91,15 @@ def generate(
             BERT's end of text).
         sequence_history: weigh whole responses, not the next token alone: the log-ratio of the
             response so far is added to each token's. It changes nothing for reverse KL, where it
-            cancels. With normalizer="zero" this is eq. 6 of the paper; use that with weights on the
-            simplex: at weights [1, 0] pi* is then the first policy itself. "exact" solves Z anew
-            for each next token: off reverse KL pi* at [1, 0] is then not that policy, and long
-            responses may drift far from the reference. (Without history "exact" gives the policy,
-            too.)
+            cancels. With normalizer="exact" Z normalises to the mixture's own mass of the response
+            so far (`mod_fused.sample`, mixture_prefix_logprobs): of all rules that decode token by
+            token it comes nearest the optimum over whole responses. "zero" is eq. 6 of the paper.
+            With both pi* at weights [1, 0] is the first policy itself.
         prefix_logprobs: [B, M+1], with sequence_history, to go on with a response (see position):
             the response's log-probability so far under each model, reference first, which is the
             sum over T of model_logprobs. None: the response begins here.
+        mixture_prefix_logprobs: [B], goes with it where the normalizer is exact: log pi* of the
+            response so far, the sum over T of logprobs.
         value_fn: `value_fn(step, sequences)` returns values [J, B, V], or (values [J, B, K],
             value_ids [B, K]); sequences int64 [B, n + step] are the first model's prompts and the
             responses so far; step counts from 0 in every call, whatever position is. Or a
@@ -191,8 +193,9 @@ def generate(
         num_values = partial(value_count, value_fn)
         options = ready_options(ensemble, options, num_values, limits, batch, device)
         options["vocab_size"] = vocab_size
+        prefixes = prefix_logprobs, mixture_prefix_logprobs
         history = first_history(
-            prefix_logprobs, sequence_history, divergence, (batch, len(ids)), copies, device
+            *prefixes, sequence_history, options, (batch, len(ids)), copies, device
         )
 
         running: dict[str, Any] = {"max_new_tokens": limits.max_new_tokens, "use_cache": use_cache}
@@ -243,6 +246,7 @@ def _draw_all(
             **values.step(step, so_far, tokens, reference, policies),
             mask=None if mask_fn is None else mask_fn(step, so_far),
             prefix_logprobs=responses.history,
+            mixture_prefix_logprobs=responses.own_history,
             position=first_position + step,
             return_model_logprobs=responses.wants_model_logprobs,
         )

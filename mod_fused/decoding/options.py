@@ -12,7 +12,7 @@ from torch import Tensor
 from ..call.checks import check_draw, check_mixture
 from ..call.fields import FLOATS, check_tensor, number
 from ..dispatch.backends import choose
-from ..divergence import get_divergence
+from ..divergence import ReverseKL, get_divergence, is_built_in
 from ..torch_kernels.philox import continuation_seeds, split_mix
 from .ensemble import Ensemble
 from .rows import placed, repeated
@@ -163,33 +163,67 @@ def check_position(position: Any, batch: int, max_new_tokens: int) -> int | Tens
     return torch.tensor(numbers, dtype=torch.int64, device="cpu") if one_each else numbers[0]
 
 
+class History(NamedTuple):
+    """Log-probability of the responses so far, float64; None where it is not needed."""
+
+    models: Tensor | None  # [B K, columns], under each model
+    own: Tensor | None  # [B K], log pi*
+
+
 def first_history(
     prefix_logprobs: Any,
+    mixture_prefix_logprobs: Any,
     sequence_history: bool,
-    divergence: Any,
+    options: dict[str, Any],
     shape: tuple[int, int],
     copies: int,
     device: torch.device,
-) -> Tensor | None:
-    """Log-probability of the response so far under each model, float64 [B K, columns]; None where
-    it is not needed. `shape` is [B, columns]."""
-    if prefix_logprobs is not None and not sequence_history:
-        raise ValueError("prefix_logprobs were given without sequence_history=True")
-    needed = sequence_history and get_divergence(divergence).name != "reverse_kl"
-    if prefix_logprobs is None:
-        rows, columns = shape
-        whole: dict[str, Any] = {"dtype": torch.float64, "device": device}
-        return torch.zeros(rows * copies, columns, **whole) if needed else None
-    if not isinstance(prefix_logprobs, Tensor):
+) -> History:
+    """The history before the first step. `shape` is [B, columns]; `options` are `generate`'s."""
+    given = {
+        "prefix_logprobs": (prefix_logprobs, "[B, models]", shape),
+        "mixture_prefix_logprobs": (mixture_prefix_logprobs, "[B]", shape[:1]),
+    }
+    kind, exact = get_divergence(options["divergence"]), options["normalizer"] == "exact"
+    needed = sequence_history and type(kind) is not ReverseKL
+    for name, (x, _, _) in given.items():
+        if x is not None and not sequence_history:
+            raise ValueError(f"{name} were given without sequence_history=True")
+    if needed and exact and not is_built_in(kind):
+        raise ValueError(
+            "sequence_history=True with the exact normalizer is possible for the built-in "
+            f"divergences only, got {kind.name}; normalizer='zero' takes any"
+        )
+    own = needed and exact
+    if own and (prefix_logprobs is None) != (mixture_prefix_logprobs is None):
+        raise ValueError(
+            "prefix_logprobs and mixture_prefix_logprobs go together with the exact normalizer, "
+            "got only one of them"
+        )
+    if mixture_prefix_logprobs is not None and needed and not exact:
+        raise ValueError("mixture_prefix_logprobs needs normalizer 'exact': Z = 0 has no mass")
+    first = [
+        _rows_of_prefix(name, x, symbols, size, device).repeat_interleave(copies, dim=0)
+        for name, (x, symbols, size) in given.items()
+    ]
+    return History(first[0] if needed else None, first[1] if own else None)
+
+
+def _rows_of_prefix(
+    name: str, x: Any, symbols: str, shape: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """Log-probabilities of the responses before this call, float64; zeros for None."""
+    if x is None:
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+    if not isinstance(x, Tensor):
         try:
-            prefix_logprobs = torch.tensor(prefix_logprobs, dtype=torch.float64, device=device)
+            x = torch.tensor(x, dtype=torch.float64, device=device)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"prefix_logprobs must be numbers [B, models]: {error}") from None
-    prefix = prefix_logprobs.to(device)
-    check_tensor("prefix_logprobs", prefix, FLOATS, device, {"[B, models]": shape})
-    if not bool(prefix.isfinite().all()):
-        raise ValueError("prefix_logprobs must be finite, got NaN or infinity")
-    return prefix.to(torch.float64).repeat_interleave(copies, dim=0) if needed else None
+            raise TypeError(f"{name} must be numbers {symbols}: {error}") from None
+    x = check_tensor(name, x.to(device), FLOATS, device, {symbols: shape})
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    return x.to(torch.float64)
 
 
 def _count(name: str, value: Any, least: int, limit: int | None = None) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..call.outputs import Sample
-from .options import Limits
+from .options import History, Limits
 from .streaming import Stream
 from .text import Decoder, StopStrings
 
@@ -20,7 +20,7 @@ _RUNNING, _EOS, _STOP, _INVALID = range(4)
 
 #: The attributes of `Responses` that are tensors with one entry per row.
 _BY_ROW = (
-    "tokens", "history", "_sequences", "_lengths", "_logprobs", "_model_logprobs", "_reason"
+    "tokens", "history", "own_history", "_sequences", "_lengths", "_logprobs", "_model_logprobs", "_reason"
 )  # fmt: skip
 
 
@@ -71,11 +71,11 @@ class Responses:
         limits: room for the responses, and what ends them.
         tokenizer: decodes them; None: no texts.
         columns: how many model log-probabilities to record; 0: none.
-        history: float64 [B, columns], log-probability of the response before this call under each
-            model; None: not recorded.
+        history: log-probabilities of the responses before this call.
 
     Attributes:
-        history: the same, of the response so far.
+        history, own_history: float64 [B, columns] and [B], log-probability of the response so far
+            under each model and log pi* of it; None: not recorded.
         tokens: int64 [B], the tokens drawn last; None at first.
         done: whether all responses have ended.
     """
@@ -87,13 +87,13 @@ class Responses:
         *,
         tokenizer: Any,
         columns: int,
-        history: Tensor | None,
+        history: History,
     ) -> None:
         room = len(prompts), limits.max_new_tokens
         batch, device = len(prompts), prompts.device
         floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
         whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
-        self.history = history
+        self.history, self.own_history = history
         self.tokens: Tensor | None = None
         self.done = False
         self._step, self._width, self._pad = 0, prompts.shape[1], limits.pad_token_id
@@ -128,7 +128,10 @@ class Responses:
         self.tokens = tokens
         self._sequences[:, self._width + self._step] = tokens
         self._lengths += kept
-        self._logprobs[:, self._step] = torch.where(active, drawn.logprobs, 0.0)
+        logprobs = torch.where(active, drawn.logprobs, 0.0)
+        self._logprobs[:, self._step] = logprobs
+        if self.own_history is not None:
+            self.own_history = self.own_history + logprobs
         if drawn.model_logprobs is not None:
             of_models = torch.where(active[:, None], drawn.model_logprobs, 0.0)
             if self._model_logprobs is not None:

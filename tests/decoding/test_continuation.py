@@ -70,9 +70,10 @@ def test_with_padding_and_history_the_models_read_on_where_they_were(
     begin: dict[str, Any] = {"seed": [7, 8, 9], "num_return_sequences": 2, **options}
     whole = generate(ensemble, PROMPTS, max_new_tokens=9, **begin)
     first = generate(ensemble, PROMPTS, max_new_tokens=4, **begin)
-    history = first.model_logprobs.double().sum(1)
+    history, own = first.model_logprobs.double().sum(1), first.logprobs.double().sum(1)
     for form in (torch.Tensor.float, torch.Tensor.tolist, torch.Tensor.numpy):
-        second = go_on(ensemble, first, max_new_tokens=5, prefix_logprobs=form(history), **options)
+        prefixes = {"prefix_logprobs": form(history), "mixture_prefix_logprobs": form(own)}
+        second = go_on(ensemble, first, max_new_tokens=5, **prefixes, **options)
         assert torch.equal(torch.cat([first.tokens, second.tokens], 1), whole.tokens)
         for name in ("logprobs", "model_logprobs"):
             both = torch.cat([getattr(first, name), getattr(second, name)], 1)
@@ -84,6 +85,7 @@ def test_with_padding_and_history_the_models_read_on_where_they_were(
 
 def test_prefixes_belong_to_prompts_and_serve_every_response(ensemble: Ensemble) -> None:
     prefix = torch.tensor([[-1.0, -9.0, -2.0], [-4.0, -1.0, -1.0], [-3.0, -3.0, -3.5]])
+    own = [-1.0, -2.0, -3.0]
     options: dict[str, Any] = {
         "weights": [0.6, 0.7],
         "divergence": "jsd",
@@ -91,12 +93,14 @@ def test_prefixes_belong_to_prompts_and_serve_every_response(ensemble: Ensemble)
         "max_new_tokens": 3,
     }
     out = generate(
-        ensemble, PROMPTS, seed=[7, 8, 9], prefix_logprobs=prefix, num_return_sequences=2, **options
-    )
+        ensemble, PROMPTS, seed=[7, 8, 9], prefix_logprobs=prefix, mixture_prefix_logprobs=own,
+        num_return_sequences=2, **options,
+    )  # fmt: skip
     for row, prompt in enumerate(PROMPTS):
         alone = generate(
-            ensemble, prompt, seed=[7 + row], prefix_logprobs=prefix[row : row + 1], **options
-        )
+            ensemble, prompt, seed=[7 + row], prefix_logprobs=prefix[row : row + 1],
+            mixture_prefix_logprobs=own[row : row + 1], **options,
+        )  # fmt: skip
         assert torch.equal(out.tokens[2 * row], alone.tokens[0])
         torch.testing.assert_close(out.logprobs[2 * row], alone.logprobs[0], atol=1e-4, rtol=0)
 
@@ -176,6 +180,14 @@ def test_positions_of_every_form(position: Any) -> None:
     generate(bigrams(), position=highest, max_new_tokens=3, **options)
 
 
+def prefixes(of_models: Any, own: Any = (0.0, 0.0)) -> dict[str, Any]:
+    return {
+        "divergence": "jsd",
+        "prefix_logprobs": of_models,
+        "mixture_prefix_logprobs": own,
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -192,10 +204,21 @@ def test_positions_of_every_form(position: Any) -> None:
         ({"position": True}, TypeError, "position must be a number, got bool"),
         ({"position": None}, TypeError, "position must be a number, got NoneType"),
         ({"prefix_logprobs": [[0.0] * 3] * 2}, ValueError, "without sequence_history=True"),
-        ({"prefix_logprobs": [[0.0] * 2] * 2}, ValueError, r"\[B, models\] = \[2, 3\]"),
-        ({"prefix_logprobs": [[0.0, "x"]]}, TypeError, "prefix_logprobs must be numbers"),
-        ({"prefix_logprobs": torch.zeros(2, 3).half()}, TypeError, "float32 or float64"),
-        ({"prefix_logprobs": [[0.0, np.nan, 0.0]] * 2}, ValueError, "must be finite"),
+        ({"mixture_prefix_logprobs": [0.0] * 2}, ValueError, "without sequence_history=True"),
+        (prefixes([[0.0] * 2] * 2), ValueError, r"\[B, models\] = \[2, 3\]"),
+        (prefixes([[0.0, "x"]]), TypeError, "prefix_logprobs must be numbers"),
+        (prefixes(torch.zeros(2, 3).half()), TypeError, "float32 or float64"),
+        (prefixes([[0.0, np.nan, 0.0]] * 2), ValueError, "must be finite"),
+        (prefixes([[0.0] * 3] * 2, [0.0]), ValueError, r"\[B\] = \[2\], got \[1\]"),
+        (prefixes([[0.0] * 3] * 2, ["x"]), TypeError, "mixture_prefix_logprobs must be numbers"),
+        (prefixes([[0.0] * 3] * 2, [0.0, np.inf]), ValueError, "must be finite"),
+        (prefixes([[0.0] * 3] * 2, None), ValueError, "go together with the exact normalizer"),
+        (prefixes(None), ValueError, "go together with the exact normalizer"),
+        (
+            prefixes([[0.0] * 3] * 2) | {"normalizer": "zero"},
+            ValueError,
+            "needs normalizer 'exact'",
+        ),
     ],
 )
 def test_bad_positions_and_prefixes_are_refused_before_any_model_runs(
