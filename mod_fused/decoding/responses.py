@@ -20,7 +20,8 @@ _RUNNING, _EOS, _STOP, _INVALID = range(4)
 
 #: The attributes of `Responses` that are tensors with one entry per row.
 _BY_ROW = (
-    "tokens", "history", "own_history", "_sequences", "_lengths", "_logprobs", "_model_logprobs", "_reason"
+    "tokens", "history", "own_history", "_sequences", "_lengths", "_logprobs", "_model_logprobs",
+    "_reason",
 )  # fmt: skip
 
 

@@ -145,7 +145,7 @@ def test_history_matters_from_the_second_token_except_for_reverse_kl(ensemble: E
         ]
         assert torch.equal(runs[0].tokens, runs[1].tokens)  # the mask leaves one token
         difference = (runs[0].logprobs - runs[1].logprobs).abs()
-        assert difference[:, 0].max() == 0
+        assert difference[:, 0].max() <= 1e-5
         assert (difference[:, 1:].amin() > 1e-2) == (divergence == "jsd")
 
 
