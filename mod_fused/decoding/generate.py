@@ -16,7 +16,13 @@ from .adapters import check_shared
 from .ensemble import Ensemble
 from .memory import check_decoding
 from .model_state import EnsembleState
-from .options import check_limits, check_vocab_size, first_history, ready_options
+from .options import (
+    check_limits,
+    check_vocab_size,
+    first_history,
+    ready_options,
+    support_cut,
+)
 from .prompts import Prompts
 from .responses import FINISH_REASONS, GenerateOutput, Responses
 from .streaming import Stream, streaming
@@ -42,8 +48,8 @@ def generate(
     mixture_prefix_logprobs: Tensor | Sequence[float] | None = None,
     logit_scales: Sequence[float] | None = None,
     vocab_size: int | None = None,
-    plausibility: float | None = None,
-    plausibility_tensor: int = 0,
+    plausibility: float | str | None = "auto",
+    plausibility_tensor: int | str | None = None,
     value_fn: ValueFunction | ValueGuide | None = None,
     value_weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
     mask_fn: Callable[[int, Tensor], Tensor] | None = None,
@@ -69,7 +75,7 @@ def generate(
 
     At each step pi*(s) = pi_ref(s) (f')^-1(-Z + sum_i w_i f'(pi_i(s) / pi_ref(s))) (MOD, arXiv
     2406.18853). `mod_fused.sample` documents divergence, normalizer, logit_scales, vocab_size,
-    plausibility, temperature, top_k, top_p, min_p and backend. weights, temperature, top_k, top_p,
+    temperature, top_k, top_p, min_p and backend. weights, temperature, top_k, top_p,
     min_p, seed and position may differ from row to row. From the models' own generation configs
     only the end-of-sequence and padding ids are used.
 
@@ -100,6 +106,10 @@ def generate(
             sum over T of model_logprobs. None: the response begins here.
         mixture_prefix_logprobs: [B], goes with it where the normalizer is exact: log pi* of the
             response so far, the sum over T of logprobs.
+        plausibility: as in `mod_fused.sample`; None is off. "auto" is 1e-3 off reverse KL and off
+            under it: an exact Z pours the mass that the policies' ratios leave over into tokens
+            that all models find all but impossible, where these ratios are noise.
+        plausibility_tensor: as in `mod_fused.sample`; None is "any" with "auto", else 0.
         value_fn: `value_fn(step, sequences)` returns values [J, B, V], or (values [J, B, K],
             value_ids [B, K]); sequences int64 [B, n + step] are the first model's prompts and the
             responses so far; step counts from 0 in every call, whatever position is. Or a
@@ -180,8 +190,7 @@ def generate(
             "divergence": divergence,
             "normalizer": normalizer,
             "logit_scales": logit_scales,
-            "plausibility": plausibility,
-            "plausibility_tensor": plausibility_tensor,
+            **support_cut(plausibility, plausibility_tensor, divergence),
             "temperature": temperature if do_sample else 0.0,
             "top_k": top_k,
             "top_p": top_p,

@@ -69,6 +69,29 @@ def check_vocab_size(vocab_size: Any, ensemble: Ensemble) -> int | None:
     return size
 
 
+#: Off reverse KL `generate` excludes tokens that every model finds this much less likely than its
+#: most likely one.
+DEFAULT_PLAUSIBILITY = 1e-3
+
+
+def support_cut(
+    plausibility: float | str | None, tensor: int | str | None, divergence: Any
+) -> dict[str, Any]:
+    """plausibility and plausibility_tensor of `mod_fused.sample` for those of `generate`."""
+    if not isinstance(plausibility, str):
+        return {
+            "plausibility": plausibility,
+            "plausibility_tensor": 0 if tensor is None else tensor,
+        }
+    if plausibility != "auto":
+        raise ValueError(f"plausibility must be a number, None or 'auto', got {plausibility!r}")
+    log_linear = type(get_divergence(divergence)) is ReverseKL
+    return {
+        "plausibility": None if log_linear else DEFAULT_PLAUSIBILITY,
+        "plausibility_tensor": "any" if tensor is None else tensor,
+    }
+
+
 def ready_options(
     ensemble: Ensemble,
     options: dict[str, Any],
