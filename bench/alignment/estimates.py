@@ -25,7 +25,6 @@ from .statistics import (
     over_seeds,
     reweighted,
 )
-from .training import least_loss
 
 BEST_OF = (4, 16)
 Record = dict[str, Any]
@@ -266,7 +265,7 @@ def _over_seeds(study: Study) -> Iterator[Record]:
 def _trainings(study: Study) -> Iterator[Record]:
     for policy in policies.policies(study.sizes):
         record = load(study.work, policy.name)["record"]
-        least = least_loss(policies.load_answers(study.work, policy.seed), policy.weights)
+        least = policies.least_loss(policies.load_answers(study.work, policy.seed), policy.weights)
         yield policy._asdict() | record | {"least_loss": least}
 
 
