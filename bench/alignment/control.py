@@ -77,26 +77,18 @@ def estimates(found: Found) -> Record:
     return record
 
 
-def leads(found: Sequence[Found]) -> list[Record]:
-    """Each point's lead over tokenwise control by the shipped scorer at the same KL, and CD-Q's
-    lead over CD-FUDGE of the same training."""
-    records = []
-    for objective in PANELS:
-        column = world.OBJECTIVES.index(objective)
-        here = [p for p in found if p.objective == objective]
-        for p in here:
-            for name in CURVES:
-                same_data = p.method == "CD-Q" and name != "CD-FUDGE"
-                main = name == "CD-FUDGE" and p.method not in ("reference", name)
-                if p.method.startswith("under") or not (main or same_data):
-                    continue
-                curve = [q for q in here if q.method in ("reference", name)]  # strength 0
-                rewards = np.stack([q.rewards[:, column] for q in curve], 1)
-                kl = np.stack([q.kl for q in curve], 1)
-                lead = lead_at_equal_kl(rewards, kl, p.rewards[:, column], p.kl)
-                row = {"objective": objective, "method": p.method, "setting": p.setting}
-                records.append(row | {"bound": p.bound, "against": name, "lead": lead})
-    return records
+def leads(p: Found, found: Sequence[Found]) -> Record:
+    """A point's lead over tokenwise control by the shipped scorer at the same KL, and CD-Q's lead
+    over CD-FUDGE of the same training; by the name of the curve that it is compared with."""
+    column, out = world.OBJECTIVES.index(p.objective), {}
+    against = [] if p.method in ("reference", CURVES[0]) or p.method.startswith("under ") else [0]
+    for name in [CURVES[i] for i in against + [1] * (p.method == "CD-Q")]:
+        own = ("reference", name)  # the reference has strength 0
+        curve = [q for q in found if q.objective == p.objective and q.method in own]
+        rewards = np.stack([q.rewards[:, column] for q in curve], 1)
+        kl = np.stack([q.kl for q in curve], 1)
+        out[name] = lead_at_equal_kl(rewards, kl, p.rewards[:, column], p.kl)
+    return out
 
 
 def worth_differences(found: Sequence[Found]) -> list[Record]:
@@ -125,8 +117,7 @@ def summary(work: Path, sizes: Sizes) -> Record:
     return {
         "sizes": sizes._asdict(),
         "beta": BETA,
-        "points": [estimates(p) for p in one],
-        "leads": leads(one),
+        "points": [estimates(p) | leads(p, one) for p in one],
         "mavis": [
             {"objective": name, "iteration": i, "reward": it.reward, "kl": it.kl}
             | {"value": it.objective, "error": it.error}

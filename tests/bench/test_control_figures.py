@@ -50,7 +50,7 @@ def test_a_quick_run_writes_every_point_table_and_picture(tmp_path):
     assert command.main(control.STUDY, words) == 0
     result = report.load(tmp_path / "control.json")
     assert set(result) == {
-        "sizes", "beta", "points", "leads", "mavis", "two", "differences", "seconds_of_jobs",
+        "sizes", "beta", "points", "mavis", "two", "differences", "seconds_of_jobs",
         "machine", "command",
     }  # fmt: skip
     methods = {p["method"] for p in result["points"] if not p["method"].startswith("under")}
