@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,27 +174,6 @@ def _equal_weights(study: Study) -> Iterator[Record]:
         yield record
 
 
-def _hypervolumes(study: Study) -> Iterator[Record]:
-    """The dominated area in the plane of two rewards: of ends and midpoint, and of all points."""
-
-    def area(*points: Array) -> Array:
-        return np.array([hypervolume(p) for p in np.stack(points, axis=1)])
-
-    for i, j in combinations(range(3), 2):
-        line = sorted(w for w in study.sizes.grid if w[i] + w[j] == 1.0)
-        few = [w for w in (*CORNERS, *MIDPOINTS) if w[i] + w[j] == 1.0]
-        if not set(few) <= set(line):
-            continue
-        methods = ["mod", "soup", "retrained", *BEST_OF, "optimum"]
-        for tuned, name in product(study.sizes.divergences, methods):
-            record: Record = {"tuned": tuned, "pair": [i, j], "method": name}
-            for label, at in (("three", few), ("line", line)):
-                if name != "retrained" or label == "three":
-                    points = [study.method(name, tuned, w).rewards[:, [i, j]] for w in at]
-                    record[label] = interval(area, *points)
-            yield record
-
-
 def _by_seed(study: Study, tuned: str, seed: int) -> dict[str, float]:
     """The figures of one training of all policies; MOD and the soup at the key weights."""
     key, out = study.sizes.key, {}
@@ -245,7 +224,6 @@ def summary(work: Path, sizes: Sizes) -> Record:
         "trainings": _trainings,
         "equal_weights": _equal_weights,
         "over_seeds": _over_seeds,
-        "hypervolumes": _hypervolumes,
         "cells": _cells,
     }
     found = {name: list(part(study)) for name, part in parts.items()}

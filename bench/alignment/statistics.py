@@ -12,6 +12,7 @@ from math import comb
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from .tabular import F, optimum
 
@@ -50,15 +51,10 @@ def mean(x: Array) -> Interval:
     return interval(lambda m: m, x)
 
 
-#: Student's t, 97.5%, by degrees of freedom.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
-
-
 def over_seeds(values: Sequence[float]) -> Interval:
-    """The mean over 2 to 8 trainings, with Student's 95% interval of it."""
-    center, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
-    half = _T[len(values) - 1] * error
-    return _rounded(center, center - half, center + half)
+    """The mean over two or more trainings, with Student's 95% interval of it."""
+    center, error = np.mean(values), stats.sem(values)
+    return _rounded(center, *stats.t.interval(0.95, len(values) - 1, center, error))
 
 
 def at_kl(kl: Array, curve_rewards: Array, curve_kl: Array) -> Array:

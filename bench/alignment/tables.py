@@ -141,10 +141,6 @@ def _document(title: str, result: Record, sections: list[Section]) -> str:
 def alignment(result: Record) -> str:
     """All tables of the study of policies."""
     t = Cells(result)
-    areas = [
-        r | {"pair": " and ".join(world.OBJECTIVES[k] for k in r["pair"])}
-        for r in result["hypervolumes"]
-    ]
     trainings = [
         r | {"values": ", ".join(f"{x:.3f}" for x in r["values"])} for r in result["over_seeds"]
     ]
@@ -169,9 +165,6 @@ def alignment(result: Record) -> str:
         ("Weights outside the simplex",
          t.at(result["sizes"]["outside"], "mod", "mod, Z = 0", "soup"),
          f"{places} | ended, % = ended 0%"),
-        ("Dominated area in the plane of two rewards", areas,
-         "tuned with = tuned | pair | method | ends and middle = three (3) | "
-         "whole line = line (3)"),
         ("Means over the key weights", _over_key(t),
          "tuned with = tuned | method | mixed with = mixed_by | Z = normalizer | history | "
          "drawn | weighted reward = weighted 3 | KL = kl 2 | lost, % = lost 1% | "
