@@ -14,7 +14,7 @@ from . import command, guided
 from .decoding import Array
 from .guided import BETA, PAIR, PAIR_COLUMNS, PANELS, Sizes
 from .loop import load
-from .statistics import Interval, at_kl, best_of, best_of_kl, interval, mean
+from .statistics import best_of, best_of_kl, lead_at_kl, mean
 
 Record = dict[str, Any]
 CURVES = ("CD-FUDGE", "CD-FUDGE, as CD-Q")  # other methods are compared with these curves
@@ -49,23 +49,6 @@ def _best_of_n(work: Path, sizes: Sizes) -> list[Found]:
     return out
 
 
-def lead_at_equal_kl(
-    curve_rewards: Array, curve_kl: Array, rewards: Array, kl: Array
-) -> Interval | None:
-    """Reward of one method less that of a curve [N, S] at the same mean KL, with its interval.
-
-    The curve is joined linearly between its S points. None where its KL does not reach that far.
-    """
-    ends = curve_kl.mean(0)
-    if not ends.min() <= kl.mean() <= ends.max():
-        return None
-
-    def lead(r: Array, k: Array, own: Array, at: Array) -> Array:
-        return own - at_kl(at, r, k)
-
-    return interval(lead, curve_rewards, curve_kl, rewards, kl)
-
-
 def estimates(found: Found) -> Record:
     """A record of all rewards and KL; for two objectives also w.r and J = w.r - KL / beta."""
     record: Record = {name: getattr(found, name) for name in ("objective", "method", "setting")}
@@ -87,7 +70,7 @@ def leads(p: Found, found: Sequence[Found]) -> Record:
         curve = [q for q in found if q.objective == p.objective and q.method in own]
         rewards = np.stack([q.rewards[:, column] for q in curve], 1)
         kl = np.stack([q.kl for q in curve], 1)
-        out[name] = lead_at_equal_kl(rewards, kl, p.rewards[:, column], p.kl)
+        out[name] = lead_at_kl(np.subtract, p.rewards[:, column], p.kl, rewards, kl)
     return out
 
 

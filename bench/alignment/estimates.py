@@ -18,10 +18,10 @@ from .loop import load
 from .policies import CENTRE, CORNERS, EQUAL, MIDPOINTS, Cell, Sizes, Weights, cells
 from .statistics import (
     REWARD_SCALE,
-    at_kl,
     best_of,
     hypervolume,
     interval,
+    lead_at_kl,
     mean,
     over_seeds,
     reweighted,
@@ -145,12 +145,12 @@ def _equal_weights(study: Study) -> Iterator[Record]:
     def relative(a: Array, b: Array) -> Array:
         return a / b - 1.0
 
+    def behind(a: Array, b: Array) -> Array:
+        return relative(b, a)
+
     def relative_gain(a: Array, b: Array, r: Array) -> Array:
         with np.errstate(divide="ignore", invalid="ignore"):  # the other's gain may be 0
             return (a - r) / (b - r) - 1.0
-
-    def at_equal_kl(reward: Array, kl: Array, curve: Array, curve_kl: Array) -> Array:
-        return at_kl(kl, curve, curve_kl) / reward - 1.0
 
     for tuned, seed in product(study.sizes.divergences, range(study.sizes.train_seeds)):
         ours = study.method("mod", tuned, CENTRE, seed).rewards.mean(1)
@@ -165,12 +165,9 @@ def _equal_weights(study: Study) -> Iterator[Record]:
             line = [study.method("mod", tuned, w) for w in equal]
             curve = np.stack([s.rewards.mean(1) for s in line], axis=1)  # [N, S]
             curve_kl = np.stack([s.kl for s in line], axis=1)
-            ends = curve_kl.mean(0)
             for name in ("soup", "retrained"):
-                other = others[name]
-                if ends.min() <= other.kl.mean() <= ends.max():
-                    arrays = other.rewards.mean(1), other.kl
-                    record[f"{name} at its KL"] = interval(at_equal_kl, *arrays, curve, curve_kl)
+                reward, kl = others[name].rewards.mean(1), others[name].kl
+                record[f"{name} at its KL"] = lead_at_kl(behind, reward, kl, curve, curve_kl)
         yield record
 
 

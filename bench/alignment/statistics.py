@@ -53,8 +53,8 @@ def mean(x: Array) -> Interval:
 
 def over_seeds(values: Sequence[float]) -> Interval:
     """The mean over two or more trainings, with Student's 95% interval of it."""
-    center, error = np.mean(values), stats.sem(values)
-    return _rounded(center, *stats.t.interval(0.95, len(values) - 1, center, error))
+    center, half = np.mean(values), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return _rounded(center, center - half, center + half)
 
 
 def at_kl(kl: Array, curve_rewards: Array, curve_kl: Array) -> Array:
@@ -62,6 +62,21 @@ def at_kl(kl: Array, curve_rewards: Array, curve_kl: Array) -> Array:
     order = np.argsort(curve_kl, axis=1)
     x, y = (np.take_along_axis(c, order, 1) for c in (curve_kl, curve_rewards))
     return np.array([np.interp(at, xs, ys) for at, xs, ys in zip(kl, x, y, strict=True)])
+
+
+def lead_at_kl(
+    lead: Callable[[Array, Array], Array], reward: Array, kl: Array, curve: Array, curve_kl: Array
+) -> Interval | None:
+    """`lead(reward, reward of the curve)` at the same mean KL, with its interval; reward and kl are
+    [N], the curve's [N, S]. None where the curve's KL does not reach that far."""
+    ends = curve_kl.mean(0)
+    if not ends.min() <= kl.mean() <= ends.max():
+        return None
+
+    def estimate(own: Array, at: Array, rewards: Array, kls: Array) -> Array:
+        return lead(own, at_kl(at, rewards, kls))
+
+    return interval(estimate, reward, kl, curve, curve_kl)
 
 
 def hypervolume(points: Array) -> float:

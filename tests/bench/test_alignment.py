@@ -177,6 +177,7 @@ def test_intervals_over_trainings_hold_the_mean_as_often_as_they_say():
         assert [f.value for f in found] == pytest.approx(draws.mean(1), abs=1e-5)
         held = np.mean([f.low <= 1.0 <= f.high for f in found])
         assert abs(held - 0.95) <= 4.9 * (0.95 * 0.05 / 4000) ** 0.5  # false alarms: 1e-6
+    assert statistics.over_seeds([0.5, 0.5]) == (0.5, 0.5, 0.5)
 
 
 # --- training -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not ins
 
 from bench import report
 from bench.alignment import command, control, guided
-from bench.alignment.statistics import best_of_kl
+from bench.alignment.statistics import best_of_kl, lead_at_kl
 from mod_fused import world
 
 
@@ -23,12 +23,12 @@ def test_lead_at_equal_kl_is_that_over_the_joined_curve():
     kl = np.tile([4.0, 0.0, 1.0], (500, 1))
     rewards = np.sqrt(kl) + noise
     own = np.full(500, 2.0) + noise[:, 0]
-    found = control.lead_at_equal_kl(rewards, kl, own, np.full(500, 3.0))
+    found = lead_at_kl(np.subtract, own, np.full(500, 3.0), rewards, kl)
     assert found is not None
     assert found.value == pytest.approx(1.0 / 3.0, abs=1e-4)
     # The noise is the prompt's, so it cancels in the difference.
     assert found.high - found.low <= 1e-4
-    assert control.lead_at_equal_kl(rewards, kl, own, np.full(500, 4.1)) is None
+    assert lead_at_kl(np.subtract, own, np.full(500, 4.1), rewards, kl) is None
 
 
 def test_worth_differences_are_means_over_common_weights():
