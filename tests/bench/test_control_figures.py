@@ -31,6 +31,18 @@ def test_lead_at_equal_kl_is_that_over_the_joined_curve():
     assert lead_at_kl(np.subtract, own, np.full(500, 4.1), rewards, kl) is None
 
 
+def test_a_point_is_compared_with_control_by_the_shipped_scorer_and_cd_q_with_its_twin_too():
+    def point(method: str, reward: float, kl: float) -> control.Found:
+        return control.Found("helpful", method, 1.0, np.full((4, 3), reward), np.full(4, kl))
+
+    reference, shipped = point("reference", 0.2, 0.0), point("CD-FUDGE", 0.6, 2.0)
+    twin, cd_q = point("CD-FUDGE, as CD-Q", 0.4, 2.0), point("CD-Q", 0.5, 1.0)
+    points = [reference, shipped, twin, cd_q, point("under jsd", 0.9, 1.0)]
+    found = [{k: round(x.value, 5) for k, x in control.leads(p, points).items()} for p in points]
+    twice = {"CD-FUDGE": 0.1, "CD-FUDGE, as CD-Q": 0.2}
+    assert found == [{}, {}, {"CD-FUDGE": -0.2}, twice, {}]
+
+
 def test_worth_differences_are_means_over_common_weights():
     kl, rewards = np.array([1.0, 3.0]), np.array([[0.4, 0.9, 0.8], [0.2, 0.9, 0.6]])
     points = [
