@@ -184,7 +184,7 @@ def benchmark(device: Gpu, out: Path, seconds: float) -> bool:
             del left[row.label()]
         except Exception as error:
             result["failed"][row.label()] = traceback.format_exc()
-            left[row.label()] = f"failed, {type(error).__name__}"
+            left[row.label()] = f"failed, {error!r:.300}"
         result["left_out"] = [f"{label}: {why}" for label, why in left.items()]
         report.save(result, out / "gpu.json")
         (out / "gpu.md").write_text(report.markdown(result))
