@@ -52,6 +52,7 @@ def build_model(tokenizer: Any) -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
+        head_dim=32,  # one that every attention kernel knows, vLLM's on CPUs among them
         max_position_embeddings=256,
         tie_word_embeddings=True,
         initializer_range=0.05,
