@@ -43,6 +43,8 @@ def run_generate(args: argparse.Namespace) -> int:
         "divergence": args.divergence,
         "normalizer": args.normalizer,
         "sequence_history": args.sequence_history,
+        "plausibility": args.plausibility,
+        "plausibility_tensor": "any",
         "max_new_tokens": args.max_new_tokens,
         "do_sample": not args.greedy,
         "temperature": args.temperature,

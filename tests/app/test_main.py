@@ -37,6 +37,8 @@ def keep_threads():
         (["generate", "--divergence", "total_variation"], "forward_kl, jsd"),
         (["generate", "--divergence", "alpha:2"], "strictly between 0 and 1"),
         (["generate", "--normalizer", "none"], "exact"),
+        (["generate", "--plausibility", "2"], "off or a number in (0, 1]"),
+        (["generate", "--plausibility", "none"], "off or a number in (0, 1]"),
         (["generate", "--device", "abacus"], "abacus"),
         (["generate", "--device", "cuda:99"], "CUDA devices"),
         (["generate", "--device", "meta"], "torch cannot use 'meta'"),
