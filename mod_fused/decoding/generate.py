@@ -13,6 +13,7 @@ from ..call.fields import check_tensor
 from ..divergence import Divergence
 from ..ops import sample
 from .adapters import check_shared
+from .beams import Beams, check_beams
 from .ensemble import Ensemble
 from .memory import check_decoding
 from .model_state import EnsembleState
@@ -49,7 +50,10 @@ def generate(
     resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None = None,
     max_new_tokens: int = 20,
     num_return_sequences: int = 1,
-    do_sample: bool = True,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
+    do_sample: bool | None = None,
     temperature: float | Sequence[float] | Tensor = 1.0,
     top_k: int | Sequence[int] | Tensor | None = None,
     top_p: float | Sequence[float] | Tensor | None = None,
@@ -115,8 +119,21 @@ def generate(
         num_return_sequences: K responses to each prompt, which is read once. There are B K rows:
             response k to prompt b is row b K + k. Parameters have one entry per prompt; functions
             get all rows. Response 0 has the prompt's seed, response k has
-            SplitMix64(SplitMix64(seed) + k); the output holds all seeds.
-        do_sample: False is temperature 0, the most likely token of pi*.
+            SplitMix64(SplitMix64(seed) + k); the output holds all seeds. With num_beams: the best K
+            responses found, the best first; at most num_beams.
+        num_beams: more than 1 searches for the likeliest responses under pi* with so many beams, as
+            transformers' beam search does: it draws nothing. Functions get num_beams rows for each
+            prompt. It cannot be combined with do_sample=True, temperature, top_k, top_p, min_p,
+            seed, position, streamer or resample_fn. mask_fn excludes tokens, and what is left is
+            not normalised anew. Ties go to the earlier beam, then to the lower token id. A beam
+            that nothing can follow (NaN logits, everything masked) is dropped.
+        length_penalty: of num_beams: responses are compared by the sum of log pi* over length **
+            length_penalty, with the length in tokens of this call. Above 0 it favours long ones.
+        early_stopping: of num_beams: True ends the search when num_beams responses have ended,
+            False when the best beam at its present length scores below all of them, "never" when
+            even the full length (length_penalty above 0) could not raise it above them.
+        do_sample: False is temperature 0, the most likely token of pi*. None: True, but for
+            num_beams.
         seed: int, or one int64 per row (list or tensor), or None for seeds from torch's generator.
             With one per row, a row's tokens depend on its own seed and prompt only, not on the rest
             of the batch.
@@ -154,8 +171,27 @@ def generate(
         if not isinstance(ensemble, Ensemble):
             raise TypeError(f"ensemble must be a mod_fused.Ensemble, got {type(ensemble).__name__}")
         check_shared({**ensemble.places, **getattr(value_fn, "places", {})})
+        searching = check_beams(
+            num_beams,
+            num_return_sequences,
+            length_penalty,
+            early_stopping,
+            max_new_tokens,
+            {
+                "do_sample": do_sample,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "seed": seed,
+                "position": position,
+                "streamer": streamer,
+                "resample_fn": resample_fn,
+            },
+        )
+        copies = num_return_sequences if searching is None else searching.num_beams
         limits = check_limits(
-            ensemble, max_new_tokens, num_return_sequences, eos_token_id, pad_token_id, stop_strings
+            ensemble, max_new_tokens, copies, eos_token_id, pad_token_id, stop_strings
         )
         vocab_size = check_vocab_size(vocab_size, ensemble)
         if value_fn is None and value_weights is not None:
@@ -180,11 +216,11 @@ def generate(
             "logit_scales": logit_scales,
             "plausibility": plausibility,
             "plausibility_tensor": plausibility_tensor,
-            "temperature": temperature if do_sample else 0.0,
+            "temperature": temperature if do_sample is None or do_sample else 0.0,
             "top_k": top_k,
             "top_p": top_p,
             "min_p": min_p,
-            "seed": seed,
+            "seed": seed if searching is None else 0,  # no seeds are drawn for a search
             "position": position,
             "backend": backend,
         }
@@ -209,9 +245,13 @@ def generate(
             columns=len(ids) if return_model_logprobs else 0,
             history=history,
         )
-        _draw_all(
-            limits.max_new_tokens, state, values, responses, options, stream, mask_fn, resample_fn
-        )
+        beams = None
+        if searching is not None:
+            beams = Beams(searching, responses, limits, options["logit_scales"])
+        length, functions = limits.max_new_tokens, (mask_fn, resample_fn)
+        _draw_all(length, state, values, responses, options, stream, *functions, beams)
+        if beams is not None:
+            return beams.output(masks[0])
         mask = None if masks[0] is None else masks[0].repeat_interleave(copies, dim=0)
         return responses.output(mask, options["seed"])
 
@@ -225,9 +265,13 @@ def _draw_all(
     stream: Stream,
     mask_fn: Callable[[int, Tensor], Tensor] | None,
     resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None,
+    beams: Beams | None,
 ) -> None:
-    """Step by step run the models, draw and record, until all responses have ended."""
+    """Step by step run the models, draw and record, until all responses have ended; with beams,
+    until their search has."""
     first_position = options.pop("position")
+    drawing = ("temperature", "top_k", "top_p", "min_p", "seed")
+    mixing = {name: value for name, value in options.items() if name not in drawing}
     stream.begin(responses.sequences)
     parents = None
     for step in range(max_new_tokens):
@@ -236,13 +280,22 @@ def _draw_all(
             values.select(parents)
         tokens, so_far = responses.tokens, responses.sequences
         reference, policies = state.step(tokens)
+        given = values.step(step, so_far, tokens, reference, policies)
+        given |= {
+            "mask": None if mask_fn is None else mask_fn(step, so_far),
+            "prefix_logprobs": responses.history,
+        }
+        if beams is not None:
+            parents = beams.step(reference, policies, **mixing, **given)
+            responses = beams.responses
+            if beams.done:
+                break
+            continue
         drawn = sample(
             reference,
             policies,
             **options,
-            **values.step(step, so_far, tokens, reference, policies),
-            mask=None if mask_fn is None else mask_fn(step, so_far),
-            prefix_logprobs=responses.history,
+            **given,
             position=first_position + step,
             return_model_logprobs=responses.wants_model_logprobs,
         )
