@@ -158,8 +158,9 @@ def generate(
             sum over every model's vocabulary at each step.
 
     Returns:
-        GenerateOutput. One host synchronisation per step tells whether all rows have ended. (In a
-        batch with padding transformers adds its own, for its attention masks.)
+        GenerateOutput. One host synchronisation per step tells whether all rows have ended; a beam
+        search has several. (In a batch with padding transformers adds its own, for its attention
+        masks.)
 
     Raises:
         TypeError, ValueError: before any model runs, for arguments that do not fit; see

@@ -100,6 +100,32 @@ def test_what_stops_early_and_the_penalty_change_the_result(corner: Any) -> None
     assert found["never", -1.0] != found["never", 3.0]
 
 
+def test_the_search_ends_when_nothing_can_change() -> None:
+    table, calls = tiny.bigram(0, 6), 0
+
+    def counted(tokens: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return table(tokens)
+
+    steps = {}
+    for stop in (True, "never"):
+        calls = 0
+        generate(
+            Ensemble([counted, table]),
+            input_ids=torch.tensor([[1], [2]]),
+            weights=[0.5],
+            num_beams=2,
+            use_cache=False,
+            eos_token_id=[0, 1, 2],
+            early_stopping=stop,
+            length_penalty=1.5,
+            max_new_tokens=30,
+        )
+        steps[stop] = calls
+    assert steps[True] < steps["never"] <= 30
+
+
 def test_one_beam_is_the_greedy_search(corner: Any) -> None:
     models, _, _ = corner
     options: dict[str, Any] = {"weights": [1.0], "do_sample": False, "max_new_tokens": 8}
