@@ -21,7 +21,15 @@ from .options import check_limits, check_vocab_size, first_history, ready_option
 from .prompts import Prompts
 from .responses import FINISH_REASONS, GenerateOutput, Responses
 from .streaming import Stream, streaming
-from .values import ValueFunction, ValueGuide, ValueSource, value_count, value_source
+from .values import (
+    ValueFunction,
+    ValueGuide,
+    ValueSource,
+    ValueWeighting,
+    value_count,
+    value_source,
+    weighed,
+)
 
 __all__ = ["FINISH_REASONS", "GenerateOutput", "generate"]
 
@@ -45,7 +53,11 @@ def generate(
     plausibility: float | None = None,
     plausibility_tensor: int = 0,
     value_fn: ValueFunction | ValueGuide | None = None,
-    value_weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
+    value_weights: Sequence[float]
+    | Sequence[Sequence[float]]
+    | Tensor
+    | ValueWeighting
+    | None = None,
     mask_fn: Callable[[int, Tensor], Tensor] | None = None,
     resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None = None,
     max_new_tokens: int = 20,
@@ -107,7 +119,8 @@ def generate(
             responses so far; step counts from 0 in every call, whatever position is. Or a
             `mod_fused.decoding.values.ValueGuide` such as `mod_fused.guidance.Guidance`, which
             holds trained scorers and their caches; it reads the first model's prompts.
-        value_weights: [J] or [B, J], for value_fn.
+        value_weights: [J] or [B, J], for value_fn. Or a `mod_fused.decoding.values.ValueWeighting`,
+            which chooses them at each step, such as `mod_fused.guidance.WorstCaseWeights`.
         mask_fn: `mask_fn(step, sequences)` returns the tokens allowed next: bool [B, V], or packed
             int32 [B, ceil(V/32)].
         resample_fn: `resample_fn(step, sequences, lengths, reasons)`, called after each step, with
@@ -209,9 +222,13 @@ def generate(
         )
         batch, device, copies = len(ids[0]), ids[0].device, limits.copies
         check_decoding(ensemble.present, ids, copies, limits.max_new_tokens, use_cache)
+        num_values = partial(value_count, value_fn)
+        weighting = value_weights if isinstance(value_weights, ValueWeighting) else None
+        if weighting is not None:
+            weighting.check(divergence, num_values(None))
         options: dict[str, Any] = {
             "weights": weights,
-            "value_weights": value_weights,
+            "value_weights": value_weights if weighting is None else None,
             "divergence": divergence,
             "normalizer": normalizer,
             "logit_scales": logit_scales,
@@ -225,7 +242,6 @@ def generate(
             "position": position,
             "backend": backend,
         }
-        num_values = partial(value_count, value_fn)
         options = ready_options(ensemble, options, num_values, limits, batch, device)
         options["vocab_size"] = vocab_size
         history = first_history(
@@ -250,7 +266,7 @@ def generate(
         if searching is not None:
             beams = Beams(searching, responses, limits, options["logit_scales"])
         length, functions = limits.max_new_tokens, (mask_fn, resample_fn)
-        _draw_all(length, state, values, responses, options, stream, *functions, beams)
+        _draw_all(length, state, values, responses, options, stream, *functions, beams, weighting)
         if beams is not None:
             return beams.output(masks[0])
         mask = None if masks[0] is None else masks[0].repeat_interleave(copies, dim=0)
@@ -267,10 +283,12 @@ def _draw_all(
     mask_fn: Callable[[int, Tensor], Tensor] | None,
     resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None,
     beams: Beams | None,
+    weighting: ValueWeighting | None,
 ) -> None:
     """Step by step run the models, draw and record, until all responses have ended; with beams,
     until their search has."""
     first_position = options.pop("position")
+    weights = options.pop("value_weights")
     drawing = ("temperature", "top_k", "top_p", "min_p", "seed")
     mixing = {name: value for name, value in options.items() if name not in drawing}
     stream.begin(responses.sequences)
@@ -282,6 +300,10 @@ def _draw_all(
         tokens, so_far = responses.tokens, responses.sequences
         reference, policies = state.step(tokens)
         given = values.step(step, so_far, tokens, reference, policies)
+        if weighting is None:
+            given["value_weights"] = weights
+        else:
+            given |= weighed(weighting, reference, policies, given, mixing)
         given |= {
             "mask": None if mask_fn is None else mask_fn(step, so_far),
             "prefix_logprobs": responses.history,
