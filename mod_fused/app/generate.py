@@ -13,7 +13,7 @@ from typing import Any
 from .. import world
 from ..decoding.ensemble import Ensemble
 from ..decoding.generate import GenerateOutput, generate
-from ..guidance import BlockwiseOutput
+from ..guidance import BlockwiseOutput, WorstCaseWeights
 from . import options, prompt_input, scorers
 from .models import (
     as_conversations,
@@ -32,7 +32,9 @@ def run_generate(args: argparse.Namespace) -> int:
     check_chat(args)
     names = policy_names(args)
     weights = _weights(args.weights, names)
-    values = scorers.strengths(args) if args.values else None
+    values: Any = scorers.strengths(args) if args.values else None
+    if args.robust:
+        values = WorstCaseWeights(values[0])
     if args.num_beams > 1 and args.best_of:
         raise UsageError("--num-beams draws no continuations to choose from: leave out --best-of")
     if args.num_beams == 1 and args.length_penalty != 1.0:
@@ -200,6 +202,11 @@ def add_options(commands: Any, mixture: argparse.ArgumentParser) -> None:
         type=options.numbers,
         metavar="L",
         help="of --values: one number, or one per scorer (default: 1)",
+    )
+    generate.add_argument(
+        "--robust",
+        action="store_true",
+        help="weigh --values for the worst of them at each step (RMOD)",
     )
     generate.add_argument(
         "--best-of",

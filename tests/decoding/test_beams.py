@@ -173,6 +173,25 @@ def test_a_stop_string_ends_hypotheses_as_an_end_token_does(corner: Any) -> None
     assert stopped.finish_reasons == reasons
 
 
+def test_each_beam_remembers_its_own_part_of_a_stop_string(ensemble: Ensemble) -> None:
+    stops = ["the the", "under under", "old over"]
+    out = generate(
+        ensemble,
+        PROMPTS,
+        weights=[1.0, 0.0],
+        num_beams=4,
+        num_return_sequences=4,
+        max_new_tokens=8,
+        stop_strings=stops,
+        length_penalty=0.0,
+    )
+    assert "stop" in out.finish_reasons and "length" in out.finish_reasons
+    for text, reason in zip(out.texts, out.finish_reasons, strict=True):
+        earlier = text.rsplit(" ", 1)[0]
+        assert any(stop in text for stop in stops) == (reason == "stop")
+        assert not any(stop in earlier for stop in stops)
+
+
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd", "alpha:0.5", "jeffrey"])
 @pytest.mark.parametrize("history", [False, True])
 def test_enough_beams_find_the_likeliest_of_all_responses(divergence: str, history: bool) -> None:
