@@ -30,7 +30,6 @@ MAX_VALUES = 8
 _GAP = 1e-10  # nats: total variation below 1e-5
 _STEPS = 1000
 _RIDGE = 1e-12
-_EASY, _ROUGH = 20.0, 0.01  # nats: the tilts to begin with, the gap at which to double them
 
 
 class WorstCase(NamedTuple):
@@ -39,7 +38,7 @@ class WorstCase(NamedTuple):
     Attributes:
         weights: float64 [B, J] on the simplex.
         gap: float64 [B], nats: a bound of KL(pi_w || pi*). At most 1e-10, or 1e-13 of strength
-            times the range of the values where that is more; infinite if the search was given up.
+            times the range of the values where that is more, unless 1000 steps were too few.
     """
 
     weights: Tensor
@@ -77,42 +76,35 @@ def _solved(log_p: Tensor, tilts: Tensor) -> WorstCase:
 
     Newton's method on the simplex. Each step minimises the quadratic model there exactly. It is
     damped so far that F falls: along a step d the third derivative of F is at most the range of d.V
-    times the second. Where the tilts are large, smaller ones are solved first, roughly, and doubled
-    again and again: else pi_w is one token to the last digit and the model knows of no other.
+    times the second.
     """
     batch, count = tilts.shape[:2]
     weights = tilts.new_full((batch, count), 1.0 / count)
     excluded = log_p[:, None] == -math.inf
     least = tilts.masked_fill(excluded, math.inf).amin((1, 2), keepdim=True)
     tilts = (tilts - least).masked_fill(excluded, 0.0)  # a constant of the row changes nothing
-    largest = tilts.amax((1, 2))
-    enough = (1e-13 * largest).clamp(min=_GAP)
-    scale = (_EASY / largest.clamp(min=_EASY))[:, None]
+    enough = (1e-13 * tilts.amax((1, 2))).clamp(min=_GAP)
     faces = _faces(count, tilts)
     gap = torch.zeros_like(enough)
-    for _ in range(_STEPS):
-        pi = (log_p + scale * torch.einsum("bj,bjs->bs", weights, tilts)).softmax(1)
+    for left in reversed(range(_STEPS)):
+        pi = (log_p + torch.einsum("bj,bjs->bs", weights, tilts)).softmax(1)
         mean = torch.einsum("bs,bjs->bj", pi, tilts)
         # Less their mean: constants cancel, and beside them the last digits would be lost.
-        gradient = scale * (mean - (weights * mean).sum(1, keepdim=True))
+        gradient = mean - (weights * mean).sum(1, keepdim=True)
         gap = -gradient.amin(1)
-        whole = scale[:, 0] == 1.0
-        going = ~(whole & (gap <= enough)) & gap.isfinite()
-        if not bool(going.any()):
+        going = (gap > enough) & gap.isfinite()
+        if not left or not bool(going.any()):
             break
         centred = tilts - mean[:, :, None]
-        hessian = scale[:, :, None] ** 2 * ((centred * pi[:, None]) @ centred.transpose(1, 2))
+        hessian = (centred * pi[:, None]) @ centred.transpose(1, 2)
         step = _model_minimum(weights, gradient, hessian, faces) - weights
-        along = scale * torch.einsum("bj,bjs->bs", step, tilts)
+        along = torch.einsum("bj,bjs->bs", step, tilts)
         spread = (along.amax(1) - along.amin(1)).clamp(min=1e-300)
         curvature = torch.einsum("bj,bjk,bk->b", step, hessian, step)
         slope = -(step * gradient).sum(1)
         length = torch.log1p(slope / curvature.clamp(min=1e-300) * spread) / spread
         length = torch.where(going, length.nan_to_num(1.0).clamp(0.0, 1.0), 0.0)
         weights = weights + length[:, None] * step
-        scale = torch.where(gap[:, None] <= _ROUGH, 2.0 * scale, scale).clamp(max=1.0)
-    else:
-        gap = torch.where(going, math.inf, gap)
     return WorstCase(weights, gap)
 
 
@@ -124,7 +116,7 @@ def _faces(count: int, like: Tensor) -> Tensor:
 
 def _model_minimum(weights: Tensor, gradient: Tensor, hessian: Tensor, faces: Tensor) -> Tensor:
     """The point of the simplex [B, J] where the quadratic model around `weights` is least: the best
-    of the minima on the hyperplanes of all faces that lie in the simplex."""
+    of the minima on the hyperplanes of all faces."""
     batch, count = weights.shape
     eye = torch.eye(count, dtype=weights.dtype, device=weights.device)
     size = hessian.diagonal(dim1=1, dim2=2).amax(1).clamp(min=1e-300)[:, None]
@@ -139,12 +131,11 @@ def _model_minimum(weights: Tensor, gradient: Tensor, hessian: Tensor, faces: Te
     right = torch.cat([-linear[:, None] * faces, linear.new_ones(batch, len(faces), 1)], dim=2)
     found = torch.linalg.solve_ex(system, right)[0][:, :, :count]
 
-    inside = (found >= -1e-12).all(2)
-    found = found.clamp(min=0.0)
+    found = found.clamp(min=0.0)  # a minimum outside gives some other point, which cannot be better
     found = found / found.sum(2, keepdim=True)
     height = torch.einsum("bfj,bjk,bfk->bf", found, hessian, found) / 2
     height = height + torch.einsum("bfj,bj->bf", found, linear)
-    height = torch.where(inside & height.isfinite(), height, math.inf)
+    height = torch.where(height.isfinite(), height, math.inf)
     best = height.argmin(1)
     return found[torch.arange(batch, device=best.device), best]
 
@@ -189,11 +180,8 @@ class WorstCaseWeights:
         """
         excluded = (values == -math.inf).any(0)
         log_p = log_p.double().masked_fill(excluded, -math.inf)
-        # Rows that the op will find invalid are solved as if they were flat.
-        broken = ~((values < math.inf) | excluded).all(2).all(0) | ~(log_p > -math.inf).any(1)
-        broken = broken | log_p.isnan().any(1)
-        log_p = torch.where(broken[:, None], 0.0, log_p)
-        finite = values.double().masked_fill(excluded | broken[:, None], 0.0)
+        # A row with NaN or +inf gets NaN somewhere, and the op finds it invalid.
+        finite = values.double().masked_fill(excluded, 0.0)
         found = worst_case_weights(log_p, finite, self.strength)
         if self._observer is not None:
             self._observer(*found)

@@ -242,20 +242,34 @@ def test_it_serves_beams_several_responses_and_blocks() -> None:
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
-def test_an_excluded_token_stays_excluded_and_a_broken_row_is_invalid(broken: float) -> None:
-    table = torch.tensor([[[-torch.inf, 0.0, 0.5]], [[3.0, 1.0, 1.5]]])  # V_2 never is the worst
+@pytest.mark.parametrize("where", ["values", "logits"])
+def test_an_excluded_token_stays_excluded_and_a_broken_row_is_invalid(
+    broken: float, where: str
+) -> None:
+    # The second value is the worst, whatever is drawn: the first excludes a token at weight 0.
+    table = torch.tensor([[[-torch.inf, 3.0, 4.0]], [[0.0, 1.0, 1.5]]])
 
     def values(step: int, sequences: torch.Tensor) -> torch.Tensor:
         given = table.expand(2, len(sequences), 3).clone()
-        given[1, 1, 2] = broken
+        if where == "values":
+            given[1, 1, 2] = broken
         return given
 
-    flat = Ensemble([lambda tokens: torch.tensor([5.0, 0.0, 0.0]).expand(len(tokens), 3)])
-    options: dict[str, Any] = {
-        **{"input_ids": torch.tensor([[1], [2]]), "weights": [], "max_new_tokens": 30},
-        **{"value_fn": values, "value_weights": WorstCaseWeights(2.0), "seed": 3},
-    }
-    out = generate(flat, **options)
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        given = torch.tensor([5.0, 0.0, 0.0]).repeat(len(tokens), 1)
+        if where == "logits":
+            given[1, 2] = broken
+        return given
+
+    out = generate(
+        Ensemble([logits]),
+        input_ids=torch.tensor([[1], [2]]),
+        weights=[],
+        max_new_tokens=30,
+        seed=3,
+        value_fn=values,
+        value_weights=WorstCaseWeights(2.0),
+    )
     assert out.valid.tolist() == [True, False]
     tokens = out.tokens[0].tolist()
     assert set(tokens) == {1, 2}
