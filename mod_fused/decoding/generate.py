@@ -13,6 +13,7 @@ from ..call.fields import check_tensor
 from ..divergence import Divergence
 from ..ops import sample
 from .adapters import check_shared
+from .beams import Beams, check_beams
 from .ensemble import Ensemble
 from .memory import check_decoding
 from .model_state import EnsembleState
@@ -26,7 +27,15 @@ from .options import (
 from .prompts import Prompts
 from .responses import FINISH_REASONS, GenerateOutput, Responses
 from .streaming import Stream, streaming
-from .values import ValueFunction, ValueGuide, ValueSource, value_count, value_source
+from .values import (
+    ValueFunction,
+    ValueGuide,
+    ValueSource,
+    ValueWeighting,
+    value_count,
+    value_source,
+    weighed,
+)
 
 __all__ = ["FINISH_REASONS", "GenerateOutput", "generate"]
 
@@ -51,12 +60,19 @@ def generate(
     plausibility: float | str | None = "auto",
     plausibility_tensor: int | str | None = None,
     value_fn: ValueFunction | ValueGuide | None = None,
-    value_weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
+    value_weights: Sequence[float]
+    | Sequence[Sequence[float]]
+    | Tensor
+    | ValueWeighting
+    | None = None,
     mask_fn: Callable[[int, Tensor], Tensor] | None = None,
     resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None = None,
     max_new_tokens: int = 20,
     num_return_sequences: int = 1,
-    do_sample: bool = True,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
+    do_sample: bool | None = None,
     temperature: float | Sequence[float] | Tensor = 1.0,
     top_k: int | Sequence[int] | Tensor | None = None,
     top_p: float | Sequence[float] | Tensor | None = None,
@@ -115,7 +131,8 @@ def generate(
             responses so far; step counts from 0 in every call, whatever position is. Or a
             `mod_fused.decoding.values.ValueGuide` such as `mod_fused.guidance.Guidance`, which
             holds trained scorers and their caches; it reads the first model's prompts.
-        value_weights: [J] or [B, J], for value_fn.
+        value_weights: [J] or [B, J], for value_fn. Or a `mod_fused.decoding.values.ValueWeighting`,
+            which chooses them at each step, such as `mod_fused.guidance.WorstCaseWeights`.
         mask_fn: `mask_fn(step, sequences)` returns the tokens allowed next: bool [B, V], or packed
             int32 [B, ceil(V/32)].
         resample_fn: `resample_fn(step, sequences, lengths, reasons)`, called after each step, with
@@ -127,8 +144,21 @@ def generate(
         num_return_sequences: K responses to each prompt, which is read once. There are B K rows:
             response k to prompt b is row b K + k. Parameters have one entry per prompt; functions
             get all rows. Response 0 has the prompt's seed, response k has
-            SplitMix64(SplitMix64(seed) + k); the output holds all seeds.
-        do_sample: False is temperature 0, the most likely token of pi*.
+            SplitMix64(SplitMix64(seed) + k); the output holds all seeds. With num_beams: the best K
+            responses found, the best first; at most num_beams.
+        num_beams: more than 1 searches for the likeliest responses under pi* with so many beams, as
+            transformers' beam search does: it draws nothing. Functions get num_beams rows for each
+            prompt. It cannot be combined with do_sample=True, temperature, top_k, top_p, min_p,
+            seed, position, streamer or resample_fn. mask_fn excludes tokens, and what is left is
+            not normalised anew. Ties go to the earlier beam, then to the lower token id. A beam
+            that nothing can follow (NaN logits, everything masked) is dropped.
+        length_penalty: of num_beams: responses are compared by the sum of log pi* over length **
+            length_penalty, with the length in tokens of this call. Above 0 it favours long ones.
+        early_stopping: of num_beams: True ends the search when num_beams responses have ended,
+            False when the best beam at its present length scores below all of them, "never" when
+            even the full length (length_penalty above 0) could not raise it above them.
+        do_sample: False is temperature 0, the most likely token of pi*. None: True, but for
+            num_beams.
         seed: int, or one int64 per row (list or tensor), or None for seeds from torch's generator.
             With one per row, a row's tokens depend on its own seed and prompt only, not on the rest
             of the batch.
@@ -153,8 +183,9 @@ def generate(
             sum over every model's vocabulary at each step.
 
     Returns:
-        GenerateOutput. One host synchronisation per step tells whether all rows have ended. (In a
-        batch with padding transformers adds its own, for its attention masks.)
+        GenerateOutput. One host synchronisation per step tells whether all rows have ended; a beam
+        search has several. (In a batch with padding transformers adds its own, for its attention
+        masks.)
 
     Raises:
         TypeError, ValueError: before any model runs, for arguments that do not fit; see
@@ -166,8 +197,27 @@ def generate(
         if not isinstance(ensemble, Ensemble):
             raise TypeError(f"ensemble must be a mod_fused.Ensemble, got {type(ensemble).__name__}")
         check_shared({**ensemble.places, **getattr(value_fn, "places", {})})
+        searching = check_beams(
+            num_beams,
+            num_return_sequences,
+            length_penalty,
+            early_stopping,
+            max_new_tokens,
+            {
+                "do_sample": do_sample,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "seed": seed,
+                "position": position,
+                "streamer": streamer,
+                "resample_fn": resample_fn,
+            },
+        )
+        copies = num_return_sequences if searching is None else searching.num_beams
         limits = check_limits(
-            ensemble, max_new_tokens, num_return_sequences, eos_token_id, pad_token_id, stop_strings
+            ensemble, max_new_tokens, copies, eos_token_id, pad_token_id, stop_strings
         )
         vocab_size = check_vocab_size(vocab_size, ensemble)
         if value_fn is None and value_weights is not None:
@@ -184,22 +234,25 @@ def generate(
         )
         batch, device, copies = len(ids[0]), ids[0].device, limits.copies
         check_decoding(ensemble.present, ids, copies, limits.max_new_tokens, use_cache)
+        num_values = partial(value_count, value_fn)
+        weighting = value_weights if isinstance(value_weights, ValueWeighting) else None
+        if weighting is not None:
+            weighting.check(divergence, num_values(None))
         options: dict[str, Any] = {
             "weights": weights,
-            "value_weights": value_weights,
+            "value_weights": value_weights if weighting is None else None,
             "divergence": divergence,
             "normalizer": normalizer,
             "logit_scales": logit_scales,
             **support_cut(plausibility, plausibility_tensor, divergence),
-            "temperature": temperature if do_sample else 0.0,
+            "temperature": temperature if do_sample is None or do_sample else 0.0,
             "top_k": top_k,
             "top_p": top_p,
             "min_p": min_p,
-            "seed": seed,
+            "seed": seed if searching is None else 0,  # no seeds are drawn for a search
             "position": position,
             "backend": backend,
         }
-        num_values = partial(value_count, value_fn)
         options = ready_options(ensemble, options, num_values, limits, batch, device)
         options["vocab_size"] = vocab_size
         prefixes = prefix_logprobs, mixture_prefix_logprobs
@@ -221,9 +274,13 @@ def generate(
             columns=len(ids) if return_model_logprobs else 0,
             history=history,
         )
-        _draw_all(
-            limits.max_new_tokens, state, values, responses, options, stream, mask_fn, resample_fn
-        )
+        beams = None
+        if searching is not None:
+            beams = Beams(searching, responses, limits, options["logit_scales"])
+        length, functions = limits.max_new_tokens, (mask_fn, resample_fn)
+        _draw_all(length, state, values, responses, options, stream, *functions, beams, weighting)
+        if beams is not None:
+            return beams.output(masks[0])
         mask = None if masks[0] is None else masks[0].repeat_interleave(copies, dim=0)
         return responses.output(mask, options["seed"])
 
@@ -237,9 +294,15 @@ def _draw_all(
     stream: Stream,
     mask_fn: Callable[[int, Tensor], Tensor] | None,
     resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None,
+    beams: Beams | None,
+    weighting: ValueWeighting | None,
 ) -> None:
-    """Step by step run the models, draw and record, until all responses have ended."""
+    """Step by step run the models, draw and record, until all responses have ended; with beams,
+    until their search has."""
     first_position = options.pop("position")
+    weights = options.pop("value_weights")
+    drawing = ("temperature", "top_k", "top_p", "min_p", "seed")
+    mixing = {name: value for name, value in options.items() if name not in drawing}
     stream.begin(responses.sequences)
     parents = None
     for step in range(max_new_tokens):
@@ -248,14 +311,27 @@ def _draw_all(
             values.select(parents)
         tokens, so_far = responses.tokens, responses.sequences
         reference, policies = state.step(tokens)
+        given = values.step(step, so_far, tokens, reference, policies)
+        if weighting is None:
+            given["value_weights"] = weights
+        else:
+            given |= weighed(weighting, reference, policies, given, mixing)
+        given |= {
+            "mask": None if mask_fn is None else mask_fn(step, so_far),
+            "prefix_logprobs": responses.history,
+            "mixture_prefix_logprobs": responses.own_history,
+        }
+        if beams is not None:
+            parents = beams.step(reference, policies, **mixing, **given)
+            responses = beams.responses
+            if beams.done:
+                break
+            continue
         drawn = sample(
             reference,
             policies,
             **options,
-            **values.step(step, so_far, tokens, reference, policies),
-            mask=None if mask_fn is None else mask_fn(step, so_far),
-            prefix_logprobs=responses.history,
-            mixture_prefix_logprobs=responses.own_history,
+            **given,
             position=first_position + step,
             return_model_logprobs=responses.wants_model_logprobs,
         )

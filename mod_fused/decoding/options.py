@@ -49,10 +49,10 @@ def check_limits(
     eos_ids = ensemble.eos_token_ids if eos_token_id is None else _eos_ids(eos_token_id)
     pad = ensemble.padding_id(eos_ids) if pad_token_id is None else pad_token_id
     return Limits(
-        _count("max_new_tokens", max_new_tokens, 1),
-        _count("num_return_sequences", num_return_sequences, 1),
+        count("max_new_tokens", max_new_tokens, 1),
+        count("num_return_sequences", num_return_sequences, 1),
         eos_ids,
-        _count("pad_token_id", pad, 0, ensemble.vocab_size),
+        count("pad_token_id", pad, 0, ensemble.vocab_size),
         _stop_strings(stop_strings, ensemble.tokenizer),
     )
 
@@ -63,7 +63,7 @@ def check_vocab_size(vocab_size: Any, ensemble: Ensemble) -> int | None:
     if vocab_size is None:
         # The op cuts padded embeddings; here the tokens are cut that some tokenizer lacks.
         return None if ensemble.common_ids is None else ensemble.vocab_size
-    size, limit = _count("vocab_size", vocab_size, 1), ensemble.vocab_size
+    size, limit = count("vocab_size", vocab_size, 1), ensemble.vocab_size
     if limit is not None and size > limit:
         raise ValueError(f"vocab_size must be at most the models' {limit} tokens, got {size}")
     return size
@@ -249,7 +249,7 @@ def _rows_of_prefix(
     return x.to(torch.float64)
 
 
-def _count(name: str, value: Any, least: int, limit: int | None = None) -> int:
+def count(name: str, value: Any, least: int, limit: int | None = None) -> int:
     """An integer of any kind (Python, NumPy, a tensor of one) as an int, in [least, limit)."""
     try:
         if isinstance(value, bool):
@@ -267,8 +267,8 @@ def _count(name: str, value: Any, least: int, limit: int | None = None) -> int:
 def _eos_ids(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
     # A tensor without dimensions has __iter__, but cannot be iterated over.
     if not isinstance(eos_token_id, Iterable) or getattr(eos_token_id, "ndim", 1) == 0:
-        eos_token_id = [_count("eos_token_id", eos_token_id, 0)]
-    return [_count("eos_token_id", token, 0) for token in eos_token_id]
+        eos_token_id = [count("eos_token_id", eos_token_id, 0)]
+    return [count("eos_token_id", token, 0) for token in eos_token_id]
 
 
 def _stop_strings(stop_strings: str | Sequence[str] | None, tokenizer: Any) -> list[str]:

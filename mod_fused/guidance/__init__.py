@@ -21,12 +21,15 @@ from .blockwise import (
 from .guide import Guidance, GuidanceState
 from .recipes import controlled_decoding, fudge, mavis
 from .scorers import Scorer
+from .worst_case import WorstCase, WorstCaseWeights, robust, worst_case_weights
 
 __all__ = [
     "BlockwiseOutput",
     "Guidance",
     "GuidanceState",
     "Scorer",
+    "WorstCase",
+    "WorstCaseWeights",
     "best_of_n",
     "blockwise_best_of_k",
     "controlled_decoding",
@@ -34,8 +37,10 @@ __all__ = [
     "mavis",
     "prefix_score",
     "response_score",
+    "robust",
     "train_mavis",
     "train_scorer",
+    "worst_case_weights",
 ]
 
 
