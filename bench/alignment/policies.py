@@ -195,11 +195,11 @@ def train_policy(
     return model, losses
 
 
-def _answers(work: Path, sizes: Sizes, seed: int) -> train.Answers:
+def draw_to_train(work: Path, sizes: Any, seed: int) -> train.Answers:
     return train.draw_answers(*reference(), sizes.train_prompts, SEED + seed)
 
 
-def _train(work: Path, sizes: Sizes, policy: Policy) -> dict[str, Any]:
+def train_one(work: Path, sizes: Any, policy: Policy) -> dict[str, Any]:
     model, losses = train_policy(load_answers(work, policy.seed), policy, sizes.steps, policy.name)
     last = losses[-max(1, len(losses) // 4) :]
     record = {"loss": sum(last) / len(last), "first_loss": losses[0]}
@@ -238,11 +238,11 @@ def _measure(work: Path, sizes: Sizes, cell: Cell) -> dict[str, Array]:
 
 def phases(sizes: Sizes) -> Phases:
     """All jobs."""
-    first = [Job(f"answers-s{s}", _answers, (sizes, s)) for s in range(sizes.train_seeds)]
+    first = [Job(f"answers-s{s}", draw_to_train, (sizes, s)) for s in range(sizes.train_seeds)]
     parts = range(-(-sizes.pool // POOL_PART))
     first += [Job(f"pool-{part}", _pool, (sizes, part)) for part in parts]
     return [
         ("answers of the reference", first),
-        ("trainings", [Job(p.name, _train, (sizes, p)) for p in policies(sizes)]),
+        ("trainings", [Job(p.name, train_one, (sizes, p)) for p in policies(sizes)]),
         ("cells", [Job(c.name, _measure, (sizes, c)) for c in cells(sizes)]),
     ]

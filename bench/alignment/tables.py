@@ -208,3 +208,18 @@ def control(result: Record) -> str:
          "method = against | weights | J = worth (+3) | w r = weighted (+3) | KL = kl (+2)"),
     ]  # fmt: skip
     return _document("Value guidance: reward against KL", result, sections)
+
+
+def rules(result: Record) -> str:
+    """All tables of the study of the decoder's rules, one for each weight vector."""
+    columns = (
+        "tuned and mixed with = tuned | rule | w r = weighted (3) | KL = kl (1) | "
+        "J = objective (2) | ended, % = ended 0% | no solution, % = invalid 0%"
+    )
+    sections: list[Section] = [
+        (f"Weights {weights(w)}", [r for r in result["rules"] if r["weights"] == w], columns)
+        for w in result["sizes"]["weights"]
+    ]
+    return _document(
+        "Rules of whole answers: means over trainings, Student's 95%", result, sections
+    )
