@@ -19,7 +19,7 @@ from .blockwise import (
     response_score,
 )
 from .guide import Guidance, GuidanceState
-from .recipes import controlled_decoding, fudge, mavis
+from .recipes import args, controlled_decoding, fudge, mavis, rad
 from .scorers import Scorer
 from .worst_case import WorstCase, WorstCaseWeights, robust, worst_case_weights
 
@@ -30,12 +30,14 @@ __all__ = [
     "Scorer",
     "WorstCase",
     "WorstCaseWeights",
+    "args",
     "best_of_n",
     "blockwise_best_of_k",
     "controlled_decoding",
     "fudge",
     "mavis",
     "prefix_score",
+    "rad",
     "response_score",
     "robust",
     "train_mavis",
