@@ -179,7 +179,7 @@ def solve_log_ratios(lr: Array, u: Array, slope: Slope, log_mass: float = 0.0) -
     behind = u[best] - u  # >= 0
 
     def log_ratios(rho: float) -> Array:
-        return slope.inverse(slope.slope(np.array(rho)) - behind)
+        return slope.inverse(slope.slope(np.array(rho, dtype=u.dtype)) - behind)
 
     low, high = log_mass - np.log(np.exp(lr).sum()), log_mass - lr[best]
     while low < (middle := 0.5 * (low + high)) < high:  # until no number lies between
