@@ -407,7 +407,7 @@ def _record(
     logarithm of the own mass."""
     best = int(np.argmax(u))
     tau, least = -float(slope.slope(ratios[best])), -float(u[best])
-    ends = np.array([-lr[best], -np.log(np.exp(lr).sum())])
+    ends = np.array([-lr[best], -_log_sum_exp(lr)], dtype=u.dtype)
     lower, upper = (-slope.slope(ends)).tolist()
     solution.update(
         shifts=shift[1:].astype(np.float64), tau=tau, lower=lower, upper=upper, least=least,
