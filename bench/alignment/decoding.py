@@ -57,6 +57,7 @@ def decode(
             seed=noise[start : start + BATCH],
             max_new_tokens=train.MAX_NEW_TOKENS,
             return_model_logprobs=True,
+            plausibility=None,  # no cut: the study measures the mixture itself
             **options,
         )
         assert out.model_logprobs is not None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from .tabular import F, optimum
+from mod_fused.reference import f_of, optimum
 
 Array = np.ndarray
 RESAMPLES = 1000
@@ -115,7 +115,7 @@ def reweighted(rewards: Array, weights: Array, divergence: str) -> tuple[Array, 
     log_ref = np.full(size, -np.log(size))
     tilts = REWARD_SCALE * (rewards @ weights)
     log_x = np.stack([optimum(divergence, log_ref, tilt) for tilt in tilts]) + np.log(size)
-    return (np.exp(log_x)[..., None] * rewards).mean(1), F[divergence](log_x).mean(1)
+    return (np.exp(log_x)[..., None] * rewards).mean(1), f_of(divergence)(log_x).mean(1)
 
 
 #: (f(x) - f'(1) (x - 1)) / x as a function of d = log x and y = 1/x: powers of x may overflow.

@@ -20,82 +20,22 @@ from mod_fused import reference
 from mod_fused.divergence import DIVERGENCES
 from mod_fused.training import embedded_policies as train
 
-# f' of design §2 as a function of x, as printed.
-F_PRIME = {
-    "reverse_kl": lambda x: np.log(x) + 1.0,
-    "forward_kl": lambda x: -1.0 / x,
-    "jsd": lambda x: np.log(2.0) + np.log(x / (1.0 + x)),
-    "alpha:0.5": lambda x: (1.0 - x**-0.5) / 0.5,
-    "jeffrey": lambda x: np.log(x) - 1.0 / x + 1.0,
-}
 MAX_TV = 2e-5  # the op's, of the contract
 
 
-def total_variation(log_p: np.ndarray, log_q: np.ndarray) -> float:
-    return float(0.5 * np.abs(np.exp(log_p) - np.exp(log_q)).sum())
-
-
 # --- the tabular worlds ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_optimum_and_objective_are_those_of_the_printed_f(divergence):
-    # R - f'(x) constant, sum 1: with f strictly convex, the one maximum of J.
-    rng = np.random.default_rng(1)
-    x = rng.uniform(0.05, 6.0, size=50)
-    step = 1e-6
-    f = tabular.F[divergence]
-    numeric = (f(np.log(x + step)) - f(np.log(x - step))) / (2 * step)
-    assert np.abs(numeric - F_PRIME[divergence](x)).max() <= 1e-5
-    assert abs(f(np.zeros(1))[0]) <= 1e-12
-    for _ in range(20):
-        log_ref = reference.log_softmax(1.5 * rng.normal(size=9))
-        reward = 2.0 * rng.normal(size=9)
-        best = tabular.optimum(divergence, log_ref, reward)
-        assert abs(np.exp(best).sum() - 1.0) <= 1e-10
-        assert np.ptp(reward - F_PRIME[divergence](np.exp(best - log_ref))) <= 1e-7
-        top = tabular.objective(divergence, log_ref, best, reward)
-        other = reference.log_softmax(best + 0.1 * rng.normal(size=9))
-        assert tabular.objective(divergence, log_ref, other, reward) < top
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_the_op_mixes_optimal_policies_to_the_exact_optimum_of_the_mixed_reward(divergence):
-    rng = np.random.default_rng(2)
-    for k in range(40):
-        arms, policies = int(rng.integers(2, 60)), int(rng.integers(1, 5))
-        log_ref = reference.log_softmax(1.5 * rng.normal(size=arms))
-        rewards = 2.0 * rng.normal(size=(policies, arms))
-        weights = rng.dirichlet(np.ones(policies)) * (1.0, 0.5, 1.7)[k % 3]
-        optima = np.stack([tabular.optimum(divergence, log_ref, r) for r in rewards])
-        got = tabular.mixed(divergence, log_ref[None], optima[:, None], weights)[0]
-        best = tabular.optimum(divergence, log_ref, weights @ rewards)
-        assert total_variation(got, best) <= MAX_TV
-
-
-def test_a_tree_s_prefixes_and_decoder_agree_with_its_leaves():
-    tree = tabular.random_tree(np.random.default_rng(3), vocab=3, depth=3)
-    leaves = np.exp(tree.log_ref).reshape(3, 3, 3)
-    empty, one, two, three = tree.marginals(tree.log_ref)
-    assert np.exp(empty) == pytest.approx([1.0])
-    assert np.exp(one) == pytest.approx(leaves.sum((1, 2)))
-    assert np.exp(two) == pytest.approx(leaves.sum(2).ravel())
-    assert np.exp(three) == pytest.approx(leaves.ravel())
-    best = tabular.optimum("jsd", tree.log_ref, tree.rewards[0])
-    again = tree.decoded(lambda prefixes, tokens: tokens[1], best)  # one policy by itself
-    assert again == pytest.approx(best, abs=1e-10)
 
 
 def test_token_by_token_is_exact_for_reverse_kl_and_additive_rewards_and_not_beyond():
     weights = np.array([0.3, 0.7])
 
     def found(divergence: str, additive: bool) -> dict[str, Any]:
-        tree = tabular.random_tree(np.random.default_rng(4), additive=additive)
+        tree = reference.random_tree(np.random.default_rng(4), additive=additive)
         assert sum(np.exp(tree.log_ref)) == pytest.approx(1.0)
         return dict(tabular.shortfalls(divergence, tree, weights))
 
     additive, general = found("reverse_kl", True), found("reverse_kl", False)
-    for mix in ("token by token, exact Z", "token by token, Z = 0", "with history, exact Z"):
+    for mix in ("token by token, exact Z", "token by token, Z = 0", "prefix ratios, own mass"):
         assert additive[mix].total_variation <= MAX_TV
         assert abs(additive[mix].lost) <= 1e-4
     assert additive["mean of probabilities"].lost > 0.01
@@ -109,12 +49,25 @@ def test_token_by_token_is_exact_for_reverse_kl_and_additive_rewards_and_not_bey
 def test_zero_z_and_averages_fall_short_where_exact_z_does_not(divergence):
     rng, lost = np.random.default_rng(5), {}
     for _ in range(10):
-        tree = tabular.bandit(tabular.random_tree(rng, depth=3))
+        tree = reference.bandit(reference.random_tree(rng, depth=3))
         for mix, result in tabular.shortfalls(divergence, tree, np.array([0.5, 0.5])):
             lost.setdefault(mix, []).append(np.nan if result is None else result.lost)
     assert np.abs(lost["token by token, exact Z"]).max() <= 1e-4
     for mix in ("token by token, Z = 0", "mean of logits", "mean of probabilities"):
         assert np.mean(lost[mix]) > 0.02
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha:0.5", "jeffrey"])
+def test_own_mass_is_the_policy_at_a_corner_and_loses_least_between(divergence):
+    rng, lost = np.random.default_rng(6), {}
+    for _ in range(5):
+        tree = reference.random_tree(rng, additive=True)
+        corner = dict(tabular.shortfalls(divergence, tree, np.array([1.0, 0.0])))
+        assert corner["prefix ratios, own mass"].total_variation <= tree.depth * MAX_TV
+        for mix, result in tabular.shortfalls(divergence, tree, np.array([0.5, 0.5])):
+            lost.setdefault(mix, []).append(np.inf if result is None else result.lost)
+    means = {mix: np.mean(values) for mix, values in lost.items()}
+    assert 0.0 < means["prefix ratios, own mass"] == min(means.values())
 
 
 # --- estimators -----------------------------------------------------------------------------------
@@ -126,7 +79,7 @@ def test_divergence_terms_are_not_negative_and_have_the_divergence_as_their_mean
     log_ref, log_pi = (reference.log_softmax(rng.normal(size=30)) for _ in range(2))
     terms = statistics.divergence_terms(divergence, log_pi - log_ref)
     assert terms.min() >= -1e-12
-    exact = np.exp(log_ref) @ tabular.F[divergence](log_pi - log_ref)
+    exact = np.exp(log_ref) @ reference.f_of(divergence)(log_pi - log_ref)
     assert np.exp(log_pi) @ terms == pytest.approx(exact, rel=1e-10)
     assert np.isfinite(statistics.divergence_terms(divergence, np.array([-90.0, 2000.0]))).all()
 
@@ -187,7 +140,7 @@ def test_intervals_over_trainings_hold_the_mean_as_often_as_they_say():
 def test_the_loss_is_least_at_the_optimum_under_every_divergence(divergence):
     rewards = np.linspace(0.0, 1.0, 8)
     log_ref = np.full(8, -np.log(8.0))
-    best = tabular.optimum(divergence, log_ref, train.PREFERENCE_SCALE * rewards) - log_ref
+    best = reference.optimum(divergence, log_ref, train.PREFERENCE_SCALE * rewards) - log_ref
     # Reverse KL and JSD are never continued; the others stay where f' is itself.
     assert divergence in ("reverse_kl", "jsd") or best.min() > train.TANGENT_BELOW
     log_ratios = torch.from_numpy(best[None]).requires_grad_()
