@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import readme, report
-from .loop import Phases, run
+from .loop import Phase, run
 
 
 class Study(NamedTuple):
@@ -18,7 +18,7 @@ class Study(NamedTuple):
     command: str
     sizes: Any  # a NamedTuple
     tiny: Any
-    phases: Callable[[Any], Phases]
+    phases: Callable[[Any], list[Phase]]
     summary: Callable[[Path, Any], dict[str, Any]]
 
 

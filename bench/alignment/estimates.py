@@ -59,7 +59,7 @@ class Study:
 
     def __init__(self, work: Path, sizes: Sizes) -> None:
         self.work, self.sizes = work, sizes
-        parts = [load(work, f"pool-{part}") for part in range(-(-sizes.pool // policies.POOL_PART))]
+        parts = [load(work, "pool", part) for part in range(-(-sizes.pool // policies.POOL_PART))]
         self.pool = np.concatenate(parts, axis=1).astype(float)
         self.scored = functools.cache(self._scored)
         self.reference = self.scored(cells(sizes)[0])
@@ -75,7 +75,7 @@ class Study:
             return Scored(best_of(self.pool, weights, n), kl, nowhere)
         if cell.weights in CORNERS:
             cell = cell._replace(method="mod", mixed_by=cell.tuned)
-        found = load(self.work, cell.name)
+        found = load(self.work, "cells", cell)
         rewards, kl = found["rewards"].mean(0), found["kl"]
         if cell.greedy or not found["valid"].all():
             return Scored(rewards, nowhere, nowhere)
@@ -119,7 +119,7 @@ def _estimates(scored: Scored, weights: Weights) -> Record:
 
 def _cells(study: Study) -> Iterator[Record]:
     for cell in cells(study.sizes):
-        found, scored = load(study.work, cell.name), study.scored(cell)
+        found, scored = load(study.work, "cells", cell), study.scored(cell)
         record = cell._asdict() | _estimates(scored, cell.weights)
         for name, x in (
             ("length", found["length"].mean()),
@@ -209,7 +209,7 @@ def _over_seeds(study: Study) -> Iterator[Record]:
 
 def _trainings(study: Study) -> Iterator[Record]:
     for policy in policies.policies(study.sizes):
-        record = load(study.work, policy.name)["record"]
+        record = load(study.work, "trainings", policy)["record"]
         least = policies.least_loss(policies.load_answers(study.work, policy.seed), policy.weights)
         yield policy._asdict() | record | {"least_loss": least}
 

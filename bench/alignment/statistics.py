@@ -118,20 +118,13 @@ def reweighted(rewards: Array, weights: Array, divergence: str) -> tuple[Array, 
     return (np.exp(log_x)[..., None] * rewards).mean(1), f_of(divergence)(log_x).mean(1)
 
 
-#: (f(x) - f'(1) (x - 1)) / x as a function of d = log x and y = 1/x: powers of x may overflow.
-_TERMS: dict[str, Callable[[Array, Array], Array]] = {
-    "reverse_kl": lambda d, y: d - 1.0 + y,
-    "forward_kl": lambda d, y: 1.0 - y - d * y,
-    "jsd": lambda d, y: d - (1.0 + y) * (np.logaddexp(0.0, d) - np.log(2.0)),
-    "alpha:0.5": lambda d, y: 2.0 + 2.0 * y - 4.0 * np.sqrt(y),
-    "jeffrey": lambda d, y: (1.0 - y) * d,
-}
-
-
 def divergence_terms(divergence: str, d: Array) -> Array:
     """Non-negative terms whose mean over answers drawn from pi estimates sum pi_ref f(pi / pi_ref).
 
-    (f(x) - f'(1) (x - 1)) / x at the log-ratios d = log x: the subtracted part has mean 0.
+    (f(x) - f'(1) (x - 1)) / x at the log-ratios d = log x: the subtracted part has mean 0. f(x) / x
+    is the f of the divergence from pi to pi_ref, at 1 / x. Alpha is 1/2.
     """
+    swapped = {"reverse_kl": ("forward_kl", 1.0), "forward_kl": ("reverse_kl", -1.0)}
+    back, slope = swapped.get(divergence, (divergence, 0.0))
     d = d.astype(np.float64)
-    return _TERMS[divergence](d, np.exp(-d))
+    return f_of(back)(-d) + slope * np.expm1(-d)

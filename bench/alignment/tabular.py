@@ -7,6 +7,7 @@ optimum is known. Run it by
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,44 +21,32 @@ from mod_fused.reference import Shortfall, Tree
 Array = np.ndarray
 
 
-def mixed(
-    divergence: str, log_ref: Array, policies: Array, weights: Array, **options: Any
-) -> Array:
-    """The op's log pi* as float64 [B, V]; log_ref [B, V], policies [M, B, V], weights [M]."""
-    logits = torch.from_numpy(np.stack([log_ref, *policies])).float()
-    result = mod_fused.log_probs(
-        logits[0], logits[1:], weights.tolist(), divergence=divergence, **options
-    )
-    return result.double().numpy()
-
-
 def token_mixes(divergence: str, weights: Array) -> dict[str, reference.NextTokens]:
     """Functions that mix next-token distributions, for `Tree.decoded`."""
 
     def mod(normalizer: str, history: bool) -> reference.NextTokens:
         def mix(log_pi: Array, prefixes: list[Array], tokens: list[Array]) -> Array:
-            options: dict[str, Any] = {"normalizer": normalizer}
+            logits = torch.from_numpy(np.stack(tokens)).float()
+            options: dict[str, Any] = {"divergence": divergence, "normalizer": normalizer}
             if history:
                 options["prefix_logprobs"] = torch.from_numpy(np.stack(prefixes, axis=1))
             if history and normalizer == "exact":
                 options["mixture_prefix_logprobs"] = torch.from_numpy(log_pi)
-            return mixed(divergence, tokens[0], np.stack(tokens[1:]), weights, **options)
+            return mod_fused.log_probs(logits[0], logits[1:], weights, **options).double().numpy()
 
         return mix
-
-    def mean_logits(_: Array, __: list[Array], tokens: list[Array]) -> Array:
-        return reference.log_softmax(np.tensordot(weights, np.stack(tokens[1:]), 1))
-
-    def mean_probabilities(_: Array, __: list[Array], tokens: list[Array]) -> Array:
-        return np.log(np.tensordot(weights, np.exp(np.stack(tokens[1:])), 1))
 
     return {
         "token by token, exact Z": mod("exact", False),
         "token by token, Z = 0": mod("zero", False),
         "prefix ratios, own mass": mod("exact", True),
         "prefix ratios, Z = 0": mod("zero", True),
-        "mean of logits": mean_logits,
-        "mean of probabilities": mean_probabilities,
+        "mean of logits": lambda _, __, tokens: reference.log_softmax(
+            np.tensordot(weights, np.stack(tokens[1:]), 1)
+        ),
+        "mean of probabilities": lambda _, __, tokens: np.log(
+            np.tensordot(weights, np.exp(np.stack(tokens[1:])), 1)
+        ),
     }
 
 
@@ -77,24 +66,21 @@ def measure(worlds: int = 40, seed: int = 0) -> list[dict[str, Any]]:
     """Means over random worlds and simplex weights, one record per divergence, world and mix."""
     records: list[dict[str, Any]] = []
     kinds = {"one token": True, "tree, additive rewards": True, "tree": False}
-    for kind, additive in kinds.items():
-        for divergence in DIVERGENCES:
-            rng = np.random.default_rng(seed)
-            found: dict[str, list[Shortfall | None]] = {}
-            for _ in range(worlds):
-                tree = reference.random_tree(rng, additive=additive)
-                weights = rng.dirichlet(np.ones(len(tree.rewards)))
-                tree = reference.bandit(tree) if kind == "one token" else tree
-                for name, result in shortfalls(divergence, tree, weights):
-                    found.setdefault(name, []).append(result)
-            for name, results in found.items():
-                valid = [r for r in results if r is not None]
-                record: dict[str, Any] = {"world": kind, "divergence": divergence, "mix": name}
-                record |= {"worlds": worlds, "invalid": worlds - len(valid)}
-                for field in Shortfall._fields if valid else ():
-                    values = [getattr(r, field) for r in valid]
-                    record |= {field: float(np.mean(values)), f"{field}_max": float(max(values))}
-                records.append(record)
+    for (kind, additive), divergence in product(kinds.items(), DIVERGENCES):
+        rng, found = np.random.default_rng(seed), {}
+        for _ in range(worlds):
+            tree = reference.random_tree(rng, additive=additive)
+            weights = rng.dirichlet(np.ones(len(tree.rewards)))
+            tree = reference.bandit(tree) if kind == "one token" else tree
+            for name, result in shortfalls(divergence, tree, weights):
+                found.setdefault(name, []).append(result)
+        for name, results in found.items():
+            valid = [r for r in results if r is not None]
+            record: dict[str, Any] = {"world": kind, "divergence": divergence, "mix": name}
+            record |= {"worlds": worlds, "invalid": worlds - len(valid)}
+            for field, values in zip(Shortfall._fields, zip(*valid, strict=True), strict=False):
+                record |= {field: float(np.mean(values)), f"{field}_max": float(max(values))}
+            records.append(record)
     return records
 
 

@@ -166,7 +166,8 @@ def test_no_log_ratios_have_less_loss_than_the_least(monkeypatch):
 
 def test_every_job_has_its_own_file_and_what_a_cell_needs_is_trained():
     sizes = policies.Sizes()
-    files = [loop.file_of(Path(), job.name) for _, jobs in policies.phases(sizes) for job in jobs]
+    every = [(phase.title, record) for phase in policies.phases(sizes) for record in phase.records]
+    files = [loop.file_of(Path(), *one) for one in every]
     assert len(set(files)) == len(files) == 3 + 4 + 75 + 587
     trained = set(policies.policies(sizes))
     assert all(set(policies.needed(cell)) <= trained for cell in policies.cells(sizes))
@@ -188,18 +189,18 @@ def test_a_tiny_run_writes_every_cell_table_and_picture(finished):
     from_pool = result["cells"][len(cells) :]
     assert [c["method"] for c in result["cells"][: len(cells)]] == [c.method for c in cells]
     assert {c["method"] for c in from_pool} == {"best of 4", "best of 16", "optimum"}
-    pool = loop.load(work, "pool-0")
+    pool = loop.load(work, "pool", 0)
     for record in from_pool:
         assert record["overall"][0] >= pool.mean() or min(record["weights"]) == 0.0
     assert all(r["loss"] > r["least_loss"] > 0.1 for r in result["trainings"])
     for cell, record in zip(cells, result["cells"], strict=False):
-        arrays = loop.load(work, cell.name)
+        arrays = loop.load(work, "cells", cell)
         assert arrays["rewards"].shape == (cell.samples, policies.TINY.prompts, 3)
         for k, name in enumerate(("helpful", "harmless", "humorous")):
             assert record[name][0] == pytest.approx(arrays["rewards"][..., k].mean(), abs=1e-4)
         assert (record["kl"] is not None) == (not cell.greedy and record["invalid"] == 0)
     # The reference answers alike whatever it is called: weight 0, or greedy twice.
-    assert np.abs(loop.load(work, cells[0].name)["kl"]).max() <= 1e-3
+    assert np.abs(loop.load(work, "cells", cells[0])["kl"]).max() <= 1e-3
     text = (out / "alignment.md").read_text()
     assert text.count("\n## ") == 9 and str(work) not in text + (out / "alignment.json").read_text()
     assert {p.name for p in out.glob("*.png")} == {"alignment_pareto.png", "alignment_kl.png"}
@@ -209,9 +210,9 @@ def test_an_interrupted_run_goes_on_and_repeats_itself(finished, capsys):
     work, out = finished
     before = report.load(out / "alignment.json")
     policy, cell = policies.policies(policies.TINY)[0], policies.cells(policies.TINY)[2]
-    redone = [loop.file_of(work, name) for name in (policy.name, cell.name)]
+    redone = [loop.file_of(work, "trainings", policy), loop.file_of(work, "cells", cell)]
     kept = {p: p.stat().st_mtime_ns for p in work.glob("*.pt") if p not in redone}
-    weights = loop.load(work, policy.name)["model"]
+    weights = loop.load(work, "trainings", policy)["model"]
     for file in redone:
         file.unlink()
     words = ["--tiny", "--workers", "1", "--work", str(work), "--out", str(out)]
@@ -219,7 +220,7 @@ def test_an_interrupted_run_goes_on_and_repeats_itself(finished, capsys):
     printed = capsys.readouterr().err
     assert "trainings, 1 of" in printed and "cells, 1 of" in printed
     assert all(p.stat().st_mtime_ns == then for p, then in kept.items())
-    for name, tensor in loop.load(work, policy.name)["model"].items():
+    for name, tensor in loop.load(work, "trainings", policy)["model"].items():
         torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=0)
     assert report.load(out / "alignment.json")["cells"] == before["cells"]
 
@@ -227,7 +228,7 @@ def test_an_interrupted_run_goes_on_and_repeats_itself(finished, capsys):
 def test_a_folder_of_another_run_is_refused(finished):
     work, _ = finished
     with pytest.raises(ValueError, match="holds results of other sizes"):
-        loop.run(work, [], policies.TINY._replace(steps=3), 1)
+        loop.run(work, [], policies.TINY._replace(policy_steps=3), 1)
     with pytest.raises(SystemExit, match="at least 1, got 0"):
         command.main(study.STUDY, ["--workers", "0", "--out", str(work)])
 
