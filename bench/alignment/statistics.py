@@ -57,13 +57,6 @@ def over_seeds(values: Sequence[float]) -> Interval:
     return _rounded(center, center - half, center + half)
 
 
-def at_kl(kl: Array, curve_rewards: Array, curve_kl: Array) -> Array:
-    """[R]: rewards at KL [R] of curves [R, S], joined linearly between their S points."""
-    order = np.argsort(curve_kl, axis=1)
-    x, y = (np.take_along_axis(c, order, 1) for c in (curve_kl, curve_rewards))
-    return np.array([np.interp(at, xs, ys) for at, xs, ys in zip(kl, x, y, strict=True)])
-
-
 def lead_at_kl(
     lead: Callable[[Array, Array], Array], reward: Array, kl: Array, curve: Array, curve_kl: Array
 ) -> Interval | None:
@@ -74,7 +67,9 @@ def lead_at_kl(
         return None
 
     def estimate(own: Array, at: Array, rewards: Array, kls: Array) -> Array:
-        return lead(own, at_kl(at, rewards, kls))
+        order = np.argsort(kls, axis=1)  # the curve joins its S points linearly
+        x, y = (np.take_along_axis(c, order, 1) for c in (kls, rewards))
+        return lead(own, np.array([np.interp(*one) for one in zip(at, x, y, strict=True)]))
 
     return interval(estimate, reward, kl, curve, curve_kl)
 

@@ -83,12 +83,6 @@ class Cells:
         found = [r for r in self.result["cells"] if wanted.items() <= r.items()]
         return max(found, key=lambda r: r["samples"], default={})
 
-    def over_key(self, method: str, tuned: str, **fields: Any) -> Record:
-        """Means over the key weights; "no solution" where a cell has none."""
-        found = [self.one(w, method, tuned, **fields) for w in self.key]
-        unsolved = any(r["invalid"] for r in found)
-        return {"weighted": "no solution"} if unsolved else mean(found)
-
     def at(self, places: Iterable[Sequence[float]], *methods: str) -> Iterable[Record]:
         """The cells of all divergences and methods; "mod, Z = 0" is one of them."""
         for w, d, name in product(places, self.divergences, methods):
@@ -106,18 +100,22 @@ def _without_policies(t: Cells) -> Iterable[Record]:
 
 
 def _over_key(t: Cells) -> Iterable[Record]:
-    for d in t.divergences:
-        ways: list[Record] = [{"method": m, "greedy": g} for g in (False, True) for m in METHODS]
-        if d != "reverse_kl":  # which neither history nor Z changes
-            variants = policies.VARIANTS[1:]  # the first is the first way
-            ways += [{"method": "mod", "normalizer": z, "history": h} for z, h in variants]
-        ways += [{"method": "mod", "mixed_by": by} for by in t.divergences if by != d]
-        for way in ways:
-            main = {"mixed_by": d, "normalizer": "exact"} if way["method"] == "mod" else {}
-            shown = {"mixed_by": "", "normalizer": ""} | main | way
-            shown |= {"history": "yes" * way.get("history", False)}
-            shown |= {"drawn": "greedily" if way.get("greedy") else "at random"}
-            yield {"tuned": d} | t.over_key(tuned=d, **way) | shown
+    """Means of the first training over the key weights; "no solution" where a cell has none."""
+    ways: dict[tuple[Any, ...], list[Record]] = {}
+    for r in t.result["cells"]:
+        if r["weights"] in t.key and r["method"] in METHODS and r["seed"] == 0:
+            way = [r[x] for x in ("tuned", "method", "mixed_by", "normalizer", "history", "greedy")]
+            ways.setdefault(tuple(way), []).append(r)
+    for (tuned, method, mixed_by, normalizer, history, greedy), found in ways.items():
+        unsolved = any(r["invalid"] for r in found)
+        yield ({"weighted": "no solution"} if unsolved else mean(found)) | {
+            "tuned": tuned,
+            "method": method,
+            "mixed_by": mixed_by,
+            "normalizer": normalizer if method == "mod" else "",
+            "history": "yes" * history,
+            "drawn": "greedily" if greedy else "at random",
+        }
 
 
 def _tabular(t: Cells) -> Iterable[Record]:

@@ -5,9 +5,9 @@ sequence."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -35,19 +35,9 @@ class Task(NamedTuple):
     weights: tuple[float, ...]
 
 
-@contextmanager
-def _replaced(around: Around) -> Iterator[None]:
-    original = decoder.sample
-    decoder.sample = around(original)
-    try:
-        yield
-    finally:
-        decoder.sample = original
-
-
 def generate(task: Task, around: Around, backend: str | None) -> Drawn:
     """`mod_fused.generate` with the op on a backend."""
-    with _replaced(around):
+    with mock.patch.object(decoder, "sample", around(decoder.sample)):
         out = mod_fused.generate(
             task.ensemble,
             input_ids=task.prompts,
