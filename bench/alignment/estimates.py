@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mod_fused import world
+from mod_fused.reference import divergence_terms
 
 from . import policies, statistics, tabular
 from .decoding import Array
@@ -79,7 +80,7 @@ class Study:
         rewards, kl = found["rewards"].mean(0), found["kl"]
         if cell.greedy or not found["valid"].all():
             return Scored(rewards, nowhere, nowhere)
-        terms = kl if cell.method == "reference" else statistics.divergence_terms(cell.tuned, kl)
+        terms = kl if cell.method == "reference" else divergence_terms(cell.tuned, kl)
         return Scored(rewards, kl.mean(0), terms.mean(0))
 
     def method(self, name: str, tuned: str, weights: Weights, seed: int = 0) -> Scored:

@@ -111,15 +111,3 @@ def reweighted(rewards: Array, weights: Array, divergence: str) -> tuple[Array, 
     tilts = REWARD_SCALE * (rewards @ weights)
     log_x = np.stack([optimum(divergence, log_ref, tilt) for tilt in tilts]) + np.log(size)
     return (np.exp(log_x)[..., None] * rewards).mean(1), f_of(divergence)(log_x).mean(1)
-
-
-def divergence_terms(divergence: str, d: Array) -> Array:
-    """Non-negative terms whose mean over answers drawn from pi estimates sum pi_ref f(pi / pi_ref).
-
-    (f(x) - f'(1) (x - 1)) / x at the log-ratios d = log x: the subtracted part has mean 0. f(x) / x
-    is the f of the divergence from pi to pi_ref, at 1 / x. Alpha is 1/2.
-    """
-    swapped = {"reverse_kl": ("forward_kl", 1.0), "forward_kl": ("reverse_kl", -1.0)}
-    back, slope = swapped.get(divergence, (divergence, 0.0))
-    d = d.astype(np.float64)
-    return f_of(back)(-d) + slope * np.expm1(-d)

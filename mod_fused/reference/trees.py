@@ -51,6 +51,25 @@ def f_of(divergence: Any) -> Callable[[Array], Array]:
     return f
 
 
+def divergence_terms(divergence: Any, d: Array) -> Array:
+    """Terms >= 0 whose mean over responses drawn from pi estimates sum_y pi_ref f(pi / pi_ref).
+
+    They are (f(x) - f'(1) (x - 1)) / x at d = log x = log(pi / pi_ref), float [...] in nats: what
+    is subtracted has mean 0. f(x) / x is the f of the divergence with pi and pi_ref swapped, at
+    1 / x.
+
+    Raises:
+        ValueError: there is no such divergence.
+    """
+    name, d = str(getattr(divergence, "name", divergence)), np.asarray(d, dtype=np.float64)
+    swapped, slope = {"reverse_kl": ("forward_kl", 1.0), "forward_kl": ("reverse_kl", -1.0)}.get(
+        name, (name, 0.0)
+    )
+    if name.startswith("alpha:"):
+        swapped = f"alpha:{1.0 - float(name.removeprefix('alpha:'))}"
+    return f_of(swapped)(-d) + slope * np.expm1(-d)
+
+
 def optimum(divergence: Any, log_ref: Array, reward: Array) -> Array:
     """log of the policy that maximises J; float64 [N] in nats, from finite log pi_ref [N] and
     rewards [N]."""

@@ -51,6 +51,19 @@ def test_optimum_and_objective_are_those_of_the_printed_f(divergence: str) -> No
         assert reference.objective(divergence, log_ref, other, reward) < top
 
 
+@pytest.mark.parametrize("divergence", F_PRIME)
+def test_divergence_terms_are_not_negative_and_have_the_divergence_as_their_mean(
+    divergence: str,
+) -> None:
+    rng = np.random.default_rng(6)
+    log_ref, log_pi = (reference.log_softmax(rng.normal(size=30)) for _ in range(2))
+    terms = reference.divergence_terms(divergence, log_pi - log_ref)
+    assert terms.min() >= -1e-12
+    exact = np.exp(log_ref) @ reference.f_of(divergence)(log_pi - log_ref)
+    assert np.exp(log_pi) @ terms == pytest.approx(exact, rel=1e-10)
+    assert np.isfinite(reference.divergence_terms(divergence, np.array([-90.0, 2000.0]))).all()
+
+
 def test_an_unknown_divergence_is_refused() -> None:
     with pytest.raises(ValueError, match="expected reverse_kl.*got chi2"):
         reference.f_of("chi2")
