@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     for name, case in CASES.items():
         command = subcommands.add_parser(name, help=case.help, description=case.help)
         if isinstance(case, Case):
-            grid.add_options(command)
+            grid.add_options(command, case)
         else:
             case.options(command)
         command.add_argument("--quick", action="store_true", help="small shapes, seconds in all")

@@ -112,9 +112,5 @@ def summary(work: Path, sizes: Sizes) -> Record:
     }
 
 
-STUDY = command.Study(
-    "control", "bench.alignment.control", Sizes(), guided.TINY, guided.phases, summary
-)
-
 if __name__ == "__main__":
-    raise SystemExit(command.main(STUDY))
+    raise SystemExit(command.main("bench.alignment.control", guided, summary))

@@ -122,12 +122,8 @@ def _cells(study: Study) -> Iterator[Record]:
     for cell in cells(study.sizes):
         found, scored = load(study.work, "cells", cell), study.scored(cell)
         record = cell._asdict() | _estimates(scored, cell.weights)
-        for name, x in (
-            ("length", found["length"].mean()),
-            ("ended", found["ended"].mean()),
-            ("invalid", 1.0 - found["valid"].mean()),
-        ):
-            record[name] = round(float(x), 4)
+        record |= {name: round(float(found[name].mean()), 4) for name in ("length", "ended")}
+        record["invalid"] = round(float(1.0 - found["valid"].mean()), 4)
         if cell.weights in study.sizes.key and cell.method != "reference":
             record["lost"] = study.lost(scored, cell.tuned, cell.weights)
         yield record
@@ -143,12 +139,6 @@ def _equal_weights(study: Study) -> Iterator[Record]:
     """
     equal = [w for w in EQUAL if w == CENTRE or w in study.sizes.outside]
 
-    def relative(a: Array, b: Array) -> Array:
-        return a / b - 1.0
-
-    def behind(a: Array, b: Array) -> Array:
-        return relative(b, a)
-
     def relative_gain(a: Array, b: Array, r: Array) -> Array:
         with np.errstate(divide="ignore", invalid="ignore"):  # the other's gain may be 0
             return (a - r) / (b - r) - 1.0
@@ -158,7 +148,7 @@ def _equal_weights(study: Study) -> Iterator[Record]:
         record: Record = {"tuned": tuned, "seed": seed}
         others = {n: study.method(n, tuned, CENTRE, seed) for n in ("soup", "retrained", *BEST_OF)}
         for name, other in others.items():
-            record[name] = interval(relative, ours, other.rewards.mean(1))
+            record[name] = interval(lambda a, b: a / b - 1.0, ours, other.rewards.mean(1))
         arrays = others["soup"].rewards.mean(1), study.reference.rewards.mean(1)
         gain = interval(relative_gain, ours, *arrays)
         record["gain"] = gain if np.isfinite(gain).all() else None
@@ -168,7 +158,9 @@ def _equal_weights(study: Study) -> Iterator[Record]:
             curve_kl = np.stack([s.kl for s in line], axis=1)
             for name in ("soup", "retrained"):
                 reward, kl = others[name].rewards.mean(1), others[name].kl
-                record[f"{name} at its KL"] = lead_at_kl(behind, reward, kl, curve, curve_kl)
+                record[f"{name} at its KL"] = lead_at_kl(
+                    lambda a, b: b / a - 1.0, reward, kl, curve, curve_kl
+                )
         yield record
 
 

@@ -135,9 +135,8 @@ def cells(sizes: Sizes) -> list[Cell]:
                 out.append(mod._replace(weights=weights, normalizer="zero"))
     for seed, tuned in product(range(1, sizes.train_seeds), sizes.divergences):
         out += compared(tuned, CENTRE, samples=n, seed=seed)
-        for weights in (*CORNERS, *(w for w in sizes.key if w != CENTRE)):
-            mod, soup, _ = compared(tuned, weights, samples=n, seed=seed)
-            out += [mod] if weights in CORNERS else [mod, soup]
+        for weights in (*CORNERS, *sizes.key):
+            out += compared(tuned, weights, samples=n, seed=seed)[: 1 if weights in CORNERS else 2]
     return list(dict.fromkeys(out))
 
 

@@ -29,8 +29,10 @@ def figure(record: Record, column: str) -> str:
     x = record.get(form["field"] if form else column)
     if x is None:
         return ""
+    if form is None and isinstance(x, list):
+        return ", ".join(f"{y:.2g}" for y in x)
     if form is None or isinstance(x, str):
-        return weights(x) if isinstance(x, list) else f"{x:g}" if isinstance(x, float) else str(x)
+        return f"{x:g}" if isinstance(x, float) else str(x)
     scale = 100.0 if form["percent"] else 1.0
     numbers = [f"{scale * y:{form['sign']}.{form['digits']}f}" for y in _listed(x)]
     if form["interval"] and len(numbers) == 3:
@@ -40,11 +42,6 @@ def figure(record: Record, column: str) -> str:
 
 def _listed(x: Any) -> list[float]:
     return x if isinstance(x, list) else [x]
-
-
-def weights(w: Sequence[float]) -> str:
-    """The text of a weight vector."""
-    return ", ".join(f"{x:.2g}" for x in w)
 
 
 def table(records: Iterable[Record], columns: str) -> str:

@@ -92,14 +92,11 @@ def contestants(divergence: str) -> dict[str, Callable[[Task, Around], Drawn]]:
         )
         return out.tokens, out.logprobs
 
-    def formula(logits: list[Tensor], weights: tuple[float, ...], step: int) -> Drawn:
-        return eager.sample(logits, weights, divergence)
-
     out: dict[str, Callable[[Task, Around], Drawn]] = {
         "generate": functools.partial(generate, backend=None),
         "generate_torch": functools.partial(generate, backend="torch"),
         "op": functools.partial(plain, draw=op),
-        "eager": functools.partial(plain, draw=formula),
+        "eager": functools.partial(plain, draw=lambda x, w, _: eager.sample(x, w, divergence)),
     }
     if divergence == "reverse_kl":
         out["release"] = functools.partial(plain, draw=weighted_log_probs)

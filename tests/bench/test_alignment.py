@@ -14,8 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed
 
 from bench import report
-from bench.alignment import __main__ as study
-from bench.alignment import command, loop, policies, statistics, tables, tabular
+from bench.alignment import command, estimates, loop, policies, statistics, tables, tabular
 from mod_fused import reference
 from mod_fused.divergence import DIVERGENCES
 from mod_fused.training import embedded_policies as train
@@ -162,12 +161,16 @@ def test_every_job_has_its_own_file_and_what_a_cell_needs_is_trained():
     assert all(set(policies.needed(cell)) <= trained for cell in policies.cells(sizes))
 
 
+def run(words: list[str]) -> int:
+    return command.main("bench.alignment", policies, estimates.summary, words)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The work folder and the results of a tiny run."""
     work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("out")
     words = ["--tiny", "--workers", "1", "--work", str(work), "--out", str(out)]
-    assert command.main(study.STUDY, words) == 0
+    assert run(words) == 0
     return work, out
 
 
@@ -205,7 +208,7 @@ def test_an_interrupted_run_goes_on_and_repeats_itself(finished, capsys):
     for file in redone:
         file.unlink()
     words = ["--tiny", "--workers", "1", "--work", str(work), "--out", str(out)]
-    assert command.main(study.STUDY, words) == 0
+    assert run(words) == 0
     printed = capsys.readouterr().err
     assert "trainings, 1 of" in printed and "cells, 1 of" in printed
     assert all(p.stat().st_mtime_ns == then for p, then in kept.items())
@@ -219,7 +222,7 @@ def test_a_folder_of_another_run_is_refused(finished):
     with pytest.raises(ValueError, match="holds results of other sizes"):
         loop.run(work, [], policies.TINY._replace(policy_steps=3), 1)
     with pytest.raises(SystemExit, match="at least 1, got 0"):
-        command.main(study.STUDY, ["--workers", "0", "--out", str(work)])
+        run(["--workers", "0", "--out", str(work)])
 
 
 @pytest.mark.parametrize(

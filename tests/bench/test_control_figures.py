@@ -59,7 +59,7 @@ def test_worth_differences_are_means_over_common_weights():
 
 def test_a_quick_run_writes_every_point_table_and_picture(tmp_path):
     words = ["--quick", "--workers", "1", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
-    assert command.main(control.STUDY, words) == 0
+    assert command.main("bench.alignment.control", guided, control.summary, words) == 0
     result = report.load(tmp_path / "control.json")
     assert set(result) == {
         "sizes", "beta", "points", "mavis", "two", "differences", "seconds_of_jobs",
