@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from mod_fused.call.checks import check_draw, check_mixture
+from mod_fused.call.outputs import new_outputs
 from mod_fused.divergence import DIVERGENCES
 
 from .. import report
@@ -116,13 +117,7 @@ def launched(divergence: str) -> Launch:
     logits = torch.empty((ROWS, VOCAB), dtype=torch.bfloat16, device="meta")
     mixing = check_mixture(logits, [logits] * 2, list(WEIGHTS), divergence=divergence)
     drawing = check_draw(mixing, seed=1)
-    outputs = (
-        logits.new_empty((ROWS,), dtype=torch.int64),
-        logits.new_empty((ROWS,), dtype=torch.float32),
-        logits.new_empty((ROWS,), dtype=torch.bool),
-        None,
-    )
-    (made,), _ = launch.sample_launches(mixing, drawing, outputs)
+    (made,), _ = launch.sample_launches(mixing, drawing, new_outputs(mixing, drawing))
     return made
 
 
