@@ -33,6 +33,8 @@ def run_generate(args: argparse.Namespace) -> int:
     names = policy_names(args)
     weights = _weights(args.weights, names)
     values = scorers.strengths(args) if args.values else None
+    if args.num_candidates is not None:
+        _check_candidates(args)
     if args.score and is_own(args):
         raise UsageError("--score is of the embedded world: choose by --values with own models")
     prompts = _prompts(args)
@@ -52,9 +54,12 @@ def run_generate(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "return_model_logprobs": args.json,
     }
+    if args.num_candidates is not None:
+        settings["num_candidates"] = args.num_candidates
     if not args.best_of:
         settings |= scorers.load_guidance(args) | {"value_weights": values}
-    streamer = TextStream(ensemble.tokenizer) if single and not args.best_of else None
+    streamed = single and not args.best_of and args.num_candidates is None
+    streamer = TextStream(ensemble.tokenizer) if streamed else None
     out = _answers(args, ensemble, prompts, streamer, settings)
     if single:
         write("" if streamer is not None else (out.texts or [""])[0])
@@ -71,6 +76,14 @@ def run_generate(args: argparse.Namespace) -> int:
     if not out.valid.all():
         raise ValueError("no valid distribution at some step: NaN logits, or no Z = 0 solution")
     return 0
+
+
+def _check_candidates(args: argparse.Namespace) -> None:
+    """Refuse what --num-candidates cannot go with."""
+    others = {"greedy": args.greedy, "values": args.values, "best-of": args.best_of}
+    for name, given in others.items():
+        if given:
+            raise UsageError(f"--num-candidates cannot be combined with --{name}")
 
 
 def _answers(
@@ -148,7 +161,15 @@ def _record(out: GenerateOutput | BlockwiseOutput, row: int) -> dict[str, Any]:
         "tokens": out.tokens[row, :n].tolist(),
         "logprobs": out.logprobs[row, :n].tolist(),
         "model_logprobs": logs[row, :n].tolist() if logs is not None else None,
-    } | ({"score": float(out.scores[row])} if isinstance(out, BlockwiseOutput) else {})
+    } | _of_candidates(out, row)
+
+
+def _of_candidates(out: GenerateOutput | BlockwiseOutput, row: int) -> dict[str, Any]:
+    """What is known of the candidates that a response was chosen from."""
+    if isinstance(out, BlockwiseOutput):
+        return {"score": float(out.scores[row])}
+    fields = "weights", "effective_sample_size", "log_normalizer"
+    return {name: x[row].tolist() for name in fields if (x := getattr(out, name)) is not None}
 
 
 def _finite(value: Any) -> Any:
@@ -210,6 +231,13 @@ def add_options(commands: Any, mixture: argparse.ArgumentParser) -> None:
         type=options.names,
         metavar="A,B",
         help="choose by the sum of these rewards of the embedded world",
+    )
+    generate.add_argument(
+        "--num-candidates",
+        type=options.whole(1),
+        metavar="N",
+        help="draw N responses and choose one by its probability under the optimum over whole"
+        " responses",
     )
     generate.add_argument("--greedy", action="store_true", help="the most likely token each time")
     generate.add_argument(
