@@ -36,6 +36,7 @@ PICTURES: dict[str, dict[str, Picture]] = {
 REPORTS: dict[str, Callable[[report.Result], str]] = {
     "alignment": tables.alignment,
     "control": tables.control,
+    "rules": tables.rules,
 }
 #: By the name of a block, the stem of its JSON: fields that select the rows, and the columns.
 BLOCKS: dict[str, tuple[dict[str, object], dict[str, str]]] = {

@@ -147,7 +147,7 @@ def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
 _LABELS = {
     "models": "size", "divergence": "divergence", "contestant": "contestant", "dtype": "dtype",
     "threads": "threads", "B": "batch", "V": "vocab", "mixture": "mixture", "J": "values",
-    "logits": "setting", "filters": "filters",
+    "logits": "setting", "filters": "filters", "L2": "l2",
 }  # fmt: skip
 _FIGURES = "µs|p20 to p80|/ ours|/ floor|GB/s|tok/s|draws|TV|MB|of the logits".split("|")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .call.arguments import DrawArguments, MixtureArguments
+from .call.arguments import ANY_TENSOR, DrawArguments, MixtureArguments
 from .call.checks import check_draw, check_mixture
 from .call.fields import number
 from .call.outputs import new_log_probs, new_outputs
@@ -117,7 +117,7 @@ def explain(
     logit_scales: Any = None,
     vocab_size: int | None = None,
     plausibility: float | None = None,
-    plausibility_tensor: int = 0,
+    plausibility_tensor: int | str = 0,
     temperature: Any = 1.0,
     top_k: Any = None,
     top_p: Any = None,
@@ -327,6 +327,8 @@ def _of_oracle(mixing: MixtureArguments, drawing: DrawArguments) -> Explanation:
     def row(x: Any) -> Any:
         return x[0] if isinstance(x, Tensor) and x.dim() == 2 else x
 
+    any_tensor = mixing.plausibility_tensor == ANY_TENSOR
+    plausible: int | str = "any" if any_tensor else mixing.plausibility_tensor
     own_prefix = None
     if mixing.mixture_prefix_logprobs is not None:
         own_prefix = float(mixing.mixture_prefix_logprobs)
@@ -339,7 +341,7 @@ def _of_oracle(mixing: MixtureArguments, drawing: DrawArguments) -> Explanation:
         prefix_logprobs=row(mixing.prefix_logprobs),
         mixture_prefix_logprobs=own_prefix, logit_scales=mixing.logit_scales or None,
         vocab_size=mixing.vocab_size, plausibility=mixing.plausibility or None,
-        plausibility_tensor=mixing.plausibility_tensor, solution=solution,
+        plausibility_tensor=plausible, solution=solution,
     )  # fmt: skip
     if "reason" in solution:
         return Explanation("oracle", False, solution["reason"])

@@ -23,13 +23,18 @@ That holds for a negative weight too, where the printed formulas have no value.
 Pass further arguments of `mod_fused.sample` beside a recipe. Replace its "weights" by [B, M] for
 strengths that differ from row to row. Give a recipe models in place of logits, and `for_generate`
 turns it into arguments of `generate`.
+
+`soup` is what mixing is compared with: one model, merged from the parameters of several.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from .call.fields import number
 
@@ -41,6 +46,7 @@ __all__ = [
     "genarm",
     "proxy_tuning",
     "realignment",
+    "soup",
 ]
 
 
@@ -227,6 +233,63 @@ def for_generate(recipe: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """
     options = dict(recipe)
     return [options.pop("ref_logits"), *options.pop("policy_logits")], options
+
+
+def soup(models: Sequence[Any], weights: Sequence[float]) -> Any:
+    """Rewarded Soups (arXiv 2306.04488): the model with the parameters
+
+        ref + sum_i w_i (policy_i - ref)
+
+    At sum w = 1 it is the weighted mean of the policies. Parameters of fewer than 32 bits are added
+    in float32 and rounded once. Buffers are the reference's.
+
+    Args:
+        models: the reference, then the policies: modules of one class with the same parameters.
+            Merge adapters into their models first.
+        weights: one finite number for each policy.
+
+    Returns:
+        A new module, in the reference's dtypes and on its devices.
+
+    Raises:
+        TypeError: weights are not numbers, or parameters are no floating-point numbers.
+        ValueError: there is no model, there is not one finite weight per policy, or a policy's
+            class, parameters or their shapes are not those of the reference.
+    """
+    if not models:
+        raise ValueError("models must be the reference and then the policies, got none")
+    reference, *policies = models
+    strengths = [number("weights", w) for w in weights]
+    if len(strengths) != len(policies) or not all(map(math.isfinite, strengths)):
+        raise ValueError(f"weights must be {len(policies)} finite numbers, got {strengths}")
+    expected = _shapes(reference)
+    for i, policy in enumerate(policies, 1):
+        if type(policy) is not type(reference):
+            kinds = type(reference).__name__, type(policy).__name__
+            raise ValueError(f"models[{i}] must be a {kinds[0]} like the reference, got {kinds[1]}")
+        differ = [name for name, _ in expected.items() ^ _shapes(policy).items()]
+        if differ:
+            raise ValueError(
+                f"models[{i}] must have the names and shapes of the reference's parameters, "
+                f"got another {min(differ)!r}"
+            )
+    merged = copy.deepcopy(reference)
+    with torch.no_grad():
+        for name, parameter in merged.named_parameters():
+            if not parameter.is_floating_point():
+                raise TypeError(f"{name} must be of floating-point numbers, got {parameter.dtype}")
+            base = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+            total = base.clone()
+            for weight, policy in zip(strengths, policies, strict=True):
+                total += weight * (policy.get_parameter(name).to(total) - base)
+            parameter.copy_(total)
+    return merged
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"models must be torch modules, got {type(model).__name__}")
+    return {name: tuple(x.shape) for name, x in model.named_parameters()}
 
 
 def _positive(name: str, x: object, most: float = math.inf) -> float:

@@ -47,6 +47,8 @@ MIXTURES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
             "divergence": "jsd",
             "prefix_logprobs": normal(3, B, 3),
             "mixture_prefix_logprobs": normal(7, B).double(),
+            "plausibility": 1e-3,
+            "plausibility_tensor": "any",
         },
     ),
     "sparse_zero": (

@@ -42,6 +42,18 @@ CASES: dict[str, dict[str, Any]] = {
         "divergence": "alpha:0.5",
         "prefix_logprobs": torch.tensor([[-3.0, -2.0, -4.0], [-3.0, -2.5, -3.5]]),
     },
+    "own mass": {
+        "divergence": "jsd",
+        "prefix_logprobs": torch.tensor([[-3.0, -2.0, -4.0], [-30.0, -22.0, -41.0]]),
+        "mixture_prefix_logprobs": torch.tensor([-2.5, -26.0]),
+    },
+    "own mass, any": {
+        "divergence": "jeffrey",
+        "prefix_logprobs": torch.tensor([[-3.0, -2.0, -4.0], [-3.0, -2.5, -3.5]]),
+        "mixture_prefix_logprobs": torch.tensor([-2.5, -4.0]),
+        "plausibility": 1e-3,
+        "plausibility_tensor": "any",
+    },
     "zero": {"divergence": "forward_kl", "normalizer": "zero"},
     "filters": {"divergence": "jsd", "temperature": 0.8, "top_k": 60, "top_p": 0.9, "min_p": 0.02},
     "mask": {"divergence": "jeffrey", "mask": torch.arange(V).expand(B, V) % 3 == 0},

@@ -231,3 +231,47 @@ def test_other_misuse_is_refused_here_or_by_the_op(op) -> None:
     with pytest.raises(ValueError, match="at most 8 policies, got 9"):
         op.sample(**recipes.genarm(X, [X] * 8))
     assert mod_fused.recipes is recipes
+
+
+def test_the_soup_is_the_mean_of_the_parameters_and_goes_on_outside_the_simplex():
+    models = Ensemble.embedded(dtype=torch.float32).models
+    ref, *tuned = (dict(m.named_parameters()) for m in models)
+    for weights in ([1.0, 0.0, 0.0], [0.25, 0.25, 0.5], [1.5, -0.5, 0.0], [1.0, 1.0, 1.0]):
+        merged = dict(recipes.soup(models, weights).named_parameters())
+        for name in ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"):
+            left = 1.0 - sum(weights)
+            expected = left * ref[name].double()
+            for w, policy in zip(weights, tuned, strict=True):
+                expected = expected + w * policy[name].double()
+            torch.testing.assert_close(merged[name].double(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_soup_of_bfloat16_is_rounded_once_and_leaves_its_models_alone():
+    models = [torch.nn.Linear(8, 8, dtype=torch.bfloat16) for _ in range(3)]
+    before = [{k: x.clone() for k, x in m.state_dict().items()} for m in models]
+    merged = recipes.soup(models, [0.3, 0.45])
+    for name, x in merged.state_dict().items():
+        ref, one, two = (m.state_dict()[name].double() for m in models)
+        exact = 0.25 * ref + 0.3 * one + 0.45 * two
+        assert ((x.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
+    for model, kept in zip(models, before, strict=True):
+        assert all(torch.equal(model.state_dict()[k], x) for k, x in kept.items())
+    assert all(map(torch.equal, recipes.soup(models[:1], []).parameters(), models[0].parameters()))
+
+
+@pytest.mark.parametrize(
+    ("models", "weights", "error", "said"),
+    [
+        ([], [], ValueError, "got none"),
+        ([torch.nn.Linear(2, 2)] * 3, [1.0], ValueError, "2 finite numbers"),
+        ([torch.nn.Linear(2, 2)] * 2, [float("nan")], ValueError, "finite"),
+        ([torch.nn.Linear(2, 2)] * 2, ["1"], TypeError, "weights"),
+        ([torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)], [1.0], ValueError, "'bias'"),
+        ([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False)], [1.0], ValueError, "'bias'"),
+        ([torch.nn.Linear(2, 2), torch.nn.Bilinear(2, 2, 2)], [1.0], ValueError, "got Bilinear"),
+        ([None, torch.nn.Linear(2, 2)], [1.0], TypeError, "torch modules"),
+    ],
+)
+def test_models_that_make_no_soup_are_refused(models, weights, error, said):
+    with pytest.raises(error, match=said):
+        recipes.soup(models, weights)

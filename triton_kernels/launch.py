@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..call.arguments import DrawArguments, MixtureArguments
+from ..call.arguments import ANY_TENSOR, DrawArguments, MixtureArguments
 from ..call.outputs import Outputs
 from .compiled import Launch
 from .configurations import Configuration, configuration, processors, rows_together
@@ -35,7 +35,7 @@ class Variant(NamedTuple):
     model_block: int  # a power of two, at least models
     first_policy: int  # index of the first policy: 1 with a reference, else 0
     scores: int  # J
-    plausible: int  # model of the plausibility constraint, -1: none
+    plausible: int | None  # model of the plausibility constraint; ANY_TENSOR; None: off
     general: bool  # not reverse KL
     exact: bool
     simplex: bool  # neither values nor prefix
@@ -85,10 +85,11 @@ def variant_of(
     if own_mass:
         divergence = OF_MASS.get(mixing.divergence.name, divergence)
     exact = general and mixing.normalizer == "exact"
-    plausible = -1
+    plausible: int | None = None
     if mixing.plausibility > 0.0:
-        plausible = mixing.plausibility_tensor - (mixing.ref_logits is None)
-    sums = general or plausible >= 0
+        plausible = mixing.plausibility_tensor
+        plausible -= plausible != ANY_TENSOR and mixing.ref_logits is None
+    sums = general or plausible is not None
     evaluations = 0
     if exact:
         stieltjes = divergence.excess is not None

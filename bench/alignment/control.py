@@ -14,7 +14,7 @@ from . import command, guided
 from .decoding import Array
 from .guided import BETA, PAIR, PAIR_COLUMNS, PANELS, Sizes
 from .loop import load
-from .statistics import Interval, at_kl, best_of, best_of_kl, interval, mean
+from .statistics import best_of, best_of_kl, lead_at_kl, mean
 
 Record = dict[str, Any]
 CURVES = ("CD-FUDGE", "CD-FUDGE, as CD-Q")  # other methods are compared with these curves
@@ -49,23 +49,6 @@ def _best_of_n(work: Path, sizes: Sizes) -> list[Found]:
     return out
 
 
-def lead_at_equal_kl(
-    curve_rewards: Array, curve_kl: Array, rewards: Array, kl: Array
-) -> Interval | None:
-    """Reward of one method less that of a curve [N, S] at the same mean KL, with its interval.
-
-    The curve is joined linearly between its S points. None where its KL does not reach that far.
-    """
-    ends = curve_kl.mean(0)
-    if not ends.min() <= kl.mean() <= ends.max():
-        return None
-
-    def lead(r: Array, k: Array, own: Array, at: Array) -> Array:
-        return own - at_kl(at, r, k)
-
-    return interval(lead, curve_rewards, curve_kl, rewards, kl)
-
-
 def estimates(found: Found) -> Record:
     """A record of all rewards and KL; for two objectives also w.r and J = w.r - KL / beta."""
     record: Record = {name: getattr(found, name) for name in ("objective", "method", "setting")}
@@ -77,26 +60,18 @@ def estimates(found: Found) -> Record:
     return record
 
 
-def leads(found: Sequence[Found]) -> list[Record]:
-    """Each point's lead over tokenwise control by the shipped scorer at the same KL, and CD-Q's
-    lead over CD-FUDGE of the same training."""
-    records = []
-    for objective in PANELS:
-        column = world.OBJECTIVES.index(objective)
-        here = [p for p in found if p.objective == objective]
-        for p in here:
-            for name in CURVES:
-                same_data = p.method == "CD-Q" and name != "CD-FUDGE"
-                main = name == "CD-FUDGE" and p.method not in ("reference", name)
-                if p.method.startswith("under") or not (main or same_data):
-                    continue
-                curve = [q for q in here if q.method in ("reference", name)]  # strength 0
-                rewards = np.stack([q.rewards[:, column] for q in curve], 1)
-                kl = np.stack([q.kl for q in curve], 1)
-                lead = lead_at_equal_kl(rewards, kl, p.rewards[:, column], p.kl)
-                row = {"objective": objective, "method": p.method, "setting": p.setting}
-                records.append(row | {"bound": p.bound, "against": name, "lead": lead})
-    return records
+def leads(p: Found, found: Sequence[Found]) -> Record:
+    """A point's lead over tokenwise control by the shipped scorer at the same KL, and CD-Q's lead
+    over CD-FUDGE of the same training; by the name of the curve that it is compared with."""
+    column, out = world.OBJECTIVES.index(p.objective), {}
+    against = [] if p.method in ("reference", CURVES[0]) or p.method.startswith("under ") else [0]
+    for name in [CURVES[i] for i in against + [1] * (p.method == "CD-Q")]:
+        own = ("reference", name)  # the reference has strength 0
+        curve = [q for q in found if q.objective == p.objective and q.method in own]
+        rewards = np.stack([q.rewards[:, column] for q in curve], 1)
+        kl = np.stack([q.kl for q in curve], 1)
+        out[name] = lead_at_kl(np.subtract, p.rewards[:, column], p.kl, rewards, kl)
+    return out
 
 
 def worth_differences(found: Sequence[Found]) -> list[Record]:
@@ -125,8 +100,7 @@ def summary(work: Path, sizes: Sizes) -> Record:
     return {
         "sizes": sizes._asdict(),
         "beta": BETA,
-        "points": [estimates(p) for p in one],
-        "leads": leads(one),
+        "points": [estimates(p) | leads(p, one) for p in one],
         "mavis": [
             {"objective": name, "iteration": i, "reward": it.reward, "kl": it.kl}
             | {"value": it.objective, "error": it.error}

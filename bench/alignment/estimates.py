@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +18,17 @@ from .loop import load
 from .policies import CENTRE, CORNERS, EQUAL, MIDPOINTS, Cell, Sizes, Weights, cells
 from .statistics import (
     REWARD_SCALE,
-    at_kl,
     best_of,
     hypervolume,
     interval,
+    lead_at_kl,
     mean,
     over_seeds,
     reweighted,
 )
-from .training import least_loss
 
-BEST_OF = (4, 16)
+#: How many answers the best is chosen from, by the name of the method.
+BEST_OF = {f"best of {n}": n for n in (4, 16)}
 Record = dict[str, Any]
 
 
@@ -45,6 +46,14 @@ class Scored(NamedTuple):
     divergence: Array
 
 
+def pool_cells(sizes: Sizes) -> list[Cell]:
+    """Best-of-n and the optimum, both from the pool, at every weight of the grid."""
+    methods = [(name, "none") for name in BEST_OF]
+    methods += [("optimum", tuned) for tuned in sizes.divergences]
+    at = dict.fromkeys((*sizes.grid, *sizes.key))
+    return [Cell(name, tuned, w) for w in at for name, tuned in methods]
+
+
 class Study:
     """The decoded answers of a work folder."""
 
@@ -52,32 +61,29 @@ class Study:
         self.work, self.sizes = work, sizes
         parts = [load(work, f"pool-{part}") for part in range(-(-sizes.pool // policies.POOL_PART))]
         self.pool = np.concatenate(parts, axis=1).astype(float)
-        self.nowhere = np.full(len(self.pool), np.nan)
-        self.optima: dict[tuple[str, Weights], Scored] = {}
+        self.scored = functools.cache(self._scored)
         self.reference = self.scored(cells(sizes)[0])
 
-    def scored(self, cell: Cell) -> Scored:
+    def _scored(self, cell: Cell) -> Scored:
         """The result of a cell. At a corner every method is the single policy, MOD's cell."""
-        if cell.weights in CORNERS and cell.method != "reference":
+        weights, nowhere = np.array(cell.weights), np.full(len(self.pool), np.nan)
+        if cell.method == "optimum":
+            rewards, terms = reweighted(self.pool, weights, cell.tuned)
+            return Scored(rewards, nowhere, terms)
+        if n := BEST_OF.get(cell.method):
+            kl = np.full(len(self.pool), statistics.best_of_kl(n))
+            return Scored(best_of(self.pool, weights, n), kl, nowhere)
+        if cell.weights in CORNERS:
             cell = cell._replace(method="mod", mixed_by=cell.tuned)
         found = load(self.work, cell.name)
         rewards, kl = found["rewards"].mean(0), found["kl"]
         if cell.greedy or not found["valid"].all():
-            return Scored(rewards, self.nowhere, self.nowhere)
+            return Scored(rewards, nowhere, nowhere)
         terms = kl if cell.method == "reference" else statistics.divergence_terms(cell.tuned, kl)
         return Scored(rewards, kl.mean(0), terms.mean(0))
 
     def method(self, name: str, tuned: str, weights: Weights, seed: int = 0) -> Scored:
         """The result of a method, given by its name in the tables."""
-        if name.startswith("best of "):
-            n = int(name.removeprefix("best of "))
-            rewards = best_of(self.pool, np.array(weights), n)
-            return Scored(rewards, np.full(len(rewards), statistics.best_of_kl(n)), self.nowhere)
-        if name == "optimum":
-            if (tuned, weights) not in self.optima:
-                rewards, terms = reweighted(self.pool, np.array(weights), tuned)
-                self.optima[tuned, weights] = Scored(rewards, self.nowhere, terms)
-            return self.optima[tuned, weights]
         mixed_by = tuned if name == "mod" else ""
         cell = Cell(name, tuned, weights, mixed_by, seed=seed, samples=self.sizes.samples)
         return self.scored(cell)
@@ -124,106 +130,44 @@ def _cells(study: Study) -> Iterator[Record]:
         if cell.weights in study.sizes.key and cell.method != "reference":
             record["lost"] = study.lost(scored, cell.tuned, cell.weights)
         yield record
-
-
-def _pool(study: Study) -> Iterator[Record]:
-    """Best-of-n and the optimum at every weight of the grid."""
-    methods = [*((f"best of {n}", "none") for n in BEST_OF)]
-    methods += [("optimum", tuned) for tuned in study.sizes.divergences]
-    for weights in dict.fromkeys((*study.sizes.grid, *study.sizes.key)):
-        for name, tuned in methods:
-            head = {"method": name, "tuned": tuned, "weights": weights}
-            yield head | _estimates(study.method(name, tuned, weights), weights)
-
-
-def _pool_growth(study: Study) -> Iterator[Record]:
-    """J and overall reward of the optimum at equal weights, from growing parts of the pool."""
-    w = np.array(CENTRE)
-    for tuned, shift in product(study.sizes.divergences, (4, 3, 2, 1, 0)):
-        size = study.sizes.pool >> shift
-        rewards, terms = reweighted(study.pool[:, :size], w, tuned)
-        value = float((REWARD_SCALE * rewards @ w - terms).mean())
-        record = {"tuned": tuned, "size": size, "overall": round(float(rewards.mean()), 4)}
-        yield record | {"objective": round(value, 3)}
+    for cell in pool_cells(study.sizes):
+        yield cell._asdict() | _estimates(study.scored(cell), cell.weights) | {"invalid": 0.0}
 
 
 def _equal_weights(study: Study) -> Iterator[Record]:
-    """The paper's main figure: the overall reward at equal weights, MOD beside the others."""
+    """The paper's main figure: MOD's overall reward at equal weights, relative to the others'.
+
+    The gain is that over the reference. At equal KL, MOD's equal weights are scaled until it has
+    the KL of the other; None if no scale of the study has.
+    """
+    equal = [w for w in EQUAL if w == CENTRE or w in study.sizes.outside]
 
     def relative(a: Array, b: Array) -> Array:
-        return a.mean(1) / b.mean(1) - 1.0
+        return a / b - 1.0
+
+    def behind(a: Array, b: Array) -> Array:
+        return relative(b, a)
 
     def relative_gain(a: Array, b: Array, r: Array) -> Array:
         with np.errstate(divide="ignore", invalid="ignore"):  # the other's gain may be 0
-            return (a.mean(1) - r.mean(1)) / (b.mean(1) - r.mean(1)) - 1.0
+            return (a - r) / (b - r) - 1.0
 
     for tuned, seed in product(study.sizes.divergences, range(study.sizes.train_seeds)):
-        ours = study.method("mod", tuned, CENTRE, seed).rewards
+        ours = study.method("mod", tuned, CENTRE, seed).rewards.mean(1)
         record: Record = {"tuned": tuned, "seed": seed}
-        for name in ("soup", "retrained", *(f"best of {n}" for n in BEST_OF)):
-            theirs = study.method(name, tuned, CENTRE, seed).rewards
-            gain = interval(relative_gain, ours, theirs, study.reference.rewards)
-            record[name] = {
-                "relative": interval(relative, ours, theirs),
-                "relative_gain": gain if np.isfinite(gain).all() else None,
-                "difference": interval(lambda a, b: a.mean(1) - b.mean(1), ours, theirs),
-            }
-        yield record
-
-
-def _at_equal_kl(study: Study) -> Iterator[Record]:
-    """MOD's lead in overall reward, with equal weights scaled to reach another method's KL."""
-    equal = [w for w in EQUAL if w == CENTRE or w in study.sizes.outside]
-
-    def lead(reward: Array, kl: Array, ours: Array, our_kl: Array) -> Array:
-        return at_kl(kl, ours, our_kl) / reward - 1.0
-
-    for tuned in study.sizes.divergences:
-        line = [study.method("mod", tuned, w) for w in equal]
-        ours = np.stack([s.rewards.mean(1) for s in line], axis=1)  # [N, S]
-        our_kl = np.stack([s.kl for s in line], axis=1)
-        record: Record = {"tuned": tuned, "soup": None, "retrained": None}
-        for name in ("soup", "retrained"):
-            other = study.method(name, tuned, CENTRE)
-            if our_kl.mean(0).min() <= other.kl.mean() <= our_kl.mean(0).max():
-                record[name] = interval(lead, other.rewards.mean(1), other.kl, ours, our_kl)
-        yield record
-
-
-def _hypervolumes(study: Study) -> Iterator[Record]:
-    """The dominated area in the plane of two rewards: of ends and midpoint, and of all points."""
-
-    def area(*points: Array) -> Array:
-        return np.array([hypervolume(p) for p in np.stack(points, axis=1)])
-
-    for i, j in combinations(range(3), 2):
-        line = sorted(w for w in study.sizes.grid if w[i] + w[j] == 1.0)
-        few = [w for w in (*CORNERS, *MIDPOINTS) if w[i] + w[j] == 1.0]
-        if not set(few) <= set(line):
-            continue
-        methods = ["mod", "soup", "retrained", *(f"best of {n}" for n in BEST_OF), "optimum"]
-        for tuned, name in product(study.sizes.divergences, methods):
-            record: Record = {"tuned": tuned, "pair": [i, j], "method": name}
-            for label, at in (("three", few), ("line", line)):
-                if name != "retrained" or label == "three":
-                    points = [study.method(name, tuned, w).rewards[:, [i, j]] for w in at]
-                    record[label] = interval(area, *points)
-            yield record
-
-
-def _grid_means(study: Study) -> Iterator[Record]:
-    """Weighted rewards, averaged over the grid's weights off the corners, and MOD's leads."""
-    inner = [w for w in study.sizes.grid if w not in CORNERS]
-    for tuned in study.sizes.divergences:
-        found: dict[str, Array] = {}
-        for name in ("mod", "soup", *(f"best of {n}" for n in BEST_OF), "optimum"):
-            columns = [study.method(name, tuned, w).rewards @ np.array(w) for w in inner]
-            found[name] = np.stack(columns, axis=1)  # [N, weights]
-        record: Record = {"tuned": tuned, "weights": len(inner)}
-        record |= {name: interval(lambda x: x.mean(1), x) for name, x in found.items()}
-        leads = [mean(x) for x in (found["mod"] - found["soup"]).T]
-        record["mod above soup"] = sum(lead.low > 0 for lead in leads)
-        record["mod below soup"] = sum(lead.high < 0 for lead in leads)
+        others = {n: study.method(n, tuned, CENTRE, seed) for n in ("soup", "retrained", *BEST_OF)}
+        for name, other in others.items():
+            record[name] = interval(relative, ours, other.rewards.mean(1))
+        arrays = others["soup"].rewards.mean(1), study.reference.rewards.mean(1)
+        gain = interval(relative_gain, ours, *arrays)
+        record["gain"] = gain if np.isfinite(gain).all() else None
+        if seed == 0:  # other weights than these were decoded with the first training only
+            line = [study.method("mod", tuned, w) for w in equal]
+            curve = np.stack([s.rewards.mean(1) for s in line], axis=1)  # [N, S]
+            curve_kl = np.stack([s.kl for s in line], axis=1)
+            for name in ("soup", "retrained"):
+                reward, kl = others[name].rewards.mean(1), others[name].kl
+                record[f"{name} at its KL"] = lead_at_kl(behind, reward, kl, curve, curve_kl)
         yield record
 
 
@@ -266,7 +210,7 @@ def _over_seeds(study: Study) -> Iterator[Record]:
 def _trainings(study: Study) -> Iterator[Record]:
     for policy in policies.policies(study.sizes):
         record = load(study.work, policy.name)["record"]
-        least = least_loss(policies.load_answers(study.work, policy.seed), policy.weights)
+        least = policies.least_loss(policies.load_answers(study.work, policy.seed), policy.weights)
         yield policy._asdict() | record | {"least_loss": least}
 
 
@@ -277,12 +221,7 @@ def summary(work: Path, sizes: Sizes) -> Record:
         "trainings": _trainings,
         "equal_weights": _equal_weights,
         "over_seeds": _over_seeds,
-        "equal_kl": _at_equal_kl,
-        "grid": _grid_means,
-        "hypervolumes": _hypervolumes,
         "cells": _cells,
-        "pool": _pool,
-        "pool_growth": _pool_growth,
     }
     found = {name: list(part(study)) for name, part in parts.items()}
     return {"sizes": sizes._asdict(), **found, "tabular": tabular.measure(sizes.worlds)}

@@ -20,9 +20,8 @@ from mod_fused.training.scorers import fit_scorer, rewards_of
 
 from .decoding import BATCH, DECODE_SEED, SEED, Array, decode, reference, scores
 from .loop import Job, Phases, load
-from .policies import load_answers, load_policy
+from .policies import Policy, load_answers, load_policy, train_policy
 from .statistics import REWARD_SCALE
-from .training import Answers, draw_answers, train_policy
 
 PANELS = ("humorous", "helpful")
 PAIR = ("helpful", "humorous")  # the two objectives decoded for at once
@@ -111,8 +110,8 @@ def _scorer(work: Path, name: str) -> Any:
     return scorer.eval()
 
 
-def _answers(work: Path, sizes: Sizes) -> Answers:
-    return draw_answers(*reference(), sizes.train_prompts, SEED)
+def _answers(work: Path, sizes: Sizes) -> train.Answers:
+    return train.draw_answers(*reference(), sizes.train_prompts, SEED)
 
 
 def _pool(work: Path, sizes: Sizes) -> Array:
@@ -157,13 +156,9 @@ def _mavis(work: Path, sizes: Sizes, objective: str) -> dict[str, Any]:
 
 def _retrain(work: Path, sizes: Sizes, pair: tuple[float, float]) -> dict[str, Any]:
     """A policy tuned for the mix."""
-    weights = [0.0] * len(world.OBJECTIVES)
-    for column, x in zip(PAIR_COLUMNS, pair, strict=True):
-        weights[column] = x
-    answers = load_answers(work, SEED)
-    model, _ = train_policy(
-        reference()[0], answers, weights, "reverse_kl", sizes.policy_steps, SEED
-    )
+    of = dict(zip(PAIR, pair, strict=True))
+    policy = Policy("reverse_kl", tuple(of.get(name, 0.0) for name in world.OBJECTIVES), SEED)
+    model, _ = train_policy(load_answers(work, SEED), policy, sizes.policy_steps)
     return {"model": model.state_dict()}
 
 

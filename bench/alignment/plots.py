@@ -48,22 +48,16 @@ def pareto(figure: Any, result: Record) -> None:
             for name in ("mod", "soup", "best of 4", "best of 16", "optimum", "retrained"):
                 at = [w for w in policies.MIDPOINTS if w[i] and w[j]]
                 at = at if name == "retrained" else line
-                _line(axes, name, [_at(t, w, name, tuned) for w in at], x, y)
+                _line(axes, name, [t.one(w, name, tuned) for w in at], x, y)
             for seed in range(1, result["sizes"]["train_seeds"]):
                 for name, colour in (("mod", "C0"), ("soup", "C1")):  # as above
-                    found = [_at(t, w, name, tuned, seed=seed) for w in line]
+                    found = [t.one(w, name, tuned, seed=seed) for w in line]
                     form = {"color": colour, "linewidth": 0, "alpha": 0.35, "label": None}
                     _line(axes, name, found, x, y, **form)
             base = t.one((0.0,) * 3, "reference", "none")
             axes.plot(base[x][0], base[y][0], "kx", label="reference")
             _finish(axes, x, y, f"tuned with {tuned}")
     panels[0][0].legend(fontsize=7)
-
-
-def _at(t: Cells, w: Sequence[float], name: str, tuned: str, **fields: Any) -> Record:
-    """A cell. At a corner the soup is the single policy: it takes MOD's cell."""
-    corner = name == "soup" and tuple(w) in policies.CORNERS
-    return t.one(w, "mod" if corner else name, tuned, **fields)
 
 
 def against_kl(figure: Any, result: Record) -> None:

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from mod_fused import world
+from mod_fused import recipes, world
 from mod_fused.app.trade_off import simplex_grid
 from mod_fused.divergence import DIVERGENCES
 from mod_fused.training import embedded_policies as train
 
 from .decoding import DECODE_SEED, SEED, Array, decode, reference, scores
 from .loop import Job, Phases, load
-from .training import Answers, draw_answers, train_policy
 
 Weights = tuple[float, ...]
 CENTRE: Weights = (1 / 3, 1 / 3, 1 / 3)
@@ -158,20 +158,8 @@ def cells(sizes: Sizes) -> list[Cell]:
 # --- what the jobs make ---------------------------------------------------------------------------
 
 
-def soup(models: Sequence[Any], weights: Sequence[float]) -> Any:
-    """The model with the parameters ref + sum_i w_i (policy_i - ref); `models` has the reference
-    first. At sum w = 1 it is the weighted mean of the policies."""
-    merged = copy.deepcopy(models[0])
-    with torch.no_grad():
-        for name, parameter in merged.named_parameters():
-            base = parameter.clone()
-            for weight, policy in zip(weights, models[1:], strict=True):
-                parameter += weight * (policy.get_parameter(name) - base)
-    return merged
-
-
 @functools.lru_cache(maxsize=1)
-def load_answers(work: Path, seed: int) -> Answers:
+def load_answers(work: Path, seed: int) -> train.Answers:
     """Answers to train on; the last ones stay in memory."""
     return load(work, f"answers-s{seed}")
 
@@ -184,16 +172,35 @@ def load_policy(work: Path, name: str) -> Any:
     return model.eval()
 
 
-def _answers(work: Path, sizes: Sizes, seed: int) -> Answers:
-    return draw_answers(*reference(), sizes.train_prompts, SEED + seed)
+def mixed_rewards(answers: train.Answers, weights: Sequence[float]) -> Tensor:
+    """sum_i w_i r_i of every answer, [N] float32; weights [3] as `world.OBJECTIVES` has them."""
+    return torch.from_numpy(scores(answers.prompts, answers.responses)) @ torch.tensor(weights)
 
 
-def _train(work: Path, sizes: Sizes, policy: Policy) -> dict[str, Any]:
-    answers = load_answers(work, policy.seed)
-    model, losses = train_policy(
-        reference()[0], answers, policy.weights, policy.divergence, sizes.steps, policy.seed,
-        policy.name,
-    )  # fmt: skip
+def least_loss(answers: train.Answers, weights: Sequence[float]) -> float:
+    """`train.preference_loss` at the optimum of any divergence: the preferences' mean entropy."""
+    rewards = mixed_rewards(answers, weights).view(-1, train.GROUP)
+    return float(train.preference_loss(train.PREFERENCE_SCALE * rewards, rewards))
+
+
+def train_policy(
+    answers: train.Answers, policy: Policy, steps: int, label: str = "policy"
+) -> tuple[Any, list[float]]:
+    """A copy of the reference tuned by f-DPO for sum_i w_i r_i, and the losses."""
+    model = copy.deepcopy(reference()[0])
+    rewards, slope = mixed_rewards(answers, policy.weights), train.slope_of(policy.divergence)
+    losses = train.train_policy(
+        model, answers.batch, answers.ref_logprobs, rewards, steps, policy.seed, label, slope=slope
+    )
+    return model, losses
+
+
+def draw_to_train(work: Path, sizes: Any, seed: int) -> train.Answers:
+    return train.draw_answers(*reference(), sizes.train_prompts, SEED + seed)
+
+
+def train_one(work: Path, sizes: Any, policy: Policy) -> dict[str, Any]:
+    model, losses = train_policy(load_answers(work, policy.seed), policy, sizes.steps, policy.name)
     last = losses[-max(1, len(losses) // 4) :]
     record = {"loss": sum(last) / len(last), "first_loss": losses[0]}
     return {"model": model.state_dict(), "record": record}
@@ -222,7 +229,7 @@ def _measure(work: Path, sizes: Sizes, cell: Cell) -> dict[str, Array]:
             "sequence_history": cell.history,
         }
     elif cell.method == "soup":
-        models = [ref, soup(models, cell.weights)]
+        models = [ref, recipes.soup(models, cell.weights)]
     elif cell.method == "reference":
         models = [ref, ref]
     prompts = world.prompts(sizes.prompts, DECODE_SEED)
@@ -231,11 +238,11 @@ def _measure(work: Path, sizes: Sizes, cell: Cell) -> dict[str, Array]:
 
 def phases(sizes: Sizes) -> Phases:
     """All jobs."""
-    first = [Job(f"answers-s{s}", _answers, (sizes, s)) for s in range(sizes.train_seeds)]
+    first = [Job(f"answers-s{s}", draw_to_train, (sizes, s)) for s in range(sizes.train_seeds)]
     parts = range(-(-sizes.pool // POOL_PART))
     first += [Job(f"pool-{part}", _pool, (sizes, part)) for part in parts]
     return [
         ("answers of the reference", first),
-        ("trainings", [Job(p.name, _train, (sizes, p)) for p in policies(sizes)]),
+        ("trainings", [Job(p.name, train_one, (sizes, p)) for p in policies(sizes)]),
         ("cells", [Job(c.name, _measure, (sizes, c)) for c in cells(sizes)]),
     ]

@@ -12,6 +12,7 @@ from math import comb
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from .tabular import F, optimum
 
@@ -50,14 +51,9 @@ def mean(x: Array) -> Interval:
     return interval(lambda m: m, x)
 
 
-#: Student's t, 97.5%, by degrees of freedom.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
-
-
 def over_seeds(values: Sequence[float]) -> Interval:
-    """The mean over 2 to 8 trainings, with Student's 95% interval of it."""
-    center, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
-    half = _T[len(values) - 1] * error
+    """The mean over two or more trainings, with Student's 95% interval of it."""
+    center, half = np.mean(values), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return _rounded(center, center - half, center + half)
 
 
@@ -66,6 +62,21 @@ def at_kl(kl: Array, curve_rewards: Array, curve_kl: Array) -> Array:
     order = np.argsort(curve_kl, axis=1)
     x, y = (np.take_along_axis(c, order, 1) for c in (curve_kl, curve_rewards))
     return np.array([np.interp(at, xs, ys) for at, xs, ys in zip(kl, x, y, strict=True)])
+
+
+def lead_at_kl(
+    lead: Callable[[Array, Array], Array], reward: Array, kl: Array, curve: Array, curve_kl: Array
+) -> Interval | None:
+    """`lead(reward, reward of the curve)` at the same mean KL, with its interval; reward and kl are
+    [N], the curve's [N, S]. None where the curve's KL does not reach that far."""
+    ends = curve_kl.mean(0)
+    if not ends.min() <= kl.mean() <= ends.max():
+        return None
+
+    def estimate(own: Array, at: Array, rewards: Array, kls: Array) -> Array:
+        return lead(own, at_kl(at, rewards, kls))
+
+    return interval(estimate, reward, kl, curve, curve_kl)
 
 
 def hypervolume(points: Array) -> float:

@@ -23,20 +23,15 @@ def _log_probs(problem: Problem, logits: list[Tensor]) -> Tensor:
 
 def _transformers(problem: Problem, logits: list[Tensor]) -> Call:
     """Sampling as in transformers' `generate`: its processors, softmax, multinomial."""
-    from transformers import (
-        MinPLogitsWarper,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
+    import transformers
 
     options = filters_of(problem, logits[0].device)
     mask = options.pop("mask", None)
     kinds = {
-        "temperature": TemperatureLogitsWarper,
-        "top_k": TopKLogitsWarper,
-        "top_p": TopPLogitsWarper,
-        "min_p": MinPLogitsWarper,
+        "temperature": transformers.TemperatureLogitsWarper,
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
     }
     processors = [kinds[name](value) for name, value in options.items()]
 

@@ -9,12 +9,12 @@ Python's function calls and the tuple of results.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mod_fused.call.arguments import DrawArguments, MixtureArguments
 from mod_fused.call.checks import check_draw, check_mixture
 from mod_fused.dispatch.backends import choose
 from mod_fused.dispatch.packing import pack
@@ -25,73 +25,40 @@ from ..measure import Call
 from ..problem import Problem
 
 
-def _checked(problem: Problem, logits: list[Tensor]) -> tuple[Call, Call]:
-    """The two checks that `mod_fused.sample` makes, with the arguments it gives them."""
+def _parts(problem: Problem, logits: list[Tensor]) -> dict[str, Call]:
+    """The parts with the arguments that `mod_fused.sample` gives them."""
     ref, policies, weights = logits[0], logits[1:], list(problem.weights)
-    mixture = functools.partial(
+    mixture: Callable[[], Any] = functools.partial(
         check_mixture, ref, policies, weights, divergence=problem.divergence
     )
-    draw = functools.partial(check_draw, mixture(), seed=1)
-    return mixture, draw
-
-
-@mixtures_only
-def _check_mixture(problem: Problem, logits: list[Tensor]) -> Call:
-    return _checked(problem, logits)[0]
-
-
-@mixtures_only
-def _check_draw(problem: Problem, logits: list[Tensor]) -> Call:
-    return _checked(problem, logits)[1]
-
-
-def _arguments(problem: Problem, logits: list[Tensor]) -> tuple[MixtureArguments, DrawArguments]:
-    mixture, draw = _checked(problem, logits)
-    mixing: Any = mixture()
-    drawing: Any = draw()
-    return mixing, drawing
-
-
-@mixtures_only
-def _pack(problem: Problem, logits: list[Tensor]) -> Call:
-    return functools.partial(pack, *_arguments(problem, logits))
-
-
-def _choose(problem: Problem, logits: list[Tensor]) -> Call:
+    draw: Callable[[], Any] = functools.partial(check_draw, mixture(), seed=1)
+    packing = functools.partial(pack, mixture(), draw())
     divergence = get_divergence(problem.divergence)
-    return functools.partial(choose, "cpu", logits[0].device, divergence)
+    return {
+        "op": functools.partial(torch.ops.mod_fused.sample_cpu.default, *packing()),
+        "check_mixture": mixture,
+        "check_draw": draw,
+        "choose": functools.partial(choose, "cpu", ref.device, divergence),
+        "pack": packing,
+        "add": functools.partial(torch.add, ref, logits[1]),
+        # a bare C++ op that allocates nothing
+        "add_out": functools.partial(torch.add, ref, logits[1], out=torch.empty_like(ref)),
+    }
 
 
-@mixtures_only
-def _op(problem: Problem, logits: list[Tensor]) -> Call:
-    op = torch.ops.mod_fused.sample_cpu.default
-    return functools.partial(op, *pack(*_arguments(problem, logits)))
+def _part(name: str) -> Contestant:
+    return Contestant(mixtures_only(lambda problem, logits: _parts(problem, logits)[name]))
 
 
-def _add(problem: Problem, logits: list[Tensor]) -> Call:
-    return functools.partial(torch.add, logits[0], logits[1])
-
-
-def _out(problem: Problem, logits: list[Tensor]) -> Call:
-    """A bare C++ op that allocates nothing."""
-    return functools.partial(torch.add, logits[0], logits[1], out=torch.empty_like(logits[0]))
-
-
-_PARTS = {
-    "op": Contestant(_op),
-    "check_mixture": Contestant(_check_mixture),
-    "check_draw": Contestant(_check_draw),
-    "choose": Contestant(_choose),
-    "pack": Contestant(_pack),
-    "add": Contestant(_add),
-    "add_out": Contestant(_out),
-}
 _GRID = Grid(dtypes=("bfloat16",), shapes=((1, 64), (8, 64)), threads=(1,), divergences=DIVERGENCES)
 
 HOST = Case(
     help="what a call costs on tiny inputs: checks, packing, op; beside a bare C++ op of torch",
     backends=("cpu",),
-    contestants=_PARTS,
+    contestants={
+        name: _part(name)
+        for name in ("op", "check_mixture", "check_draw", "choose", "pack", "add", "add_out")
+    },
     grids=(_GRID,),
     quick=(_GRID._replace(shapes=((1, 64),), divergences=("reverse_kl",)),),
 )

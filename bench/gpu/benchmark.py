@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import json
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,15 +24,14 @@ from torch import Tensor
 import mod_fused
 from mod_fused.divergence import DIVERGENCES
 
-from .. import check
+from .. import check, report
 from ..cases.cpu import CPU
 from ..measure import Call
 from ..problem import FILTERS, POLICIES, Problem, logits, weights_of
 from . import device as devices
-from . import table
 from .device import Gpu
 
-SCHEMA = 2
+SCHEMA = 3
 VOCAB = 128256
 #: How many rows differ; larger batches repeat them, at other addresses.
 _DISTINCT = 16
@@ -146,52 +144,52 @@ def time_row(device: Gpu, row: Problem, bandwidth: float) -> dict[str, Any]:
     tensors = inputs(device, row)
     tv, refused = refusal(device, row, tensors)
     cold = row.batch >= COLD_FROM
-    out = {**row.shown(), "bytes": row.bytes, "cold": cold, "tv": tv, "refused": refused}
+    out: dict[str, Any] = {**row.shown(), "bytes": row.bytes, "l2": "cold" if cold else "warm"}
+    out |= {"tv": {"kernel": tv}, "refused": refused, "timings": {}, "ratios": {}, "skipped": {}}
     if refused:
         return out
-    times: dict[str, Any] = {}
-    skipped: dict[str, str] = {}
-    call = in_own_memory(device, row, tensors)
+    times, call = out["timings"], in_own_memory(device, row, tensors)
     call()
-    times["kernel"] = device.microseconds(call, cold=cold)._asdict()
+    times["kernel"] = device.microseconds(call, cold=cold)
     for name, build in _contestants(device, row, tensors).items():
         try:
             peer = build()
             peer()  # compiles
-            times[name] = device.microseconds(peer, cold=cold, budget=0.1)._asdict()
+            times[name] = device.microseconds(peer, cold=cold, budget=0.1)
         except Exception as error:  # go on if a peer does not run here
-            skipped[name] = f"{type(error).__name__}: {str(error)[:300]}"
-    mine = times["kernel"]["median_us"]
-    floor = floors(device, row, bandwidth)
-    return out | {
-        "times": times,
-        "skipped": skipped,
-        "floors_us": floor,
-        "of_floor": max(x for x in floor.values() if x is not None) / mine,
-        "gb_per_s": row.bytes / mine / 1e3,
-        "ratios": {n: t["median_us"] / mine for n, t in times.items() if n != "kernel"},
-    }
+            why = (str(error).splitlines() or [""])[0]
+            out["skipped"][name] = f"{type(error).__name__}: {why[:300]}"
+    mine = times["kernel"].median_us
+    out["ratios"] = {n: t.median_us / mine for n, t in times.items() if n != "kernel"}
+    out["floors_us"] = floors(device, row, bandwidth)
+    out["ratios"]["floor"] = mine / max(x for x in out["floors_us"].values() if x is not None)
+    return out | {"gb_per_s": row.bytes / mine / 1e3}
 
 
 def benchmark(device: Gpu, out: Path, seconds: float) -> bool:
     """Time the rows until the time is up; return whether all were timed and right."""
-    end = time.monotonic() + seconds
-    report: dict[str, Any] = {"schema": SCHEMA, "dry_run": device.dry, "header": device.header()}
-    report |= {"copy_bytes_per_second": device.copy_bandwidth(), "rows": [], "failed": {}}
-    report["not_timed"] = [row.label() for row in rows(device)]
+    end, bandwidth = time.monotonic() + seconds, device.copy_bandwidth()
+    what = "device time of one call" if not device.dry else "dry run: its times mean nothing"
+    left = {row.label(): "not timed" for row in rows(device)}
+    result: dict[str, Any] = {
+        "schema": SCHEMA, "case": "gpu", "what": what, "command": "python -m bench.gpu.benchmark",
+        "machine": device.header(), "copy_bytes_per_second": bandwidth, "rows": [], "failed": {},
+        "device": f"copy bandwidth {report.number(bandwidth / 1e9)} GB/s",
+    }  # fmt: skip
     for row in rows(device):
         if time.monotonic() > end:
             break
         try:
-            report["rows"].append(time_row(device, row, report["copy_bytes_per_second"]))
-        except Exception:
-            report["failed"][row.label()] = traceback.format_exc()
-        report["not_timed"].remove(row.label())
-        (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-        (out / "gpu.md").write_text(table.markdown(report))
+            result["rows"].append(time_row(device, row, bandwidth))
+            del left[row.label()]
+        except Exception as error:
+            result["failed"][row.label()] = traceback.format_exc()
+            left[row.label()] = f"failed, {error!r:.300}"
+        result["left_out"] = [f"{label}: {why}" for label, why in left.items()]
+        report.save(result, out / "gpu.json")
+        (out / "gpu.md").write_text(report.markdown(result))
         print(row.label(), flush=True)
-    refused = any(row["refused"] for row in report["rows"])
-    return not (refused or report["failed"] or report["not_timed"])
+    return not (left or any(row["refused"] for row in result["rows"]))
 
 
 def _compile(row: Problem, peer: bool) -> None:

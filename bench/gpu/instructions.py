@@ -7,13 +7,13 @@ are those that each phase issues per token, on the shortest path through its loo
 from __future__ import annotations
 
 import argparse
-import heapq
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import networkx
 import torch
 import triton
 import triton.language as tl
@@ -54,27 +54,12 @@ class Loop(NamedTuple):
 
 
 def _shortest(code: Sequence[str], targets: Sequence[int | None], first: int, last: int) -> Loop:
-    """The shortest path from a loop's first instruction to the jump back, by Dijkstra."""
-    best = {first: 0}
-    came: dict[int, int] = {}
-    queue = [(0, first)]
-    while queue:
-        length, i = heapq.heappop(queue)
-        if i == last:
-            break
-        if length > best[i]:
-            continue
-        target = targets[i]
-        following = [] if target is not None and code[i].startswith("BRA 0x") else [i + 1]
-        if target is not None:
-            following.append(target)
-        for j in following:
-            if first <= j <= last and length + 1 < best.get(j, 1 << 30):
-                best[j], came[j] = length + 1, i
-                heapq.heappush(queue, (length + 1, j))
-    way = [last]
-    while way[-1] != first:
-        way.append(came[way[-1]])
+    """The shortest path from a loop's first instruction to the jump back."""
+    edges = [(i, target) for i, target in enumerate(targets) if target is not None]
+    always = {i for i, _ in edges if code[i].startswith("BRA 0x")}
+    edges += [(i, i + 1) for i in range(first, last) if i not in always]
+    inside = networkx.DiGraph(edges).subgraph(range(first, last + 1))
+    way = networkx.shortest_path(inside, first, last)
     text = [code[i] for i in way]
     special, wide = (sum(name in x for x in text) for name in ("MUFU", "LDG.E.128"))
     return Loop(len(way), special, wide)

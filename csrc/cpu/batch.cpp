@@ -25,7 +25,7 @@ void run(const Request& request) {
   const int64_t row_work = request.vocab * (request.models + (int64_t)request.values.size());
   // The log-linear draw without filters needs no memory per token.
   const bool whole_row = !request.log_linear() || request.log_probs || request.mask.data ||
-                         request.value_ids || request.plausibility_model >= 0 || request.filters;
+                         request.value_ids || request.plausibility_model != kNoModel || request.filters;
 
   const TileRunner serial = [](int64_t count, const TileBody& body) { body(0, count); };
   const TileRunner parallel = [&](int64_t count, const TileBody& body) {

@@ -177,7 +177,8 @@ Request mixture(const Packed& packed, bool draws) {
   if (numbers.left() != 0) not_packed();
   if (packed.numbers[kPlausibility] > 0.0) {
     request.log_plausibility = (float)std::log(packed.numbers[kPlausibility]);
-    request.plausibility_model = (int)integers[kPlausibilityTensor] - (request.reference ? 0 : 1);
+    const int64_t tensor = integers[kPlausibilityTensor];
+    request.plausibility_model = tensor < 0 ? kAnyModel : (int)tensor - (request.reference ? 0 : 1);
   }
   return request;
 }

@@ -33,7 +33,7 @@ inline Row::Offsets Row::offsets() const {
 // Prepares the usual case, one loop per tile. False for tensors that are scaled, of several dtypes, more than kMaxFused, far
 // from 0 or tilted by values: those go through buffers.
 template <class D> bool Row::fuse(const D& divergence, const Offsets& offsets, DeficitTile* fused) const {
-  if (!request_.values.empty() || request_.plausibility_model >= 0) return false;
+  if (!request_.values.empty() || plausibility_model_ != kNoModel) return false;
   double weight_sum = 0.0;
   for (int model = 0; model < request_.models; ++model) {
     if (!counts(model)) continue;
@@ -88,11 +88,7 @@ inline void Row::collect_buffered(const DivergenceLoops& loops, const Offsets& o
     loops.add_deficit(ref, other, n, parameter_, (float)offsets.shifts[model], (float)response_.floor,
                       (float)policy_weight(model), q);
   }
-  if (request_.plausibility_model >= 0) {
-    loops_.load(logits(request_.plausibility_model), begin, n, other);
-    const float peak = (float)model_sums_[request_.plausibility_model].level;
-    for (int i = 0; i < n; ++i) q[i] = other[i] - peak >= request_.log_plausibility ? q[i] : kExcluded;
-  }
+  if (plausibility_model_ != kNoModel) exclude_implausible(tile, kExcluded, q);
   const bool tilted = !request_.values.empty();
   alignas(64) double tilt[kTile];
   scratch_.mixes[tile].broken = tilted && !tile_tilt(tile, tilt);

@@ -120,8 +120,6 @@ bool Row::draw_log_linear() {
 
 bool Row::log_linear_keys() {
   if (request_.value_ids && !candidate_keys()) return false;
-  const int constrained = request_.plausibility_model;
-  const float least = request_.log_plausibility;
   for_tiles([&](int64_t tile) {
     const int64_t begin = tile * kTile;
     const int n = tile_size(tile);
@@ -129,11 +127,9 @@ bool Row::log_linear_keys() {
     TileMix& mix = scratch_.mixes[tile];
     mix.broken = false;
     if (!request_.value_ids) mix = loops_.log_linear(terms_.data(), (int)terms_.size(), begin, n, key);
-    if (constrained >= 0) {
+    if (plausibility_model_ != kNoModel) {
       alignas(64) float x[kTile];
-      loops_.load(logits(constrained), begin, n, x);
-      const float peak = (float)model_sums_[constrained].level;
-      for (int i = 0; i < n; ++i) key[i] = x[i] - peak >= least ? key[i] : -kInfinity;
+      exclude_implausible(tile, -kInfinity, key);
       // Plausibility may have excluded a key that overflowed. NaN or +inf in a tensor still makes the row invalid.
       bool broken = false;
       for (int i = 0; i < n; ++i) broken |= !(key[i] < kInfinity);

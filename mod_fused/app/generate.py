@@ -13,7 +13,7 @@ from typing import Any
 from .. import world
 from ..decoding.ensemble import Ensemble
 from ..decoding.generate import GenerateOutput, generate
-from ..guidance import BlockwiseOutput
+from ..guidance import BlockwiseOutput, WorstCaseWeights
 from . import options, prompt_input, scorers
 from .models import (
     as_conversations,
@@ -32,7 +32,13 @@ def run_generate(args: argparse.Namespace) -> int:
     check_chat(args)
     names = policy_names(args)
     weights = _weights(args.weights, names)
-    values = scorers.strengths(args) if args.values else None
+    values: Any = scorers.strengths(args) if args.values else None
+    if args.robust:
+        values = WorstCaseWeights(values[0])
+    if args.num_beams > 1 and args.best_of:
+        raise UsageError("--num-beams draws no continuations to choose from: leave out --best-of")
+    if args.num_beams == 1 and args.length_penalty != 1.0:
+        raise UsageError("--length-penalty goes with --num-beams")
     if args.num_candidates is not None:
         _check_candidates(args)
     if args.score and is_own(args):
@@ -40,26 +46,30 @@ def run_generate(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     ensemble = load_models(args)
     single = len(prompts) == 1 and not args.json
+    searching = args.num_beams > 1
     settings: dict[str, Any] = {
         "weights": weights or None if args.best_of else weights,
         "divergence": args.divergence,
         "normalizer": args.normalizer,
         "sequence_history": args.sequence_history,
+        "plausibility": args.plausibility,
+        "plausibility_tensor": "any",
         "max_new_tokens": args.max_new_tokens,
-        "do_sample": not args.greedy,
+        "do_sample": not (args.greedy or searching),
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
         "min_p": args.min_p,
-        "seed": args.seed,
+        "seed": None if searching else args.seed,
         "return_model_logprobs": args.json,
     }
     if args.num_candidates is not None:
         settings["num_candidates"] = args.num_candidates
     if not args.best_of:
+        settings |= {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
         settings |= scorers.load_guidance(args) | {"value_weights": values}
-    streamed = single and not args.best_of and args.num_candidates is None
-    streamer = TextStream(ensemble.tokenizer) if streamed else None
+    streams = single and not args.best_of and not searching and args.num_candidates is None
+    streamer = TextStream(ensemble.tokenizer) if streams else None
     out = _answers(args, ensemble, prompts, streamer, settings)
     if single:
         write("" if streamer is not None else (out.texts or [""])[0])
@@ -81,6 +91,7 @@ def run_generate(args: argparse.Namespace) -> int:
 def _check_candidates(args: argparse.Namespace) -> None:
     """Refuse what --num-candidates cannot go with."""
     others = {"greedy": args.greedy, "values": args.values, "best-of": args.best_of}
+    others["num-beams"] = args.num_beams > 1
     for name, given in others.items():
         if given:
             raise UsageError(f"--num-candidates cannot be combined with --{name}")
@@ -155,21 +166,26 @@ def _given(prompt: Any) -> dict[str, Any]:
 def _record(out: GenerateOutput | BlockwiseOutput, row: int) -> dict[str, Any]:
     """One response as JSON values; log-probabilities per token, the models' reference first."""
     n, logs = int(out.lengths[row]), out.model_logprobs
-    return {
-        "text": out.texts[row] if out.texts else None,
-        "finish_reason": out.finish_reasons[row],
-        "tokens": out.tokens[row, :n].tolist(),
-        "logprobs": out.logprobs[row, :n].tolist(),
-        "model_logprobs": logs[row, :n].tolist() if logs is not None else None,
-    } | _of_candidates(out, row)
+    scores = out.scores if isinstance(out, BlockwiseOutput) else out.sequences_scores
+    return (
+        {
+            "text": out.texts[row] if out.texts else None,
+            "finish_reason": out.finish_reasons[row],
+            "tokens": out.tokens[row, :n].tolist(),
+            "logprobs": out.logprobs[row, :n].tolist(),
+            "model_logprobs": logs[row, :n].tolist() if logs is not None else None,
+        }
+        | ({} if scores is None else {"score": float(scores[row])})
+        | _of_candidates(out, row)
+    )
 
 
 def _of_candidates(out: GenerateOutput | BlockwiseOutput, row: int) -> dict[str, Any]:
     """What is known of the candidates that a response was chosen from."""
-    if isinstance(out, BlockwiseOutput):
-        return {"score": float(out.scores[row])}
+    if isinstance(out, BlockwiseOutput) or out.weights is None:
+        return {}
     fields = "weights", "effective_sample_size", "log_normalizer"
-    return {name: x[row].tolist() for name in fields if (x := getattr(out, name)) is not None}
+    return {name: getattr(out, name)[row].tolist() for name in fields}
 
 
 def _finite(value: Any) -> Any:
@@ -215,6 +231,11 @@ def add_options(commands: Any, mixture: argparse.ArgumentParser) -> None:
         help="of --values: one number, or one per scorer (default: 1)",
     )
     generate.add_argument(
+        "--robust",
+        action="store_true",
+        help="weigh --values for the worst of them at each step (RMOD)",
+    )
+    generate.add_argument(
         "--best-of",
         type=options.whole(1),
         metavar="K",
@@ -240,6 +261,20 @@ def add_options(commands: Any, mixture: argparse.ArgumentParser) -> None:
         " responses",
     )
     generate.add_argument("--greedy", action="store_true", help="the most likely token each time")
+    generate.add_argument(
+        "--num-beams",
+        type=options.whole(1),
+        default=1,
+        metavar="K",
+        help="search for the most likely answer with K beams; nothing is drawn",
+    )
+    generate.add_argument(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="of --num-beams: answers are compared by log-probability / length^P (default: 1)",
+    )
     generate.add_argument(
         "--json",
         action="store_true",

@@ -65,6 +65,14 @@ def mixture_options() -> argparse.ArgumentParser:
         help="weigh the whole response so far, not the next token alone",
     )
     group.add_argument(
+        "--plausibility",
+        type=options.plausibility,
+        default="auto",
+        metavar="P",
+        help="exclude tokens that every model finds less likely than P times its most likely one;"
+        " off: none (default: 0.001, off for reverse_kl)",
+    )
+    group.add_argument(
         "--max-new-tokens",
         type=options.whole(1),
         default=64,

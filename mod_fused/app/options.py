@@ -68,6 +68,19 @@ def whole(least: int) -> Callable[[str], int]:
     return convert
 
 
+def plausibility(text: str) -> float | str | None:
+    """A number in (0, 1], "auto", or None for "off"."""
+    if text in ("auto", "off"):
+        return None if text == "off" else text
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 < number <= 1.0:
+        raise argparse.ArgumentTypeError(f"expected off or a number in (0, 1], got {text!r}")
+    return number
+
+
 def names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:

@@ -31,6 +31,8 @@ def check(args: argparse.Namespace, best_of: bool = False) -> None:
             )
     if not best_of:
         return
+    if args.robust:
+        _check_robust(args)
     if args.best_of is None:
         if args.block_length is not None or args.score:
             raise ValueError("--block-length and --score go with --best-of")
@@ -43,6 +45,15 @@ def check(args: argparse.Namespace, best_of: bool = False) -> None:
         raise ValueError("--score is of complete responses: --block-length needs --values")
     if args.candidates is not None:
         raise ValueError("--candidates is for drawing tokens, not for --best-of")
+
+
+def _check_robust(args: argparse.Namespace) -> None:
+    if not args.values:
+        raise ValueError("--robust goes with --values")
+    if args.best_of is not None:
+        raise ValueError("--robust weighs the values of tokens: leave out --best-of")
+    if args.strength and len(args.strength) > 1:
+        raise ValueError(f"--robust takes one --strength, got {len(args.strength)} numbers")
 
 
 def strengths(args: argparse.Namespace) -> list[float]:

@@ -62,6 +62,8 @@ def run_sweep(args: argparse.Namespace) -> int:
         "divergence": args.divergence,
         "normalizer": args.normalizer,
         "sequence_history": args.sequence_history,
+        "plausibility": args.plausibility,
+        "plausibility_tensor": "any",
         "max_new_tokens": args.max_new_tokens,
     }
     batches: Iterator[list[Guided]]
@@ -188,8 +190,9 @@ def _settings(
         **{
             name: getattr(args, name)
             for name in (
-                "divergence", "normalizer", "sequence_history", "max_new_tokens", "seed", "points",
-                "samples", "batch_size", "candidates", "reward", "device", "dtype",
+                "divergence", "normalizer", "sequence_history", "plausibility", "max_new_tokens",
+                "seed", "points", "samples", "batch_size", "candidates", "reward", "device",
+                "dtype",
             )
         },
         "strength": levels,

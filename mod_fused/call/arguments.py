@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..divergence import Divergence
 
+#: As plausibility_tensor: a token stays where any tensor that counts finds it plausible.
+ANY_TENSOR = -1
+
 
 class MixtureArguments(NamedTuple):
     """The arguments that define the distribution: B rows, M policies, V = vocab_size.
@@ -30,7 +33,7 @@ class MixtureArguments(NamedTuple):
     logit_scales: tuple[float, ...]  # one per model, or empty
     vocab_size: int
     plausibility: float  # 0: off
-    plausibility_tensor: int  # 0: reference, i: policy i
+    plausibility_tensor: int  # 0: reference, i: policy i; ANY_TENSOR
 
     def tensors(self) -> list[Tensor]:
         """The logits, reference first if there is one."""

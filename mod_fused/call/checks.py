@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..divergence import Divergence, ReverseKL, get_divergence, is_built_in
-from .arguments import DrawArguments, MixtureArguments
+from .arguments import ANY_TENSOR, DrawArguments, MixtureArguments
 from .fields import (
     FLOATS,
     LOGIT_DTYPES,
@@ -47,7 +47,7 @@ def check_mixture(
     logit_scales: object = None,
     vocab_size: int | None = None,
     plausibility: float | None = None,
-    plausibility_tensor: int = 0,
+    plausibility_tensor: int | str = 0,
 ) -> MixtureArguments:
     """The arguments of `mod_fused.sample` that define the distribution, checked."""
     kind = get_divergence(divergence)
@@ -206,21 +206,25 @@ def _check_values(
 
 
 def _check_plausibility(
-    plausibility: float | None, tensor: int, no_reference: bool, policies: int
+    plausibility: float | None, tensor: int | str, no_reference: bool, policies: int
 ) -> tuple[float, int]:
     if plausibility is None:
         return 0.0, 0
     plausibility = number("plausibility", plausibility)
     if not 0.0 < plausibility <= 1.0:
         raise ValueError(f"plausibility must be in (0, 1], got {plausibility}")
-    tensor = number("plausibility_tensor", tensor, int)
+    if tensor == "any":
+        return plausibility, ANY_TENSOR
+    if isinstance(tensor, str):
+        raise ValueError(f"plausibility_tensor must be an integer or 'any', got {tensor!r}")
+    index: int = number("plausibility_tensor", tensor, int)
     lowest = 1 if no_reference else 0
-    if not lowest <= tensor <= policies:
+    if not lowest <= index <= policies:
         raise ValueError(
             f"plausibility_tensor must be between {lowest} and {policies} "
-            f"(0 is the reference, i is policy i), got {tensor}"
+            f"(0 is the reference, i is policy i), got {index}"
         )
-    return plausibility, tensor
+    return plausibility, index
 
 
 def check_draw(

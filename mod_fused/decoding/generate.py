@@ -14,15 +14,31 @@ from ..call.fields import check_tensor
 from ..divergence import Divergence
 from ..ops import sample
 from .adapters import check_shared
+from .beams import Beams, check_beams
 from .ensemble import Ensemble
 from .memory import check_decoding
 from .model_state import EnsembleState
-from .options import Limits, check_limits, check_vocab_size, first_history, ready_options
+from .options import (
+    Limits,
+    check_limits,
+    check_vocab_size,
+    first_history,
+    ready_options,
+    support_cut,
+)
 from .prompts import Prompts
 from .resampling import Weighed, check_resampling, choose, weigh
 from .responses import FINISH_REASONS, GenerateOutput, Responses
 from .streaming import Stream, streaming
-from .values import ValueFunction, ValueGuide, ValueSource, value_count, value_source
+from .values import (
+    ValueFunction,
+    ValueGuide,
+    ValueSource,
+    ValueWeighting,
+    value_count,
+    value_source,
+    weighed,
+)
 
 __all__ = ["FINISH_REASONS", "GenerateOutput", "generate"]
 
@@ -44,16 +60,23 @@ def generate(
     mixture_prefix_logprobs: Tensor | Sequence[float] | None = None,
     logit_scales: Sequence[float] | None = None,
     vocab_size: int | None = None,
-    plausibility: float | None = None,
-    plausibility_tensor: int = 0,
+    plausibility: float | str | None = "auto",
+    plausibility_tensor: int | str | None = None,
     value_fn: ValueFunction | ValueGuide | None = None,
-    value_weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
+    value_weights: Sequence[float]
+    | Sequence[Sequence[float]]
+    | Tensor
+    | ValueWeighting
+    | None = None,
     mask_fn: Callable[[int, Tensor], Tensor] | None = None,
     resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None = None,
     max_new_tokens: int = 20,
     num_return_sequences: int = 1,
     num_candidates: int | None = None,
-    do_sample: bool = True,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
+    do_sample: bool | None = None,
     temperature: float | Sequence[float] | Tensor = 1.0,
     top_k: int | Sequence[int] | Tensor | None = None,
     top_p: float | Sequence[float] | Tensor | None = None,
@@ -72,7 +95,7 @@ def generate(
 
     At each step pi*(s) = pi_ref(s) (f')^-1(-Z + sum_i w_i f'(pi_i(s) / pi_ref(s))) (MOD, arXiv
     2406.18853). `mod_fused.sample` documents divergence, normalizer, logit_scales, vocab_size,
-    plausibility, temperature, top_k, top_p, min_p and backend. weights, temperature, top_k, top_p,
+    temperature, top_k, top_p, min_p and backend. weights, temperature, top_k, top_p,
     min_p, seed and position may differ from row to row. From the models' own generation configs
     only the end-of-sequence and padding ids are used.
 
@@ -103,12 +126,17 @@ def generate(
             sum over T of model_logprobs. None: the response begins here.
         mixture_prefix_logprobs: [B], goes with it where the normalizer is exact: log pi* of the
             response so far, the sum over T of logprobs.
+        plausibility: as in `mod_fused.sample`; None is off. "auto" is 1e-3 off reverse KL and off
+            under it: an exact Z pours the mass that the policies' ratios leave over into tokens
+            that all models find all but impossible, where these ratios are noise.
+        plausibility_tensor: as in `mod_fused.sample`; None is "any" with "auto", else 0.
         value_fn: `value_fn(step, sequences)` returns values [J, B, V], or (values [J, B, K],
             value_ids [B, K]); sequences int64 [B, n + step] are the first model's prompts and the
             responses so far; step counts from 0 in every call, whatever position is. Or a
             `mod_fused.decoding.values.ValueGuide` such as `mod_fused.guidance.Guidance`, which
             holds trained scorers and their caches; it reads the first model's prompts.
-        value_weights: [J] or [B, J], for value_fn.
+        value_weights: [J] or [B, J], for value_fn. Or a `mod_fused.decoding.values.ValueWeighting`,
+            which chooses them at each step, such as `mod_fused.guidance.WorstCaseWeights`.
         mask_fn: `mask_fn(step, sequences)` returns the tokens allowed next: bool [B, V], or packed
             int32 [B, ceil(V/32)].
         resample_fn: `resample_fn(step, sequences, lengths, reasons)`, called after each step, with
@@ -120,7 +148,8 @@ def generate(
         num_return_sequences: K responses to each prompt, which is read once. There are B K rows:
             response k to prompt b is row b K + k. Parameters have one entry per prompt; functions
             get all rows. Response 0 has the prompt's seed, response k has
-            SplitMix64(SplitMix64(seed) + k); the output holds all seeds.
+            SplitMix64(SplitMix64(seed) + k); the output holds all seeds. With num_beams: the best K
+            responses found, the best first; at most num_beams.
         num_candidates: N responses are drawn to each prompt, with the seeds that N return sequences
             would have. Each weighs pi*(y) / q(y): its probability under the optimum over whole
             responses, over that with which it was drawn, after temperature, filters and masks. The
@@ -137,8 +166,20 @@ def generate(
             sample size and the normaliser. The choice has random numbers of its own: stream 2 of
             the prompt's seed, at the position of the first token. Refused with do_sample=False,
             temperature 0, value_fn (the sum of its scores over a response is no score of the
-            response), resample_fn, streamer, prefix_logprobs and registered divergences.
-        do_sample: False is temperature 0, the most likely token of pi*.
+            response), resample_fn, streamer, num_beams, prefix_logprobs and registered divergences.
+        num_beams: more than 1 searches for the likeliest responses under pi* with so many beams, as
+            transformers' beam search does: it draws nothing. Functions get num_beams rows for each
+            prompt. It cannot be combined with do_sample=True, temperature, top_k, top_p, min_p,
+            seed, position, streamer or resample_fn. mask_fn excludes tokens, and what is left is
+            not normalised anew. Ties go to the earlier beam, then to the lower token id. A beam
+            that nothing can follow (NaN logits, everything masked) is dropped.
+        length_penalty: of num_beams: responses are compared by the sum of log pi* over length **
+            length_penalty, with the length in tokens of this call. Above 0 it favours long ones.
+        early_stopping: of num_beams: True ends the search when num_beams responses have ended,
+            False when the best beam at its present length scores below all of them, "never" when
+            even the full length (length_penalty above 0) could not raise it above them.
+        do_sample: False is temperature 0, the most likely token of pi*. None: True, but for
+            num_beams.
         seed: int, or one int64 per row (list or tensor), or None for seeds from torch's generator.
             With one per row, a row's tokens depend on its own seed and prompt only, not on the rest
             of the batch.
@@ -163,8 +204,9 @@ def generate(
             sum over every model's vocabulary at each step.
 
     Returns:
-        GenerateOutput. One host synchronisation per step tells whether all rows have ended. (In a
-        batch with padding transformers adds its own, for its attention masks.)
+        GenerateOutput. One host synchronisation per step tells whether all rows have ended; a beam
+        search has several. (In a batch with padding transformers adds its own, for its attention
+        masks.)
 
     Raises:
         TypeError, ValueError: before any model runs, for arguments that do not fit; see
@@ -176,10 +218,30 @@ def generate(
         if not isinstance(ensemble, Ensemble):
             raise TypeError(f"ensemble must be a mod_fused.Ensemble, got {type(ensemble).__name__}")
         check_shared({**ensemble.places, **getattr(value_fn, "places", {})})
+        searching = check_beams(
+            num_beams,
+            num_return_sequences,
+            length_penalty,
+            early_stopping,
+            max_new_tokens,
+            {
+                "do_sample": do_sample,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "seed": seed,
+                "position": position,
+                "streamer": streamer,
+                "resample_fn": resample_fn,
+                "num_candidates": num_candidates,
+            },
+        )
+        copies = num_return_sequences if searching is None else searching.num_beams
         limits = check_limits(
             ensemble,
             max_new_tokens,
-            num_return_sequences,
+            copies,
             num_candidates,
             eos_token_id,
             pad_token_id,
@@ -200,19 +262,22 @@ def generate(
         )
         batch, device, copies = len(ids[0]), ids[0].device, limits.copies
         check_decoding(ensemble.present, ids, copies, limits.max_new_tokens, use_cache)
+        num_values = partial(value_count, value_fn)
+        weighting = value_weights if isinstance(value_weights, ValueWeighting) else None
+        if weighting is not None:
+            weighting.check(divergence, num_values(None))
         options: dict[str, Any] = {
             "weights": weights,
-            "value_weights": value_weights,
+            "value_weights": value_weights if weighting is None else None,
             "divergence": divergence,
             "normalizer": normalizer,
             "logit_scales": logit_scales,
-            "plausibility": plausibility,
-            "plausibility_tensor": plausibility_tensor,
-            "temperature": temperature if do_sample else 0.0,
+            **support_cut(plausibility, plausibility_tensor, divergence),
+            "temperature": temperature if do_sample is None or do_sample else 0.0,
             "top_k": top_k,
             "top_p": top_p,
             "min_p": min_p,
-            "seed": seed,
+            "seed": seed if searching is None else 0,  # no seeds are drawn for a search
             "position": position,
             "backend": backend,
         }
@@ -225,7 +290,6 @@ def generate(
                 prefix_logprobs=prefix_logprobs,
                 mixture_prefix_logprobs=mixture_prefix_logprobs,
             )
-        num_values = partial(value_count, value_fn)
         options = ready_options(ensemble, options, num_values, limits, batch, device)
         options["vocab_size"] = vocab_size
         prefixes = prefix_logprobs, mixture_prefix_logprobs
@@ -248,16 +312,20 @@ def generate(
             history=history,
             models=0 if num_candidates is None else len(ids),
         )
+        beams = None
+        if searching is not None:
+            beams = Beams(searching, responses, limits, options["logit_scales"])
         first = options["position"]
-        _draw_all(
-            limits.max_new_tokens, state, values, responses, options, stream, mask_fn, resample_fn
-        )
+        length, functions = limits.max_new_tokens, (mask_fn, resample_fn)
+        _draw_all(length, state, values, responses, options, stream, *functions, beams, weighting)
+        if beams is not None:
+            return beams.output(masks[0])
         mask = None if masks[0] is None else masks[0].repeat_interleave(limits.returned, dim=0)
         if num_candidates is None:
             return responses.output(mask, options["seed"])
-        weighed, rows = _resampled(responses, options, first, limits, has_reference)
+        candidates, rows = _resampled(responses, options, first, limits, has_reference)
         responses.select(rows)
-        return replace(responses.output(mask, options["seed"][rows]), **weighed._asdict())
+        return replace(responses.output(mask, options["seed"][rows]), **candidates._asdict())
 
 
 def _resampled(
@@ -270,9 +338,9 @@ def _resampled(
     """The weights of all candidates, and the rows to return."""
     assert responses.totals is not None
     count, seeds = limits.copies, options["seed"]
-    weighed = weigh(options, responses.totals, responses.valid, count, has_reference)
+    found = weigh(options, responses.totals, responses.valid, count, has_reference)
     first = first_position[::count] if isinstance(first_position, Tensor) else first_position
-    return weighed, choose(weighed.weights, seeds[::count], first, limits.returned)
+    return found, choose(found.weights, seeds[::count], first, limits.returned)
 
 
 def _draw_all(
@@ -284,9 +352,15 @@ def _draw_all(
     stream: Stream,
     mask_fn: Callable[[int, Tensor], Tensor] | None,
     resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None,
+    beams: Beams | None,
+    weighting: ValueWeighting | None,
 ) -> None:
-    """Step by step run the models, draw and record, until all responses have ended."""
+    """Step by step run the models, draw and record, until all responses have ended; with beams,
+    until their search has."""
     first_position = options.pop("position")
+    weights = options.pop("value_weights")
+    drawing = ("temperature", "top_k", "top_p", "min_p", "seed")
+    mixing = {name: value for name, value in options.items() if name not in drawing}
     stream.begin(responses.sequences)
     parents = None
     for step in range(max_new_tokens):
@@ -295,14 +369,27 @@ def _draw_all(
             values.select(parents)
         tokens, so_far = responses.tokens, responses.sequences
         reference, policies = state.step(tokens)
+        given = values.step(step, so_far, tokens, reference, policies)
+        if weighting is None:
+            given["value_weights"] = weights
+        else:
+            given |= weighed(weighting, reference, policies, given, mixing)
+        given |= {
+            "mask": None if mask_fn is None else mask_fn(step, so_far),
+            "prefix_logprobs": responses.history,
+            "mixture_prefix_logprobs": responses.own_history,
+        }
+        if beams is not None:
+            parents = beams.step(reference, policies, **mixing, **given)
+            responses = beams.responses
+            if beams.done:
+                break
+            continue
         drawn = sample(
             reference,
             policies,
             **options,
-            **values.step(step, so_far, tokens, reference, policies),
-            mask=None if mask_fn is None else mask_fn(step, so_far),
-            prefix_logprobs=responses.history,
-            mixture_prefix_logprobs=responses.own_history,
+            **given,
             position=first_position + step,
             return_model_logprobs=responses.wants_model_logprobs,
             return_proposal_logprobs=responses.totals is not None,

@@ -50,14 +50,14 @@ def check_limits(
     """These arguments of `mod_fused.generate`, checked."""
     eos_ids = ensemble.eos_token_ids if eos_token_id is None else _eos_ids(eos_token_id)
     pad = ensemble.padding_id(eos_ids) if pad_token_id is None else pad_token_id
-    returned = _count("num_return_sequences", num_return_sequences, 1)
-    drawn = returned if num_candidates is None else _count("num_candidates", num_candidates, 1)
+    returned = count("num_return_sequences", num_return_sequences, 1)
+    drawn = returned if num_candidates is None else count("num_candidates", num_candidates, 1)
     return Limits(
-        _count("max_new_tokens", max_new_tokens, 1),
+        count("max_new_tokens", max_new_tokens, 1),
         drawn,
         returned,
         eos_ids,
-        _count("pad_token_id", pad, 0, ensemble.vocab_size),
+        count("pad_token_id", pad, 0, ensemble.vocab_size),
         _stop_strings(stop_strings, ensemble.tokenizer),
     )
 
@@ -68,10 +68,33 @@ def check_vocab_size(vocab_size: Any, ensemble: Ensemble) -> int | None:
     if vocab_size is None:
         # The op cuts padded embeddings; here the tokens are cut that some tokenizer lacks.
         return None if ensemble.common_ids is None else ensemble.vocab_size
-    size, limit = _count("vocab_size", vocab_size, 1), ensemble.vocab_size
+    size, limit = count("vocab_size", vocab_size, 1), ensemble.vocab_size
     if limit is not None and size > limit:
         raise ValueError(f"vocab_size must be at most the models' {limit} tokens, got {size}")
     return size
+
+
+#: Off reverse KL `generate` excludes tokens that every model finds this much less likely than its
+#: most likely one.
+DEFAULT_PLAUSIBILITY = 1e-3
+
+
+def support_cut(
+    plausibility: float | str | None, tensor: int | str | None, divergence: Any
+) -> dict[str, Any]:
+    """plausibility and plausibility_tensor of `mod_fused.sample` for those of `generate`."""
+    if not isinstance(plausibility, str):
+        return {
+            "plausibility": plausibility,
+            "plausibility_tensor": 0 if tensor is None else tensor,
+        }
+    if plausibility != "auto":
+        raise ValueError(f"plausibility must be a number, None or 'auto', got {plausibility!r}")
+    log_linear = type(get_divergence(divergence)) is ReverseKL
+    return {
+        "plausibility": None if log_linear else DEFAULT_PLAUSIBILITY,
+        "plausibility_tensor": "any" if tensor is None else tensor,
+    }
 
 
 def ready_options(
@@ -231,7 +254,7 @@ def _rows_of_prefix(
     return x.to(torch.float64)
 
 
-def _count(name: str, value: Any, least: int, limit: int | None = None) -> int:
+def count(name: str, value: Any, least: int, limit: int | None = None) -> int:
     """An integer of any kind (Python, NumPy, a tensor of one) as an int, in [least, limit)."""
     try:
         if isinstance(value, bool):
@@ -249,8 +272,8 @@ def _count(name: str, value: Any, least: int, limit: int | None = None) -> int:
 def _eos_ids(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
     # A tensor without dimensions has __iter__, but cannot be iterated over.
     if not isinstance(eos_token_id, Iterable) or getattr(eos_token_id, "ndim", 1) == 0:
-        eos_token_id = [_count("eos_token_id", eos_token_id, 0)]
-    return [_count("eos_token_id", token, 0) for token in eos_token_id]
+        eos_token_id = [count("eos_token_id", eos_token_id, 0)]
+    return [count("eos_token_id", token, 0) for token in eos_token_id]
 
 
 def _stop_strings(stop_strings: str | Sequence[str] | None, tokenizer: Any) -> list[str]:

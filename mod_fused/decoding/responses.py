@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,10 +47,13 @@ class GenerateOutput:
             logits times its scale), reference first; M columns without a reference. 0 behind the
             end. None unless asked for.
         valid: bool [B]. False: at some step the op had nothing to draw from (NaN logits, everything
-            masked); the response ends before that step, whose log-probabilities are NaN.
+            masked); the response ends before that step, whose log-probabilities are NaN. After a
+            beam search: fewer responses were found than asked for; the row holds none.
         seeds: int64 [B], the seed of each row: with it and the position another call can continue
-            the responses.
+            the responses. None after a beam search.
         attention_mask: int64 [B, n + T], of sequences: 0 for padding on both sides.
+        sequences_scores: float32 [B], after a beam search the sum of log pi* of the response over
+            length ** length_penalty, -inf where not valid; else None.
         weights: float64 [prompts, N], of all N candidates of each prompt, in the order of their
             seeds; they sum to 1. NaN where no candidate is valid. This and the next two are None
             without num_candidates.
@@ -70,8 +74,9 @@ class GenerateOutput:
     logprobs: Tensor
     model_logprobs: Tensor | None
     valid: Tensor
-    seeds: Tensor
+    seeds: Tensor | None
     attention_mask: Tensor
+    sequences_scores: Tensor | None = None
     weights: Tensor | None = None
     effective_sample_size: Tensor | None = None
     log_normalizer: Tensor | None = None
@@ -142,6 +147,17 @@ class Responses:
         return self._reason != _INVALID
 
     @property
+    def model_columns(self) -> int:
+        """How many models' log-probabilities `add` needs; 0: none."""
+        by_model = self._model_logprobs if self.history is None else self.history
+        return 0 if by_model is None else by_model.shape[-1]
+
+    @property
+    def ended(self) -> Tensor:
+        """Which responses have ended, bool [B]."""
+        return self._reason != _RUNNING
+
+    @property
     def sequences(self) -> Tensor:
         """The prompts and the responses so far, int64 [B, n + steps]."""
         return self._sequences[:, : self._width + self._step]
@@ -201,8 +217,29 @@ class Responses:
             self._stops = [self._stops[row].copy() for row in rows.tolist()]
         self.done = bool((self._reason != _RUNNING).all())
 
-    def output(self, prompt_mask: Tensor | None, seeds: Tensor) -> GenerateOutput:
-        """The result, given the batch's prompt_mask [B, n] (None: no padding), seeds int64 [B]."""
+    def taken(self, rows: Tensor) -> Responses:
+        """These rows, int64 [N], as `select` would leave them, in an object of their own."""
+        other = copy.copy(self)
+        other.select(rows)
+        return other
+
+    def joined(self, others: Responses) -> Responses:
+        """These responses, then others to the same batch, in an object of their own."""
+        both = copy.copy(self)
+        for name in _BY_ROW:
+            if (values := getattr(self, name)) is not None:
+                setattr(both, name, torch.cat([values, getattr(others, name)]))
+        both._stops = [*self._stops, *others._stops]
+        return both
+
+    def output(
+        self,
+        prompt_mask: Tensor | None,
+        seeds: Tensor | None,
+        sequences_scores: Tensor | None = None,
+    ) -> GenerateOutput:
+        """The result, given the batch's prompt_mask [B, n] (None: no padding), seeds int64 [B], and
+        the sequences_scores float32 [B] of a beam search."""
         # Rows that resample_fn dropped may have been longer. An invalid step counts.
         steps = int((self._lengths + (self._reason == _INVALID)).max())
         tokens, logs = self._sequences[:, self._width :][:, :steps], self._model_logprobs
@@ -221,6 +258,7 @@ class Responses:
             valid=self.valid,
             seeds=seeds,
             attention_mask=torch.cat([mask, written], dim=1),
+            sequences_scores=sequences_scores,
         )
 
     def _texts(self, tokens: Tensor) -> list[str] | None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from ..divergence import Divergence
+from ..ops import log_probs
 
 Scores = Tensor | tuple[Tensor, Tensor]  # values [J, B, V], or (values [J, B, K], ids [B, K])
 ValueFunction = Callable[[int, Tensor], Scores]
@@ -54,6 +58,51 @@ class ValueGuide(Protocol):
     ) -> ValueState:
         """Begin a batch of prompts [B, n] (mask None: no padding); runs no model yet."""
         ...
+
+
+@runtime_checkable
+class ValueWeighting(Protocol):
+    """The interface of value_weights of `generate` that are chosen at each step."""
+
+    def check(self, divergence: str | Divergence, num_values: int) -> None:
+        """Raise ValueError for a divergence or a number of values that cannot be weighed."""
+        ...
+
+    def weigh(self, log_p: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights [B, J] of a step, and the values to use with them.
+
+        Args:
+            log_p: float32 [B, K], log-probability of each candidate before the values; NaN
+                throughout an invalid row, -inf for padding.
+            values: [J, B, K], of the candidates; K = V without value_ids.
+        """
+        ...
+
+
+def weighed(
+    weighting: ValueWeighting,
+    reference: Tensor | None,
+    policies: Sequence[Tensor],
+    given: dict[str, Any],
+    mixing: dict[str, Any],
+) -> dict[str, Any]:
+    """The values and value_weights of a step.
+
+    Args:
+        weighting: chooses them.
+        reference: its logits [B, V_0], or None.
+        policies: logits [B, V_i] of each.
+        given: what `ValueSource.step` returned.
+        mixing: the other options of `mod_fused.log_probs`.
+    """
+    values, ids = given["values"], given.get("value_ids")
+    count = len(values) if isinstance(values, Tensor) and values.ndim else 1
+    # Values of weight 0 only say which tokens are candidates.
+    log_p = log_probs(reference, policies, **mixing, **given, value_weights=[0.0] * count)
+    if ids is not None:
+        log_p = log_p.gather(1, ids.clamp(0, log_p.shape[1] - 1)).masked_fill(ids < 0, -torch.inf)
+    weights, values = weighting.weigh(log_p, values)
+    return {"value_weights": weights, "values": values}
 
 
 def value_count(value_fn: ValueFunction | ValueGuide | None, value_weights: Any) -> int:

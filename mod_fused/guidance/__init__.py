@@ -19,23 +19,30 @@ from .blockwise import (
     response_score,
 )
 from .guide import Guidance, GuidanceState
-from .recipes import controlled_decoding, fudge, mavis
+from .recipes import args, controlled_decoding, fudge, mavis, rad
 from .scorers import Scorer
+from .worst_case import WorstCase, WorstCaseWeights, robust, worst_case_weights
 
 __all__ = [
     "BlockwiseOutput",
     "Guidance",
     "GuidanceState",
     "Scorer",
+    "WorstCase",
+    "WorstCaseWeights",
+    "args",
     "best_of_n",
     "blockwise_best_of_k",
     "controlled_decoding",
     "fudge",
     "mavis",
     "prefix_score",
+    "rad",
     "response_score",
+    "robust",
     "train_mavis",
     "train_scorer",
+    "worst_case_weights",
 ]
 
 

@@ -49,6 +49,35 @@ def fudge(
     return {"value_fn": guide, "value_weights": [strength]}
 
 
+def args(reward_model: Any, *, weight: float, candidates: int | None = 10) -> dict[str, Any]:
+    """ARGS (arXiv 2402.01694): log pi_ref(z) + w r(x, [y, z]) over the reference's top tokens.
+
+    With `do_sample=False` this is its greedy form, which takes the largest; else the next token is
+    drawn from the softmax, at `temperature`.
+
+    Args:
+        reward_model: a scalar or dense scorer whose output is the reward of the text so far.
+        weight: w.
+        candidates: how many tokens to score; the paper takes 10. None scores all, with a dense
+            scorer.
+    """
+    return controlled_decoding([reward_model], [weight], candidates=candidates)
+
+
+def rad(reward_model: Any, *, beta: float, candidates: int | None = 20) -> dict[str, Any]:
+    """RAD (arXiv 2310.09520): softmax(z + beta r(x, [y, z])) over the reference's top tokens, r
+    clamped to [0, 1].
+
+    Args:
+        reward_model: a scalar or dense scorer that reads from left to right; its output is the
+            reward of the text so far.
+        beta: the strength.
+        candidates: how many tokens to score. None scores all, with a dense scorer.
+    """
+    scorer = Scorer(reward_model, lambda reward: reward.clamp(0.0, 1.0))
+    return controlled_decoding([scorer], [beta], candidates=candidates)
+
+
 def mavis(
     scorers: Sequence[Any], weights: Weights, *, beta: float, candidates: int | None
 ) -> dict[str, Any]:

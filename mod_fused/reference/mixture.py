@@ -149,6 +149,11 @@ def _own_coefficient(weights: Any) -> float:
     )
 
 
+def _at_corner(w: Array) -> bool:
+    """Whether the mixture without values is one of its models: a policy, or the reference."""
+    return list(w[w != 0.0]) in ([], [1.0])
+
+
 def _log_sum_exp(x: Array) -> float:
     """log sum exp of a vector in float64."""
     peak = x.max()
@@ -174,7 +179,7 @@ def solve_log_ratios(lr: Array, u: Array, slope: Slope, log_mass: float = 0.0) -
     behind = u[best] - u  # >= 0
 
     def log_ratios(rho: float) -> Array:
-        return slope.inverse(slope.slope(np.array(rho)) - behind)
+        return slope.inverse(slope.slope(np.array(rho, dtype=u.dtype)) - behind)
 
     low, high = log_mass - np.log(np.exp(lr).sum()), log_mass - lr[best]
     while low < (middle := 0.5 * (low + high)) < high:  # until no number lies between
@@ -256,7 +261,7 @@ def log_probs_row(
     logit_scales: Any = None,
     vocab_size: int | None = None,
     plausibility: float | None = None,
-    plausibility_tensor: int = 0,
+    plausibility_tensor: int | str = 0,
     solution: dict[str, Any] | None = None,
 ) -> Array:
     """log pi* of one row, float64 [V]; -inf outside the support, all NaN for an invalid row.
@@ -290,7 +295,12 @@ def log_probs_row(
     own = 0.0 if ref_logits is None else _own_coefficient(weights)
     if slope is not None or own != 0.0:
         used = [0, *used]
-    read = {*used} | ({plausibility_tensor} if plausibility is not None else set())
+    plausible: list[int] = []  # a token stays where one of these finds it plausible
+    if plausibility is not None and plausibility_tensor != "any":
+        plausible = [int(plausibility_tensor)]
+    elif plausibility is not None and not (values is None and _at_corner(w)):
+        plausible = used
+    read = {*used, *plausible}
     read_values = _read_values(values, value_ids, value_weights, vocab)
     if read_values is None:
         return invalid("a value is NaN or +inf, its weight is not finite, or an id is out of range")
@@ -303,9 +313,11 @@ def log_probs_row(
     terms, support = read_values
     for k in used:
         support &= rows[k] > -np.inf
-    if plausibility is not None:
-        named = rows[plausibility_tensor]
-        support &= (named > -np.inf) & (named >= named.max() + np.log(plausibility))
+    if plausible and plausibility is not None:
+        least = np.log(plausibility)
+        support &= np.any([rows[k] >= rows[k].max() + least for k in plausible], axis=0)
+        for k in set(plausible) - set(used):
+            support &= rows[k] > -np.inf
     if not support.any():
         return invalid("no token is left in the support")
     peaks = 0.0  # what the score is less than the weighted sum
@@ -395,7 +407,7 @@ def _record(
     logarithm of the own mass."""
     best = int(np.argmax(u))
     tau, least = -float(slope.slope(ratios[best])), -float(u[best])
-    ends = np.array([-lr[best], -np.log(np.exp(lr).sum())])
+    ends = np.array([-lr[best], -_log_sum_exp(lr)], dtype=u.dtype)
     lower, upper = (-slope.slope(ends)).tolist()
     solution.update(
         shifts=shift[1:].astype(np.float64), tau=tau, lower=lower, upper=upper, least=least,
@@ -410,7 +422,7 @@ def log_probs(
     normalizer: str = "exact", values: Any = None, value_ids: Any = None,
     value_weights: Any = None, prefix_logprobs: Any = None, mixture_prefix_logprobs: Any = None,
     logit_scales: Any = None, vocab_size: int | None = None, plausibility: float | None = None,
-    plausibility_tensor: int = 0,
+    plausibility_tensor: int | str = 0,
 ) -> Array:  # fmt: skip
     """log pi* of a batch, float64 [B, V]: `log_probs_row` on each row.
 

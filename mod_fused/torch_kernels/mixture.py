@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call.arguments import MixtureArguments
+from ..call.arguments import ANY_TENSOR, MixtureArguments
 from ..divergence import ReverseKL
 from . import normalizer
 from .own_mass import RowFunctions, own_mass
@@ -129,10 +129,8 @@ def mix(mixing: MixtureArguments, rows: slice, record: dict[str, Any] | None = N
         support = support & (x.isfinite() | ~counts[:, None, None])
 
     if mixing.plausibility > 0.0:
-        x = logits[mixing.plausibility_tensor - (mixing.ref_logits is None)]
-        peak = x.amax((-2, -1))
-        valid = valid & peak.isfinite()  # NaN and +inf both end up in the peak
-        support = support & (x - peak[:, None, None] >= math.log(mixing.plausibility))
+        kept, finite = _plausible(mixing, logits, weights, own)
+        valid, support = valid & finite, support & kept
 
     if type(divergence) is ReverseKL:
         key = _log_linear(own, logits, weights, values, value_weights)
@@ -146,6 +144,26 @@ def mix(mixing: MixtureArguments, rows: slice, record: dict[str, Any] | None = N
     # Neither an empty support (-inf) nor an overflow (NaN, +inf) leaves a finite level.
     log_norm = normalizer.row_logsumexp(key - level[:, None, None])
     return Mixture(key, level, log_norm, valid & level.isfinite(), logits)
+
+
+def _plausible(
+    mixing: MixtureArguments, logits: list[Tensor], weights: Tensor, own: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The tokens that plausibility keeps [b, T, TILE], and the rows whose named tensor holds
+    neither NaN nor +inf [b]."""
+    least = math.log(mixing.plausibility)
+    if mixing.plausibility_tensor != ANY_TENSOR:
+        x = logits[mixing.plausibility_tensor - (mixing.ref_logits is None)]
+        peak = x.amax((-2, -1))  # NaN and +inf both end up there
+        return x - peak[:, None, None] >= least, peak.isfinite()
+    used = weights != 0
+    counts = used if own is None else torch.cat([(own != 0)[:, None], used], 1)
+    ones = ((weights == 1) & used).sum(1)
+    corner = used.sum(1) == ones if mixing.values is None else ones < 0
+    kept = (corner & (ones <= 1))[:, None, None]
+    for k, x in enumerate(logits):
+        kept = kept | ((x - x.amax((-2, -1), keepdim=True) >= least) & counts[:, k, None, None])
+    return kept, torch.ones_like(corner)
 
 
 def own_coefficient(given: Sequence[float] | Tensor, weights: Tensor) -> Tensor:

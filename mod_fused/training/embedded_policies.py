@@ -21,12 +21,13 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ..decoding.sequences import Sequences, encode, take
+from ..divergence import get_divergence
 from ..world import CHECKPOINTS
 from ..world.corpus import examples, prompts
 from ..world.rewards import OBJECTIVES, REWARDS, reward
@@ -37,6 +38,7 @@ MAX_NEW_TOKENS = 64  # the longest answer of the grammar has fewer
 PREFERENCE_SCALE = 10.0  # answer a is preferred to b with odds exp(10 (reward a - reward b))
 BETA = 1.0
 GROUP = 4  # answers per prompt; all their pairs are compared
+TANGENT_BELOW = -4.0  # nats: see `slope_of`
 
 
 def build_model(tokenizer: Any) -> Any:
@@ -50,6 +52,7 @@ def build_model(tokenizer: Any) -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
+        head_dim=32,  # one that every attention kernel knows, vLLM's on CPUs among them
         max_position_embeddings=256,
         tie_word_embeddings=True,
         initializer_range=0.05,
@@ -122,6 +125,62 @@ def score(objective: str, texts: list[str], responses: list[str]) -> torch.Tenso
     return torch.tensor([reward(objective, prompt, response) for prompt, response in pairs])
 
 
+class Answers(NamedTuple):
+    """Answers of the reference to train on, `GROUP` in a row to each prompt.
+
+    Attributes:
+        prompts, responses: N strings each.
+        batch: their tokens.
+        ref_logprobs: log pi_ref(response | prompt) in nats, [N] float32.
+    """
+
+    prompts: list[str]
+    responses: list[str]
+    batch: Sequences
+    ref_logprobs: torch.Tensor
+
+
+def draw_answers(reference: Any, tokenizer: Any, n_prompts: int, seed: int) -> Answers:
+    """`GROUP` answers to each of `n_prompts` training prompts, drawn from the reference."""
+    texts = [x for x in prompts(n_prompts, seed, held_out=False) for _ in range(GROUP)]
+    batch = sample(reference, tokenizer, texts, seed)
+    responses = response_texts(tokenizer, batch)
+    return Answers(texts, responses, batch, all_logprobs(reference, batch))
+
+
+def slope_of(divergence: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The slope for `preference_loss` that makes it f-DPO (arXiv 2309.16240) of a divergence.
+
+    It is f'(e^d) up to a constant, of the log ratio d of a whole answer, and its tangent below
+    `TANGENT_BELOW`. The optimum has f'(pi/ref) = 10 r + const with r in [0, 1]: d stays above -2.4
+    (forward KL), -2.3 (Jeffrey) and -3.6 (alpha 1/2). Smaller d occur only while the policy is far
+    from the optimum. There e^-d hides all other terms, and overflows at d = -90. A clamp of d would
+    stop the gradient; the tangent moves no optimum, and every pair keeps a gradient.
+
+    Args:
+        divergence: a name, as `mod_fused.sample` takes it.
+
+    Raises:
+        ValueError: there is no such divergence.
+    """
+    chosen = get_divergence(divergence)
+    if chosen.name == "reverse_kl":
+        return lambda d: d
+    if not chosen.clamped:  # JSD's own f' is nearly linear there
+        return lambda d: -chosen.deficit(d)
+    with torch.enable_grad():
+        corner = torch.tensor(TANGENT_BELOW, requires_grad=True)
+        (gradient,) = torch.autograd.grad(-chosen.deficit(corner), corner)
+    height = -chosen.deficit(corner.detach())
+
+    def continued(d: torch.Tensor) -> torch.Tensor:
+        below = height + gradient * (d - TANGENT_BELOW)
+        # Clamp first: torch.where passes the NaN gradient of an overflow that it does not select.
+        return torch.where(d < TANGENT_BELOW, below, -chosen.deficit(d.clamp(min=TANGENT_BELOW)))
+
+    return continued
+
+
 def preference_loss(
     log_ratios: torch.Tensor,
     rewards: torch.Tensor,
@@ -142,7 +201,7 @@ def preference_loss(
         log_ratios: log pi(answer) - log pi_ref(answer), [G, K] float32 in nats.
         rewards: [G, K] float32.
         beta: strength of the regularisation.
-        slope: f'(e^d) as a function of the log ratio d; the default is reverse KL up to a constant.
+        slope: f'(e^d) as a function of the log ratio d, see `slope_of`; the default is reverse KL.
 
     Returns:
         Scalar float32.
@@ -268,16 +327,15 @@ def run(
     save(reference, out / "reference")
     print(f"reference trained, {time.time() - began:.0f} s; sampling its answers", flush=True)
 
-    texts = [text for text in prompts(n_prompts, seed, held_out=False) for _ in range(GROUP)]
-    answers = sample(reference, tokenizer, texts, seed)
-    responses = response_texts(tokenizer, answers)
-    ref_logprobs = all_logprobs(reference, answers)
-    print(f"{len(texts)} answers sampled, {time.time() - began:.0f} s", flush=True)
+    answers = draw_answers(reference, tokenizer, n_prompts, seed)
+    print(f"{len(answers.prompts)} answers sampled, {time.time() - began:.0f} s", flush=True)
     models = {"reference": reference}
     for objective in OBJECTIVES:
         policy = copy.deepcopy(reference)
-        rewards = score(objective, texts, responses)
-        train_policy(policy, answers, ref_logprobs, rewards, policy_steps, seed, label=objective)
+        rewards = score(objective, answers.prompts, answers.responses)
+        train_policy(
+            policy, answers.batch, answers.ref_logprobs, rewards, policy_steps, seed, objective
+        )
         save(policy, out / objective)
         models[objective] = policy
 

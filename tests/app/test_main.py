@@ -37,6 +37,8 @@ def keep_threads():
         (["generate", "--divergence", "total_variation"], "forward_kl, jsd"),
         (["generate", "--divergence", "alpha:2"], "strictly between 0 and 1"),
         (["generate", "--normalizer", "none"], "exact"),
+        (["generate", "--plausibility", "2"], "off or a number in (0, 1]"),
+        (["generate", "--plausibility", "none"], "off or a number in (0, 1]"),
         (["generate", "--device", "abacus"], "abacus"),
         (["generate", "--device", "cuda:99"], "CUDA devices"),
         (["generate", "--device", "meta"], "torch cannot use 'meta'"),
@@ -61,6 +63,13 @@ def keep_threads():
         (
             ["generate", "--num-candidates", "2", "--values", "helpful", "--prompt", "x"],
             "with --values",
+        ),
+        (["generate", "--prompt", "x", "--num-beams", "0"], ">= 1"),
+        (["generate", "--prompt", "x", "--num-beams", "2", "--top-k", "3"], "top_k"),
+        (["generate", "--prompt", "x", "--length-penalty", "2"], "goes with --num-beams"),
+        (
+            ["generate", "--score", "helpful", "--best-of", "2", "--num-beams", "2"],
+            "leave out --best-of",
         ),
         (["generate", "--objectives", "helpful,rude", "--prompt", "x"], "rude"),
         (["generate", "--objectives", "helpful,helpful", "--prompt", "x"], "different ones"),
@@ -150,6 +159,30 @@ def test_greedy_generate_at_a_corner_is_the_policys_own_generate(capsys):
     (again,) = generated(capsys, *folders, *own_prompt)
     assert again["tokens"] == record["tokens"]
     assert "rewards" not in again
+
+
+def test_beams_at_a_corner_find_what_the_policys_own_beam_search_does(capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(world.checkpoint("humorous"))
+    policy = AutoModelForCausalLM.from_pretrained(world.checkpoint("humorous")).eval()
+    inputs = tokenizer(world.format_prompt(QUESTION), return_tensors="pt")
+    own = policy.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=3,
+        length_penalty=0.5,
+        max_new_tokens=12,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    beams = ["--num-beams", "3", "--length-penalty", "0.5"]
+    corner = [*beams, "--weights", "0", "0", "1", "--prompt", QUESTION]
+    (record,) = generated(capsys, *corner)
+    assert record["tokens"] == own.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    assert record["score"] == pytest.approx(own.sequences_scores.item(), abs=1e-4)
+    assert main(["generate", "--max-new-tokens", "12", *corner]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == record["text"]
 
 
 def test_generate_reads_prompts_from_standard_input(capsys, monkeypatch):

@@ -37,6 +37,11 @@ def generated(capsys, *argv: str) -> list[dict]:
         (["generate", "--values", "helpful", "--strength", "x"], "numbers with commas"),
         (["generate", "--values", "helpful", "--strength", "nan"], "finite"),
         (["generate", "--values", "helpful", "--weights", "1"], "needs 0 numbers"),
+        (["generate", "--robust"], "--robust goes with --values"),
+        (["generate", "--robust", "--values", "helpful", "--strength", "-1"], "positive"),
+        (["generate", "--robust", "--values", "helpful", "--strength", "1,2"], "one --strength"),
+        (["generate", "--robust", "--values", "helpful", "--divergence", "jsd"], "reverse_kl"),
+        (["generate", "--robust", "--values", "helpful", "--best-of", "2"], "leave out --best-of"),
         (["generate", "--block-length", "2"], "go with --best-of"),
         (["generate", "--score", "helpful"], "go with --best-of"),
         (["generate", "--best-of", "2"], "--values (scorers) or --score"),
@@ -96,6 +101,23 @@ def test_dense_and_scalar_scorers_are_told_apart_by_their_folders(capsys, tmp_pa
             seed=0,
         )
         assert record["tokens"] == out.tokens[0, : out.lengths[0]].tolist()
+
+
+def test_robust_weighs_the_values_for_the_worst(capsys):
+    argv = ["--values", "helpful,humorous", "--strength", "8", "--seed", "2"]
+    (record,) = generated(capsys, *argv, "--robust")
+    scorers = guidance.Guidance.embedded(["helpful", "humorous"]).scorers
+    out = generate(
+        Ensemble.embedded([]),
+        [world.format_prompt(PROMPT)],
+        weights=[],
+        max_new_tokens=12,
+        seed=2,
+        **guidance.robust(scorers, 8.0),
+    )
+    assert record["tokens"] == out.tokens[0, : out.lengths[0]].tolist()
+    (equal,) = generated(capsys, *argv)
+    assert record["logprobs"] != equal["logprobs"]
 
 
 def test_best_of_keeps_the_response_of_the_best_reward(capsys):

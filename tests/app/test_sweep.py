@@ -123,6 +123,7 @@ def test_a_finished_sweep_is_shown_again_without_decoding(tmp_path, capsys, monk
         (["--divergence", "jsd"], "divergence reverse_kl, not jsd"),
         (["--normalizer", "zero"], "normalizer exact, not zero"),
         (["--sequence-history"], "sequence_history False, not True"),
+        (["--plausibility", "0.1"], "plausibility auto, not 0.1"),
         (["--points", "4"], "points 3, not 4"),
         (["--samples", "3"], "samples 2, not 3"),
         (["--batch-size", "6"], "batch_size 5, not 6"),

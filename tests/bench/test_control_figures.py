@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not ins
 
 from bench import report
 from bench.alignment import command, control, guided
-from bench.alignment.statistics import best_of_kl
+from bench.alignment.statistics import best_of_kl, lead_at_kl
 from mod_fused import world
 
 
@@ -23,12 +23,24 @@ def test_lead_at_equal_kl_is_that_over_the_joined_curve():
     kl = np.tile([4.0, 0.0, 1.0], (500, 1))
     rewards = np.sqrt(kl) + noise
     own = np.full(500, 2.0) + noise[:, 0]
-    found = control.lead_at_equal_kl(rewards, kl, own, np.full(500, 3.0))
+    found = lead_at_kl(np.subtract, own, np.full(500, 3.0), rewards, kl)
     assert found is not None
     assert found.value == pytest.approx(1.0 / 3.0, abs=1e-4)
     # The noise is the prompt's, so it cancels in the difference.
     assert found.high - found.low <= 1e-4
-    assert control.lead_at_equal_kl(rewards, kl, own, np.full(500, 4.1)) is None
+    assert lead_at_kl(np.subtract, own, np.full(500, 4.1), rewards, kl) is None
+
+
+def test_a_point_is_compared_with_control_by_the_shipped_scorer_and_cd_q_with_its_twin_too():
+    def point(method: str, reward: float, kl: float) -> control.Found:
+        return control.Found("helpful", method, 1.0, np.full((4, 3), reward), np.full(4, kl))
+
+    reference, shipped = point("reference", 0.2, 0.0), point("CD-FUDGE", 0.6, 2.0)
+    twin, cd_q = point("CD-FUDGE, as CD-Q", 0.4, 2.0), point("CD-Q", 0.5, 1.0)
+    points = [reference, shipped, twin, cd_q, point("under jsd", 0.9, 1.0)]
+    found = [{k: round(x.value, 5) for k, x in control.leads(p, points).items()} for p in points]
+    twice = {"CD-FUDGE": 0.1, "CD-FUDGE, as CD-Q": 0.2}
+    assert found == [{}, {}, {"CD-FUDGE": -0.2}, twice, {}]
 
 
 def test_worth_differences_are_means_over_common_weights():
@@ -50,7 +62,7 @@ def test_a_quick_run_writes_every_point_table_and_picture(tmp_path):
     assert command.main(control.STUDY, words) == 0
     result = report.load(tmp_path / "control.json")
     assert set(result) == {
-        "sizes", "beta", "points", "leads", "mavis", "two", "differences", "seconds_of_jobs",
+        "sizes", "beta", "points", "mavis", "two", "differences", "seconds_of_jobs",
         "machine", "command",
     }  # fmt: skip
     methods = {p["method"] for p in result["points"] if not p["method"].startswith("under")}

@@ -4,7 +4,6 @@ test that hangs keeps the rest from being run and noted."""
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ sys.path.insert(0, str(ROOT))  # bench is not installed
 
 pytest.importorskip("triton")
 
-from bench import gpu_check  # noqa: E402
+from bench import gpu_check, report  # noqa: E402
 from bench.gpu import device  # noqa: E402
 
 
@@ -48,13 +47,18 @@ def test_the_dry_run_passes(tmp_path):
     assert {file for file, _ in found} == {"oracle", "execution", "sanitizer"}
     skipped = [name for (_, name), tags in found.items() if tags]
     assert skipped == ["test_a_call_runs_on_the_device_of_its_tensors"]  # there is one
-    report = json.loads((tmp_path / "gpu.json").read_text())
-    assert {"python", "torch", "triton", "commit", "GPU"} <= set(report["header"])
-    assert [r["refused"] for r in report["rows"]] == [""] * 2 and report["not_timed"] == []
-    times = report["rows"][0]["times"]
-    assert {"kernel", "graph", "allocating", "eager", "compile"} <= set(times)
+    result = report.load(tmp_path / "gpu.json")
+    assert {"python", "torch", "triton", "commit", "GPU"} <= set(result["machine"])
+    assert [r["refused"] for r in result["rows"]] == [""] * 2 and result["left_out"] == []
+    row = result["rows"][0]
+    assert {"kernel", "graph", "allocating", "eager", "compile"} <= set(row["timings"])
+    assert row["ratios"]["floor"] == pytest.approx(
+        row["timings"]["kernel"][0] / row["floors_us"]["bytes"], rel=1e-4
+    )
     text = (tmp_path / "gpu.md").read_text()
-    assert "| jsd | 1 | 1024 | 2 |" in text and "| reverse_kl | 1 | 1024 | 1 | top_k=50 |" in text
+    assert "| jsd | 1 | 1024 | ref + 2 |  |" in text
+    assert "| reverse_kl | 1 | 1024 | ref + 1 | top_k=50 |" in text
+    assert "kernel p20 to p80" in text and "compile / ours" in text and "ours / floor" in text
 
 
 # The kernels' results after them: a token that moves on from call to call, log-probabilities that
@@ -87,9 +91,9 @@ def test_wrong_results_fail_every_test_that_compares_and_refuse_the_rows(tmp_pat
     assert len(found) >= len(passed) + 14
     words = ["-m", "bench.gpu.benchmark", "--out", str(tmp_path)]
     assert not gpu_check.run("benchmark", words, tmp_path / "gpu.log", 880.0)
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert all("total variation" in row["refused"] and "times" not in row for row in rows)
-    assert "refused: total variation" in (tmp_path / "gpu.md").read_text()
+    rows = report.load(tmp_path / "gpu.json")["rows"]
+    assert all("total variation" in row["refused"] and not row["timings"] for row in rows)
+    assert "| total variation" in (tmp_path / "gpu.md").read_text()
 
 
 TWO_TESTS = """

@@ -145,8 +145,34 @@ def test_history_matters_from_the_second_token_except_for_reverse_kl(ensemble: E
         ]
         assert torch.equal(runs[0].tokens, runs[1].tokens)  # the mask leaves one token
         difference = (runs[0].logprobs - runs[1].logprobs).abs()
-        assert difference[:, 0].max() == 0
+        assert difference[:, 0].max() <= 1e-5
         assert (difference[:, 1:].amin() > 1e-2) == (divergence == "jsd")
+
+
+def test_off_reverse_kl_what_no_model_finds_plausible_is_excluded_by_default(
+    ensemble: Ensemble,
+) -> None:
+    def last_logprobs(**options: Any) -> torch.Tensor:
+        # The mask leaves the reference's least likely token: NaN where it is excluded.
+        least = torch.zeros(3, tiny.V, dtype=torch.bool)
+        least[torch.arange(3), worst] = True
+        out = generate(
+            ensemble, PROMPTS, max_new_tokens=1, mask_fn=lambda step, ids: least, **options
+        )
+        return out.logprobs[:, 0]
+
+    logits = torch.cat(
+        [tiny.teacher_forced(ensemble.models[0], tiny.ids_of(p), [3]) for p in PROMPTS]
+    )
+    worst = logits[:, : tiny.V].argmin(1)
+    jsd: dict[str, Any] = {"divergence": "jsd", "plausibility": 0.2}
+    assert last_logprobs(weights=WEIGHTS, divergence="jsd", plausibility=None).isfinite().all()
+    assert last_logprobs(weights=WEIGHTS).isfinite().all()  # reverse KL has no cut
+    assert last_logprobs(weights=[0.0, 0.0], **jsd, plausibility_tensor="any").isfinite().all()
+    assert last_logprobs(weights=WEIGHTS, **jsd).isnan().all()
+    assert last_logprobs(weights=WEIGHTS, plausibility=0.2).isnan().all()
+    with pytest.raises(ValueError, match="a number, None or 'auto', got 'off'"):
+        last_logprobs(weights=WEIGHTS, plausibility="off")
 
 
 def test_each_model_may_have_its_own_prompts(ensemble: Ensemble) -> None:

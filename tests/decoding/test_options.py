@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mod_fused
 from mod_fused import Ensemble, generate
+from mod_fused.decoding.options import support_cut
 from mod_fused.guidance import Guidance, best_of_n
 
 IDS = torch.tensor([[3], [4]])
@@ -240,3 +241,13 @@ def test_model_log_probabilities_are_returned_when_asked_for_and_the_history_nee
     assert silent.model_logprobs is None and asked.model_logprobs.shape == (2, 20, 3)
     assert torch.equal(silent.tokens, asked.tokens)
     assert torch.equal(silent.logprobs, asked.logprobs)
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "alpha:0.5"])
+def test_auto_is_a_thousandth_of_any_tensor_off_reverse_kl(divergence: str) -> None:
+    cut = {"plausibility": 1e-3, "plausibility_tensor": "any"}
+    assert support_cut("auto", None, divergence) == cut
+    assert support_cut("auto", 1, divergence) == {"plausibility": 1e-3, "plausibility_tensor": 1}
+    assert support_cut("auto", None, "kl")["plausibility"] is None
+    assert support_cut(0.5, None, "kl") == {"plausibility": 0.5, "plausibility_tensor": 0}
+    assert support_cut(None, None, divergence)["plausibility"] is None

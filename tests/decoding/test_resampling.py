@@ -259,6 +259,7 @@ def tree_options(prompts: int, **options: Any) -> dict[str, Any]:
         "pad_token_id": 0,
         "max_new_tokens": 3,
         "use_cache": False,
+        "plausibility": None,
         **options,
     }
 
@@ -413,6 +414,7 @@ def test_invalid_candidates_are_not_returned_unless_all_are() -> None:
             {"prefix_logprobs": torch.zeros(2, 3), "sequence_history": True},
             "num_candidates cannot be combined with prefix_logprobs",
         ),
+        ({"num_beams": 2}, "num_candidates cannot be combined with num_beams = 2"),
         ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
     ],
 )

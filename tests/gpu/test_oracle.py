@@ -70,6 +70,10 @@ FEATURES: dict[str, Callable[[int, int], Arguments]] = {
     ),
     "scales": lambda b, v: ({"logit_scales": [1.0, 0.75, 1.25]}, {}),
     "plausibility": lambda b, v: ({"plausibility": 1e-3, "plausibility_tensor": 1}, {}),
+    "plausibility of any": lambda b, v: (
+        {"plausibility": 1e-3, "plausibility_tensor": "any"},
+        {},
+    ),
     "cut vocabulary": lambda b, v: ({"vocab_size": v - 3}, {}),
     "zero normalizer": lambda b, v: ({"normalizer": "zero"}, {}),
 }

@@ -13,7 +13,7 @@ from tabular import Tree
 
 import mod_fused
 from mod_fused import Ensemble, generate
-from mod_fused.guidance import controlled_decoding, fudge, mavis, train_mavis
+from mod_fused.guidance import args, controlled_decoding, fudge, mavis, rad, train_mavis
 from mod_fused.training import losses
 
 BETA = 4.0
@@ -166,6 +166,16 @@ def test_fudge_multiplies_by_the_probability_of_the_attribute() -> None:
     # Far from the boundary the sigmoid is 0 in float32, its logarithm is not.
     out = draw(fudge(lambda tokens: torch.full((3, tiny.V), -200.0), candidates=6))
     assert_drawn_from(out, torch.zeros(3, tiny.V).double(), 6)
+
+
+def test_args_and_rad_add_a_reward_to_the_top_tokens() -> None:
+    rewards = SCORES[0](IDS).double()
+    assert_drawn_from(draw(args(SCORES[0], weight=1.5)), 1.5 * rewards, 10)
+    assert_drawn_from(draw(rad(SCORES[0], beta=8.0)), 8.0 * rewards.clamp(0.0, 1.0), 20)
+    top = REF(IDS).topk(10).indices
+    best = (REF(IDS) + 1.5 * rewards).gather(1, top).argmax(1, keepdim=True)
+    greedy = draw(args(SCORES[0], weight=1.5) | {"do_sample": False})
+    assert torch.equal(greedy.tokens, top.gather(1, best))
 
 
 def test_mavis_weighs_the_values_of_the_objectives_row_by_row() -> None:

@@ -72,6 +72,8 @@ def random_call(seed: int) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, A
     if coin():
         kwargs["plausibility"] = float(10.0 ** rng.uniform(-5, -0.5))
         kwargs["plausibility_tensor"] = int(rng.integers(1 if without_ref else 0, count + 1))
+        if coin():
+            kwargs["plausibility_tensor"] = "any"
     if coin() and divergence != "reverse_kl":
         kwargs["normalizer"] = "zero" if coin() else "exact"
     if "prefix_logprobs" in kwargs and kwargs.get("normalizer") != "zero" and coin():

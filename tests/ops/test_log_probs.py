@@ -269,6 +269,34 @@ def test_plausibility_drops_tokens_far_below_the_most_likely(op, tensor, diverge
         assert (result > -INF).sum() < 3 * 1100
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_plausibility_of_any_tensor_drops_what_none_that_counts_finds_plausible(op, divergence):
+    ref, policies = logits(28, 6, 1100, 2, kind="apart", excluded=0.05)
+    weights = torch.tensor(
+        [[0.5, 0.5], [1.5, 0.0], [1.5, -0.5], [0.25, 0.25], [1.0, 0.0], [0.0, 0.0]]
+    )
+    options = {"divergence": divergence, "plausibility": 0.01, "plausibility_tensor": "any"}
+    result = check(op, ref, policies, weights, **options)
+    plausible = [x >= x.amax(1, keepdim=True) + math.log(0.01) for x in (ref, *policies)]
+    full = op.log_probs(ref, policies, weights, divergence=divergence) > -INF
+    kept = plausible[0] | plausible[1] | plausible[2]
+    reference_counts = divergence != "reverse_kl"
+    for row, allowed in (
+        (0, kept if reference_counts else plausible[1] | plausible[2]),
+        (1, plausible[0] | plausible[1]),  # policy 2 has no weight
+        (3, kept),
+    ):
+        assert torch.equal(result[row] > -INF, full[row] & allowed[row])
+    # The mixture is one of the models: nothing is excluded.
+    assert torch.equal(result[4:] > -INF, full[4:]) and full[4:].sum() > 2 * kept[4:].sum()
+    values = normal(28, 1, 6, 1100)
+    tilted = check(op, ref, policies, weights, values=values, **options)
+    assert (tilted[4] > -INF).sum() < full[4].sum()
+    check(op, None, policies, [1.0, 1.0], plausibility=0.01, plausibility_tensor="any")
+    check(op, None, policies, [1.0, 0.0], plausibility=0.01, plausibility_tensor="any")
+    check(op, ref, [], [], values=values, **options)
+
+
 @pytest.mark.parametrize("divergence", BARRIERS)
 @pytest.mark.parametrize("levels", [(9000.0, 9000.0, 9000.0), (-3000.0, 700.0, 0.0)])
 def test_logits_far_from_zero_lose_nothing_to_their_level(op, levels, divergence):
