@@ -85,8 +85,11 @@ def _wrong_draws(problem: Problem, rows: list[Tensor], expected: np.ndarray, bac
     if "mask" in after:
         after["mask"] = after["mask"][0].cpu()
     p = np.exp(reference.filtered_log_probs(expected, **after))
-    return sum(
-        token != reference.race(p, 1, position)
-        and (p[token] == 0 or reference.race_margin(p, 1, position) > _CLOSE_RACE)
-        for position, token in enumerate(tokens)
-    )
+    return sum(not won(token, p, 1, position) for position, token in enumerate(tokens))
+
+
+def won(token: int, p: np.ndarray, seed: int, position: int) -> bool:
+    """Whether a token of p [V] wins the oracle's race. In a race so close that float32 may decide
+    it otherwise every possible token does."""
+    close = p[token] > 0 and reference.race_margin(p, seed, position) <= _CLOSE_RACE
+    return bool(close or token == reference.race(p, seed, position))

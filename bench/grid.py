@@ -41,11 +41,12 @@ def _shape(text: str) -> tuple[int, int]:
     return batch, vocab
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a grid."""
+def add_options(parser: argparse.ArgumentParser, case: Case) -> None:
+    """The options of a case's grid."""
     add = parser.add_argument
     add("--backends", nargs="+", metavar="NAME", help="of ours; the first is compared")
-    add("--contestants", nargs="*", metavar="NAME", help="besides ours; none if empty")
+    others = list(case.contestants)
+    add("--contestants", nargs="*", choices=others, metavar="NAME", help="besides ours, or none")
     add("--divergences", nargs="+", choices=DIVERGENCES)
     add("--dtypes", nargs="+", choices=("bfloat16", "float32"))
     add("--shapes", nargs="+", type=_shape, metavar="BxV")
@@ -75,8 +76,6 @@ def _contestants(case: Case, args: argparse.Namespace) -> tuple[list[str], dict[
     """The names of our backends, and all contestants, ours first."""
     backends = list(args.backends or case.backends)
     every = case.contestants
-    if unknown := set(args.contestants or ()) - set(every):
-        raise SystemExit(f"unknown contestants {sorted(unknown)}, expected some of {list(every)}")
     chosen = args.contestants
     if chosen is None:
         chosen = [name for name, c in every.items() if not (c.slow_to_compile and args.quick)]

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 Call = Callable[[], object]
 
 MAX_ROUNDS = 200
@@ -34,12 +36,9 @@ class Timing(NamedTuple):
 
 def timing(seconds: list[float]) -> Timing:
     """Percentiles of call times."""
-    us = sorted(1e6 * s for s in seconds)
-
-    def at(share: float) -> float:
-        return us[round(share * (len(us) - 1))]
-
-    return Timing(statistics.median(us), at(0.2), at(0.8), len(us))
+    us = 1e6 * np.array(seconds)
+    low, high = np.percentile(us, [20, 80], method="nearest").tolist()
+    return Timing(float(np.median(us)), low, high, len(us))
 
 
 def seconds_of(call: Call) -> float:
@@ -118,6 +117,6 @@ def timings(measured: Rounds) -> dict[str, Timing]:
 def ratio(of: list[list[float]], to: list[list[float]]) -> dict[str, float]:
     """The ratio of two calls' medians, and percentiles of the ratios of the single rounds."""
     flat = [statistics.median(s for block in r for s in block) for r in (of, to)]
-    each = sorted(statistics.median(a) / statistics.median(b) for a, b in zip(of, to, strict=False))
-    low, high = (each[round(share * (len(each) - 1))] for share in (0.2, 0.8))
+    each = [statistics.median(a) / statistics.median(b) for a, b in zip(of, to, strict=False)]
+    low, high = np.percentile(each, [20, 80], method="nearest").tolist()
     return {"ratio": flat[0] / flat[1], "p20": low, "p80": high}

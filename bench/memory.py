@@ -1,14 +1,9 @@
-"""Measures how one call raises the peak of resident memory (Linux), in a process of its own.
-
-`python -m bench.memory CASE CONTESTANT PROBLEM` prints it in bytes; PROBLEM is a JSON list of the
-fields of a `Problem`.
-"""
+"""Measures how one call raises the peak of resident memory (Linux), in a process of its own."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -17,20 +12,11 @@ from .case import ours, set_threads
 from .measure import Call
 from .problem import Problem
 
-_ROOT = Path(__file__).resolve().parents[1]
-
 
 def growth(case: str, contestant: str, problem: Problem) -> int:
     """Bytes by which one call raises the peak of a new process; the noise is about 0.1 MB."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.memory", case, contestant, json.dumps(problem)],
-        cwd=_ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"the measuring process failed: {done.stderr.strip()[-500:]}")
-    return int(done.stdout)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_measure, case, contestant, problem).result()
 
 
 def _peak() -> int:
@@ -60,9 +46,3 @@ def _measure(case: str, contestant: str, problem: Problem) -> int:
     before = _peak()
     call()
     return _peak() - before
-
-
-if __name__ == "__main__":
-    case, contestant, fields = sys.argv[1:]
-    problem = Problem(*json.loads(fields))
-    print(_measure(case, contestant, problem._replace(weights=tuple(problem.weights))))

@@ -85,6 +85,7 @@ class Process:
         with theirs:
             words = [sys.executable, "-c", _START, str(tree), str(ROOT), str(theirs.fileno())]
             self._process = subprocess.Popen(words, cwd=ROOT, pass_fds=[theirs.fileno()])
+        self.pid = self._process.pid
 
     def _ask(self, *message: Any) -> Any:
         try:
@@ -93,11 +94,6 @@ class Process:
         except (EOFError, BrokenPipeError) as error:
             status = self._process.wait()
             raise RuntimeError(f"a measuring process ended with exit status {status}") from error
-
-    @property
-    def pid(self) -> int:
-        """The id of the process."""
-        return self._process.pid
 
     def contestant(self) -> Contestant:
         """The contestant that the runner times."""

@@ -12,7 +12,6 @@ from .logits import RECORDED, generated, recorded
 
 POLICIES = 2
 WEIGHTS = (0.6, 0.3)  # their sum is not 1: the reference counts in every divergence
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 #: By name: the arguments of `mod_fused.sample` that filter pi*; `filters` makes the mask.
 FILTERS: dict[str, dict[str, Any]] = {
@@ -48,9 +47,8 @@ class Problem(NamedTuple):
     @property
     def bytes(self) -> int:
         """Size of all the logits and values."""
-        size = torch.empty(0, dtype=_DTYPES[self.dtype]).element_size()
         tensors = len(self.weights) + self.reference + self.values
-        return tensors * self.batch * self.vocab * size
+        return tensors * self.batch * self.vocab * getattr(torch, self.dtype).itemsize
 
     def shown(self) -> dict[str, Any]:
         """The fields for a result, with the number of policies in place of the weights."""
@@ -82,7 +80,7 @@ def logits(problem: Problem, largest_batch: int) -> list[Tensor]:
     """
     rows = _rows(problem.setting, problem.vocab, largest_batch, len(problem.weights))
     rows = rows[int(not problem.reference) :, : problem.batch]
-    return [x.to(_DTYPES[problem.dtype]).clone() for x in rows]
+    return [x.to(getattr(torch, problem.dtype)).clone() for x in rows]
 
 
 def mixture(problem: Problem, logits: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -94,7 +92,7 @@ def mixture(problem: Problem, logits: list[Tensor]) -> tuple[tuple[Any, ...], di
     if problem.values:
         generator = torch.Generator().manual_seed(problem.vocab + 1)
         one = torch.randn(problem.values, 1, problem.vocab, generator=generator)
-        values = one.to(_DTYPES[problem.dtype]).repeat(1, problem.batch, 1)
+        values = one.to(getattr(torch, problem.dtype)).repeat(1, problem.batch, 1)
         options["values"] = values.to(logits[0].device)
     return positional, options
 

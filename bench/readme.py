@@ -136,11 +136,16 @@ def stale_pictures(sources: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
                 yield picture, source
 
 
-def stale(files: Sequence[Path] = FILES, results: Path = RESULTS) -> list[str]:
-    """Names of READMEs, reports and pictures that differ from the results."""
-    wanted = [(f, rewritten(f.read_text(), f, results)) for f in files] + list(
+def texts(files: Sequence[Path] = FILES, results: Path = RESULTS) -> dict[Path, str]:
+    """What the READMEs and the reports should hold."""
+    return {f: rewritten(f.read_text(), f, results) for f in files} | dict(
         reports(sources(results))
     )
+
+
+def stale(files: Sequence[Path] = FILES, results: Path = RESULTS) -> list[str]:
+    """Names of READMEs, reports and pictures that differ from the results."""
+    wanted = texts(files, results).items()
     old = [f.name for f, text in wanted if not f.exists() or f.read_text() != text]
     return old + [picture.name for picture, _ in stale_pictures(sources(results))]
 
@@ -156,9 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name} is not what bench/results says" + ": python -m bench.readme" * args.check)
     if args.check:
         return int(bool(old))
-    for file in FILES:
-        file.write_text(rewritten(file.read_text(), file))
-    for file, text in reports(sources()):
+    for file, text in texts().items():
         file.write_text(text)
     for picture, source in stale_pictures(sources()):
         draw(picture, source)

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     for name, case in CASES.items():
         command = subcommands.add_parser(name, help=case.help, description=case.help)
         if isinstance(case, Case):
-            grid.add_options(command)
+            grid.add_options(command, case)
         else:
             case.options(command)
         command.add_argument("--quick", action="store_true", help="small shapes, seconds in all")
@@ -41,14 +41,10 @@ def parser() -> argparse.ArgumentParser:
 
 def _command(argv: Sequence[str]) -> str:
     """The command as typed, without the paths that it writes to: results are published."""
-    kept, skip = [], False
-    for word in argv:
-        if skip or word.startswith(("--json=", "--out=")):
-            skip = False
-        elif word in ("--json", "--out"):
-            skip = True
-        else:
-            kept.append(word)
+    paths = argparse.ArgumentParser(add_help=False)
+    paths.add_argument("--json")
+    paths.add_argument("--out")
+    _, kept = paths.parse_known_args(argv)
     return "python -m bench.run " + shlex.join(kept)
 
 

@@ -5,45 +5,43 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import readme, report
-from .loop import Phases, run
+from .loop import run
 
 
-class Study(NamedTuple):
-    """A study, which `python -m COMMAND` runs."""
+def main(
+    command: str,
+    jobs: Any,
+    summary: Callable[[Path, Any], dict[str, Any]],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """`python -m COMMAND`: runs the missing jobs and writes the study's JSON, tables and pictures.
 
-    name: str  # of its JSON, its tables and its pictures
-    command: str
-    sizes: Any  # a NamedTuple
-    tiny: Any
-    phases: Callable[[Any], Phases]
-    summary: Callable[[Path, Any], dict[str, Any]]
-
-
-def main(study: Study, argv: Sequence[str] | None = None) -> int:
-    """Runs the missing jobs and writes the study's JSON, tables and pictures."""
-    parser = argparse.ArgumentParser(prog=f"python -m {study.command}", description=__doc__)
+    `jobs` is a module with `Sizes`, `TINY` and `phases`; `summary` makes the JSON of a work folder.
+    """
+    name = command.rpartition(".")[2]
+    parser = argparse.ArgumentParser(prog=f"python -m {command}", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="for the results")
-    add("--work", type=Path, default=Path("build") / study.name, metavar="DIR", help="the cache")
+    add("--work", type=Path, default=Path("build") / name, metavar="DIR", help="the cache")
     add("--workers", type=int, default=2, metavar="N", help="processes")
     add("--tiny", "--quick", action="store_true", help="a few steps and prompts: does it run")
     args = parser.parse_args(argv)
     if args.workers < 1:
         raise SystemExit(f"--workers must be at least 1, got {args.workers}")
-    sizes = study.tiny if args.tiny else study.sizes
+    sizes = jobs.TINY if args.tiny else jobs.Sizes()
     try:
-        seconds = run(args.work, study.phases(sizes), sizes, args.workers)
+        seconds = run(args.work, jobs.phases(sizes), sizes, args.workers)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    result = study.summary(args.work, sizes)
+    result = summary(args.work, sizes)
     # The sum over the jobs' processes, without jobs that an interrupted run lost.
     result |= {"seconds_of_jobs": round(seconds), "machine": report.machine()}
-    result["command"] = f"python -m {study.command}" + " --tiny" * args.tiny
+    result["command"] = f"python -m {command}" + " --tiny" * args.tiny
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / f"{study.name}.json"
+    file = args.out / f"{name}.json"
     report.save(result, file)
     for made, text in readme.reports([file]):
         made.write_text(text)

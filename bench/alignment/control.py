@@ -11,7 +11,7 @@ import numpy as np
 from mod_fused import world
 
 from . import command, guided
-from .decoding import Array
+from .decoding import DECODE_SEED, Array
 from .guided import BETA, PAIR, PAIR_COLUMNS, PANELS, Sizes
 from .loop import load
 from .statistics import best_of, best_of_kl, lead_at_kl, mean
@@ -39,7 +39,7 @@ class Found(NamedTuple):
 
 def _best_of_n(work: Path, sizes: Sizes) -> list[Found]:
     """Best-of-N by the true reward and by the scorers, the mean over subsets of one pool."""
-    pool, out = load(work, "pool"), []
+    pool, out = load(work, "pool", DECODE_SEED), []
     for i, objective in enumerate(PANELS):
         for name, column in (("reward", world.OBJECTIVES.index(objective)), ("scorer", 3 + i)):
             for n in sizes.best_of:
@@ -93,7 +93,7 @@ def summary(work: Path, sizes: Sizes) -> Record:
     """All estimates that the tables show, from a complete work folder."""
     found = []
     for point in guided.points(sizes):
-        arrays, bound = load(work, point.name), point.method == "blockwise"
+        arrays, bound = load(work, "points", point), point.method == "blockwise"
         found.append(Found(*point, arrays["rewards"], arrays["kl"], bound))
     one = _best_of_n(work, sizes) + [p for p in found if p.objective != "both"]
     two = [p for p in found if p.objective == "both"]
@@ -105,16 +105,12 @@ def summary(work: Path, sizes: Sizes) -> Record:
             {"objective": name, "iteration": i, "reward": it.reward, "kl": it.kl}
             | {"value": it.objective, "error": it.error}
             for name in PAIR
-            for i, it in enumerate(load(work, f"mavis-{name}")["history"])
+            for i, it in enumerate(load(work, "scorers", ("mavis", name))["history"])
         ],
         "two": [estimates(p) for p in two],
         "differences": worth_differences(two),
     }
 
 
-STUDY = command.Study(
-    "control", "bench.alignment.control", Sizes(), guided.TINY, guided.phases, summary
-)
-
 if __name__ == "__main__":
-    raise SystemExit(command.main(STUDY))
+    raise SystemExit(command.main("bench.alignment.control", guided, summary))

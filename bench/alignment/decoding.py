@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,13 @@ def scores(prompts: Sequence[str], responses: Sequence[str]) -> Array:
     return torch.stack(columns, dim=1).numpy()
 
 
+def batches(rows: Sequence[str], size: int = BATCH) -> Iterator[tuple[list[str], list[int]]]:
+    """Rows with their seeds: row r has SplitMix64(DECODE_SEED + r) with every method."""
+    noise = split_mix(DECODE_SEED, len(rows), torch.device("cpu")).tolist()
+    for start in range(0, len(rows), size):
+        yield list(rows[start : start + size]), noise[start : start + size]
+
+
 def decode(
     models: Sequence[Any],
     weights: Sequence[float],
@@ -41,24 +48,15 @@ def decode(
 ) -> dict[str, Array]:
     """Rewards [S, N, 3], kl [S, N] (log pi* - log pi_ref of whole answers), length, ended, valid.
 
-    `models`: the reference (or None), then the policies. Counted sample by sample, answer r has the
-    row seed SplitMix64(DECODE_SEED + r) with every method.
+    `models`: the reference (or None), then the policies. Rows count sample by sample.
     """
     ensemble = Ensemble(list(models), reference()[1])
-    rows = list(prompts) * samples
-    noise = split_mix(DECODE_SEED, len(rows), torch.device("cpu")).tolist()
+    # No cut unless it is asked for: the mixture itself is measured.
+    always = {"max_new_tokens": train.MAX_NEW_TOKENS, "return_model_logprobs": True}
+    options = {"plausibility": None} | options | always
     parts: list[dict[str, Array]] = []
-    for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        out = generate(
-            ensemble,
-            part,
-            weights=list(weights),
-            seed=noise[start : start + BATCH],
-            max_new_tokens=train.MAX_NEW_TOKENS,
-            return_model_logprobs=True,
-            **options,
-        )
+    for part, seeds in batches(list(prompts) * samples):
+        out = generate(ensemble, part, weights=list(weights), seed=seeds, **options)
         assert out.model_logprobs is not None
         log_ratio = out.logprobs.double().sum(1) - out.model_logprobs[..., 0].double().sum(1)
         parts.append(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mod_fused import world
+from mod_fused.reference import divergence_terms
 
 from . import policies, statistics, tabular
 from .decoding import Array
@@ -59,7 +60,7 @@ class Study:
 
     def __init__(self, work: Path, sizes: Sizes) -> None:
         self.work, self.sizes = work, sizes
-        parts = [load(work, f"pool-{part}") for part in range(-(-sizes.pool // policies.POOL_PART))]
+        parts = [load(work, "pool", part) for part in range(-(-sizes.pool // policies.POOL_PART))]
         self.pool = np.concatenate(parts, axis=1).astype(float)
         self.scored = functools.cache(self._scored)
         self.reference = self.scored(cells(sizes)[0])
@@ -75,11 +76,11 @@ class Study:
             return Scored(best_of(self.pool, weights, n), kl, nowhere)
         if cell.weights in CORNERS:
             cell = cell._replace(method="mod", mixed_by=cell.tuned)
-        found = load(self.work, cell.name)
+        found = load(self.work, "cells", cell)
         rewards, kl = found["rewards"].mean(0), found["kl"]
         if cell.greedy or not found["valid"].all():
             return Scored(rewards, nowhere, nowhere)
-        terms = kl if cell.method == "reference" else statistics.divergence_terms(cell.tuned, kl)
+        terms = kl if cell.method == "reference" else divergence_terms(cell.tuned, kl)
         return Scored(rewards, kl.mean(0), terms.mean(0))
 
     def method(self, name: str, tuned: str, weights: Weights, seed: int = 0) -> Scored:
@@ -119,14 +120,10 @@ def _estimates(scored: Scored, weights: Weights) -> Record:
 
 def _cells(study: Study) -> Iterator[Record]:
     for cell in cells(study.sizes):
-        found, scored = load(study.work, cell.name), study.scored(cell)
+        found, scored = load(study.work, "cells", cell), study.scored(cell)
         record = cell._asdict() | _estimates(scored, cell.weights)
-        for name, x in (
-            ("length", found["length"].mean()),
-            ("ended", found["ended"].mean()),
-            ("invalid", 1.0 - found["valid"].mean()),
-        ):
-            record[name] = round(float(x), 4)
+        record |= {name: round(float(found[name].mean()), 4) for name in ("length", "ended")}
+        record["invalid"] = round(float(1.0 - found["valid"].mean()), 4)
         if cell.weights in study.sizes.key and cell.method != "reference":
             record["lost"] = study.lost(scored, cell.tuned, cell.weights)
         yield record
@@ -142,12 +139,6 @@ def _equal_weights(study: Study) -> Iterator[Record]:
     """
     equal = [w for w in EQUAL if w == CENTRE or w in study.sizes.outside]
 
-    def relative(a: Array, b: Array) -> Array:
-        return a / b - 1.0
-
-    def behind(a: Array, b: Array) -> Array:
-        return relative(b, a)
-
     def relative_gain(a: Array, b: Array, r: Array) -> Array:
         with np.errstate(divide="ignore", invalid="ignore"):  # the other's gain may be 0
             return (a - r) / (b - r) - 1.0
@@ -157,7 +148,7 @@ def _equal_weights(study: Study) -> Iterator[Record]:
         record: Record = {"tuned": tuned, "seed": seed}
         others = {n: study.method(n, tuned, CENTRE, seed) for n in ("soup", "retrained", *BEST_OF)}
         for name, other in others.items():
-            record[name] = interval(relative, ours, other.rewards.mean(1))
+            record[name] = interval(lambda a, b: a / b - 1.0, ours, other.rewards.mean(1))
         arrays = others["soup"].rewards.mean(1), study.reference.rewards.mean(1)
         gain = interval(relative_gain, ours, *arrays)
         record["gain"] = gain if np.isfinite(gain).all() else None
@@ -167,7 +158,9 @@ def _equal_weights(study: Study) -> Iterator[Record]:
             curve_kl = np.stack([s.kl for s in line], axis=1)
             for name in ("soup", "retrained"):
                 reward, kl = others[name].rewards.mean(1), others[name].kl
-                record[f"{name} at its KL"] = lead_at_kl(behind, reward, kl, curve, curve_kl)
+                record[f"{name} at its KL"] = lead_at_kl(
+                    lambda a, b: b / a - 1.0, reward, kl, curve, curve_kl
+                )
         yield record
 
 
@@ -209,7 +202,7 @@ def _over_seeds(study: Study) -> Iterator[Record]:
 
 def _trainings(study: Study) -> Iterator[Record]:
     for policy in policies.policies(study.sizes):
-        record = load(study.work, policy.name)["record"]
+        record = load(study.work, "trainings", policy)["record"]
         least = policies.least_loss(policies.load_answers(study.work, policy.seed), policy.weights)
         yield policy._asdict() | record | {"least_loss": least}
 

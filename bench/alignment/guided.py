@@ -4,6 +4,7 @@ tokenwise and blockwise control, best-of-N, MOD with one policy, and mixes of tw
 from __future__ import annotations
 
 import functools
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +14,13 @@ import torch
 from mod_fused import Ensemble, guidance, world
 from mod_fused.decoding.sequences import Rollouts
 from mod_fused.divergence import DIVERGENCES
-from mod_fused.torch_kernels.philox import split_mix
 from mod_fused.training import embedded_policies as train
 from mod_fused.training.embedded_scorers import new_scorer
 from mod_fused.training.scorers import fit_scorer, rewards_of
 
-from .decoding import BATCH, DECODE_SEED, SEED, Array, decode, reference, scores
-from .loop import Job, Phases, load
-from .policies import Policy, load_answers, load_policy, train_policy
+from .decoding import BATCH, DECODE_SEED, SEED, Array, batches, decode, reference, scores
+from .loop import Phase, load
+from .policies import Policy, draw_answers, load_answers, load_policy, train_policy
 from .statistics import REWARD_SCALE
 
 PANELS = ("humorous", "helpful")
@@ -70,11 +70,6 @@ class Point(NamedTuple):
     method: str
     setting: Any
 
-    @property
-    def name(self) -> str:
-        """The unique name of its file."""
-        return f"{self.objective}-{self.method}-{self.setting}"
-
 
 #: Tokenwise control by scorers trained here: the names of their methods.
 TRAINED = {"CD-Q": "cd_q", "CD-FUDGE, as CD-Q": "cd_fudge"}
@@ -104,22 +99,18 @@ def _shipped() -> dict[str, tuple[Any, Any]]:
 
 
 @functools.cache
-def _scorer(work: Path, name: str) -> Any:
+def _scorer(work: Path, method: str, objective: str) -> Any:
     scorer = new_scorer(reference()[0])
-    scorer.load_state_dict(load(work, name)["model"])
+    scorer.load_state_dict(load(work, "scorers", (method, objective))["model"])
     return scorer.eval()
 
 
-def _answers(work: Path, sizes: Sizes) -> train.Answers:
-    return train.draw_answers(*reference(), sizes.train_prompts, SEED)
-
-
-def _pool(work: Path, sizes: Sizes) -> Array:
+def _pool(work: Path, sizes: Sizes, seed: int) -> Array:
     """[N, K, 5]: rewards of the reference's answers, and their values by the scorers of PANELS."""
     texts = [
         p for p in world.prompts(sizes.prompts, DECODE_SEED) for _ in range(max(sizes.best_of))
     ]
-    batch = train.sample(*reference(), texts, DECODE_SEED)
+    batch = train.sample(*reference(), texts, seed)
     parts = list(zip(batch.ids.split(BATCH), batch.attention_mask.split(BATCH), strict=True))
     columns = [scores(texts, train.response_texts(reference()[1], batch))]
     for objective in PANELS:
@@ -128,12 +119,17 @@ def _pool(work: Path, sizes: Sizes) -> Array:
     return np.concatenate(columns, 1).astype(float).reshape(sizes.prompts, -1, 5)
 
 
-def _fit(work: Path, sizes: Sizes, objective: str, method: str, steps: int) -> dict[str, Any]:
-    """A dense scorer trained on the reference's answers."""
+def _train_scorer(work: Path, sizes: Sizes, scorer_of: tuple[str, str]) -> dict[str, Any]:
+    """A dense scorer trained by a method for an objective, on the reference's answers but MAVIS's;
+    with the statistics of MAVIS's iterations."""
+    method, objective = scorer_of
+    if method == "mavis":
+        return _mavis(sizes, objective)
     ref, a = reference()[0], load_answers(work, SEED)
     scorer, rewards = new_scorer(ref), rewards_of(world.REWARDS[objective], a.prompts, a.responses)
+    steps = sizes.steps
     if method == "fudge":
-        rewards = (rewards > FUDGE_ABOVE).float()
+        rewards, steps = (rewards > FUDGE_ABOVE).float(), sizes.fudge_steps
     rollouts = Rollouts(*a.batch, torch.zeros(a.batch.ids.shape))
     fit_scorer(
         scorer, rollouts, rewards, method=method, reference=ref, steps=steps,
@@ -142,8 +138,7 @@ def _fit(work: Path, sizes: Sizes, objective: str, method: str, steps: int) -> d
     return {"model": scorer.state_dict()}
 
 
-def _mavis(work: Path, sizes: Sizes, objective: str) -> dict[str, Any]:
-    """MAVIS's value model, and the statistics of its iterations."""
+def _mavis(sizes: Sizes, objective: str) -> dict[str, Any]:
     prompts = world.prompts(sizes.mavis_prompts, SEED, held_out=False)
     scorer = new_scorer(reference()[0])
     history = guidance.train_mavis(
@@ -154,26 +149,20 @@ def _mavis(work: Path, sizes: Sizes, objective: str) -> dict[str, Any]:
     return {"model": scorer.state_dict(), "history": history}
 
 
-def _retrain(work: Path, sizes: Sizes, pair: tuple[float, float]) -> dict[str, Any]:
-    """A policy tuned for the mix."""
+def mixed_policy(pair: tuple[float, float]) -> Policy:
+    """The policy tuned for the mix."""
     of = dict(zip(PAIR, pair, strict=True))
-    policy = Policy("reverse_kl", tuple(of.get(name, 0.0) for name in world.OBJECTIVES), SEED)
-    model, _ = train_policy(load_answers(work, SEED), policy, sizes.policy_steps)
-    return {"model": model.state_dict()}
+    return Policy("reverse_kl", tuple(of.get(name, 0.0) for name in world.OBJECTIVES), SEED)
 
 
 def _blockwise(sizes: Sizes, objective: str, k: int) -> dict[str, Array]:
     """Best of K blocks by the shipped scorer's value of the prefix; its KL is the bound."""
-    prompts = world.prompts(sizes.prompts, DECODE_SEED)
-    noise = split_mix(DECODE_SEED, len(prompts), torch.device("cpu")).tolist()
-    alone, score = Ensemble([reference()[0]], reference()[1]), _shipped()[objective][1]
-    each, parts = max(1, BATCH // k), []
-    for start in range(0, len(prompts), each):
-        part = prompts[start : start + each]
+    alone, parts = Ensemble([reference()[0]], reference()[1]), []
+    score_fn = guidance.prefix_score([_shipped()[objective][1]])
+    for part, seeds in batches(world.prompts(sizes.prompts, DECODE_SEED), max(1, BATCH // k)):
         out = guidance.blockwise_best_of_k(
-            alone, part, score_fn=guidance.prefix_score([score]), k=k,
-            block_length=sizes.block_length, max_new_tokens=train.MAX_NEW_TOKENS,
-            seed=noise[start : start + each],
+            alone, part, score_fn=score_fn, k=k, block_length=sizes.block_length,
+            max_new_tokens=train.MAX_NEW_TOKENS, seed=seeds,
         )  # fmt: skip
         parts.append((scores(part, out.texts or ()), out.kl_bound.double().numpy()))
     rewards, kl = (np.concatenate(x) for x in zip(*parts, strict=True))
@@ -193,19 +182,19 @@ def _measure(work: Path, sizes: Sizes, point: Point) -> dict[str, Array]:
         models += [_shipped()[name][0] for name in names]
         weights = list(x) if objective == "both" else [x]
     elif method == "retrained":
-        models, weights = [*models, load_policy(work, f"policy-{x}")], [1.0]
+        models, weights = [*models, load_policy(work, mixed_policy(x))], [1.0]
     elif method == "MAVIS":
-        value_models = [_scorer(work, f"mavis-{name}") for name in PAIR]
+        value_models = [_scorer(work, "mavis", name) for name in PAIR]
         options = guidance.mavis(value_models, x, beta=BETA, candidates=None)
     elif method == "CD":
         scorers = [_shipped()[name][1] for name in PAIR]
         options = guidance.controlled_decoding(scorers, [BETA * w for w in x])
     elif method == "FUDGE":
-        scorer = _scorer(work, f"fudge-{objective}")
+        scorer = _scorer(work, "fudge", objective)
         options = guidance.fudge(scorer, candidates=sizes.candidates, strength=x)
     else:
         trained = TRAINED.get(method)
-        scorer = _scorer(work, f"{trained}-{objective}") if trained else _shipped()[objective][1]
+        scorer = _scorer(work, trained, objective) if trained else _shipped()[objective][1]
         options = guidance.controlled_decoding([scorer], [x])
         if method.startswith("under "):
             options["divergence"] = method.removeprefix("under ")
@@ -215,20 +204,14 @@ def _measure(work: Path, sizes: Sizes, point: Point) -> dict[str, Array]:
     return {"rewards": found["rewards"][0], "kl": found["kl"][0]}
 
 
-def phases(sizes: Sizes) -> Phases:
+def phases(sizes: Sizes) -> list[Phase]:
     """All jobs."""
-    steps = {method: sizes.steps for method in TRAINED.values()} | {"fudge": sizes.fudge_steps}
-    trainings = [
-        Job(f"{method}-{objective}", _fit, (sizes, objective, method, n))
-        for objective in PANELS
-        for method, n in steps.items()
-    ]
-    trainings += [Job(f"mavis-{objective}", _mavis, (sizes, objective)) for objective in PAIR]
-    mixes = [pair for pair in sizes.weights if 0.0 not in pair]
-    trainings += [Job(f"policy-{pair}", _retrain, (sizes, pair)) for pair in mixes]
+    methods = (*TRAINED.values(), "fudge", "mavis")
+    mixes = [mixed_policy(pair) for pair in sizes.weights if 0.0 not in pair]
     return [
-        ("answers of the reference", [Job(f"answers-s{SEED}", _answers, (sizes,))]),
-        ("trainings", trainings),
-        ("pool", [Job("pool", _pool, (sizes,))]),
-        ("points", [Job(p.name, _measure, (sizes, p)) for p in points(sizes)]),
+        Phase("answers", draw_answers, [SEED]),
+        Phase("scorers", _train_scorer, [*product(methods, PANELS)]),
+        Phase("trainings", train_policy, mixes),
+        Phase("pool", _pool, [DECODE_SEED]),
+        Phase("points", _measure, points(sizes)),
     ]

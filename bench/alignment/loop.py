@@ -16,50 +16,49 @@ import torch
 from mod_fused.app.terminal import track
 
 
-class Job(NamedTuple):
-    """A job: its file `name` in the folder `work` holds the result of `make(work, *arguments)`."""
+class Phase(NamedTuple):
+    """Jobs of one kind: each record's file holds the result of `make(work, sizes, record)`."""
 
-    name: str
-    make: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-
-Phases = list[tuple[str, list[Job]]]  # titles and jobs; jobs may need those of earlier phases
+    title: str
+    make: Callable[[Path, Any, Any], Any]  # may load the results of earlier phases
+    records: Sequence[Any]
 
 
-def file_of(work: Path, name: str) -> Path:
+def file_of(work: Path, title: str, record: Any) -> Path:
     """The file of a job's result."""
-    return work / f"{name.replace(':', '')}.pt"
+    words = record if isinstance(record, tuple) else (record,)
+    return work / f"{'-'.join(map(str, (title, *words))).replace(':', '')}.pt"
 
 
-def load(work: Path, name: str) -> Any:
+def load(work: Path, title: str, record: Any) -> Any:
     """The result of a job."""
-    return torch.load(file_of(work, name), weights_only=False)
+    return torch.load(file_of(work, title, record), weights_only=False)
 
 
-def _do(work: Path, job: Job) -> tuple[str, float]:
-    began, file = time.perf_counter(), file_of(work, job.name)
+def _do(work: Path, sizes: Any, phase: Phase, record: Any) -> tuple[str, float]:
+    began, file = time.perf_counter(), file_of(work, phase.title, record)
     unfinished = file.with_name(f"unfinished-{os.getpid()}")
-    torch.save(job.make(work, *job.arguments), unfinished)
+    torch.save(phase.make(work, sizes, record), unfinished)
     unfinished.rename(file)  # only a complete file gets the name
-    return job.name, time.perf_counter() - began
+    return file.stem, time.perf_counter() - began
 
 
 def _alone() -> None:
     torch.set_num_threads(1)  # the models are small: processes share the cores better
 
 
-def _results(jobs: Sequence[Job], work: Path, workers: int) -> Iterator[tuple[str, float]]:
-    do = functools.partial(_do, work)
+def _results(
+    do: Callable[[Any], tuple[str, float]], records: Sequence[Any], workers: int
+) -> Iterator[tuple[str, float]]:
     if workers == 1:
         _alone()
-        yield from map(do, jobs)
+        yield from map(do, records)
         return
     with multiprocessing.get_context("spawn").Pool(workers, _alone) as pool:
-        yield from pool.imap_unordered(do, jobs)
+        yield from pool.imap_unordered(do, records)
 
 
-def run(work: Path, phases: Phases, sizes: Any, workers: int) -> float:
+def run(work: Path, phases: Sequence[Phase], sizes: Any, workers: int) -> float:
     """Does the jobs that are missing in `work`; returns the seconds of all jobs together.
 
     Raises:
@@ -75,10 +74,11 @@ def run(work: Path, phases: Phases, sizes: Any, workers: int) -> float:
         )
     stamp.write_text(wanted)
     seconds: dict[str, float] = json.loads(log.read_text()) if log.exists() else {}
-    for title, jobs in phases:
-        missing = [job for job in jobs if not file_of(work, job.name).exists()]
-        done = _results(missing, work, workers)
-        for name, took in track(done, f"{title}, {len(missing)} of {len(jobs)}", len(missing)):
+    for phase in phases:
+        missing = [r for r in phase.records if not file_of(work, phase.title, r).exists()]
+        done = _results(functools.partial(_do, work, sizes, phase), missing, workers)
+        heading = f"{phase.title}, {len(missing)} of {len(phase.records)}"
+        for name, took in track(done, heading, len(missing)):
             seconds[name] = took
             log.write_text(json.dumps(seconds))
     return sum(seconds.values())

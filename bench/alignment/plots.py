@@ -78,16 +78,11 @@ def control_against_kl(figure: Any, result: Record) -> None:
     """Plot reward against KL, a panel for each objective."""
     figure.set_size_inches(11, 4.5)
     for axes, objective in zip(figure.subplots(1, 2), PANELS, strict=True):
+        shown = [p for p in result["points"] if p["objective"] == objective]
         for name in list(STYLES)[6:-2]:
-            found = [
-                p for p in result["points"] if (p["objective"], p["method"]) == (objective, name)
-            ]
-            _line(axes, name, found, "kl", objective)
-        _finish(
-            axes,
-            "KL to the reference (nats per answer; a bound for blocks and best of N)",
-            objective,
-        )
+            _line(axes, name, [p for p in shown if p["method"] == name], "kl", objective)
+        of = "KL to the reference (nats per answer; a bound for blocks and best of N)"
+        _finish(axes, of, objective)
     axes.legend(fontsize=7)
 
 

@@ -18,7 +18,7 @@ from mod_fused.divergence import DIVERGENCES
 from mod_fused.training import embedded_policies as train
 
 from .decoding import DECODE_SEED, SEED, Array, decode, reference, scores
-from .loop import Job, Phases, load
+from .loop import Phase, load
 
 Weights = tuple[float, ...]
 CENTRE: Weights = (1 / 3, 1 / 3, 1 / 3)
@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
     """How much is trained and drawn."""
 
     train_prompts: int = 1800  # with `train.GROUP` answers each; all training questions
-    steps: int = 200  # of each policy
+    policy_steps: int = 200
     # How often the policies of MOD and the soup, and those retrained for equal weights, are
     # trained; each time on other answers in another order.
     train_seeds: int = 3
@@ -59,7 +59,7 @@ class Sizes(NamedTuple):
 
 #: Every kind of job in half a minute, to see that they run.
 TINY = Sizes(
-    train_prompts=8, steps=2, train_seeds=2, prompts=6, pool=16, worlds=2,
+    train_prompts=8, policy_steps=2, train_seeds=2, prompts=6, pool=16, worlds=2,
     divergences=("reverse_kl", "jsd"), grid=(*CORNERS[:2], MIDPOINTS[0], CENTRE),
     key=(CENTRE, MIDPOINTS[0]), outside=OUTSIDE[-1:],
 )  # fmt: skip
@@ -71,12 +71,6 @@ class Policy(NamedTuple):
     divergence: str
     weights: Weights
     seed: int = 0
-
-    @property
-    def name(self) -> str:
-        """The unique name of its file."""
-        weights = "_".join(f"{w:.3g}" for w in self.weights)
-        return f"policy-{self.divergence}-{weights}-s{self.seed}"
 
 
 class Cell(NamedTuple):
@@ -92,14 +86,6 @@ class Cell(NamedTuple):
     greedy: bool = False
     seed: int = 0  # of the training
     samples: int = 2
-
-    @property
-    def name(self) -> str:
-        """The unique name of its file."""
-        weights = "_".join(f"{w:.3g}" for w in self.weights)
-        flags = ["history"] * self.history + ["greedy"] * self.greedy
-        words = [self.method, self.tuned, self.mixed_by, self.normalizer, *flags, weights]
-        return "-".join([*filter(None, words), f"s{self.seed}x{self.samples}"])
 
 
 def policies(sizes: Sizes) -> list[Policy]:
@@ -149,9 +135,8 @@ def cells(sizes: Sizes) -> list[Cell]:
                 out.append(mod._replace(weights=weights, normalizer="zero"))
     for seed, tuned in product(range(1, sizes.train_seeds), sizes.divergences):
         out += compared(tuned, CENTRE, samples=n, seed=seed)
-        for weights in (*CORNERS, *(w for w in sizes.key if w != CENTRE)):
-            mod, soup, _ = compared(tuned, weights, samples=n, seed=seed)
-            out += [mod] if weights in CORNERS else [mod, soup]
+        for weights in (*CORNERS, *sizes.key):
+            out += compared(tuned, weights, samples=n, seed=seed)[: 1 if weights in CORNERS else 2]
     return list(dict.fromkeys(out))
 
 
@@ -161,14 +146,14 @@ def cells(sizes: Sizes) -> list[Cell]:
 @functools.lru_cache(maxsize=1)
 def load_answers(work: Path, seed: int) -> train.Answers:
     """Answers to train on; the last ones stay in memory."""
-    return load(work, f"answers-s{seed}")
+    return load(work, "answers", seed)
 
 
 @functools.lru_cache(maxsize=8)
-def load_policy(work: Path, name: str) -> Any:
+def load_policy(work: Path, policy: Policy) -> Any:
     """A trained model."""
     model = copy.deepcopy(reference()[0])
-    model.load_state_dict(load(work, name)["model"])
+    model.load_state_dict(load(work, "trainings", policy)["model"])
     return model.eval()
 
 
@@ -183,24 +168,18 @@ def least_loss(answers: train.Answers, weights: Sequence[float]) -> float:
     return float(train.preference_loss(train.PREFERENCE_SCALE * rewards, rewards))
 
 
-def train_policy(
-    answers: train.Answers, policy: Policy, steps: int, label: str = "policy"
-) -> tuple[Any, list[float]]:
-    """A copy of the reference tuned by f-DPO for sum_i w_i r_i, and the losses."""
-    model = copy.deepcopy(reference()[0])
-    rewards, slope = mixed_rewards(answers, policy.weights), train.slope_of(policy.divergence)
-    losses = train.train_policy(
-        model, answers.batch, answers.ref_logprobs, rewards, steps, policy.seed, label, slope=slope
-    )
-    return model, losses
-
-
-def draw_to_train(work: Path, sizes: Any, seed: int) -> train.Answers:
+def draw_answers(work: Path, sizes: Any, seed: int) -> train.Answers:
+    """The reference's answers to `sizes.train_prompts` prompts."""
     return train.draw_answers(*reference(), sizes.train_prompts, SEED + seed)
 
 
-def train_one(work: Path, sizes: Any, policy: Policy) -> dict[str, Any]:
-    model, losses = train_policy(load_answers(work, policy.seed), policy, sizes.steps, policy.name)
+def train_policy(work: Path, sizes: Any, policy: Policy) -> dict[str, Any]:
+    """A copy of the reference tuned by f-DPO for sum_i w_i r_i in `sizes.policy_steps`."""
+    model, answers = copy.deepcopy(reference()[0]), load_answers(work, policy.seed)
+    losses = train.train_policy(
+        model, answers.batch, answers.ref_logprobs, mixed_rewards(answers, policy.weights),
+        sizes.policy_steps, policy.seed, str(policy), slope=train.slope_of(policy.divergence),
+    )  # fmt: skip
     last = losses[-max(1, len(losses) // 4) :]
     record = {"loss": sum(last) / len(last), "first_loss": losses[0]}
     return {"model": model.state_dict(), "record": record}
@@ -218,7 +197,7 @@ def _pool(work: Path, sizes: Sizes, part: int) -> Array:
 def _measure(work: Path, sizes: Sizes, cell: Cell) -> dict[str, Array]:
     """The result of `decode` for a cell."""
     ref = reference()[0]
-    models = [ref, *(load_policy(work, policy.name) for policy in needed(cell))]
+    models = [ref, *(load_policy(work, policy) for policy in needed(cell))]
     weights: Sequence[float] = [1.0]
     options: dict[str, Any] = {"do_sample": not cell.greedy}
     if cell.method == "mod":
@@ -236,13 +215,11 @@ def _measure(work: Path, sizes: Sizes, cell: Cell) -> dict[str, Array]:
     return decode(models, weights, prompts, cell.samples, **options)
 
 
-def phases(sizes: Sizes) -> Phases:
+def phases(sizes: Sizes) -> list[Phase]:
     """All jobs."""
-    first = [Job(f"answers-s{s}", draw_to_train, (sizes, s)) for s in range(sizes.train_seeds)]
-    parts = range(-(-sizes.pool // POOL_PART))
-    first += [Job(f"pool-{part}", _pool, (sizes, part)) for part in parts]
     return [
-        ("answers of the reference", first),
-        ("trainings", [Job(p.name, train_one, (sizes, p)) for p in policies(sizes)]),
-        ("cells", [Job(c.name, _measure, (sizes, c)) for c in cells(sizes)]),
+        Phase("answers", draw_answers, range(sizes.train_seeds)),
+        Phase("pool", _pool, range(-(-sizes.pool // POOL_PART))),
+        Phase("trainings", train_policy, policies(sizes)),
+        Phase("cells", _measure, cells(sizes)),
     ]

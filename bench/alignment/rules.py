@@ -6,6 +6,7 @@ support, at weights on and off the simplex.
 
 from __future__ import annotations
 
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,24 +15,26 @@ import numpy as np
 
 from mod_fused import world
 from mod_fused.divergence import DIVERGENCES
+from mod_fused.reference import divergence_terms
 
-from . import command, policies, tables
+from . import command, policies
 from .decoding import DECODE_SEED, Array, decode, reference
-from .loop import Job, Phases, load
+from .loop import Phase, load
 from .policies import CENTRE, CORNERS, Policy, Weights
-from .statistics import REWARD_SCALE, divergence_terms, over_seeds
+from .statistics import REWARD_SCALE, over_seeds
 
+CUT = {"plausibility": "auto"}
 OWN, ZERO = {"sequence_history": True}, {"sequence_history": True, "normalizer": "zero"}
-NONE, REFERENCE = {"plausibility": None}, {"plausibility": 1e-3, "plausibility_tensor": 0}
+REFERENCE = {"plausibility": 1e-3, "plausibility_tensor": 0}
 #: By name: the options of `mod_fused.generate`.
 RULES: dict[str, dict[str, Any]] = {
-    "token by token": {},
+    "token by token": CUT,
     "token by token, cut by the reference alone": REFERENCE,
-    "token by token, no cut": NONE,
-    "own mass": OWN,
+    "token by token, no cut": {},
+    "own mass": OWN | CUT,
     "own mass, cut by the reference alone": OWN | REFERENCE,
-    "own mass, no cut": OWN | NONE,
-    "prefix ratios, Z = 0": ZERO,
+    "own mass, no cut": OWN,
+    "prefix ratios, Z = 0": ZERO | CUT,
 }
 
 
@@ -39,11 +42,11 @@ class Sizes(NamedTuple):
     """How much is trained and drawn."""
 
     train_prompts: int = 1800
-    steps: int = 200
+    policy_steps: int = 200
     seeds: int = 3  # trainings
-    prompts: int = 150  # held out, one answer to each
+    prompts: int = 100  # held out, one answer to each
     divergences: tuple[str, ...] = DIVERGENCES
-    weights: tuple[Weights, ...] = (CENTRE, (2 / 3, 2 / 3, 2 / 3), (1.5, -0.5, 0.0))
+    weights: tuple[Weights, ...] = (CENTRE, (2 / 3, 2 / 3, 2 / 3))
 
 
 TINY = Sizes(4, 2, 2, 4, ("reverse_kl", "jsd"), (CENTRE,))
@@ -57,41 +60,36 @@ class Cell(NamedTuple):
     rule: str
     seed: int
 
-    @property
-    def name(self) -> str:
-        """The unique name of its file."""
-        return "-".join([self.tuned, tables.weights(self.weights), self.rule, f"s{self.seed}"])
-
 
 def cells(sizes: Sizes) -> list[Cell]:
     """All cells; reverse KL has one rule."""
     every = product(sizes.divergences, sizes.weights, RULES, range(sizes.seeds))
-    return [Cell(*x) for x in every if x[0] != "reverse_kl" or not RULES[x[2]]]
+    return [Cell(*x) for x in every if x[0] != "reverse_kl" or RULES[x[2]] == CUT]
 
 
 def _measure(work: Path, sizes: Sizes, cell: Cell) -> dict[str, Array]:
     trained = [Policy(cell.tuned, w, cell.seed) for w in CORNERS]
-    models = [reference()[0], *(policies.load_policy(work, p.name) for p in trained)]
+    models = [reference()[0], *(policies.load_policy(work, p) for p in trained)]
     prompts = world.prompts(sizes.prompts, DECODE_SEED)
     options = {"divergence": cell.tuned} | RULES[cell.rule]
     return decode(models, cell.weights, prompts, **options)
 
 
-def phases(sizes: Sizes) -> Phases:
+def phases(sizes: Sizes) -> list[Phase]:
     """All jobs."""
     seeds = range(sizes.seeds)
     wanted = [Policy(d, w, s) for s in seeds for d in sizes.divergences for w in CORNERS]
     return [
-        ("answers", [Job(f"answers-s{s}", policies.draw_to_train, (sizes, s)) for s in seeds]),
-        ("trainings", [Job(p.name, policies.train_one, (sizes, p)) for p in wanted]),
-        ("cells", [Job(c.name, _measure, (sizes, c)) for c in cells(sizes)]),
+        Phase("answers", policies.draw_answers, seeds),
+        Phase("trainings", policies.train_policy, wanted),
+        Phase("cells", _measure, cells(sizes)),
     ]
 
 
 def _record(work: Path, group: list[Cell]) -> dict[str, Any]:
     """The means over a cell's answers, for each training and with an interval over them; J = 10 w r
     - D_f is None where an answer is invalid."""
-    found = [load(work, cell.name) for cell in group]
+    found = [load(work, "cells", cell) for cell in group]
     values: dict[str, list[float]] = {name: [] for name in ("weighted", "kl", "ended", "objective")}
     for cell, x in zip(group, found, strict=True):
         kl = x["kl"].ravel()
@@ -116,7 +114,5 @@ def summary(work: Path, sizes: Sizes) -> dict[str, Any]:
     return {"sizes": sizes._asdict(), "rules": [_record(work, group) for group in groups.values()]}
 
 
-STUDY = command.Study("rules", "bench.alignment.rules", Sizes(), TINY, phases, summary)
-
 if __name__ == "__main__":
-    raise SystemExit(command.main(STUDY))
+    raise SystemExit(command.main("bench.alignment.rules", sys.modules[__name__], summary))

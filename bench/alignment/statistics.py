@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from .tabular import F, optimum
+from mod_fused.reference import f_of, optimum
 
 Array = np.ndarray
 RESAMPLES = 1000
@@ -57,13 +57,6 @@ def over_seeds(values: Sequence[float]) -> Interval:
     return _rounded(center, center - half, center + half)
 
 
-def at_kl(kl: Array, curve_rewards: Array, curve_kl: Array) -> Array:
-    """[R]: rewards at KL [R] of curves [R, S], joined linearly between their S points."""
-    order = np.argsort(curve_kl, axis=1)
-    x, y = (np.take_along_axis(c, order, 1) for c in (curve_kl, curve_rewards))
-    return np.array([np.interp(at, xs, ys) for at, xs, ys in zip(kl, x, y, strict=True)])
-
-
 def lead_at_kl(
     lead: Callable[[Array, Array], Array], reward: Array, kl: Array, curve: Array, curve_kl: Array
 ) -> Interval | None:
@@ -74,7 +67,9 @@ def lead_at_kl(
         return None
 
     def estimate(own: Array, at: Array, rewards: Array, kls: Array) -> Array:
-        return lead(own, at_kl(at, rewards, kls))
+        order = np.argsort(kls, axis=1)  # the curve joins its S points linearly
+        x, y = (np.take_along_axis(c, order, 1) for c in (kls, rewards))
+        return lead(own, np.array([np.interp(*one) for one in zip(at, x, y, strict=True)]))
 
     return interval(estimate, reward, kl, curve, curve_kl)
 
@@ -115,23 +110,4 @@ def reweighted(rewards: Array, weights: Array, divergence: str) -> tuple[Array, 
     log_ref = np.full(size, -np.log(size))
     tilts = REWARD_SCALE * (rewards @ weights)
     log_x = np.stack([optimum(divergence, log_ref, tilt) for tilt in tilts]) + np.log(size)
-    return (np.exp(log_x)[..., None] * rewards).mean(1), F[divergence](log_x).mean(1)
-
-
-#: (f(x) - f'(1) (x - 1)) / x as a function of d = log x and y = 1/x: powers of x may overflow.
-_TERMS: dict[str, Callable[[Array, Array], Array]] = {
-    "reverse_kl": lambda d, y: d - 1.0 + y,
-    "forward_kl": lambda d, y: 1.0 - y - d * y,
-    "jsd": lambda d, y: d - (1.0 + y) * (np.logaddexp(0.0, d) - np.log(2.0)),
-    "alpha:0.5": lambda d, y: 2.0 + 2.0 * y - 4.0 * np.sqrt(y),
-    "jeffrey": lambda d, y: (1.0 - y) * d,
-}
-
-
-def divergence_terms(divergence: str, d: Array) -> Array:
-    """Non-negative terms whose mean over answers drawn from pi estimates sum pi_ref f(pi / pi_ref).
-
-    (f(x) - f'(1) (x - 1)) / x at the log-ratios d = log x: the subtracted part has mean 0.
-    """
-    d = d.astype(np.float64)
-    return _TERMS[divergence](d, np.exp(-d))
+    return (np.exp(log_x)[..., None] * rewards).mean(1), f_of(divergence)(log_x).mean(1)

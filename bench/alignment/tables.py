@@ -29,8 +29,10 @@ def figure(record: Record, column: str) -> str:
     x = record.get(form["field"] if form else column)
     if x is None:
         return ""
+    if form is None and isinstance(x, list):
+        return ", ".join(f"{y:.2g}" for y in x)
     if form is None or isinstance(x, str):
-        return weights(x) if isinstance(x, list) else f"{x:g}" if isinstance(x, float) else str(x)
+        return f"{x:g}" if isinstance(x, float) else str(x)
     scale = 100.0 if form["percent"] else 1.0
     numbers = [f"{scale * y:{form['sign']}.{form['digits']}f}" for y in _listed(x)]
     if form["interval"] and len(numbers) == 3:
@@ -40,11 +42,6 @@ def figure(record: Record, column: str) -> str:
 
 def _listed(x: Any) -> list[float]:
     return x if isinstance(x, list) else [x]
-
-
-def weights(w: Sequence[float]) -> str:
-    """The text of a weight vector."""
-    return ", ".join(f"{x:.2g}" for x in w)
 
 
 def table(records: Iterable[Record], columns: str) -> str:
@@ -83,12 +80,6 @@ class Cells:
         found = [r for r in self.result["cells"] if wanted.items() <= r.items()]
         return max(found, key=lambda r: r["samples"], default={})
 
-    def over_key(self, method: str, tuned: str, **fields: Any) -> Record:
-        """Means over the key weights; "no solution" where a cell has none."""
-        found = [self.one(w, method, tuned, **fields) for w in self.key]
-        unsolved = any(r["invalid"] for r in found)
-        return {"weighted": "no solution"} if unsolved else mean(found)
-
     def at(self, places: Iterable[Sequence[float]], *methods: str) -> Iterable[Record]:
         """The cells of all divergences and methods; "mod, Z = 0" is one of them."""
         for w, d, name in product(places, self.divergences, methods):
@@ -106,18 +97,22 @@ def _without_policies(t: Cells) -> Iterable[Record]:
 
 
 def _over_key(t: Cells) -> Iterable[Record]:
-    for d in t.divergences:
-        ways: list[Record] = [{"method": m, "greedy": g} for g in (False, True) for m in METHODS]
-        if d != "reverse_kl":  # which neither history nor Z changes
-            variants = policies.VARIANTS[1:]  # the first is the first way
-            ways += [{"method": "mod", "normalizer": z, "history": h} for z, h in variants]
-        ways += [{"method": "mod", "mixed_by": by} for by in t.divergences if by != d]
-        for way in ways:
-            main = {"mixed_by": d, "normalizer": "exact"} if way["method"] == "mod" else {}
-            shown = {"mixed_by": "", "normalizer": ""} | main | way
-            shown |= {"history": "yes" * way.get("history", False)}
-            shown |= {"drawn": "greedily" if way.get("greedy") else "at random"}
-            yield {"tuned": d} | t.over_key(tuned=d, **way) | shown
+    """Means of the first training over the key weights; "no solution" where a cell has none."""
+    ways: dict[tuple[Any, ...], list[Record]] = {}
+    for r in t.result["cells"]:
+        if r["weights"] in t.key and r["method"] in METHODS and r["seed"] == 0:
+            way = [r[x] for x in ("tuned", "method", "mixed_by", "normalizer", "history", "greedy")]
+            ways.setdefault(tuple(way), []).append(r)
+    for (tuned, method, mixed_by, normalizer, history, greedy), found in ways.items():
+        unsolved = any(r["invalid"] for r in found)
+        yield ({"weighted": "no solution"} if unsolved else mean(found)) | {
+            "tuned": tuned,
+            "method": method,
+            "mixed_by": mixed_by,
+            "normalizer": normalizer if method == "mod" else "",
+            "history": "yes" * history,
+            "drawn": "greedily" if greedy else "at random",
+        }
 
 
 def _tabular(t: Cells) -> Iterable[Record]:
@@ -217,7 +212,11 @@ def rules(result: Record) -> str:
         "J = objective (2) | ended, % = ended 0% | no solution, % = invalid 0%"
     )
     sections: list[Section] = [
-        (f"Weights {weights(w)}", [r for r in result["rules"] if r["weights"] == w], columns)
+        (
+            "Weights " + ", ".join(f"{x:.2g}" for x in w),
+            [r for r in result["rules"] if r["weights"] == w],
+            columns,
+        )
         for w in result["sizes"]["weights"]
     ]
     return _document(

@@ -19,15 +19,6 @@ def _eager(problem: Problem, logits: list[Tensor]) -> Call:
     return functools.partial(eager.sample, logits, problem.weights, problem.divergence)
 
 
-def _eager_log_probs(logits: list[Tensor], divergence: str) -> Tensor:
-    return eager.probabilities(logits, WEIGHTS, divergence).log()
-
-
-def _compiled_log_probs(logits: list[Tensor], divergence: str) -> Tensor:
-    # The function that torch.compile gets, run eagerly.
-    return compiled.masses(logits, WEIGHTS, get_divergence(divergence)).log()
-
-
 @mixtures_only
 def _math(problem: Problem, logits: list[Tensor]) -> Call:
     if len(problem.weights) != POLICIES:
@@ -41,9 +32,14 @@ CPU = Case(
     help="the C++ backend, beside eager torch, torch.compile and the floors",
     backends=("cpu",),
     contestants={
-        "eager": Contestant(_eager, call_limit=1.0, log_probs=_eager_log_probs),
+        "eager": Contestant(
+            _eager, call_limit=1.0, log_probs=lambda x, d: eager.probabilities(x, WEIGHTS, d).log()
+        ),
         "compile": Contestant(
-            mixtures_only(compiled.build), slow_to_compile=True, log_probs=_compiled_log_probs
+            mixtures_only(compiled.build),
+            slow_to_compile=True,
+            # the function that torch.compile gets, run eagerly
+            log_probs=lambda x, d: compiled.masses(x, WEIGHTS, get_divergence(d)).log(),
         ),
         "read": Contestant(floors.read, floor=True),
         "math": Contestant(_math, floor=True),

@@ -16,7 +16,7 @@ from torch import Tensor
 from mod_fused import reference
 from mod_fused.divergence import DIVERGENCES
 
-from .. import measure
+from .. import check, measure
 from ..case import Procedure, set_threads
 from ..contestants import loops, models
 from ..problem import POLICIES, WEIGHTS
@@ -27,7 +27,6 @@ ROUNDS = 3
 #: saw. Peers get more: they use textbook formulas in float32.
 _TOLERANCE, _PEERS_TOLERANCE = 1e-4, 2e-2
 OURS = ("generate", "generate_torch", "op")  # loops that draw with mod_fused.sample
-_CLOSE_RACE = 1e-3
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -93,9 +92,8 @@ def refusal(name: str, task: loops.Task, clock: Clock, drawn: loops.Drawn) -> st
         if not error <= (_TOLERANCE if name in OURS else _PEERS_TOLERANCE):
             return f"step {step}: the log-probability of the token is off by {error:.1e}"
         if name in OURS:
-            race = (np.exp(expected), reference.row_seeds(loops.SEED, 1)[0], step)
-            close = reference.race_margin(*race) < _CLOSE_RACE
-            if not close and tokens[step] != reference.race(*race):
+            seed = reference.row_seeds(loops.SEED, 1)[0]
+            if not check.won(tokens[step], np.exp(expected), seed, step):
                 return f"step {step}: the token is not the oracle's"
     return ""
 

@@ -58,10 +58,8 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
                 if points:
                     label = f"{divergence}, {backend}"
                     axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
-        axes.set_xscale("log" if field in ("vocab", "batch") else "linear")
-        axes.set_yscale("log")
-        axes.set_xlabel(name)
-        axes.set_ylabel("µs")
+        xscale = "log" if field in ("vocab", "batch") else "linear"
+        axes.set(xscale=xscale, yscale="log", xlabel=name, ylabel="µs")
     handles, labels = panels.flat[0].get_legend_handles_labels()
     panels.flat[-1].axis("off")
     panels.flat[-1].legend(handles, labels, loc="center")

@@ -5,9 +5,9 @@ sequence."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -35,19 +35,9 @@ class Task(NamedTuple):
     weights: tuple[float, ...]
 
 
-@contextmanager
-def _replaced(around: Around) -> Iterator[None]:
-    original = decoder.sample
-    decoder.sample = around(original)
-    try:
-        yield
-    finally:
-        decoder.sample = original
-
-
 def generate(task: Task, around: Around, backend: str | None) -> Drawn:
     """`mod_fused.generate` with the op on a backend."""
-    with _replaced(around):
+    with mock.patch.object(decoder, "sample", around(decoder.sample)):
         out = mod_fused.generate(
             task.ensemble,
             input_ids=task.prompts,
@@ -102,14 +92,11 @@ def contestants(divergence: str) -> dict[str, Callable[[Task, Around], Drawn]]:
         )
         return out.tokens, out.logprobs
 
-    def formula(logits: list[Tensor], weights: tuple[float, ...], step: int) -> Drawn:
-        return eager.sample(logits, weights, divergence)
-
     out: dict[str, Callable[[Task, Around], Drawn]] = {
         "generate": functools.partial(generate, backend=None),
         "generate_torch": functools.partial(generate, backend="torch"),
         "op": functools.partial(plain, draw=op),
-        "eager": functools.partial(plain, draw=formula),
+        "eager": functools.partial(plain, draw=lambda x, w, _: eager.sample(x, w, divergence)),
     }
     if divergence == "reverse_kl":
         out["release"] = functools.partial(plain, draw=weighted_log_probs)

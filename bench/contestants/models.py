@@ -11,7 +11,9 @@ import mod_fused
 
 PROMPT = 16  # tokens of a prompt for random models
 
-#: By name: layers, width, heads, key-value heads, width of the MLP, vocabulary.
+_FIELDS = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+_FIELDS += ("num_key_value_heads", "intermediate_size", "vocab_size")
+#: By name: the values of these fields of the configuration.
 RANDOM = {
     "tiny": (2, 32, 2, 2, 64, 1024),
     "0.1b": (12, 768, 12, 12, 2048, 32000),
@@ -25,14 +27,8 @@ TOKENS = {"embedded": 33, "tiny": 5, "0.1b": 5, "1b": 3}
 def _llama(name: str, seed: int, dtype: torch.dtype, device: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    layers, width, heads, kv_heads, mlp, vocab = RANDOM[name]
     config = LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=width,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=mlp,
-        vocab_size=vocab,
+        **dict(zip(_FIELDS, RANDOM[name], strict=True)),
         max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.05,
@@ -56,10 +52,8 @@ def ensemble(name: str, dtype: torch.dtype, device: str, policies: int) -> mod_f
     llamas = [_llama(name, i, dtype, device) for i in range(policies + 1)]
     with torch.no_grad():
         for policy in llamas[1:]:
-            for parameter, of_reference in zip(
-                policy.parameters(), llamas[0].parameters(), strict=True
-            ):
-                parameter.lerp_(of_reference, _NEARNESS)
+            for mine, its in zip(policy.parameters(), llamas[0].parameters(), strict=True):
+                mine.lerp_(its, _NEARNESS)
     return mod_fused.Ensemble(llamas)
 
 

@@ -21,17 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mod_fused
 from mod_fused.divergence import DIVERGENCES
 
 from .. import check, report
+from ..case import ours
 from ..cases.cpu import CPU
 from ..measure import Call
-from ..problem import FILTERS, POLICIES, Problem, logits, weights_of
+from ..problem import POLICIES, Problem, logits, weights_of
 from . import device as devices
 from .device import Gpu
 
 SCHEMA = 3
+OURS = ours("triton")
 VOCAB = 128256
 #: How many rows differ; larger batches repeat them, at other addresses.
 _DISTINCT = 16
@@ -74,26 +75,11 @@ def inputs(device: Gpu, row: Problem) -> list[Tensor]:
     return [x.to(device.device).repeat(repeats, 1)[: row.batch] for x in parts]
 
 
-def ours(row: Problem, tensors: list[Tensor], **memory: Any) -> Call:
-    """A call of the op."""
-    return functools.partial(
-        mod_fused.sample,
-        tensors[0],
-        tensors[1:],
-        list(row.weights),
-        divergence=row.divergence,
-        seed=1,
-        backend="triton",
-        **FILTERS[row.filters],
-        **memory,
-    )
-
-
 def in_own_memory(device: Gpu, row: Problem, tensors: list[Tensor]) -> Call:
     """The call that is timed. It gets outputs and a workspace, so that it launches one kernel only
     (two with filters)."""
     own = device.own_memory(row.batch, row.vocab, len(row.weights))
-    return ours(row, tensors, **own)
+    return functools.partial(OURS.build(row, tensors), **own)
 
 
 def refusal(device: Gpu, row: Problem, tensors: list[Tensor]) -> tuple[float | None, str]:
@@ -101,7 +87,7 @@ def refusal(device: Gpu, row: Problem, tensors: list[Tensor]) -> tuple[float | N
     found = check.check(row, tensors, check.oracle(row, _DISTINCT), "triton")
     if not found.passed:
         return found.tv, found.reason
-    new, own = ours(row, tensors)(), in_own_memory(device, row, tensors)()
+    new, own = OURS.build(row, tensors)(), in_own_memory(device, row, tensors)()
     if not all(map(torch.equal, new[:3], own[:3])):
         return found.tv, "another result into outputs and a workspace that are there"
     return found.tv, ""
@@ -128,7 +114,7 @@ def _flashinfer(tensors: list[Tensor]) -> Call:
 def _contestants(device: Gpu, row: Problem, tensors: list[Tensor]) -> dict[str, Callable[[], Call]]:
     out: dict[str, Callable[[], Call]] = {
         "graph": lambda: device.graph(in_own_memory(device, row, tensors))[1],
-        "allocating": lambda: ours(row, tensors),
+        "allocating": lambda: OURS.build(row, tensors),
     }
     if not row.filters:
         out["eager"] = lambda: CPU.contestants["eager"].build(row, tensors)

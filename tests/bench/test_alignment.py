@@ -14,88 +14,27 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed
 
 from bench import report
-from bench.alignment import __main__ as study
-from bench.alignment import command, loop, policies, statistics, tables, tabular
+from bench.alignment import command, estimates, loop, policies, statistics, tables, tabular
 from mod_fused import reference
 from mod_fused.divergence import DIVERGENCES
 from mod_fused.training import embedded_policies as train
 
-# f' of design §2 as a function of x, as printed.
-F_PRIME = {
-    "reverse_kl": lambda x: np.log(x) + 1.0,
-    "forward_kl": lambda x: -1.0 / x,
-    "jsd": lambda x: np.log(2.0) + np.log(x / (1.0 + x)),
-    "alpha:0.5": lambda x: (1.0 - x**-0.5) / 0.5,
-    "jeffrey": lambda x: np.log(x) - 1.0 / x + 1.0,
-}
 MAX_TV = 2e-5  # the op's, of the contract
 
 
-def total_variation(log_p: np.ndarray, log_q: np.ndarray) -> float:
-    return float(0.5 * np.abs(np.exp(log_p) - np.exp(log_q)).sum())
-
-
 # --- the tabular worlds ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_optimum_and_objective_are_those_of_the_printed_f(divergence):
-    # R - f'(x) constant, sum 1: with f strictly convex, the one maximum of J.
-    rng = np.random.default_rng(1)
-    x = rng.uniform(0.05, 6.0, size=50)
-    step = 1e-6
-    f = tabular.F[divergence]
-    numeric = (f(np.log(x + step)) - f(np.log(x - step))) / (2 * step)
-    assert np.abs(numeric - F_PRIME[divergence](x)).max() <= 1e-5
-    assert abs(f(np.zeros(1))[0]) <= 1e-12
-    for _ in range(20):
-        log_ref = reference.log_softmax(1.5 * rng.normal(size=9))
-        reward = 2.0 * rng.normal(size=9)
-        best = tabular.optimum(divergence, log_ref, reward)
-        assert abs(np.exp(best).sum() - 1.0) <= 1e-10
-        assert np.ptp(reward - F_PRIME[divergence](np.exp(best - log_ref))) <= 1e-7
-        top = tabular.objective(divergence, log_ref, best, reward)
-        other = reference.log_softmax(best + 0.1 * rng.normal(size=9))
-        assert tabular.objective(divergence, log_ref, other, reward) < top
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_the_op_mixes_optimal_policies_to_the_exact_optimum_of_the_mixed_reward(divergence):
-    rng = np.random.default_rng(2)
-    for k in range(40):
-        arms, policies = int(rng.integers(2, 60)), int(rng.integers(1, 5))
-        log_ref = reference.log_softmax(1.5 * rng.normal(size=arms))
-        rewards = 2.0 * rng.normal(size=(policies, arms))
-        weights = rng.dirichlet(np.ones(policies)) * (1.0, 0.5, 1.7)[k % 3]
-        optima = np.stack([tabular.optimum(divergence, log_ref, r) for r in rewards])
-        got = tabular.mixed(divergence, log_ref[None], optima[:, None], weights)[0]
-        best = tabular.optimum(divergence, log_ref, weights @ rewards)
-        assert total_variation(got, best) <= MAX_TV
-
-
-def test_a_tree_s_prefixes_and_decoder_agree_with_its_leaves():
-    tree = tabular.random_tree(np.random.default_rng(3), vocab=3, depth=3)
-    leaves = np.exp(tree.log_ref).reshape(3, 3, 3)
-    empty, one, two, three = tree.marginals(tree.log_ref)
-    assert np.exp(empty) == pytest.approx([1.0])
-    assert np.exp(one) == pytest.approx(leaves.sum((1, 2)))
-    assert np.exp(two) == pytest.approx(leaves.sum(2).ravel())
-    assert np.exp(three) == pytest.approx(leaves.ravel())
-    best = tabular.optimum("jsd", tree.log_ref, tree.rewards[0])
-    again = tree.decoded(lambda prefixes, tokens: tokens[1], best)  # one policy by itself
-    assert again == pytest.approx(best, abs=1e-10)
 
 
 def test_token_by_token_is_exact_for_reverse_kl_and_additive_rewards_and_not_beyond():
     weights = np.array([0.3, 0.7])
 
     def found(divergence: str, additive: bool) -> dict[str, Any]:
-        tree = tabular.random_tree(np.random.default_rng(4), additive=additive)
+        tree = reference.random_tree(np.random.default_rng(4), additive=additive)
         assert sum(np.exp(tree.log_ref)) == pytest.approx(1.0)
         return dict(tabular.shortfalls(divergence, tree, weights))
 
     additive, general = found("reverse_kl", True), found("reverse_kl", False)
-    for mix in ("token by token, exact Z", "token by token, Z = 0", "with history, exact Z"):
+    for mix in ("token by token, exact Z", "token by token, Z = 0", "prefix ratios, own mass"):
         assert additive[mix].total_variation <= MAX_TV
         assert abs(additive[mix].lost) <= 1e-4
     assert additive["mean of probabilities"].lost > 0.01
@@ -109,7 +48,7 @@ def test_token_by_token_is_exact_for_reverse_kl_and_additive_rewards_and_not_bey
 def test_zero_z_and_averages_fall_short_where_exact_z_does_not(divergence):
     rng, lost = np.random.default_rng(5), {}
     for _ in range(10):
-        tree = tabular.bandit(tabular.random_tree(rng, depth=3))
+        tree = reference.bandit(reference.random_tree(rng, depth=3))
         for mix, result in tabular.shortfalls(divergence, tree, np.array([0.5, 0.5])):
             lost.setdefault(mix, []).append(np.nan if result is None else result.lost)
     assert np.abs(lost["token by token, exact Z"]).max() <= 1e-4
@@ -117,18 +56,20 @@ def test_zero_z_and_averages_fall_short_where_exact_z_does_not(divergence):
         assert np.mean(lost[mix]) > 0.02
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha:0.5", "jeffrey"])
+def test_own_mass_is_the_policy_at_a_corner_and_loses_least_between(divergence):
+    rng, lost = np.random.default_rng(6), {}
+    for _ in range(5):
+        tree = reference.random_tree(rng, additive=True)
+        corner = dict(tabular.shortfalls(divergence, tree, np.array([1.0, 0.0])))
+        assert corner["prefix ratios, own mass"].total_variation <= tree.depth * MAX_TV
+        for mix, result in tabular.shortfalls(divergence, tree, np.array([0.5, 0.5])):
+            lost.setdefault(mix, []).append(np.inf if result is None else result.lost)
+    means = {mix: np.mean(values) for mix, values in lost.items()}
+    assert 0.0 < means["prefix ratios, own mass"] == min(means.values())
+
+
 # --- estimators -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_divergence_terms_are_not_negative_and_have_the_divergence_as_their_mean(divergence):
-    rng = np.random.default_rng(6)
-    log_ref, log_pi = (reference.log_softmax(rng.normal(size=30)) for _ in range(2))
-    terms = statistics.divergence_terms(divergence, log_pi - log_ref)
-    assert terms.min() >= -1e-12
-    exact = np.exp(log_ref) @ tabular.F[divergence](log_pi - log_ref)
-    assert np.exp(log_pi) @ terms == pytest.approx(exact, rel=1e-10)
-    assert np.isfinite(statistics.divergence_terms(divergence, np.array([-90.0, 2000.0]))).all()
 
 
 def test_best_of_n_equals_the_mean_over_all_subsets():
@@ -187,7 +128,7 @@ def test_intervals_over_trainings_hold_the_mean_as_often_as_they_say():
 def test_the_loss_is_least_at_the_optimum_under_every_divergence(divergence):
     rewards = np.linspace(0.0, 1.0, 8)
     log_ref = np.full(8, -np.log(8.0))
-    best = tabular.optimum(divergence, log_ref, train.PREFERENCE_SCALE * rewards) - log_ref
+    best = reference.optimum(divergence, log_ref, train.PREFERENCE_SCALE * rewards) - log_ref
     # Reverse KL and JSD are never continued; the others stay where f' is itself.
     assert divergence in ("reverse_kl", "jsd") or best.min() > train.TANGENT_BELOW
     log_ratios = torch.from_numpy(best[None]).requires_grad_()
@@ -213,10 +154,15 @@ def test_no_log_ratios_have_less_loss_than_the_least(monkeypatch):
 
 def test_every_job_has_its_own_file_and_what_a_cell_needs_is_trained():
     sizes = policies.Sizes()
-    files = [loop.file_of(Path(), job.name) for _, jobs in policies.phases(sizes) for job in jobs]
+    every = [(phase.title, record) for phase in policies.phases(sizes) for record in phase.records]
+    files = [loop.file_of(Path(), *one) for one in every]
     assert len(set(files)) == len(files) == 3 + 4 + 75 + 587
     trained = set(policies.policies(sizes))
     assert all(set(policies.needed(cell)) <= trained for cell in policies.cells(sizes))
+
+
+def run(words: list[str]) -> int:
+    return command.main("bench.alignment", policies, estimates.summary, words)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +170,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The work folder and the results of a tiny run."""
     work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("out")
     words = ["--tiny", "--workers", "1", "--work", str(work), "--out", str(out)]
-    assert command.main(study.STUDY, words) == 0
+    assert run(words) == 0
     return work, out
 
 
@@ -235,18 +181,18 @@ def test_a_tiny_run_writes_every_cell_table_and_picture(finished):
     from_pool = result["cells"][len(cells) :]
     assert [c["method"] for c in result["cells"][: len(cells)]] == [c.method for c in cells]
     assert {c["method"] for c in from_pool} == {"best of 4", "best of 16", "optimum"}
-    pool = loop.load(work, "pool-0")
+    pool = loop.load(work, "pool", 0)
     for record in from_pool:
         assert record["overall"][0] >= pool.mean() or min(record["weights"]) == 0.0
     assert all(r["loss"] > r["least_loss"] > 0.1 for r in result["trainings"])
     for cell, record in zip(cells, result["cells"], strict=False):
-        arrays = loop.load(work, cell.name)
+        arrays = loop.load(work, "cells", cell)
         assert arrays["rewards"].shape == (cell.samples, policies.TINY.prompts, 3)
         for k, name in enumerate(("helpful", "harmless", "humorous")):
             assert record[name][0] == pytest.approx(arrays["rewards"][..., k].mean(), abs=1e-4)
         assert (record["kl"] is not None) == (not cell.greedy and record["invalid"] == 0)
     # The reference answers alike whatever it is called: weight 0, or greedy twice.
-    assert np.abs(loop.load(work, cells[0].name)["kl"]).max() <= 1e-3
+    assert np.abs(loop.load(work, "cells", cells[0])["kl"]).max() <= 1e-3
     text = (out / "alignment.md").read_text()
     assert text.count("\n## ") == 9 and str(work) not in text + (out / "alignment.json").read_text()
     assert {p.name for p in out.glob("*.png")} == {"alignment_pareto.png", "alignment_kl.png"}
@@ -256,17 +202,17 @@ def test_an_interrupted_run_goes_on_and_repeats_itself(finished, capsys):
     work, out = finished
     before = report.load(out / "alignment.json")
     policy, cell = policies.policies(policies.TINY)[0], policies.cells(policies.TINY)[2]
-    redone = [loop.file_of(work, name) for name in (policy.name, cell.name)]
+    redone = [loop.file_of(work, "trainings", policy), loop.file_of(work, "cells", cell)]
     kept = {p: p.stat().st_mtime_ns for p in work.glob("*.pt") if p not in redone}
-    weights = loop.load(work, policy.name)["model"]
+    weights = loop.load(work, "trainings", policy)["model"]
     for file in redone:
         file.unlink()
     words = ["--tiny", "--workers", "1", "--work", str(work), "--out", str(out)]
-    assert command.main(study.STUDY, words) == 0
+    assert run(words) == 0
     printed = capsys.readouterr().err
     assert "trainings, 1 of" in printed and "cells, 1 of" in printed
     assert all(p.stat().st_mtime_ns == then for p, then in kept.items())
-    for name, tensor in loop.load(work, policy.name)["model"].items():
+    for name, tensor in loop.load(work, "trainings", policy)["model"].items():
         torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=0)
     assert report.load(out / "alignment.json")["cells"] == before["cells"]
 
@@ -274,9 +220,9 @@ def test_an_interrupted_run_goes_on_and_repeats_itself(finished, capsys):
 def test_a_folder_of_another_run_is_refused(finished):
     work, _ = finished
     with pytest.raises(ValueError, match="holds results of other sizes"):
-        loop.run(work, [], policies.TINY._replace(steps=3), 1)
+        loop.run(work, [], policies.TINY._replace(policy_steps=3), 1)
     with pytest.raises(SystemExit, match="at least 1, got 0"):
-        command.main(study.STUDY, ["--workers", "0", "--out", str(work)])
+        run(["--workers", "0", "--out", str(work)])
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_worth_differences_are_means_over_common_weights():
 
 def test_a_quick_run_writes_every_point_table_and_picture(tmp_path):
     words = ["--quick", "--workers", "1", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
-    assert command.main(control.STUDY, words) == 0
+    assert command.main("bench.alignment.control", guided, control.summary, words) == 0
     result = report.load(tmp_path / "control.json")
     assert set(result) == {
         "sizes", "beta", "points", "mavis", "two", "differences", "seconds_of_jobs",
@@ -89,7 +89,7 @@ def test_a_quick_run_writes_every_point_table_and_picture(tmp_path):
 def test_scorers_rank_the_pool_by_the_value_of_its_answers():
     # Of the shipped scorers, by the rewards that they were trained for: far above chance.
     sizes = guided.TINY._replace(prompts=8, best_of=(8,))
-    pool = guided._pool(Path(), sizes)
+    pool = guided._pool(Path(), sizes, 1)
     for i, name in enumerate(guided.PANELS):
         reward, value = pool[..., world.OBJECTIVES.index(name)], pool[..., 3 + i]
         assert np.corrcoef(reward.ravel(), value.ravel())[0, 1] > 0.3

@@ -117,11 +117,11 @@ def test_calls_foreseen_to_be_slow_are_skipped_with_the_reason(tmp_path, monkeyp
     assert [line.count("e-") for line in lines] == [2, 1] and "NaN" not in str(lines)
 
 
-def test_unknown_contestants_and_shapes_are_refused():
-    with pytest.raises(SystemExit, match="nonsense"):
-        run.main([*TINY, "--contestants", "nonsense"])
-    with pytest.raises(SystemExit):
-        run.main(["cpu", "--shapes", "8"])
+def test_unknown_contestants_and_shapes_are_refused(capsys):
+    for words in ([*TINY, "--contestants", "nonsense"], ["cpu", "--shapes", "8"]):
+        with pytest.raises(SystemExit, match="2"):
+            run.main(words)
+        assert repr(words[-1]) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

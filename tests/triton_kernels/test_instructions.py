@@ -1,20 +1,15 @@
-"""Instructions counted in machine code (bench/gpu/instructions.py), and that they stay few."""
+"""Instructions counted in machine code, and that they stay few."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 from interpreter import INTERPRETED
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed
 
 pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from bench.gpu import instructions  # noqa: E402
+from mod_fused.triton_kernels import instructions  # noqa: E402
 
 # An outer loop from 0010 and two in it: the first with a short and a long way, the second straight.
 # Behind the end stands what is never reached.
@@ -55,3 +50,15 @@ def test_a_token_costs_few_instructions(divergence: str, most: dict[str, int]) -
     assert found["spills"] == 0 and found["phases"].keys() == most.keys()
     for name, phase in found["phases"].items():
         assert 0.0 < phase["instructions"] <= most[name], (name, phase)
+
+
+def test_the_table_names_every_phase_and_predicts_from_the_counts() -> None:
+    found = {"registers": 90, "phases": {"keys": {"instructions": 20.0, "special": 1.0}}}
+    two = {"sums": 30.0, "deficits": 70.0, "evaluation": 50.0, "keys": 40.0}
+    phases = {name: {"instructions": n, "special": 2.0} for name, n in two.items()}
+    data = {"one": found, "two": {"registers": 136, "phases": phases}}
+    text = instructions.markdown({"triton": "3.9", "divergences": data})
+    row = 128256 / (132 * 128 * 1.98e3)  # microseconds for an instruction a token
+    assert f"| one | 90 |  |  |  | 20.0 (1.0) | {20 * row:.2f} |  |" in text
+    shown = " | ".join(f"{n:.1f} (2.0)" for n in two.values())
+    assert f"| two | 136 | {shown} | {190 * row:.2f} | {240 * row:.2f} |" in text

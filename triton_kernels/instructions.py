@@ -1,7 +1,7 @@
 """Counts registers and instructions in the kernels' machine code, without a GPU. The instructions
 are those that each phase issues per token, on the shortest path through its loop over tiles.
 
-    python -m bench.gpu.instructions --out bench/results
+    python -m mod_fused.triton_kernels.instructions --out bench/results
 """
 
 from __future__ import annotations
@@ -18,28 +18,17 @@ import torch
 import triton
 import triton.language as tl
 
-from mod_fused.call.checks import check_draw, check_mixture
-from mod_fused.call.outputs import new_outputs
-from mod_fused.divergence import DIVERGENCES
-
-from .. import report
-from ..problem import WEIGHTS
-from .device import link_kernels
-
-link_kernels()
-
-from mod_fused.triton_kernels import launch  # noqa: E402
-from mod_fused.triton_kernels.ahead_of_time import (  # noqa: E402
-    TARGETS,
-    compile_launch,
-    disassembled,
-    machine_code,
-)
-from mod_fused.triton_kernels.compiled import Launch  # noqa: E402
-from mod_fused.triton_kernels.constants import TILE  # noqa: E402
-from mod_fused.triton_kernels.mixture import run_task  # noqa: E402
+from ..call.checks import check_draw, check_mixture
+from ..call.outputs import new_outputs
+from ..divergence import DIVERGENCES
+from .ahead_of_time import TARGETS, compile_launch, disassembled, machine_code
+from .compiled import Launch
+from .constants import TILE
+from .launch import sample_launches
+from .mixture import run_task
 
 VOCAB, ROWS = 128256, 64
+PHASES = ("sums", "deficits", "evaluation", "keys")
 #: An H100 or H200 (SXM) at its highest clock; other clocks scale.
 PROCESSORS, LANES, GHZ = 132, 128, 1.98
 _BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
@@ -100,9 +89,9 @@ def phase_kernel(
 def launched(divergence: str) -> Launch:
     """The launch of a call with two policies in bfloat16."""
     logits = torch.empty((ROWS, VOCAB), dtype=torch.bfloat16, device="meta")
-    mixing = check_mixture(logits, [logits] * 2, list(WEIGHTS), divergence=divergence)
+    mixing = check_mixture(logits, [logits] * 2, [0.6, 0.3], divergence=divergence)
     drawing = check_draw(mixing, seed=1)
-    (made,), _ = launch.sample_launches(mixing, drawing, new_outputs(mixing, drawing))
+    (made,), _ = sample_launches(mixing, drawing, new_outputs(mixing, drawing))
     return made
 
 
@@ -149,44 +138,34 @@ def microseconds(found: dict[str, Any], evaluations: int) -> float:
 
 def markdown(data: dict[str, Any]) -> str:
     """The table."""
-    header = ["divergence", "registers", "sums", "deficits", "an evaluation", "keys"]
-    header += ["µs a row, 1 evaluation", "µs a row, 2"]
-    lines = []
+    text = f"""# Instructions a token
+
+sm_90 machine code of Triton {data["triton"]}, two policies in bfloat16, V = {VOCAB}, many rows:
+instructions issued for a token (special functions among them) on the shortest way through a phase's
+loop; registers of the whole kernel. The last columns are what issuing them takes on {PROCESSORS}
+multiprocessors at {GHZ} GHz, full: a prediction, no measurement.
+
+| divergence | registers | {" | ".join(PHASES)} | µs a row, 1 evaluation | µs a row, 2 |
+|---{"|---:" * (len(PHASES) + 3)}|
+"""
     for name, found in data["divergences"].items():
         cells = [name, str(found["registers"])]
-        for phase in ("sums", "deficits", "evaluation", "keys"):
+        for phase in PHASES:
             own = found["phases"].get(phase)
             cells.append(f"{own['instructions']:.1f} ({own['special']:.1f})" if own else "")
         iterates = "evaluation" in found["phases"]
         cells += [f"{microseconds(found, 1):.2f}", f"{microseconds(found, 2):.2f}" * iterates]
-        lines.append(cells)
-    text = [
-        "# Instructions a token",
-        "",
-        f"sm_90 machine code of Triton {data['triton']}, two policies in bfloat16, V = {VOCAB}, "
-        "many rows: instructions issued for a token (special functions among them) on the shortest "
-        "way through a phase's loop; registers of the whole kernel. The last columns are what "
-        f"issuing them takes on {PROCESSORS} multiprocessors at {GHZ} GHz, full: a prediction, no "
-        "measurement.",
-        "",
-        report.markdown_table(header, lines),
-        "",
-        "`python -m bench.gpu.instructions`",
-        "",
-    ]
-    return "\n".join(text)
+        text += f"| {' | '.join(cells)} |\n"
+    return text + "\n`python -m mod_fused.triton_kernels.instructions`\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.instructions", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, metavar="DIR", help="writes instructions.json and .md")
     args = parser.parse_args(argv)
-    data = {
-        "triton": triton.__version__,
-        "divergences": {name: measure(name) for name in DIVERGENCES},
-    }
+    found = {name: measure(name) for name in DIVERGENCES}
+    data = {"triton": triton.__version__, "divergences": found}
     print(markdown(data))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
