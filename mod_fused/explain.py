@@ -12,7 +12,7 @@ from . import reference
 from .call.arguments import ANY_TENSOR, DrawArguments, MixtureArguments
 from .call.checks import check_draw, check_mixture
 from .call.fields import number
-from .call.outputs import new_log_probs
+from .call.outputs import new_log_probs, new_outputs
 from .dispatch import registration
 from .dispatch.backends import choose
 from .dispatch.packing import pack
@@ -63,6 +63,7 @@ class Explanation(NamedTuple):
     winner: int | None = None  # the token that filters and race lead to
     token: int | None = None  # the token that was drawn
     logprob: float | None = None  # log pi* of it, before temperature and filters
+    proposal_logprob: float | None = None  # the same after them
     oracle: Explanation | None = None
 
     def __str__(self) -> str:
@@ -152,14 +153,17 @@ def explain(
         value_weights, prefix_logprobs, mixture_prefix_logprobs, logit_scales, vocab_size,
         plausibility, plausibility_tensor,
     )  # fmt: skip
-    drawing = check_draw(mixing, temperature, top_k, top_p, min_p, mask, seed, position, True)
+    drawing = check_draw(mixing, temperature, top_k, top_p, min_p, mask, seed, position, True, True)
     batch, row = mixing.batch_tensor().shape[0], number("row", row, int)
     if not 0 <= row < batch:
         raise ValueError(f"row must be in [0, {batch}), got {row}")
     name = choose(backend, mixing.batch_tensor().device, mixing.divergence)
-    outputs = registration.sample[name](*pack(mixing, drawing))
+    outputs = new_outputs(mixing, drawing)
+    registration.sample_out[name](*pack(mixing, drawing), *outputs, None)
     log_pi = registration.log_probs[name](*pack(mixing))[row].cpu()
-    token, logprob, valid, model_logprobs = (x[row].cpu() for x in outputs)
+    token, logprob, valid, model_logprobs, proposal_logprob = (
+        x[row].cpu() for x in outputs if x is not None
+    )
 
     state = _triton_state(mixing, row) if name == "triton" and valid else {}
     mixing, drawing = _one_row(mixing, drawing, row, batch)
@@ -171,6 +175,7 @@ def explain(
     fields = _solved(mixing, log_pi.double(), model_logprobs.double(), int(token))
     fields |= _recorded(mixing) if name == "torch" else state
     fields |= drawn(drawing, log_pi, torch_kept(drawing), torch_arrivals)
+    fields["proposal_logprob"] = float(proposal_logprob)
     return Explanation(
         name, True, **fields, token=int(token), logprob=float(logprob), oracle=oracle
     )

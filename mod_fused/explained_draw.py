@@ -67,7 +67,7 @@ def drawn(drawing: DrawArguments, log_pi: Tensor, log_kept: Kept, arrivals: Arri
     if np.isnan(scores).any():
         return {}
     if settings["temperature"] == 0:
-        return {"filters": filters, "winner": int(np.argmax(scores))}
+        return {"filters": filters, "winner": int(np.argmax(scores)), "proposal_logprob": 0.0}
     p = np.exp(scores)
     tiles = np.add.reduceat(p, np.arange(0, len(p), philox.TILE))
     seed, position = int(drawing.seed), int(drawing.position)
@@ -76,7 +76,8 @@ def drawn(drawing: DrawArguments, log_pi: Tensor, log_kept: Kept, arrivals: Arri
     inside = p[first : first + philox.TILE]
     ids = first + np.arange(len(inside))
     race = _contest(arrivals(seed, position, ids, 1), inside, first)
-    return {"filters": filters, "tile": tile, "race": race, "winner": race.winner}
+    found = {"filters": filters, "tile": tile, "race": race, "winner": race.winner}
+    return found | {"proposal_logprob": float(scores[race.winner])}
 
 
 def _contest(arrival: Array, mass: Array, first: int) -> Contest:

@@ -103,6 +103,7 @@ def sample(
     seed: int | Sequence[int] | Tensor | None = None,
     position: int | Sequence[int] | Tensor = 0,
     return_model_logprobs: bool = False,
+    return_proposal_logprobs: bool = False,
     backend: str | None = None,
     out: Sample | None = None,
     workspace: Tensor | None = None,
@@ -168,10 +169,13 @@ def sample(
         position: tokens of the response before this one, int or int64 [B]; equal (seed, position)
             draws equal noise.
         return_model_logprobs: also return each model's log-probability of the token.
+        return_proposal_logprobs: also return the log of the probability with which the token was
+            drawn, after mask, temperature and filters: what importance weights divide by.
         backend: None for the fastest available; see `backends`.
         out: a `Sample` that the call fills and returns. Its tensors are contiguous, of the result's
             shapes and dtypes, on the logits' device, and share no memory with other arguments.
-            `out.model_logprobs` is None exactly if it is not asked for. None allocates a `Sample`.
+            `out.model_logprobs` and `out.proposal_logprobs` are None exactly if they are not asked
+            for. None allocates a `Sample`.
         workspace: uint8 vector of at least `workspace_size(B, V, M)` bytes on the logits' device,
             aligned to 16 bytes. Its owner zeroes it once (`torch.zeros`). Every call leaves the
             zeros that the next one needs, whatever its shapes. Pass the same tensor each time, not
@@ -209,14 +213,23 @@ def sample(
         plausibility_tensor,
     )
     drawing = check_draw(
-        mixing, temperature, top_k, top_p, min_p, mask, seed, position, return_model_logprobs
+        mixing,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        mask,
+        seed,
+        position,
+        return_model_logprobs,
+        return_proposal_logprobs,
     )
     if torch.compiler.is_compiling():
         mixing = mixture_without_symbols(mixing)
         drawing = draw_without_symbols(drawing, mixing.batch_tensor())
     name = choose(backend, mixing.batch_tensor().device, mixing.divergence)
-    if out is None and workspace is None:
-        outputs = registration.sample[name](*pack(mixing, drawing))
+    if out is None and workspace is None and not return_proposal_logprobs:
+        outputs = *registration.sample[name](*pack(mixing, drawing)), None
     else:
         if workspace is not None:
             workspace = check_workspace(mixing, any(drawing.filters()), workspace)
@@ -224,5 +237,6 @@ def sample(
         registration.sample_out[name](*pack(mixing, drawing), *outputs, workspace)
     if out is not None:
         return out
-    tokens, logprobs, valid, model_logprobs = outputs
-    return Sample(tokens, logprobs, valid, model_logprobs if return_model_logprobs else None)
+    tokens, logprobs, valid, model_logprobs, proposal_logprobs = outputs
+    wanted = model_logprobs if return_model_logprobs else None
+    return Sample(tokens, logprobs, valid, wanted, proposal_logprobs)

@@ -74,7 +74,7 @@ DRAWS: dict[str, dict[str, Any]] = {
         "mask": torch.ones(B, V, dtype=torch.bool),
     },
     "packed": {"seed": [1, 2, 3], "mask": torch.full((B, 35), -1, dtype=torch.int32)},
-    "greedy": {"seed": 1, "temperature": 0.0},
+    "greedy": {"seed": 1, "temperature": 0.0, "return_proposal_logprobs": True},
 }  # fmt: skip
 
 
@@ -91,11 +91,12 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def poisoned(rows: int, models: int | None, device: str) -> Sample:
+def poisoned(rows: int, models: int | None, device: str, proposal: bool = False) -> Sample:
     """A `Sample` that looks like no result."""
     return Sample(
         torch.full((rows,), -7, device=device),
         torch.full((rows,), 7.0, device=device),
         torch.arange(rows, device=device) % 2 == 0,
         None if models is None else torch.full((rows, models), 7.0, device=device),
+        torch.full((rows,), 7.0, device=device) if proposal else None,
     )

@@ -88,6 +88,15 @@ def check(op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     return result
 
 
+def filtered(log_p: np.ndarray, b: int, **filters: Any) -> np.ndarray:
+    """The oracle's log-probabilities [V] of row b after filters, some of them [B]."""
+    row = {
+        name: x[b] if isinstance(x, (list, torch.Tensor)) and len(x) == len(log_p) else x
+        for name, x in filters.items()
+    }
+    return reference.filtered_log_probs(log_p[b], **row)
+
+
 def assert_tokens_are_the_oracle_s(
     tokens: Any, log_p: np.ndarray, seeds: Any, positions: Any, **filters: Any
 ) -> None:
@@ -95,11 +104,7 @@ def assert_tokens_are_the_oracle_s(
     was decided by less than rounding can move it, which fewer than one in a hundred is."""
     close = 0
     for b, token in enumerate(tokens.tolist()):
-        row_filters = {
-            name: x[b] if isinstance(x, (list, torch.Tensor)) and len(x) == len(tokens) else x
-            for name, x in filters.items()
-        }
-        final = np.exp(reference.filtered_log_probs(log_p[b], **row_filters))
+        final = np.exp(filtered(log_p, b, **filters))
         if np.isnan(final).any():  # an invalid row
             assert token == 0
             continue
@@ -109,3 +114,13 @@ def assert_tokens_are_the_oracle_s(
             close += 1
             assert reference.race_margin(*draw) < 1e-4, f"row {b}: {token}, not {expected}"
     assert close <= len(tokens) / 100
+
+
+def assert_proposal_logprobs_are_the_oracle_s(
+    drawn: Any, log_p: np.ndarray, bound: float = 1e-4, **filters: Any
+) -> None:
+    """`proposal_logprobs` [B] at the drawn tokens against the float64 oracle; NaN where invalid."""
+    at = zip(drawn.tokens.tolist(), drawn.proposal_logprobs.tolist(), strict=True)
+    for b, (token, got) in enumerate(at):
+        expected = filtered(log_p, b, **filters)[token]
+        np.testing.assert_allclose(got, expected, rtol=0, atol=bound, err_msg=f"row {b}")

@@ -22,6 +22,8 @@ ULP = 2.0**-23
 #: Compared with the C++ backend.
 OTHERS = ("torch", "triton") if backends()["triton"] == "available" else ("torch",)
 DRAW_FILTERS = ("temperature", "top_k", "top_p", "min_p", "mask")
+#: Asked of every draw.
+ASKED = {"return_model_logprobs": True, "return_proposal_logprobs": True}
 
 
 def check(
@@ -36,7 +38,7 @@ def check(
         events += _judge_rows(args, mixture, "cpu", log_p)
     for backend in OTHERS:
         log_q = log_probs(*args, **mixture, backend=backend)
-        other = sample(*args, **mixture, **draw, return_model_logprobs=True, backend=backend)
+        other = sample(*args, **mixture, **draw, **ASKED, backend=backend)
         if wild:
             events += _judge_rows(args, mixture, backend, log_q)
             both = ~(log_p.isnan().any(1) | log_q.isnan().any(1))
@@ -59,7 +61,7 @@ def _both_thread_counts(args: Any, mixture: Any, draw: Any) -> tuple[torch.Tenso
         torch.set_num_threads(threads)
         try:
             log_p = log_probs(*args, **mixture, backend="cpu")
-            drawn = sample(*args, **mixture, **draw, return_model_logprobs=True, backend="cpu")
+            drawn = sample(*args, **mixture, **draw, **ASKED, backend="cpu")
         finally:
             torch.set_num_threads(before)
         results.append((log_p, drawn))
@@ -99,7 +101,9 @@ def _check_invariants(
     assert ((drawn.tokens >= 0) & (drawn.tokens < vocab)).all(), drawn.tokens
     bad = ~drawn.valid
     assert (drawn.tokens[bad] == 0).all() and drawn.logprobs[bad].isnan().all()
-    assert drawn.model_logprobs[bad].isnan().all()
+    assert drawn.model_logprobs[bad].isnan().all() and drawn.proposal_logprobs[bad].isnan().all()
+    proposal = drawn.proposal_logprobs[drawn.valid]
+    assert (proposal.isfinite() & (proposal <= 0.0)).all(), proposal
     assert bad[invalid].all(), "a token from a row without log-probabilities"
     assert drawn.logprobs[drawn.valid].isfinite().all(), drawn.logprobs
     for b in torch.nonzero(drawn.valid).flatten().tolist():

@@ -8,8 +8,12 @@ import torch
 from mod_fused.triton_kernels import launch
 
 from mod_fused.call.checks import check_draw, check_mixture
+from mod_fused.call.outputs import new_outputs
 
-DRAW = ("temperature", "top_k", "top_p", "min_p", "mask", "return_model_logprobs")
+DRAW = (
+    "temperature", "top_k", "top_p", "min_p", "mask", "return_model_logprobs",
+    "return_proposal_logprobs",
+)  # fmt: skip
 
 
 def launches(
@@ -29,10 +33,4 @@ def launches(
         out = logits.new_empty((1, vocab), dtype=torch.float32)
         return launch.log_probs_launches(mixing, out)[0]
     drawing = check_draw(mixing, **draw)
-    outputs = (
-        logits.new_empty((1,), dtype=torch.int64),
-        logits.new_empty((1,), dtype=torch.float32),
-        logits.new_empty((1,), dtype=torch.bool),
-        logits.new_empty((1, policies + 1), dtype=torch.float32),
-    )
-    return launch.sample_launches(mixing, drawing, outputs)[0]
+    return launch.sample_launches(mixing, drawing, new_outputs(mixing, drawing))[0]

@@ -95,6 +95,7 @@ def test_its_numbers_are_the_oracles_and_its_token_is_that_of_sample(op: Any, ca
         if mine is not None:
             assert mine == pytest.approx(theirs, rel=1e-4)
     assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
+    assert found.proposal_logprob == pytest.approx(expected.proposal_logprob, abs=1e-4)
 
 
 def test_the_oracles_tau_solves_the_equation() -> None:

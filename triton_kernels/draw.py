@@ -110,6 +110,18 @@ def store_draw(
 
 
 @triton.jit
+def store_proposal(drawing, row, valid, token_key, peak, mass, temperature):
+    """Store the log of the probability with which the token was drawn, from the masses of the
+    row's tiles."""
+    beta = inverse_temperature(temperature)
+    log_mass = ((token_key - peak) * beta).to(tl.float64)
+    proposal = tl.minimum(log_mass - tl.log(tl.sum(mass.to(tl.float64), 0)), 0.0)
+    proposal = tl.where(temperature == 0.0, 0.0, proposal)
+    proposal = tl.where(valid, proposal, float("nan")).to(tl.float32)
+    tl.store(drawing.proposal_logprobs + row, proposal)
+
+
+@triton.jit
 def draw(
     mixing, drawing, state, model_fields, fields, row, tiles, seed, position, variant: tl.constexpr
 ):
@@ -144,6 +156,8 @@ def draw(
     # The key and the norm are rounded separately: keep the log-probability at most 0.
     logprob = tl.minimum(token_key - level - norm, 0.0)
     store_draw(mixing, drawing, state, model_fields, row, token, logprob, valid, tiles, variant)
+    if variant.proposal_logprobs:
+        store_proposal(drawing, row, valid, token_key, peak, mass, temperature)
 
 
 @triton.jit

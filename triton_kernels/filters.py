@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .constants import INFINITY, TILE
-from .draw import store_draw, winner_tile, winner_token
+from .draw import store_draw, store_proposal, winner_tile, winner_token
 from .elementary import exp
 from .parameters import (
     good_parameters,
@@ -216,3 +216,5 @@ def filter_kernel(
     valid = valid & found & inside
     logprob = token_key - tl.load(state + LEVEL) - tl.load(state + MIX_LOG_NORM)
     store_draw(mixing, drawing, state, model_fields, row, token, logprob, valid, tiles, variant)
+    if variant.proposal_logprobs:
+        store_proposal(drawing, row, valid, token_key, peak, mass, temperature)

@@ -63,6 +63,7 @@ class Variant(NamedTuple):
     min_p: bool
     store_keys: bool
     model_logprobs: bool
+    proposal_logprobs: bool
     phases: int
     tiles: int  # a power of two, at least the row's
     chunk: int  # tiles of a task
@@ -125,6 +126,7 @@ def variant_of(
         min_p=min_p,
         store_keys=finish or filters,
         model_logprobs=drawing is not None and drawing.return_model_logprobs,
+        proposal_logprobs=drawing is not None and drawing.return_proposal_logprobs,
         phases=int(sums) + (evaluations + 1 if exact else 0) + 1 + int(finish),
         tiles=row_tiles(mixing.vocab_size),
         chunk=configured.chunk,
@@ -205,12 +207,12 @@ def sample_out(
     workspace: Tensor | None = None,
 ) -> None:
     """Write the result of `sample` to `outputs`."""
-    tokens, logprobs, valid, model_logprobs = outputs
+    tokens, logprobs, valid, model_logprobs, proposal_logprobs = outputs
     if tokens.shape[0] == 0:
         return
     if not drawing.return_model_logprobs:
         model_logprobs = None
-    outputs = (tokens, logprobs, valid, model_logprobs)
+    outputs = (tokens, logprobs, valid, model_logprobs, proposal_logprobs)
     launches, bad = sample_launches(mixing, drawing, outputs, workspace)
     for launch in launches:
         launch.run(tokens.device)
@@ -220,3 +222,5 @@ def sample_out(
         logprobs.masked_fill_(bad, torch.nan)
         if model_logprobs is not None:
             model_logprobs.masked_fill_(bad[:, None], torch.nan)
+        if proposal_logprobs is not None:
+            proposal_logprobs.masked_fill_(bad, torch.nan)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call.arguments import DrawArguments, MixtureArguments
+from ..call.outputs import Outputs
 from ..divergence import alpha_of
 from .constants import FLOAT32_ROUNDING, INFINITY, SMALLEST_WEIGHT, TILE, WEIGHT_ROUNDING
 from .divergences import device_functions
@@ -69,6 +70,7 @@ class Drawing(NamedTuple):
     logprobs: Tensor | None = None
     valid: Tensor | None = None
     model_logprobs: Tensor | None = None
+    proposal_logprobs: Tensor | None = None
 
 
 def _strides(tensor: Tensor | None, rank: int) -> tuple[int, int]:
@@ -137,9 +139,7 @@ def mixing_of(mixing: MixtureArguments) -> Mixing:
     )
 
 
-def drawing_of(
-    drawing: DrawArguments, outputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
-) -> Drawing:
+def drawing_of(drawing: DrawArguments, outputs: Outputs) -> Drawing:
     """The record of the draw, for `outputs` as in `mod_fused.Sample`."""
     fields: dict[str, Any] = {}
     for name in ("temperature", "top_k", "top_p", "min_p", "seed", "position"):
@@ -150,7 +150,7 @@ def drawing_of(
         elif name in Drawing._fields:
             fields[name] = given
     mask = drawing.mask
-    tokens, logprobs, valid, model_logprobs = outputs
+    tokens, logprobs, valid, model_logprobs, proposal_logprobs = outputs
     return Drawing(
         **fields,
         mask=mask.view(torch.int8) if mask is not None and mask.dtype == torch.bool else mask,
@@ -159,6 +159,7 @@ def drawing_of(
         logprobs=logprobs,
         valid=valid.view(torch.int8),
         model_logprobs=model_logprobs,
+        proposal_logprobs=proposal_logprobs,
     )
 
 

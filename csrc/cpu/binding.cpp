@@ -79,7 +79,7 @@ struct Packed {
 enum TensorSlot { kWeights, kValues, kValueIds, kValueWeights, kPrefix, kOwnPrefix, kMixtureTensors,
                   kMask = kMixtureTensors, kTemperatures, kTopKs, kTopPs, kMinPs, kSeeds, kPositions, kDrawTensors };
 enum IntegerSlot { kReference, kVocab, kPlausibilityTensor, kExact, kDivergence, kMixtureIntegers,
-                   kTopK = kMixtureIntegers, kSeed, kPosition, kModelLogprobs, kDrawIntegers };
+                   kTopK = kMixtureIntegers, kSeed, kPosition, kModelLogprobs, kProposalLogprobs, kDrawIntegers };
 enum NumberSlot { kPlausibility, kAlpha, kMixtureNumbers, kTemperature = kMixtureNumbers, kTopP, kMinP, kDrawNumbers };
 
 // An uninitialised contiguous CPU tensor, straight from the allocator: a tenth of the time of calling aten::empty.
@@ -214,6 +214,7 @@ Request drawing(const Packed& packed) {
                     mask->stride(1) * size};
   }
   request.model_logprobs = packed.integers[kModelLogprobs] != 0;
+  request.proposal_logprobs = packed.integers[kProposalLogprobs] != 0;
 
   if (const Pointer seeds = packed.tensor(kSeeds)) {
     request.seeds = per_row<uint64_t>(0, seeds);
@@ -229,22 +230,26 @@ Request drawing(const Packed& packed) {
   return request;
 }
 
-// Without `model_logprobs` none are asked for.
-void draw(Request& request, Tensor& tokens, Tensor& logprobs, Tensor& valid, Tensor* model_logprobs) {
+// Null pointers are of outputs that are not asked for.
+void draw(Request& request, Tensor& tokens, Tensor& logprobs, Tensor& valid, Tensor* model_logprobs,
+          Tensor* proposal_logprobs) {
   request.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
   request.logprobs = static_cast<float*>(logprobs.mutable_data_ptr());
   request.valid = static_cast<bool*>(valid.mutable_data_ptr());
   if (model_logprobs) request.token_model_logprobs = static_cast<float*>(model_logprobs->mutable_data_ptr());
+  if (proposal_logprobs) request.token_proposal_logprobs = static_cast<float*>(proposal_logprobs->mutable_data_ptr());
   run(request);
 }
 
 void sample_out(const std::vector<Tensor>& logits, const std::vector<std::optional<Tensor>>& tensors,
                 const std::vector<int64_t>& integers, const std::vector<double>& numbers, Tensor tokens, Tensor logprobs,
-                Tensor valid, std::optional<Tensor> model_logprobs, std::optional<Tensor> /*workspace*/) {
+                Tensor valid, std::optional<Tensor> model_logprobs, std::optional<Tensor> proposal_logprobs,
+                std::optional<Tensor> /*workspace*/) {
   Request request = drawing({logits, tensors, integers, numbers});
-  if (request.model_logprobs && !model_logprobs)
-    throw std::runtime_error("mod_fused: model_logprobs are asked for and have no output");
-  draw(request, tokens, logprobs, valid, model_logprobs ? &*model_logprobs : nullptr);
+  if ((request.model_logprobs && !model_logprobs) || (request.proposal_logprobs && !proposal_logprobs))
+    throw std::runtime_error("mod_fused: log-probabilities are asked for and have no output");
+  draw(request, tokens, logprobs, valid, model_logprobs ? &*model_logprobs : nullptr,
+       proposal_logprobs ? &*proposal_logprobs : nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const std::vector<Tensor>& logits,
@@ -252,11 +257,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const std::vector<Tensor>& log
                                                   const std::vector<int64_t>& integers,
                                                   const std::vector<double>& numbers) {
   Request request = drawing({logits, tensors, integers, numbers});
+  if (request.proposal_logprobs) not_packed();  // only `sample_out` has them
   Tensor tokens = empty({request.rows}, ScalarType::Long);
   Tensor logprobs = empty({request.rows}, ScalarType::Float);
   Tensor valid = empty({request.rows}, ScalarType::Bool);
   Tensor model_logprobs = empty({request.rows, request.model_logprobs ? request.models : 0}, ScalarType::Float);
-  draw(request, tokens, logprobs, valid, &model_logprobs);
+  draw(request, tokens, logprobs, valid, &model_logprobs, nullptr);
   return {tokens, logprobs, valid, model_logprobs};
 }
 

@@ -45,7 +45,15 @@ bool Row::draw_from_keys() {
   });
   if (!race(token_masses)) return false;
   token_key_ = keys[token_];
+  propose((token_key_ - peak) * beta);
   return true;
+}
+
+void Row::propose(double log_mass) {
+  if (!request_.proposal_logprobs) return;
+  double sum = 0.0;
+  for (float mass : scratch_.masses) sum += mass;
+  log_proposal_ = std::min(log_mass - std::log(sum), 0.0);
 }
 
 bool Row::race(const std::function<void(int64_t, float*)>& token_masses) {

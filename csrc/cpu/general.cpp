@@ -104,6 +104,7 @@ template <class D> bool Row::mix(D divergence, const DivergenceLoops& loops) {
   float key;
   loops.keys(scratch_.p() + token_, scratch_.u() + token_, 1, parameter_, base, t, constant, &key);
   token_key_ = key;
+  log_proposal_ = std::min(token_key_ - level_ - log_norm_, 0.0);
   return true;
 }
 

@@ -112,8 +112,10 @@ bool Row::draw_log_linear() {
     loops_.log_linear(terms, count, tile * kTile, tile_size(tile), key);
     loops_.exps(key, tile_size(tile), level, beta, mass);
   });
-  if (drawn) token_key_ = key[token_ % kTile];
-  return drawn;
+  if (!drawn) return false;
+  token_key_ = key[token_ % kTile];
+  propose((token_key_ - level) * beta);
+  return true;
 }
 
 bool Row::log_linear_keys() {

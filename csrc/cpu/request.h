@@ -80,7 +80,7 @@ struct Request {
   PerRow<uint64_t> seeds;  // one per row
   Mask mask;
   bool filters = false;  // some row has a mask, top-k, top-p or min-p, or the call wants log pi* of all tokens
-  bool model_logprobs = false;
+  bool model_logprobs = false, proposal_logprobs = false;
 
   bool log_linear() const { return divergence == kReverseKL; }
 
@@ -90,6 +90,7 @@ struct Request {
   float* logprobs = nullptr;
   bool* valid = nullptr;
   float* token_model_logprobs = nullptr;  // [B, models]
+  float* token_proposal_logprobs = nullptr;
 };
 
 // Runs every row of a request, on torch's threads.

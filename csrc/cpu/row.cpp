@@ -189,6 +189,7 @@ void Row::finish(bool valid) {
   request_.valid[b_] = valid;
   request_.tokens[b_] = valid ? token_ : 0;
   request_.logprobs[b_] = valid ? (float)(token_key_ - level_ - log_norm_) : nan;
+  if (request_.proposal_logprobs) request_.token_proposal_logprobs[b_] = valid ? (float)log_proposal_ : nan;
   if (!request_.model_logprobs) return;
   for (int model = 0; model < request_.models; ++model) {
     float* out = request_.token_model_logprobs + b_ * request_.models + model;

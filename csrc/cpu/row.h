@@ -134,6 +134,7 @@ class Row {
   // draw.cpp
   bool draw_from_keys();
   bool race(const std::function<void(int64_t, float*)>& token_masses);  // reads the tiles' masses in scratch.masses
+  void propose(double log_mass);  // of the token, on the scale of scratch.masses
 
   // filters.cpp
   void apply_mask(int64_t tile) const;
@@ -194,6 +195,7 @@ class Row {
   double level_ = 0.0, log_norm_ = 0.0;  // log pi* = (key - level) - log_norm
   int64_t token_ = 0;
   double token_key_ = 0.0;
+  double log_proposal_ = 0.0;  // of the token after temperature and filters; 0 at temperature 0
 };
 
 // One element of a row as float32, scaled.

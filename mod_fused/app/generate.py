@@ -39,6 +39,8 @@ def run_generate(args: argparse.Namespace) -> int:
         raise UsageError("--num-beams draws no continuations to choose from: leave out --best-of")
     if args.num_beams == 1 and args.length_penalty != 1.0:
         raise UsageError("--length-penalty goes with --num-beams")
+    if args.num_candidates is not None:
+        _check_candidates(args)
     if args.score and is_own(args):
         raise UsageError("--score is of the embedded world: choose by --values with own models")
     prompts = _prompts(args)
@@ -61,10 +63,12 @@ def run_generate(args: argparse.Namespace) -> int:
         "seed": None if searching else args.seed,
         "return_model_logprobs": args.json,
     }
+    if args.num_candidates is not None:
+        settings["num_candidates"] = args.num_candidates
     if not args.best_of:
         settings |= {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
         settings |= scorers.load_guidance(args) | {"value_weights": values}
-    streams = single and not args.best_of and not searching
+    streams = single and not args.best_of and not searching and args.num_candidates is None
     streamer = TextStream(ensemble.tokenizer) if streams else None
     out = _answers(args, ensemble, prompts, streamer, settings)
     if single:
@@ -82,6 +86,15 @@ def run_generate(args: argparse.Namespace) -> int:
     if not out.valid.all():
         raise ValueError("no valid distribution at some step: NaN logits, or no Z = 0 solution")
     return 0
+
+
+def _check_candidates(args: argparse.Namespace) -> None:
+    """Refuse what --num-candidates cannot go with."""
+    others = {"greedy": args.greedy, "values": args.values, "best-of": args.best_of}
+    others["num-beams"] = args.num_beams > 1
+    for name, given in others.items():
+        if given:
+            raise UsageError(f"--num-candidates cannot be combined with --{name}")
 
 
 def _answers(
@@ -154,13 +167,25 @@ def _record(out: GenerateOutput | BlockwiseOutput, row: int) -> dict[str, Any]:
     """One response as JSON values; log-probabilities per token, the models' reference first."""
     n, logs = int(out.lengths[row]), out.model_logprobs
     scores = out.scores if isinstance(out, BlockwiseOutput) else out.sequences_scores
-    return {
-        "text": out.texts[row] if out.texts else None,
-        "finish_reason": out.finish_reasons[row],
-        "tokens": out.tokens[row, :n].tolist(),
-        "logprobs": out.logprobs[row, :n].tolist(),
-        "model_logprobs": logs[row, :n].tolist() if logs is not None else None,
-    } | ({} if scores is None else {"score": float(scores[row])})
+    return (
+        {
+            "text": out.texts[row] if out.texts else None,
+            "finish_reason": out.finish_reasons[row],
+            "tokens": out.tokens[row, :n].tolist(),
+            "logprobs": out.logprobs[row, :n].tolist(),
+            "model_logprobs": logs[row, :n].tolist() if logs is not None else None,
+        }
+        | ({} if scores is None else {"score": float(scores[row])})
+        | _of_candidates(out, row)
+    )
+
+
+def _of_candidates(out: GenerateOutput | BlockwiseOutput, row: int) -> dict[str, Any]:
+    """What is known of the candidates that a response was chosen from."""
+    if isinstance(out, BlockwiseOutput) or out.weights is None:
+        return {}
+    fields = "weights", "effective_sample_size", "log_normalizer"
+    return {name: getattr(out, name)[row].tolist() for name in fields}
 
 
 def _finite(value: Any) -> Any:
@@ -227,6 +252,13 @@ def add_options(commands: Any, mixture: argparse.ArgumentParser) -> None:
         type=options.names,
         metavar="A,B",
         help="choose by the sum of these rewards of the embedded world",
+    )
+    generate.add_argument(
+        "--num-candidates",
+        type=options.whole(1),
+        metavar="N",
+        help="draw N responses and choose one by its probability under the optimum over whole"
+        " responses",
     )
     generate.add_argument("--greedy", action="store_true", help="the most likely token each time")
     generate.add_argument(

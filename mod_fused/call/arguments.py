@@ -60,6 +60,7 @@ class DrawArguments(NamedTuple):
     seed: int | Tensor  # a number: SplitMix64 makes the rows' seeds of it; int64 [B]
     position: int | Tensor  # int64 [B]
     return_model_logprobs: bool
+    return_proposal_logprobs: bool
 
     def filters(self) -> tuple[bool, bool, bool]:
         """Whether some row's top-k, top-p and min-p may be on."""

@@ -237,6 +237,7 @@ def check_draw(
     seed: object = None,
     position: object = 0,
     return_model_logprobs: bool = False,
+    return_proposal_logprobs: bool = False,
 ) -> DrawArguments:
     """The arguments of `mod_fused.sample` that say how a token is drawn, checked."""
     like = mixing.batch_tensor()
@@ -264,6 +265,7 @@ def check_draw(
         _check_seed(seed, batch, device),
         row_parameter("position", position, 0, batch, device, _is_position, "in [0, 2^63)", int),
         bool(return_model_logprobs),
+        bool(return_proposal_logprobs),
     )
 
 

@@ -22,16 +22,20 @@ class Sample(NamedTuple):
         model_logprobs: float32 [B, M+1], each model's own log-probability of the token, reference
             first (M columns without a reference); None unless asked for. Add it to
             `prefix_logprobs` after each token.
+        proposal_logprobs: float32 [B], the log of the probability with which the token was drawn,
+            after mask, temperature, top-k, top-p and min-p, in nats: `logprobs` where all of them
+            are off, 0 at temperature 0; NaN where invalid. None unless asked for.
     """
 
     tokens: Tensor
     logprobs: Tensor
     valid: Tensor
     model_logprobs: Tensor | None
+    proposal_logprobs: Tensor | None = None
 
 
-#: tokens, logprobs, valid and model_logprobs of a call, as in `Sample`.
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
+#: The fields of a call's `Sample`.
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def new_log_probs(mixing: MixtureArguments) -> Tensor:
@@ -40,10 +44,9 @@ def new_log_probs(mixing: MixtureArguments) -> Tensor:
     return batch.new_empty((batch.shape[0], mixing.vocab_size), dtype=torch.float32)
 
 
-def new_outputs(
-    mixing: MixtureArguments, drawing: DrawArguments
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised tensors as in `Sample`; the last has no columns where it is not asked for."""
+def new_outputs(mixing: MixtureArguments, drawing: DrawArguments) -> Outputs:
+    """Uninitialised tensors as in `Sample`; model_logprobs has no columns where it is not asked
+    for."""
     batch = mixing.batch_tensor()
     rows = batch.shape[0]
     columns = mixing.model_count() if drawing.return_model_logprobs else 0
@@ -52,6 +55,7 @@ def new_outputs(
         batch.new_empty((rows,), dtype=torch.float32),
         batch.new_empty((rows,), dtype=torch.bool),
         batch.new_empty((rows, columns), dtype=torch.float32),
+        batch.new_empty((rows,), dtype=torch.float32) if drawing.return_proposal_logprobs else None,
     )
 
 
@@ -76,35 +80,33 @@ def check_log_probs_out(mixing: MixtureArguments, out: object) -> Tensor:
     return _check_output("out", out, torch.float32, batch.device, "[B, V]", shape)
 
 
-def check_out(
-    mixing: MixtureArguments, drawing: DrawArguments, out: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def check_out(mixing: MixtureArguments, drawing: DrawArguments, out: object) -> Outputs:
     """The tensors of `out` of `sample`, checked."""
     if not isinstance(out, Sample):
         raise TypeError(f"out must be a Sample, got {type(out).__name__}")
     batch = mixing.batch_tensor()
     rows, device = batch.shape[0], batch.device
-    wanted = drawing.return_model_logprobs
-    if wanted != (out.model_logprobs is not None):
-        expected = "a tensor" if wanted else "None"
-        got = "None" if wanted else "a tensor"
-        raise ValueError(
-            f"out.model_logprobs must be {expected} with return_model_logprobs={wanted}, got {got}"
-        )
-    model_logprobs = None
-    if wanted:
-        shape = rows, mixing.model_count()
-        model_logprobs = _check_output(
-            "out.model_logprobs",
-            out.model_logprobs,
-            torch.float32,
-            device,
-            "[B, models]",
-            shape,
-        )
+
+    def optional(field: str, wanted: bool, symbols: str, shape: tuple[int, ...]) -> Tensor | None:
+        given = getattr(out, field)
+        if wanted != (given is not None):
+            expected, got = ("a tensor", "None") if wanted else ("None", "a tensor")
+            raise ValueError(
+                f"out.{field} must be {expected} with return_{field}={wanted}, got {got}"
+            )
+        if not wanted:
+            return None
+        return _check_output(f"out.{field}", given, torch.float32, device, symbols, shape)
+
+    shape = rows, mixing.model_count()
+    model_logprobs = optional("model_logprobs", drawing.return_model_logprobs, "[B, models]", shape)
+    proposal_logprobs = optional(
+        "proposal_logprobs", drawing.return_proposal_logprobs, "[B]", (rows,)
+    )
     return (
         _check_output("out.tokens", out.tokens, torch.int64, device, "[B]", (rows,)),
         _check_output("out.logprobs", out.logprobs, torch.float32, device, "[B]", (rows,)),
         _check_output("out.valid", out.valid, torch.bool, device, "[B]", (rows,)),
         model_logprobs,
+        proposal_logprobs,
     )

@@ -29,6 +29,7 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "position": (0,),
     "streamer": (None,),
     "resample_fn": (None,),
+    "num_candidates": (None,),
 }
 _PENALTY_RANGE = 60.0  # nats: a length to the power of the penalty stays in the range of float32
 

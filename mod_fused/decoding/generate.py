@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from .ensemble import Ensemble
 from .memory import check_decoding
 from .model_state import EnsembleState
 from .options import (
+    Limits,
     check_limits,
     check_vocab_size,
     first_history,
@@ -25,6 +27,7 @@ from .options import (
     support_cut,
 )
 from .prompts import Prompts
+from .resampling import Weighed, check_resampling, choose, weigh
 from .responses import FINISH_REASONS, GenerateOutput, Responses
 from .streaming import Stream, streaming
 from .values import (
@@ -69,6 +72,7 @@ def generate(
     resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None = None,
     max_new_tokens: int = 20,
     num_return_sequences: int = 1,
+    num_candidates: int | None = None,
     num_beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
@@ -146,6 +150,23 @@ def generate(
             get all rows. Response 0 has the prompt's seed, response k has
             SplitMix64(SplitMix64(seed) + k); the output holds all seeds. With num_beams: the best K
             responses found, the best first; at most num_beams.
+        num_candidates: N responses are drawn to each prompt, with the seeds that N return sequences
+            would have. Each weighs pi*(y) / q(y): its probability under the optimum over whole
+            responses, over that with which it was drawn, after temperature, filters and masks. The
+            K = num_return_sequences responses returned are K independent draws among the N by these
+            weights; one may come more than once, each time with its own seed, and K may exceed N.
+            The larger N, the nearer the responses come to
+
+                pi*(y) proportional to pi_ref(y)^(1 - sum w) prod_i pi_i(y)^w_i     (reverse KL)
+                pi*(y) = pi_ref(y) (f')^-1(sum_i w_i f'(pi_i(y) / pi_ref(y)) - Z)   (the others)
+
+            over the responses of at most max_new_tokens that can be drawn: what plausibility,
+            filters or masks exclude is outside the target. Temperature, filters, normalizer and
+            sequence_history change only the candidates. The output has the weights, the effective
+            sample size and the normaliser. The choice has random numbers of its own: stream 2 of
+            the prompt's seed, at the position of the first token. Refused with do_sample=False,
+            temperature 0, value_fn (the sum of its scores over a response is no score of the
+            response), resample_fn, streamer, num_beams, prefix_logprobs and registered divergences.
         num_beams: more than 1 searches for the likeliest responses under pi* with so many beams, as
             transformers' beam search does: it draws nothing. Functions get num_beams rows for each
             prompt. It cannot be combined with do_sample=True, temperature, top_k, top_p, min_p,
@@ -213,11 +234,18 @@ def generate(
                 "position": position,
                 "streamer": streamer,
                 "resample_fn": resample_fn,
+                "num_candidates": num_candidates,
             },
         )
         copies = num_return_sequences if searching is None else searching.num_beams
         limits = check_limits(
-            ensemble, max_new_tokens, copies, eos_token_id, pad_token_id, stop_strings
+            ensemble,
+            max_new_tokens,
+            copies,
+            num_candidates,
+            eos_token_id,
+            pad_token_id,
+            stop_strings,
         )
         vocab_size = check_vocab_size(vocab_size, ensemble)
         if value_fn is None and value_weights is not None:
@@ -253,6 +281,15 @@ def generate(
             "position": position,
             "backend": backend,
         }
+        if num_candidates is not None:
+            check_resampling(
+                options,
+                value_fn=value_fn,
+                resample_fn=resample_fn,
+                streamer=streamer,
+                prefix_logprobs=prefix_logprobs,
+                mixture_prefix_logprobs=mixture_prefix_logprobs,
+            )
         options = ready_options(ensemble, options, num_values, limits, batch, device)
         options["vocab_size"] = vocab_size
         prefixes = prefix_logprobs, mixture_prefix_logprobs
@@ -273,16 +310,37 @@ def generate(
             tokenizer=ensemble.tokenizer,
             columns=len(ids) if return_model_logprobs else 0,
             history=history,
+            models=0 if num_candidates is None else len(ids),
         )
         beams = None
         if searching is not None:
             beams = Beams(searching, responses, limits, options["logit_scales"])
+        first = options["position"]
         length, functions = limits.max_new_tokens, (mask_fn, resample_fn)
         _draw_all(length, state, values, responses, options, stream, *functions, beams, weighting)
         if beams is not None:
             return beams.output(masks[0])
-        mask = None if masks[0] is None else masks[0].repeat_interleave(copies, dim=0)
-        return responses.output(mask, options["seed"])
+        mask = None if masks[0] is None else masks[0].repeat_interleave(limits.returned, dim=0)
+        if num_candidates is None:
+            return responses.output(mask, options["seed"])
+        candidates, rows = _resampled(responses, options, first, limits, has_reference)
+        responses.select(rows)
+        return replace(responses.output(mask, options["seed"][rows]), **candidates._asdict())
+
+
+def _resampled(
+    responses: Responses,
+    options: dict[str, Any],
+    first_position: int | Tensor,
+    limits: Limits,
+    has_reference: bool,
+) -> tuple[Weighed, Tensor]:
+    """The weights of all candidates, and the rows to return."""
+    assert responses.totals is not None
+    count, seeds = limits.copies, options["seed"]
+    found = weigh(options, responses.totals, responses.valid, count, has_reference)
+    first = first_position[::count] if isinstance(first_position, Tensor) else first_position
+    return found, choose(found.weights, seeds[::count], first, limits.returned)
 
 
 def _draw_all(
@@ -334,6 +392,7 @@ def _draw_all(
             **given,
             position=first_position + step,
             return_model_logprobs=responses.wants_model_logprobs,
+            return_proposal_logprobs=responses.totals is not None,
         )
         responses.add(drawn, stream)
         if resample_fn is not None:

@@ -22,7 +22,8 @@ class Limits(NamedTuple):
     """How long responses are, how many, and what ends them."""
 
     max_new_tokens: int
-    copies: int  # responses to each prompt
+    copies: int  # responses to each prompt that are drawn
+    returned: int  # responses to each prompt that are returned
     eos_token_ids: list[int]
     pad_token_id: int
     stop_strings: list[str]
@@ -41,6 +42,7 @@ def check_limits(
     ensemble: Ensemble,
     max_new_tokens: Any,
     num_return_sequences: Any,
+    num_candidates: Any,
     eos_token_id: Any,
     pad_token_id: Any,
     stop_strings: Any,
@@ -48,9 +50,12 @@ def check_limits(
     """These arguments of `mod_fused.generate`, checked."""
     eos_ids = ensemble.eos_token_ids if eos_token_id is None else _eos_ids(eos_token_id)
     pad = ensemble.padding_id(eos_ids) if pad_token_id is None else pad_token_id
+    returned = count("num_return_sequences", num_return_sequences, 1)
+    drawn = returned if num_candidates is None else count("num_candidates", num_candidates, 1)
     return Limits(
         count("max_new_tokens", max_new_tokens, 1),
-        count("num_return_sequences", num_return_sequences, 1),
+        drawn,
+        returned,
         eos_ids,
         count("pad_token_id", pad, 0, ensemble.vocab_size),
         _stop_strings(stop_strings, ensemble.tokenizer),

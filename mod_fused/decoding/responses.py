@@ -21,8 +21,8 @@ _RUNNING, _EOS, _STOP, _INVALID = range(4)
 
 #: The attributes of `Responses` that are tensors with one entry per row.
 _BY_ROW = (
-    "tokens", "history", "own_history", "_sequences", "_lengths", "_logprobs", "_model_logprobs",
-    "_reason",
+    "tokens", "history", "own_history", "totals", "_sequences", "_lengths", "_logprobs",
+    "_model_logprobs", "_reason",
 )  # fmt: skip
 
 
@@ -54,6 +54,16 @@ class GenerateOutput:
         attention_mask: int64 [B, n + T], of sequences: 0 for padding on both sides.
         sequences_scores: float32 [B], after a beam search the sum of log pi* of the response over
             length ** length_penalty, -inf where not valid; else None.
+        weights: float64 [prompts, N], of all N candidates of each prompt, in the order of their
+            seeds; they sum to 1. NaN where no candidate is valid. This and the next two are None
+            without num_candidates.
+        effective_sample_size: float64 [prompts], 1 / sum of the squared weights, from 1 to N: how
+            many draws from the target the candidates are worth.
+        log_normalizer: float64 [prompts]. Under reverse KL the log of the mean weight before
+            normalisation, which estimates log sum_y pi_ref(y)^(1 - sum w) prod_i pi_i(y)^w_i over
+            the responses that can be drawn. For the other divergences the Z of
+            pi*(y) = pi_ref(y) (f')^-1(u(y) - Z), solved on the candidates; infinite where f' is
+            beyond float64.
     """
 
     sequences: Tensor
@@ -67,6 +77,9 @@ class GenerateOutput:
     seeds: Tensor | None
     attention_mask: Tensor
     sequences_scores: Tensor | None = None
+    weights: Tensor | None = None
+    effective_sample_size: Tensor | None = None
+    log_normalizer: Tensor | None = None
 
 
 class Responses:
@@ -78,10 +91,13 @@ class Responses:
         tokenizer: decodes them; None: no texts.
         columns: how many model log-probabilities to record; 0: none.
         history: log-probabilities of the responses before this call.
+        models: how many models' log-probabilities of whole responses to record; 0: none.
 
     Attributes:
         history, own_history: float64 [B, columns] and [B], log-probability of the response so far
             under each model and log pi* of it; None: not recorded.
+        totals: float64 [B, models + 1], log-probability of this call's tokens under each model, and
+            of drawing them; None: not recorded.
         tokens: int64 [B], the tokens drawn last; None at first.
         done: whether all responses have ended.
     """
@@ -94,12 +110,15 @@ class Responses:
         tokenizer: Any,
         columns: int,
         history: History,
+        models: int = 0,
     ) -> None:
         room = len(prompts), limits.max_new_tokens
         batch, device = len(prompts), prompts.device
         floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
         whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
         self.history, self.own_history = history
+        shape = (batch, models + 1)
+        self.totals = torch.zeros(shape, dtype=torch.float64, device=device) if models else None
         self.tokens: Tensor | None = None
         self.done = False
         self._step, self._width, self._pad = 0, prompts.shape[1], limits.pad_token_id
@@ -119,7 +138,13 @@ class Responses:
     @property
     def wants_model_logprobs(self) -> bool:
         """Whether `add` needs the models' log-probabilities, to record them or for the history."""
-        return self._model_logprobs is not None or self.history is not None
+        kept = self._model_logprobs, self.history, self.totals
+        return any(x is not None for x in kept)
+
+    @property
+    def valid(self) -> Tensor:
+        """Whether each response had something to draw from at every step, bool [B]."""
+        return self._reason != _INVALID
 
     @property
     def model_columns(self) -> int:
@@ -155,6 +180,10 @@ class Responses:
                 self._model_logprobs[:, self._step] = of_models
             if self.history is not None:
                 self.history = self.history + of_models
+        if self.totals is not None:
+            assert drawn.model_logprobs is not None and drawn.proposal_logprobs is not None
+            each = torch.cat([drawn.model_logprobs, drawn.proposal_logprobs[:, None]], 1)
+            self.totals = self.totals + torch.where(kept[:, None], each, 0.0)
         self._reason = torch.where(active & ~drawn.valid, _INVALID, self._reason)
         self._reason = torch.where(kept & torch.isin(tokens, self._eos), _EOS, self._reason)
         if self._stops or stream.active:
@@ -226,7 +255,7 @@ class Responses:
             texts=self._texts(tokens),
             logprobs=self._logprobs[:, :steps],
             model_logprobs=logs if logs is None else logs[:, :steps],
-            valid=self._reason != _INVALID,
+            valid=self.valid,
             seeds=seeds,
             attention_mask=torch.cat([mask, written], dim=1),
             sequences_scores=sequences_scores,

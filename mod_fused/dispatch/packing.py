@@ -18,11 +18,12 @@ from ..divergence import alpha_of, divergence_of, number_of
 _PACKED = "Tensor[] logits, Tensor?[] tensors, int[] integers, float[] numbers"
 LOG_PROBS_SCHEMA = f"({_PACKED}) -> Tensor"
 SAMPLE_SCHEMA = f"({_PACKED}) -> (Tensor, Tensor, Tensor, Tensor)"
-# The caller passes the outputs and may pass a workspace.
+# The caller passes the outputs and may pass a workspace. Only this way has proposal_logprobs: one
+# more result would cost every call half a microsecond.
 LOG_PROBS_OUT_SCHEMA = f"({_PACKED}, Tensor(a!) out, Tensor(b!)? workspace) -> ()"
 SAMPLE_OUT_SCHEMA = (
     f"({_PACKED}, Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!) valid, "
-    "Tensor(d!)? model_logprobs, Tensor(e!)? workspace) -> ()"
+    "Tensor(d!)? model_logprobs, Tensor(e!)? proposal_logprobs, Tensor(f!)? workspace) -> ()"
 )
 
 Packed = tuple[list[Tensor], list[Tensor | None], list[int], list[float]]
@@ -56,12 +57,13 @@ def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Pack
     integers: list[Any] = [int(ref is not None), vocab, plausible, exact, number_of(divergence)]
     numbers: list[Any] = [plausibility, alpha_of(divergence)]
     if drawing is not None:
-        temperature, top_k, top_p, min_p, mask, seed, position, with_logprobs = drawing
+        temperature, top_k, top_p, min_p, mask, seed, position, of_models, of_proposal = drawing
         t, p, m = type(temperature) is float, type(top_p) is float, type(min_p) is float
         k, s, n = type(top_k) is int, type(seed) is int, type(position) is int
         tensors += (mask, None if t else temperature, None if k else top_k, None if p else top_p)
         tensors += (None if m else min_p, None if s else seed, None if n else position)
-        integers += (top_k if k else 0, seed if s else 0, position if n else 0, int(with_logprobs))
+        integers += (top_k if k else 0, seed if s else 0, position if n else 0)
+        integers += (int(of_models), int(of_proposal))
         numbers += (temperature if t else 0.0, top_p if p else 0.0, min_p if m else 0.0)
     if w:
         numbers += weights
@@ -84,7 +86,7 @@ def unpack(
     slots, drawing = _NUMBERS, None
     if len(tensors) > _TENSORS:
         mask, temperature, top_k, top_p, min_p, seed, position = tensors[_TENSORS:]
-        k, seed_number, position_number, with_logprobs = integers[_INTEGERS:]
+        k, seed_number, position_number, of_models, of_proposal = integers[_INTEGERS:]
         slots += 3
         t, p, least = numbers[_NUMBERS:slots]
         drawing = DrawArguments(
@@ -95,7 +97,8 @@ def unpack(
             mask,
             seed_number if seed is None else seed,
             position_number if position is None else position,
-            bool(with_logprobs),
+            bool(of_models),
+            bool(of_proposal),
         )
     policies = list(logits[reference:])
     weighted = slots + (len(policies) if weights is None else 0)

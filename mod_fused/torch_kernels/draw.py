@@ -14,7 +14,7 @@ from .philox import TILE
 
 def draw(
     drawing: DrawArguments, rows: slice, batch: int, key: Tensor, vocab_size: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one token a row.
 
     Args:
@@ -25,8 +25,8 @@ def draw(
         vocab_size: V; entries from V on are padding.
 
     Returns:
-        token ids int64 [b], and bool [b]: whether the row's parameters are good and it has a token
-        left.
+        token ids int64 [b]; float32 [b], the log of the probability with which each was drawn; and
+        bool [b]: whether the row's parameters are good and it has a token left.
     """
     device = key.device
 
@@ -51,7 +51,10 @@ def draw(
     seed = drawing.seed
     seeds = seed if isinstance(seed, Tensor) else philox.split_mix(seed, batch, device)
     token = _race(mass[..., :vocab_size], seeds[rows], position)
-    return torch.where(temperature == 0, greedy, token), valid
+    token = torch.where(temperature == 0, greedy, token)
+    log_mass = scaled.gather(1, token[:, None]).squeeze(1)
+    proposal = (log_mass - mass.sum(-1).double().sum(-1).log()).clamp(max=0.0)
+    return token, torch.where(temperature == 0, 0.0, proposal).float(), valid
 
 
 def _race(mass: Tensor, seed: Tensor, position: Tensor) -> Tensor:

@@ -34,17 +34,19 @@ def sample_out(
     workspace: Tensor | None = None,
 ) -> None:
     """Draws to `outputs`; it needs no workspace."""
-    tokens, logprobs, valid, model_logprobs = outputs
+    tokens, logprobs, valid, model_logprobs, proposal_logprobs = outputs
     count = tokens.shape[0]
     for rows in _chunks(count, mixing.vocab_size):
         mixture = mix(mixing, rows)
-        token, drawn = draw(drawing, rows, count, mixture.key, mixing.vocab_size)
+        token, proposal, drawn = draw(drawing, rows, count, mixture.key, mixing.vocab_size)
         ok = mixture.valid & drawn
         token = torch.where(ok, token, 0)
         tokens[rows] = token
         valid[rows] = ok
         logprob = _pick(mixture.key, token) - mixture.level - mixture.log_norm
         logprobs[rows] = torch.where(ok, logprob, torch.nan).float()
+        if proposal_logprobs is not None:
+            proposal_logprobs[rows] = torch.where(ok, proposal, torch.nan)
         if drawing.return_model_logprobs and model_logprobs is not None:
             each = [_log_prob(x, token) for x in mixture.logits]
             stacked = torch.stack(each, 1).float()

@@ -8,6 +8,7 @@ never depends on a normaliser's rounding.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -119,7 +120,7 @@ def mix(mixing: MixtureArguments, rows: slice, record: dict[str, Any] | None = N
     if mixing.ref_logits is not None:
         own = torch.ones_like(weights.new_empty(count))
         if type(divergence) is ReverseKL:
-            own = _own_coefficient(mixing, weights)
+            own = own_coefficient(mixing.weights, weights)
         pairs.append((logits[0], own))
     for x, weight in pairs:
         counts = weight != 0
@@ -165,12 +166,13 @@ def _plausible(
     return kept, torch.ones_like(corner)
 
 
-def _own_coefficient(mixing: MixtureArguments, weights: Tensor) -> Tensor:
-    """1 - sum w [b], 0 where that is no more than rounding."""
+def own_coefficient(given: Sequence[float] | Tensor, weights: Tensor) -> Tensor:
+    """1 - sum w [b] of the weights [b, M] made of the `given` ones, 0 where that is no more than
+    rounding."""
     total = weights.new_zeros(weights.shape[0])
     for i in range(weights.shape[1]):
         total = total + weights[:, i]
-    single = isinstance(mixing.weights, Tensor) and mixing.weights.dtype == torch.float32
+    single = isinstance(given, Tensor) and given.dtype == torch.float32
     rounding = (weights.shape[1] + 1) * _FLOAT32_ROUNDING if single else _WEIGHT_ROUNDING
     return torch.where((1.0 - total).abs() <= rounding, 0.0, 1.0 - total)
 

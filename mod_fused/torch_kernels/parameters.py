@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ def row_scalar(
     return torch.full((rows.stop - rows.start,), given, dtype=dtype, device=device)
 
 
-def row_vector(given: tuple[float, ...] | Tensor, rows: slice, device: torch.device) -> Tensor:
+def row_vector(given: Sequence[float] | Tensor, rows: slice, device: torch.device) -> Tensor:
     """Weights given as [M], or as [B, M], for a chunk of b rows: float64 [b, M]."""
     chunk = rows.stop - rows.start
     if isinstance(given, Tensor):

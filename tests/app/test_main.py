@@ -54,6 +54,16 @@ def keep_threads():
         (["generate", "--prompt", "x", "--temperature", "-1"], "temperature"),
         (["generate", "--prompt", "x", "--temperature", "1e60"], "temperature"),
         (["generate", "--prompt", " "], "empty"),
+        (["generate", "--num-candidates", "0", "--prompt", "x"], ">= 1"),
+        (["generate", "--num-candidates", "2", "--greedy", "--prompt", "x"], "with --greedy"),
+        (
+            ["generate", "--num-candidates", "2", "--temperature", "0", "--prompt", "x"],
+            "temperature above 0",
+        ),
+        (
+            ["generate", "--num-candidates", "2", "--values", "helpful", "--prompt", "x"],
+            "with --values",
+        ),
         (["generate", "--prompt", "x", "--num-beams", "0"], ">= 1"),
         (["generate", "--prompt", "x", "--num-beams", "2", "--top-k", "3"], "top_k"),
         (["generate", "--prompt", "x", "--length-penalty", "2"], "goes with --num-beams"),
@@ -197,6 +207,19 @@ def test_generate_passes_its_options_on(capsys):
     assert generated(capsys, *plain, "--top-p", "1e-6")[0]["tokens"] == greedy["tokens"]
     others = [generated(capsys, "--prompt", QUESTION, "--seed", str(s))[0] for s in range(6, 10)]
     assert any(other["tokens"] != drawn["tokens"] for other in others)
+
+
+def test_generate_chooses_among_candidates_and_says_how_they_weigh(capsys):
+    plain = ["--prompt", QUESTION, "--seed", "5"]
+    (one,) = generated(capsys, *plain, "--num-candidates", "1")
+    assert one["weights"] == [1.0] and one["effective_sample_size"] == 1.0
+    (drawn,) = generated(capsys, *plain)
+    assert "weights" not in drawn and drawn["tokens"] == one["tokens"]
+    (chosen,) = generated(capsys, *plain, "--num-candidates", "5")
+    assert len(chosen["weights"]) == 5 and sum(chosen["weights"]) == pytest.approx(1.0)
+    assert 1.0 < chosen["effective_sample_size"] < 5.0
+    assert main(["generate", "--max-new-tokens", "12", *plain, "--num-candidates", "5"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == chosen["text"]
 
 
 def test_negative_weights_may_be_written_with_commas(capsys):

@@ -26,11 +26,13 @@ B, V = 5, 1100  # of most inputs below
 def assert_only_these_rows_are_invalid(op, bad, args, clean_args, clean_kwargs=None, **kwargs):
     """Both functions flag the rows `bad`; the others equal those of the clean call."""
     seed = torch.arange(B) + 10
-    drawn = op.sample(*args, seed=seed, return_model_logprobs=True, **kwargs)
+    asked = {"return_model_logprobs": True, "return_proposal_logprobs": True}
+    drawn = op.sample(*args, seed=seed, **asked, **kwargs)
     assert drawn.valid.tolist() == [b not in bad for b in range(B)]
     rows = list(bad)
     assert (drawn.tokens[rows] == 0).all()
     assert drawn.logprobs[rows].isnan().all() and drawn.model_logprobs[rows].isnan().all()
+    assert drawn.proposal_logprobs[rows].isnan().all()
     good = [b for b in range(B) if b not in bad]
     clean = op.sample(*clean_args, seed=seed, **(kwargs if clean_kwargs is None else clean_kwargs))
     assert torch.equal(drawn.tokens[good], clean.tokens[good])
@@ -206,10 +208,9 @@ def test_vocabularies_around_the_tile_size(op, vocab, divergence):
 def test_an_empty_batch_gives_empty_results(op, divergence):
     ref, policy = torch.empty(0, V), torch.empty(0, V, dtype=torch.bfloat16)
     assert op.log_probs(ref, [policy], [0.5], divergence=divergence).shape == (0, V)
-    drawn = op.sample(
-        ref, [policy], [0.5], divergence=divergence, top_p=0.9, seed=1, return_model_logprobs=True
-    )
-    assert [tuple(x.shape) for x in drawn] == [(0,), (0,), (0,), (0, 2)]
+    asked = {"return_model_logprobs": True, "return_proposal_logprobs": True}
+    drawn = op.sample(ref, [policy], [0.5], divergence=divergence, top_p=0.9, seed=1, **asked)
+    assert [tuple(x.shape) for x in drawn] == [(0,), (0,), (0,), (0, 2), (0,)]
     assert op.sample(ref, [policy], [0.5], divergence=divergence).tokens.dtype == torch.int64
 
 

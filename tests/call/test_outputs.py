@@ -52,11 +52,12 @@ def test_outputs_are_filled_with_the_bits_of_the_functional_op(op, mixture, draw
     if draw == "tensors" and mixture in ("no_reference", "everything_dense"):
         draws["mask"] = draws["mask"][:, : kwargs["vocab_size"]]
     kwargs = {**kwargs, **draws, "backend": op.backend}
-    wanted = kwargs.get("return_model_logprobs", False)
+    kwargs["return_proposal_logprobs"] = proposal = draw != "packed"
+    models = model_count(mixture) if "return_model_logprobs" in kwargs else None
     expected = mod_fused.sample(*args, **kwargs)
     workspace = torch.zeros(workspace_size(B, V, M), dtype=torch.uint8, device=op.device)
     for own in ({}, {"workspace": workspace}):
-        out = poisoned(B, model_count(mixture) if wanted else None, op.device)
+        out = poisoned(B, models, op.device, proposal)
         assert mod_fused.sample(*args, **kwargs, out=out, **own) is out
         assert bits(out) == bits(expected)
     assert bits(mod_fused.sample(*args, **kwargs, workspace=workspace)) == bits(expected)
@@ -182,10 +183,16 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(case):
     assert not ZEROS.any()
 
 
-def test_model_logprobs_that_nobody_asked_for_and_wrong_log_probs_are_refused():
+def test_log_probabilities_that_nobody_asked_for_and_wrong_log_probs_are_refused():
     (ref, policies, weights), _ = MIXTURES["lists"]
     with pytest.raises(ValueError, match="out.model_logprobs must be None"):
         mod_fused.sample(ref, policies, weights, seed=1, out=poisoned(B, MODELS, "cpu"))
+    with pytest.raises(ValueError, match="out.proposal_logprobs must be None"):
+        out = poisoned(B, None, "cpu", proposal=True)
+        mod_fused.sample(ref, policies, weights, seed=1, out=out)
+    with pytest.raises(ValueError, match="out.proposal_logprobs must be a tensor"):
+        out, asked = poisoned(B, None, "cpu"), {"return_proposal_logprobs": True}
+        mod_fused.sample(ref, policies, weights, seed=1, out=out, **asked)
     with pytest.raises(TypeError, match="out must be float32, got torch.float64"):
         mod_fused.log_probs(ref, policies, weights, out=torch.zeros(B, V, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"out must be contiguous, got strides \[1, 3\]"):
@@ -218,8 +225,11 @@ def test_opcheck(op, function, mixture):
     args, kwargs = on(op.device, MIXTURES[mixture])
     workspace = torch.zeros(workspace_size(B, V, M), dtype=torch.uint8, device=op.device)
     if function == "sample":
-        outs = [poisoned(B, MODELS, op.device), poisoned(B, None, op.device)]
-        options = [{**DRAWS["numbers"], "workspace": workspace}, {"seed": 1}]
+        outs = [poisoned(B, MODELS, op.device, True), poisoned(B, None, op.device)]
+        options = [
+            {**DRAWS["numbers"], "return_proposal_logprobs": True, "workspace": workspace},
+            {"seed": 1},
+        ]
     else:
         outs = [torch.zeros(B, V, device=op.device)]
         options = [{"workspace": workspace}]
@@ -283,12 +293,12 @@ def test_triton_launches_allocate_one_buffer_or_with_a_workspace_nothing():
     mixing = check_mixture(ref, policies, weights, divergence="jsd")
     row = torch.ones(B)
     mask = torch.ones(B, V, dtype=torch.bool)
-    draws = [(0.7, 40, 0.9, 0.1, None, 5, 3, True)]
-    draws += [(row, row.long(), row, row, mask, row.long(), row.long(), False)]
+    draws = [(0.7, 40, 0.9, 0.1, None, 5, 3, True, True)]
+    draws += [(row, row.long(), row, row, mask, row.long(), row.long(), False, False)]
     workspace = torch.zeros(workspace_size(B, V, M), dtype=torch.uint8)
     for draw in draws:
         drawing = check_draw(mixing, *draw)
-        out = poisoned(B, MODELS if draw[-1] else None, "cpu")
+        out = poisoned(B, MODELS if draw[-1] else None, "cpu", proposal=draw[-1])
         for own, expected in ((None, ["new_empty", "zero_"]), (workspace, [])):
             with Calls() as calls:
                 launch.sample_launches(mixing, drawing, tuple(out), own)

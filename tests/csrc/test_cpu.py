@@ -51,7 +51,8 @@ def log_probs(*args, **kwargs):
 
 
 def sample(*args, **kwargs):
-    return mod_fused.sample(*args, **kwargs, return_model_logprobs=True, backend="cpu")
+    kwargs |= {"return_model_logprobs": True, "return_proposal_logprobs": True}
+    return mod_fused.sample(*args, **kwargs, backend="cpu")
 
 
 def assert_identical(x, y):

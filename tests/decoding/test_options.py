@@ -105,11 +105,14 @@ def everything(models: Ensemble, scorer: Any) -> list[torch.Tensor]:
         **{**options, "weights": [0.5, 0.4], "temperature": 1.0, "top_k": None},
     )
 
+    tokens_alone = {k: x for k, x in options.items() if not k.startswith("value")}
+    chosen = generate(models, ["the fox", "it"], num_candidates=3, **tokens_alone)
+
     def score(sequences: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return (sequences * mask).sum(1)
 
     best = best_of_n(models, ["the fox", "it"], score_fn=score, n=2, **options)
-    results = [*vars(out).values(), *vars(more).values(), *best]
+    results = [*vars(out).values(), *vars(more).values(), *vars(chosen).values(), *best]
     return [x for x in results if isinstance(x, torch.Tensor)]
 
 
@@ -132,6 +135,7 @@ def the_op(backend: str) -> list[torch.Tensor]:
                 seed=[1, 2],
                 position=[0, 3],
                 return_model_logprobs=True,
+                return_proposal_logprobs=True,
                 **options,
             )
             results += [*drawn]

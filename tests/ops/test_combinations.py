@@ -11,6 +11,7 @@ from cases import (
     DIVERGENCES,
     KINDS,
     assert_matches_oracle,
+    assert_proposal_logprobs_are_the_oracle_s,
     assert_tokens_are_the_oracle_s,
     logits,
 )
@@ -98,5 +99,7 @@ def test_a_random_combination_of_options_equals_the_oracle(op, seed):
     log_p = reference.log_probs(*args, **kwargs)
     assert_matches_oracle(op.log_probs(*args, **kwargs), log_p)
     seeds, positions = torch.arange(6) * 31 + seed, torch.arange(6) % 3
-    drawn = op.sample(*args, **kwargs, **filters, seed=seeds, position=positions)
+    asked = {"return_proposal_logprobs": True, "seed": seeds, "position": positions}
+    drawn = op.sample(*args, **kwargs, **filters, **asked)
     assert_tokens_are_the_oracle_s(drawn.tokens, log_p, seeds, positions, **filters)
+    assert_proposal_logprobs_are_the_oracle_s(drawn, log_p, **filters)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import (
     DIVERGENCES,
+    assert_proposal_logprobs_are_the_oracle_s,
     assert_tokens_are_the_oracle_s,
     logits,
     normal,
@@ -118,6 +119,36 @@ def test_tokens_and_their_log_probabilities_are_the_oracle_s(op, divergence):
     for column, (x, scale) in enumerate(zip([ref, *policies], scales, strict=True)):
         expected = reference.log_softmax(reference.to_float64(x) * scale)[at]
         assert np.abs(drawn.model_logprobs[:, column].numpy() - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("normalizer", ["exact", "zero"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_proposal_logprobs_are_log_pi_without_filters_and_0_at_temperature_0(
+    op, divergence, normalizer
+):
+    ref, policies = logits(41, 6, 2100, 2, kind="typical")
+    ref[1] += 1000.0  # log-linear sums begin at another level
+    options = {"divergence": divergence, "normalizer": normalizer, "seed": 3}
+    plain = op.sample(ref, policies, [0.4, 0.3], **options)
+    drawn = op.sample(ref, policies, [0.4, 0.3], **options, return_proposal_logprobs=True)
+    assert plain.proposal_logprobs is None and torch.equal(plain.tokens, drawn.tokens)
+    assert torch.equal(plain.logprobs, drawn.logprobs) and drawn.valid.all()
+    torch.testing.assert_close(drawn.proposal_logprobs, drawn.logprobs, atol=1e-6, rtol=1e-5)
+    options |= {"temperature": 0.0, "top_p": 0.5, "return_proposal_logprobs": True}
+    assert not op.sample(ref, policies, [0.4, 0.3], **options).proposal_logprobs.any()
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.05, 0.3, 30.0, 1e6])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.5}])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_proposal_logprobs_at_any_temperature(op, divergence, filters, temperature):
+    ref, policies = logits(42, 8, 1500, 1, kind="apart")
+    log_p = reference.log_probs(ref, policies, [0.5], divergence=divergence)
+    filters = {**filters, "temperature": temperature}
+    options = {"divergence": divergence, "seed": 7, "return_proposal_logprobs": True}
+    drawn = op.sample(ref, policies, [0.5], **options, **filters)
+    bound = 1e-4 * max(1.0, 0.1 / temperature)  # the keys' rounding grows by 1 / T
+    assert_proposal_logprobs_are_the_oracle_s(drawn, log_p, bound, **filters)
 
 
 def test_model_logprobs_without_a_reference_and_only_when_asked(op):

@@ -24,6 +24,7 @@ def test_rows_do_not_depend_on_the_chunk_they_are_in(monkeypatch):
         seed=5,
         position=[10 * b for b in range(7)],
         return_model_logprobs=True,
+        return_proposal_logprobs=True,
         backend="torch",
     )
     whole = sample(ref, [policy], **arguments)

@@ -31,6 +31,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "reverse_kl-misaligned": {"vocab": 50257},
     "reverse_kl-padded": {"vocab": 50304, "vocab_size": 50257},
     "reverse_kl-model_logprobs": {"return_model_logprobs": True},
+    "reverse_kl-proposal_logprobs": {"return_proposal_logprobs": True},
     "reverse_kl-mask": {
         "temperature": 0.7,
         "mask": torch.empty((1, 128256), dtype=torch.bool, device="meta"),
