@@ -154,7 +154,7 @@ def sample(
         plausibility_tensor: 0 for the reference, i for policy i. "any" excludes what no tensor that
             counts finds plausible (the reference, and policies of a weight that is not 0); where
             pi* is one of the models, because one weight is 1 and all others are 0, or all are 0,
-            and there are no values, it excludes nothing.
+            those of values too, it excludes nothing; candidates always count as values.
         temperature: >= 0, scalar or [B]; 0 takes the most likely token, the lowest id among equals.
         top_k: scalar or [B]; keeps the k most likely and what ties with the last of them; None or 0
             is off.

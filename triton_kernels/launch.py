@@ -35,6 +35,7 @@ class Variant(NamedTuple):
     model_block: int  # a power of two, at least models
     first_policy: int  # index of the first policy: 1 with a reference, else 0
     scores: int  # J
+    candidates: bool  # the values are those of candidates
     plausible: int | None  # model of the plausibility constraint; ANY_TENSOR; None: off
     general: bool  # not reverse KL
     exact: bool
@@ -76,9 +77,13 @@ class Variant(NamedTuple):
 
 
 def variant_of(
-    mixing: MixtureArguments, drawing: DrawArguments | None, configured: Configuration
+    mixing: MixtureArguments,
+    drawing: DrawArguments | None,
+    configured: Configuration,
+    candidates: bool,
 ) -> Variant:
-    """The variant for these arguments."""
+    """The variant for these arguments, which have been through `dense`; `candidates`: whether the
+    call has any."""
     divergence = device_functions(mixing.divergence)
     general = not divergence.log_linear
     own_mass = general and mixing.mixture_prefix_logprobs is not None
@@ -108,6 +113,7 @@ def variant_of(
         model_block=triton.next_power_of_2(mixing.model_count()),
         first_policy=int(mixing.ref_logits is not None),
         scores=0 if mixing.values is None else mixing.values.shape[0],
+        candidates=candidates,
         plausible=plausible,
         general=general,
         exact=exact,
@@ -152,7 +158,7 @@ def log_probs_launches(
     rows = mixing.batch_tensor().shape[0]
     mixing, bad = dense(mixing)
     configured = configuration(mixing, rows)
-    variant = variant_of(mixing, None, configured)
+    variant = variant_of(mixing, None, configured, bad is not None)
     made = make_workspace(out, rows, mixing.vocab_size, variant.models, False, workspace)
     work = made._replace(keys=out)
     grid, group = _cut(mixing, variant, rows, configured)
@@ -182,7 +188,7 @@ def sample_launches(
     rows = logits.shape[0]
     mixing, bad = dense(mixing)
     configured = configuration(mixing, rows)
-    variant = variant_of(mixing, drawing, configured)
+    variant = variant_of(mixing, drawing, configured, bad is not None)
     work = make_workspace(
         logits, rows, mixing.vocab_size, variant.models, variant.store_keys, workspace
     )

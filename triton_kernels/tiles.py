@@ -82,15 +82,19 @@ def nothing_is_excluded(mixing, row, variant: tl.constexpr):
     """Whether plausibility excludes no token of a row, for all tokens of a tile: it is off, or it
     looks at any model and the mixture is one of them."""
     POLICIES: tl.constexpr = variant.models - variant.first_policy
+    VALUES: tl.constexpr = variant.scores
     if variant.plausible is None:
         return tl.full([TILE], True, tl.int1)
-    elif variant.plausible == ANY_TENSOR and variant.scores == 0:
+    elif variant.plausible == ANY_TENSOR and not variant.candidates:
         used = tl.zeros([TILE], tl.int32)
         ones = tl.zeros([TILE], tl.int32)
         for i in tl.static_range(POLICIES):
             w = weight(mixing, row, i) + tl.zeros([TILE], tl.float64)
             used += (w != 0.0).to(tl.int32)
             ones += (w == 1.0).to(tl.int32)
+        for j in tl.static_range(VALUES):
+            v = value_weight(mixing, row, j) + tl.zeros([TILE], tl.float64)
+            used += 2 * (v != 0.0).to(tl.int32)
         return (used == ones) & (used <= 1)
     else:
         return tl.full([TILE], False, tl.int1)

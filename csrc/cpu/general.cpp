@@ -43,7 +43,8 @@ Row::Response Row::response() const {
     result.floor = -kExcluded;
   } else if (request_.divergence == Jeffrey::number) {
     log_scale = std::min(log_scale, 0.0);
-    result.log_mass = log_scale < 0.0 ? log_scale : log_mass;
+    // Beyond 600 H is log-linear, and its double would underflow.
+    result.log_mass = log_scale < 0.0 ? log_scale : std::min(log_mass, 600.0);
   }
   log_scale = alpha == 1.0 ? (float)log_scale : log_scale;  // as the loops get it
   result.shift = -log_scale / alpha;

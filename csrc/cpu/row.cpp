@@ -50,7 +50,8 @@ bool Row::at_corner() const {
     used += policy_weight(model) != 0.0;
     ones += policy_weight(model) == 1.0;
   }
-  return request_.values.empty() && used == ones && used <= 1;
+  for (size_t j = 0; j < request_.values.size(); ++j) used += value_weight(j) != 0.0 ? 2 : 0;
+  return !request_.value_ids && used == ones && used <= 1;
 }
 
 // Sets the entries of a tile's tokens that plausibility excludes.

@@ -208,13 +208,14 @@ def _check_values(
 def _check_plausibility(
     plausibility: float | None, tensor: int | str, no_reference: bool, policies: int
 ) -> tuple[float, int]:
-    if plausibility is None:
+    if plausibility is None and tensor == 0:
         return 0.0, 0
-    plausibility = number("plausibility", plausibility)
-    if not 0.0 < plausibility <= 1.0:
-        raise ValueError(f"plausibility must be in (0, 1], got {plausibility}")
+    if plausibility is not None:
+        plausibility = number("plausibility", plausibility)
+        if not 0.0 < plausibility <= 1.0:
+            raise ValueError(f"plausibility must be in (0, 1], got {plausibility}")
     if tensor == "any":
-        return plausibility, ANY_TENSOR
+        return (0.0, 0) if plausibility is None else (plausibility, ANY_TENSOR)
     if isinstance(tensor, str):
         raise ValueError(f"plausibility_tensor must be an integer or 'any', got {tensor!r}")
     index: int = number("plausibility_tensor", tensor, int)
@@ -224,7 +225,7 @@ def _check_plausibility(
             f"plausibility_tensor must be between {lowest} and {policies} "
             f"(0 is the reference, i is policy i), got {index}"
         )
-    return plausibility, index
+    return (0.0, 0) if plausibility is None else (plausibility, index)
 
 
 def check_draw(

@@ -128,7 +128,8 @@ def generate(
             response so far, the sum over T of logprobs.
         plausibility: as in `mod_fused.sample`; None is off. "auto" is 1e-3 off reverse KL and off
             under it: an exact Z pours the mass that the policies' ratios leave over into tokens
-            that all models find all but impossible, where these ratios are noise.
+            that all models find all but impossible, where these ratios are noise. It is off, too,
+            in steps with a mask or with candidates, which may leave nothing plausible.
         plausibility_tensor: as in `mod_fused.sample`; None is "any" with "auto", else 0.
         value_fn: `value_fn(step, sequences)` returns values [J, B, V], or (values [J, B, K],
             value_ids [B, K]); sequences int64 [B, n + step] are the first model's prompts and the
@@ -291,7 +292,7 @@ def generate(
                 mixture_prefix_logprobs=mixture_prefix_logprobs,
             )
         options = ready_options(ensemble, options, num_values, limits, batch, device)
-        options["vocab_size"] = vocab_size
+        options |= {"vocab_size": vocab_size, "automatic_cut": plausibility == "auto"}
         prefixes = prefix_logprobs, mixture_prefix_logprobs
         history = first_history(
             *prefixes, sequence_history, options, (batch, len(ids)), copies, device
@@ -358,7 +359,7 @@ def _draw_all(
     """Step by step run the models, draw and record, until all responses have ended; with beams,
     until their search has."""
     first_position = options.pop("position")
-    weights = options.pop("value_weights")
+    weights, automatic_cut = options.pop("value_weights"), options.pop("automatic_cut")
     drawing = ("temperature", "top_k", "top_p", "min_p", "seed")
     mixing = {name: value for name, value in options.items() if name not in drawing}
     stream.begin(responses.sequences)
@@ -379,8 +380,10 @@ def _draw_all(
             "prefix_logprobs": responses.history,
             "mixture_prefix_logprobs": responses.own_history,
         }
+        if automatic_cut and (given["mask"] is not None or "value_ids" in given):
+            given["plausibility"] = None
         if beams is not None:
-            parents = beams.step(reference, policies, **mixing, **given)
+            parents = beams.step(reference, policies, **mixing | given)
             responses = beams.responses
             if beams.done:
                 break
@@ -388,8 +391,7 @@ def _draw_all(
         drawn = sample(
             reference,
             policies,
-            **options,
-            **given,
+            **options | given,
             position=first_position + step,
             return_model_logprobs=responses.wants_model_logprobs,
             return_proposal_logprobs=responses.totals is not None,

@@ -92,8 +92,12 @@ def _jeffrey_inverse(y: Array) -> Array:
     return d
 
 
-def slope_of(divergence: Any) -> Slope | None:
-    """The f' of a divergence given by name (or by an object with a `name`); None for reverse KL."""
+def slope_of(divergence: Any, own_mass: bool = False) -> Slope | None:
+    """The f' of a divergence given by name (or by an object with a `name`); None for reverse KL.
+
+    With the mixture's own mass a small alpha, too, is measured from sup f': ratios of whole
+    responses lie far from 1, where 1 - e^(-a d) would lose the digits of e^(-a d).
+    """
     name = str(getattr(divergence, "name", divergence))
     if name == "reverse_kl":
         return None
@@ -108,7 +112,7 @@ def slope_of(divergence: Any) -> Slope | None:
         )
     if name.startswith("alpha:"):  # f = (x^(1-a) - (1-a) x - a) / (a (a-1)), f' = (1 - x^-a) / a
         a = float(name.removeprefix("alpha:"))
-        if a < SMALL_ALPHA:
+        if a < SMALL_ALPHA and not own_mass:
             return Slope(
                 0.0, lambda d: -np.expm1(-a * d) / a, lambda y: -np.log1p(-a * y) / a, top=1.0 / a
             )
@@ -149,9 +153,14 @@ def _own_coefficient(weights: Any) -> float:
     )
 
 
-def _at_corner(w: Array) -> bool:
-    """Whether the mixture without values is one of its models: a policy, or the reference."""
-    return list(w[w != 0.0]) in ([], [1.0])
+def _at_corner(w: Array, values: Any, value_ids: Any, value_weights: Any) -> bool:
+    """Whether the mixture is one of its models: a policy, or the reference."""
+    v = (
+        _coefficients(np.ones(len(values)) if value_weights is None else value_weights)
+        if values is not None
+        else w[:0]
+    )
+    return value_ids is None and not v.any() and list(w[w != 0.0]) in ([], [1.0])
 
 
 def _log_sum_exp(x: Array) -> float:
@@ -273,7 +282,7 @@ def log_probs_row(
     `solution` takes what was solved on the way, and why a row is invalid.
     """
     solution = {} if solution is None else solution
-    slope = slope_of(divergence)
+    slope = slope_of(divergence, mixture_prefix_logprobs is not None)
     w = _coefficients(weights)
     rows = ([] if ref_logits is None else [to_float64(ref_logits)]) + [
         to_float64(p) for p in policy_logits
@@ -295,12 +304,12 @@ def log_probs_row(
     own = 0.0 if ref_logits is None else _own_coefficient(weights)
     if slope is not None or own != 0.0:
         used = [0, *used]
-    plausible: list[int] = []  # a token stays where one of these finds it plausible
+    plausible: list[int] | None = None  # a token stays where one of these finds it plausible
     if plausibility is not None and plausibility_tensor != "any":
         plausible = [int(plausibility_tensor)]
-    elif plausibility is not None and not (values is None and _at_corner(w)):
+    elif plausibility is not None and not _at_corner(w, values, value_ids, value_weights):
         plausible = used
-    read = {*used, *plausible}
+    read = {*used, *(plausible or ())}
     read_values = _read_values(values, value_ids, value_weights, vocab)
     if read_values is None:
         return invalid("a value is NaN or +inf, its weight is not finite, or an id is out of range")
@@ -313,9 +322,11 @@ def log_probs_row(
     terms, support = read_values
     for k in used:
         support &= rows[k] > -np.inf
-    if plausible and plausibility is not None:
-        least = np.log(plausibility)
-        support &= np.any([rows[k] >= rows[k].max() + least for k in plausible], axis=0)
+    if plausible is not None and plausibility is not None:
+        least, kept = np.log(plausibility), np.zeros(vocab, dtype=bool)
+        for k in plausible:
+            kept |= rows[k] >= rows[k].max() + least
+        support &= kept
         for k in set(plausible) - set(used):
             support &= rows[k] > -np.inf
     if not support.any():

@@ -129,7 +129,7 @@ def mix(mixing: MixtureArguments, rows: slice, record: dict[str, Any] | None = N
         support = support & (x.isfinite() | ~counts[:, None, None])
 
     if mixing.plausibility > 0.0:
-        kept, finite = _plausible(mixing, logits, weights, own)
+        kept, finite = _plausible(mixing, logits, weights, value_weights, own)
         valid, support = valid & finite, support & kept
 
     if type(divergence) is ReverseKL:
@@ -147,7 +147,11 @@ def mix(mixing: MixtureArguments, rows: slice, record: dict[str, Any] | None = N
 
 
 def _plausible(
-    mixing: MixtureArguments, logits: list[Tensor], weights: Tensor, own: Tensor | None
+    mixing: MixtureArguments,
+    logits: list[Tensor],
+    weights: Tensor,
+    value_weights: Tensor,
+    own: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The tokens that plausibility keeps [b, T, TILE], and the rows whose named tensor holds
     neither NaN nor +inf [b]."""
@@ -159,8 +163,8 @@ def _plausible(
     used = weights != 0
     counts = used if own is None else torch.cat([(own != 0)[:, None], used], 1)
     ones = ((weights == 1) & used).sum(1)
-    corner = used.sum(1) == ones if mixing.values is None else ones < 0
-    kept = (corner & (ones <= 1))[:, None, None]
+    corner = (used.sum(1) == ones) & (ones <= 1) & (value_weights == 0).all(1)
+    kept = (corner & (mixing.value_ids is None))[:, None, None]
     for k, x in enumerate(logits):
         kept = kept | ((x - x.amax((-2, -1), keepdim=True) >= least) & counts[:, k, None, None])
     return kept, torch.ones_like(corner)

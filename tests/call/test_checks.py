@@ -456,6 +456,12 @@ LOG_PROBS_ERRORS = [
         (X, [Y], [1.0]),
         {"plausibility": 0.1, "plausibility_tensor": "all"},
     ),
+    (
+        ValueError,
+        "plausibility_tensor must be between",
+        (X, [Y], [1.0]),
+        {"plausibility_tensor": 7},
+    ),
     (ValueError, "plausibility_tensor", (None, [Y], [1.0]), {"plausibility": 0.1}),
     (ValueError, "backend", (X, [Y], [1.0]), {"backend": "cobol"}),
     (ValueError, "backend", (X, [Y], [1.0]), {"backend": ["cpu"]}),

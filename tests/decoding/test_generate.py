@@ -152,27 +152,34 @@ def test_history_matters_from_the_second_token_except_for_reverse_kl(ensemble: E
 def test_off_reverse_kl_what_no_model_finds_plausible_is_excluded_by_default(
     ensemble: Ensemble,
 ) -> None:
-    def last_logprobs(**options: Any) -> torch.Tensor:
+    def last_logprobs(masked: bool = True, **options: Any) -> torch.Tensor:
         # The mask leaves the reference's least likely token: NaN where it is excluded.
         least = torch.zeros(3, tiny.V, dtype=torch.bool)
         least[torch.arange(3), worst] = True
-        out = generate(
-            ensemble, PROMPTS, max_new_tokens=1, mask_fn=lambda step, ids: least, **options
-        )
+        options |= {"mask_fn": lambda step, ids: least} if masked else {}
+        out = generate(ensemble, PROMPTS, max_new_tokens=1, seed=1, **options)
         return out.logprobs[:, 0]
 
-    logits = torch.cat(
-        [tiny.teacher_forced(ensemble.models[0], tiny.ids_of(p), [3]) for p in PROMPTS]
-    )
+    reference = ensemble.models[0]
+    logits = torch.cat([tiny.teacher_forced(reference, tiny.ids_of(p), [3]) for p in PROMPTS])
     worst = logits[:, : tiny.V].argmin(1)
-    jsd: dict[str, Any] = {"divergence": "jsd", "plausibility": 0.2}
-    assert last_logprobs(weights=WEIGHTS, divergence="jsd", plausibility=None).isfinite().all()
+    jsd: dict[str, Any] = {"weights": WEIGHTS, "divergence": "jsd"}
+    cut = jsd | {"plausibility": 1e-3, "plausibility_tensor": "any"}
+    assert torch.equal(last_logprobs(False, **jsd), last_logprobs(False, **cut))
+    assert not torch.equal(
+        last_logprobs(False, **jsd), last_logprobs(False, **jsd, plausibility=None)
+    )
+    # A mask may leave nothing plausible: then there is no cut by default.
+    assert last_logprobs(**jsd).isfinite().all()
+    assert last_logprobs(**jsd, plausibility=0.2).isnan().all()
     assert last_logprobs(weights=WEIGHTS).isfinite().all()  # reverse KL has no cut
-    assert last_logprobs(weights=[0.0, 0.0], **jsd, plausibility_tensor="any").isfinite().all()
-    assert last_logprobs(weights=WEIGHTS, **jsd).isnan().all()
     assert last_logprobs(weights=WEIGHTS, plausibility=0.2).isnan().all()
+    cut = {"plausibility": 0.2, "plausibility_tensor": "any"}
+    assert last_logprobs(weights=[0.0, 0.0], divergence="jsd", **cut).isfinite().all()
     with pytest.raises(ValueError, match="a number, None or 'auto', got 'off'"):
         last_logprobs(weights=WEIGHTS, plausibility="off")
+    with pytest.raises(ValueError, match="plausibility_tensor must be between 0 and 2"):
+        last_logprobs(weights=WEIGHTS, plausibility_tensor=7)
 
 
 def test_each_model_may_have_its_own_prompts(ensemble: Ensemble) -> None:

@@ -292,6 +292,17 @@ def test_plausibility_of_any_tensor_drops_what_none_that_counts_finds_plausible(
     values = normal(28, 1, 6, 1100)
     tilted = check(op, ref, policies, weights, values=values, **options)
     assert (tilted[4] > -INF).sum() < full[4].sum()
+    ignored = check(op, ref, policies, weights, values=values, value_weights=[0.0], **options)
+    assert torch.equal(ignored > -INF, result > -INF)
+    for value_weights in ([0.0], torch.zeros(6, 1)):
+        ids = torch.arange(1100).expand(6, -1)
+        check(
+            op, ref, policies, weights, values=values, value_weights=value_weights, value_ids=ids,
+            **options,
+        )  # fmt: skip
+    check(
+        op, None, policies, [0.0, 0.0], values=values, plausibility=1.0, plausibility_tensor="any"
+    )
     check(op, None, policies, [1.0, 1.0], plausibility=0.01, plausibility_tensor="any")
     check(op, None, policies, [1.0, 0.0], plausibility=0.01, plausibility_tensor="any")
     check(op, ref, [], [], values=values, **options)

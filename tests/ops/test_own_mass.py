@@ -102,6 +102,16 @@ def test_a_mass_that_is_not_finite_invalidates_its_row(op, divergence):
     assert drawn.valid.tolist() == [True, False, False, False]
 
 
+@pytest.mark.parametrize("divergence", BARRIERS)
+@pytest.mark.parametrize("log_mass", [-900.0, 900.0])
+def test_a_mass_of_the_reference_alone(op, log_mass, divergence):
+    ref, policies = logits(58, 2, 500, 1)
+    prefix, own = torch.zeros(2, 2), torch.full((2,), log_mass)
+    options = {"prefix_logprobs": prefix, "mixture_prefix_logprobs": own}
+    got = op.log_probs(ref, policies, [0.0], divergence=divergence, **options)
+    assert total_variation(got, torch.log_softmax(ref.double(), 1)).max() <= MAX_TV
+
+
 def test_the_mass_may_be_a_strided_tensor(op):
     ref, policies = logits(57, 3, 500, 2)
     prefix = torch.tensor([[0.0, 2.0, -5.0, 1.0], [3.0, 1.0, 4.0, 2.0], [0.0, -8.0, -6.0, -7.0]])

@@ -276,7 +276,7 @@ def mp_whole_responses(divergence, log_ref, log_policies, weights, log_total):
     return log_pi(rho)
 
 
-@pytest.mark.parametrize("divergence", BARRIERS)
+@pytest.mark.parametrize("divergence", [*BARRIERS, "alpha:0.02"])
 def test_own_mass_at_a_corner_is_the_policy(divergence):
     rng = np.random.default_rng(32)
     lr, policy, other = reference.log_softmax(rng.normal(size=(3, 40)) * 3.0)
