@@ -25,7 +25,20 @@
 
 namespace mod_fused {
 
-struct ForwardKL {
+// A divergence whose u is Q itself, and t is tau.
+struct StoresDeficit {
+  MOD_FUSED_MEMBER float close(float q) const { return q; }
+  MOD_FUSED_MEMBER float excess(float d) const { return d; }
+  double least_deficit(double u) const { return u; }
+  double mean_deficit(double q) const { return q; }
+  void measure_from(double) {}
+  double shift(double tau) const { return tau; }
+  double unshift(double t) const { return t; }
+  double constant(double) const { return 0.0; }
+  double order() const { return 1.0; }
+};
+
+struct ForwardKL : StoresDeficit {
   static constexpr int number = 1;
   static constexpr bool bounded = true, clamped = true, stieltjes = true, linear = false;
   explicit ForwardKL(double) {}
@@ -38,17 +51,8 @@ struct ForwardKL {
 
   double factor() const { return -1.0; }
   MOD_FUSED_MEMBER float term(float y) const { return exp2_near(y); }
-  MOD_FUSED_MEMBER float close(float q) const { return q; }
-  MOD_FUSED_MEMBER float excess(float d) const { return d; }
   MOD_FUSED_MEMBER float power(float, float r) const { return r; }
   MOD_FUSED_MEMBER float log_power(float y) const { return -log_of(y); }
-  double least_deficit(double u) const { return u; }
-  double mean_deficit(double q) const { return q; }
-  void measure_from(double) {}
-  double shift(double tau) const { return tau; }
-  double unshift(double t) const { return t; }
-  double constant(double) const { return 0.0; }
-  double order() const { return 1.0; }
   double pole(double y) const { return y; }
 };
 
@@ -148,7 +152,7 @@ template <bool half> struct Alpha {
 // the deficit is relative to f'(1) = 0: q = -f' and H = (1 + a q)^(-1/a).
 constexpr double kSmallAlpha = 0.03;
 
-struct SmallAlpha {
+struct SmallAlpha : StoresDeficit {
   static constexpr int number = 3;
   static bool takes(double alpha) { return alpha < kSmallAlpha; }
   static constexpr bool bounded = false, clamped = true, stieltjes = false, linear = false;
@@ -167,25 +171,16 @@ struct SmallAlpha {
 
   double factor() const { return -alpha; }
   MOD_FUSED_MEMBER float term(float y) const { return expm1_of(y * 0.693147181f) * inverse; }
-  MOD_FUSED_MEMBER float close(float q) const { return q; }
-  MOD_FUSED_MEMBER float excess(float d) const { return d; }
   MOD_FUSED_MEMBER void ratio(float y, float* h, float* fall) const {
     *h = exp2_near(not_above(not_below(1.44269504f * log_ratio(y), -126.0f), 127.0f));
     *fall = reciprocal(multiply_add(alpha, y, 1.0f));
   }
   MOD_FUSED_MEMBER float log_power(float y) const { return log_ratio(y); }
-  double least_deficit(double u) const { return u; }
-  double mean_deficit(double q) const { return q; }
   double pole(double one_plus_aq) const { return (one_plus_aq - 1.0) / alpha; }
-  void measure_from(double) {}
-  double shift(double tau) const { return tau; }
-  double unshift(double t) const { return t; }
-  double constant(double) const { return 0.0; }
-  double order() const { return 1.0; }
 };
 
 // f' is unbounded: sup f' is taken as 0, q = -f' has either sign, and H has no pole.
-struct Jeffrey {
+struct Jeffrey : StoresDeficit {
   static constexpr int number = 4;
   static constexpr bool bounded = false, clamped = true, stieltjes = false, linear = true;
   explicit Jeffrey(double) {}
@@ -208,8 +203,6 @@ struct Jeffrey {
 
   double factor() const { return -1.0; }
   MOD_FUSED_MEMBER float term(float y) const { return multiply_add(y, 0.693147181f, exp2_near(y) - 1.0f); }
-  MOD_FUSED_MEMBER float close(float q) const { return q; }
-  MOD_FUSED_MEMBER float excess(float d) const { return d; }
   // H = 1/v and -H'/H = 1 / (1 + v) by one step of high order; relatively exact for ratios in [1e-15, e^80].
   MOD_FUSED_MEMBER void ratio(float y, float* h, float* fall) const {
     const float z = not_above(not_below(y + 1.0f, -80.0f), 1e15f);
@@ -225,17 +218,10 @@ struct Jeffrey {
     *fall = multiply_add(f * (f - 1.0f), e, f);
   }
   MOD_FUSED_MEMBER float log_power(float y) const { return log_ratio(y); }
-  double least_deficit(double u) const { return u; }
-  double mean_deficit(double q) const { return q; }
   double pole(double one_plus_v) const {
     const double v = one_plus_v > 1.0 + 1e-12 ? one_plus_v - 1.0 : 1e-12;
     return v + log(v) - 1.0;
   }
-  void measure_from(double) {}
-  double shift(double tau) const { return tau; }
-  double unshift(double t) const { return t; }
-  double constant(double) const { return 0.0; }
-  double order() const { return 1.0; }
 
   // v with v + log v = z, by two steps of Fritsch, Shafer and Crowley. z below -80 counts as -80: v is too small to change v
   // - z.

@@ -14,18 +14,10 @@ namespace mod_fused {
 
 constexpr double kLargestExponent = 80.0, kLargestPrefixExponent = 40.0, kLargestLogScale = 70.0;
 
-// What the two have in common: no Stieltjes form, and u = Q - min Q.
-struct OfMass {
+// What the two have in common: no Stieltjes form.
+struct OfMass : StoresDeficit {
   static constexpr bool clamped = true, stieltjes = false, linear = false;
   double supremum() const { return 0.0; }
-  MOD_FUSED_MEMBER float excess(float d) const { return d; }
-  double least_deficit(double u) const { return u; }
-  double mean_deficit(double q) const { return q; }
-  void measure_from(double) {}
-  double shift(double tau) const { return tau; }
-  double unshift(double t) const { return t; }
-  double constant(double) const { return 0.0; }
-  double order() const { return 1.0; }
 
  protected:
   explicit OfMass(double log_mass) : log_mass_(log_mass) {}

@@ -40,9 +40,7 @@ class TritonDivergence(NamedTuple):
     unshift: Any = None  # tau from t
     root: bool = False  # the order is 1/a
     factor: bool = False  # the factor is 1 - t
-    of_mass: str | None = (
-        None  # of own_mass.py: its scale kappa is m, but "at least 1" or "at most 1"
-    )
+    of_mass: str | None = None  # own_mass.py: kappa is m, but "at least 1" or "at most 1"
 
     @property
     def log_linear(self) -> bool:

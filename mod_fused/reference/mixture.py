@@ -57,12 +57,10 @@ Array = np.ndarray
 LOG_REF_FLOOR = -80.0  # off reverse KL, tokens with log pi_ref below this leave the support
 LOG_RATIO_FLOOR = -80.0  # d is clamped below here
 PREFIX_FLOOR = -40.0  # the smallest prefix difference, after all are shifted up together
-LARGEST_DEFICIT = float(
-    np.float32(1e37)
-)  # a token with Q above it leaves; min Q below its negative makes the row invalid
-LEAST_TAU = float(
-    np.float32(1e-36)
-)  # with Z = 0: tau less than this above the pole makes the row invalid
+# A token with Q above it leaves; min Q below its negative makes the row invalid.
+LARGEST_DEFICIT = float(np.float32(1e37))
+# With Z = 0: tau less than this above the pole makes the row invalid.
+LEAST_TAU = float(np.float32(1e-36))
 SMALL_ALPHA = 0.03  # below it c is 0
 SMALLEST_WEIGHT = 2.0**-126  # the smallest normal float32
 WEIGHT_ROUNDING, FLOAT32_ROUNDING = 2.0**-40, 2.0**-24  # see 1 - sum w above
@@ -155,11 +153,9 @@ def _own_coefficient(weights: Any) -> float:
 
 def _at_corner(w: Array, values: Any, value_ids: Any, value_weights: Any) -> bool:
     """Whether the mixture is one of its models: a policy, or the reference."""
-    v = (
-        _coefficients(np.ones(len(values)) if value_weights is None else value_weights)
-        if values is not None
-        else w[:0]
-    )
+    v = np.zeros(0)
+    if values is not None:
+        v = _coefficients(np.ones(len(values)) if value_weights is None else value_weights)
     return value_ids is None and not v.any() and list(w[w != 0.0]) in ([], [1.0])
 
 
