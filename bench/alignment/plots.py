@@ -9,16 +9,13 @@ from typing import Any
 
 from mod_fused import world
 
-from . import policies
-from .guided import PAIR, PANELS
+from . import control_plots, policies
 from .tables import Cells, Record
 
 #: Marker and line of each method.
 STYLES = {
     "mod": "o-", "soup": "s--", "retrained": "*", "best of 4": "v:", "best of 16": "^:",
-    "optimum": "-.", "CD-FUDGE": "o-", "CD-FUDGE, as CD-Q": "o:", "CD-Q": "D--", "FUDGE": "P-.",
-    "MOD": "s-", "blockwise": "^-", "best of N, reward": "v:", "best of N, scorer": "<:",
-    "MAVIS": "o-", "CD": "D--",
+    "optimum": "-.",
 }  # fmt: skip
 
 
@@ -74,32 +71,7 @@ def against_kl(figure: Any, result: Record) -> None:
     panels[0].legend(fontsize=7)
 
 
-def control_against_kl(figure: Any, result: Record) -> None:
-    """Plot reward against KL, a panel for each objective."""
-    figure.set_size_inches(11, 4.5)
-    for axes, objective in zip(figure.subplots(1, 2), PANELS, strict=True):
-        shown = [p for p in result["points"] if p["objective"] == objective]
-        for name in list(STYLES)[6:-2]:
-            _line(axes, name, [p for p in shown if p["method"] == name], "kl", objective)
-        of = "KL to the reference (nats per answer; a bound for blocks and best of N)"
-        _finish(axes, of, objective)
-    axes.legend(fontsize=7)
-
-
-def control_pareto(figure: Any, result: Record) -> None:
-    """Plot the rewards of mixes of two objectives, and J against the first weight."""
-    figure.set_size_inches(11, 4)
-    front, worth = figure.subplots(1, 2)
-    for name in ("MAVIS", "CD", "MOD", "retrained"):
-        found = [p for p in result["two"] if p["method"] == name]
-        _line(front, name, found, *PAIR)
-        _line(worth, name, [p | {"at": p["setting"]} for p in found], "at", "worth")
-    _finish(front, *PAIR)
-    _finish(worth, f"weight of {PAIR[0]}", f"J = w r - KL / {result['beta']:g}")
-    front.legend(fontsize=7)
-
-
 PICTURES: dict[str, dict[str, Callable[[Any, Record], None]]] = {
     "alignment": {"alignment_pareto": pareto, "alignment_kl": against_kl},
-    "control": {"control_pareto": control_pareto, "control_kl": control_against_kl},
+    "control": control_plots.PICTURES,
 }
