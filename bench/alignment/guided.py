@@ -207,7 +207,7 @@ def _mavis(sizes: Sizes, objective: str, seed: int) -> dict[str, Any]:
         held_out_prompts=prompts[sizes.mavis_prompts :], max_new_tokens=train.MAX_NEW_TOKENS,
         seed=SEED + seed, steps=sizes.steps, batch_size=sizes.batch,
     )  # fmt: skip
-    return {"model": scorer.state_dict(), "history": history}
+    return {"model": scorer.state_dict(), "history": history.iterations}
 
 
 def _train_reference(work: Path, sizes: Sizes, seed: int) -> Any:
