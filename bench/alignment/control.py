@@ -47,7 +47,9 @@ class Found(NamedTuple):
 
 def setting(point: Point) -> str:
     """What tells apart the points of one method."""
-    words = [", ".join(f"{x:g}" for x in point.strengths)] * (point.strengths != (1.0,))
+    words = [", ".join(f"{x:g}" for x in point.strengths)]
+    if point.blocks and point.strengths == (1.0,):
+        words = []
     if point.weights:
         words.append("w " + ", ".join(f"{w:g}" for w in point.weights))
     if point.blocks:
@@ -118,8 +120,8 @@ class Pool:
 
 
 def transferred(found: Sequence[Found]) -> list[Record]:
-    """Records of a scorer on bases that it was not trained on: the gain over the base, and its
-    share of the gain of the same control on the scorer's own reference."""
+    """Records of a scorer on bases that it was not trained on: the gain over the base, and how much
+    more that is than the gain of the same control on the scorer's own reference."""
     at = {(p.point.objectives, p.point.base, p.point.method, setting(p.point)): p for p in found}
     records = []
     for (objectives, base, method, how), p in at.items():
@@ -129,9 +131,7 @@ def transferred(found: Sequence[Found]) -> list[Record]:
             home = [at[(objectives, "reference", *x)].own for x in ((method, how), ("base", ""))]
             record["gain"] = interval(np.subtract, p.own, start)
             if base != "reference":
-                record["share"] = interval(
-                    lambda a, b, c, d: (a - b) / (c - d), p.own, start, *home
-                )
+                record["more"] = mean(p.own - start - (home[0] - home[1]))
         records.append(record)
     return records
 

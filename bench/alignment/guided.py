@@ -121,7 +121,7 @@ def points(sizes: Sizes) -> list[Point]:
             out.append(Point("two", PAIR, by, strengths, seed=seed))
         for by in ("MOD", "soup", "retrained"):
             out.append(Point("two", PAIR, by, weights=w, seed=seed))
-    return out
+    return list(dict.fromkeys(out))
 
 
 def scorers_of(point: Point) -> list[tuple[str, str, int]]:
@@ -207,7 +207,7 @@ def _mavis(sizes: Sizes, objective: str, seed: int) -> dict[str, Any]:
         held_out_prompts=prompts[sizes.mavis_prompts :], max_new_tokens=train.MAX_NEW_TOKENS,
         seed=SEED + seed, steps=sizes.steps, batch_size=sizes.batch,
     )  # fmt: skip
-    return {"model": scorer.state_dict(), "history": history.iterations}
+    return {"model": scorer.state_dict(), "history": history}
 
 
 def _train_reference(work: Path, sizes: Sizes, seed: int) -> Any:

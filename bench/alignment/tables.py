@@ -197,7 +197,7 @@ def control(result: Record) -> str:
          "KL = kl (2)"),
         ("On other bases than the scorer's", result["transfer"],
          "scorer = objective | base | method | setting | reward = reward (3) | KL = kl (2) | "
-         "gain = gain (+3) | of the gain at home = share (2)"),
+         "gain = gain (+3) | less the gain at home = more (+3)"),
         (f"Two objectives, weights of {' and '.join(PAIR)}, over trainings",
          sorted(result["two"], key=lambda p: (p["method"], p["weights"])),
          "method | weights | helpful = helpful 3 | humorous = humorous 3 | w r = weighted (3) | "
