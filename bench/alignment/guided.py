@@ -48,13 +48,15 @@ class Sizes(NamedTuple):
     length: tuple[float, ...] = (1.0, 2.0, 4.0)  # strengths of the length reward
     kept: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4)  # shares of it taken off the other reward
     train_prompts: int = 800  # with `train.GROUP` answers each, for all trainings but MAVIS
-    held_out: int = 80  # of them, for early stopping
-    steps: int = 400  # of a scorer at most
+    held_out: int = 60  # of them, for early stopping
+    steps: int = 250  # of a scorer at most
+    rate: float = 3e-3  # of a scorer, at its peak
     batch: int = 32  # answers in a step of a scorer
     policy_steps: int = 120
-    reference_steps: int = 1000  # of the other reference
+    reference_steps: int = 800  # of the other reference
     mavis_prompts: int = 200  # each with a tree of roll-outs
-    iterations: int = 4  # of MAVIS at most
+    iterations: int = 3  # of MAVIS at most
+    mavis_steps: int = 125  # of each iteration at most
     seeds: int = 3  # trainings of two objectives
     # Of helpful and humorous.
     weights: tuple[tuple[float, float], ...] = (
@@ -65,8 +67,8 @@ class Sizes(NamedTuple):
 TINY = Sizes(
     prompts=6, strengths=(2.0, 20.0), multiples=(1.0,), mod=(1.0,), ks=(2,), block_lengths=(32,),
     best_of=(2,), on_policy=(0.5,), length=(2.0,), kept=(0.2,), train_prompts=4, held_out=0,
-    steps=2, batch=4, policy_steps=1, reference_steps=1, mavis_prompts=4, iterations=1, seeds=2,
-    weights=((1.0, 0.0), (0.5, 0.5)),
+    steps=2, batch=4, policy_steps=1, reference_steps=1, mavis_prompts=4, iterations=1,
+    mavis_steps=1, seeds=2, weights=((1.0, 0.0), (0.5, 0.5)),
 )  # fmt: skip
 
 
@@ -85,7 +87,8 @@ class Point(NamedTuple):
 
 def points(sizes: Sizes) -> list[Point]:
     """All points to decode."""
-    out, block = [], (max(sizes.ks), sizes.block_lengths[len(sizes.block_lengths) // 2])
+    out, (k, *_) = [], sizes.ks[1:] or sizes.ks
+    block = k, sizes.block_lengths[len(sizes.block_lengths) // 2]
     strong = sizes.strengths[1::2]
     for name, other in (PANELS, PANELS[::-1]):
         own = (name,)
@@ -188,11 +191,11 @@ def _train_scorer(work: Path, sizes: Sizes, scorer_of: tuple[str, str, int]) -> 
     rollouts = Rollouts(*a.batch, torch.zeros(a.batch.ids.shape))
     rows = torch.arange(len(rewards))
     used, kept = rows.tensor_split([len(rows) - sizes.held_out * train.GROUP])
-    scorer = new_scorer(ref)
+    scorer, held_out = new_scorer(ref), (take(rollouts, kept), rewards[kept]) if len(kept) else None
     fitted = fit_scorer(
         scorer, take(rollouts, used), rewards[used], method=method, reference=ref,
         beta=BETA if method == "soft" else None, steps=sizes.steps, batch_size=sizes.batch,
-        held_out=(take(rollouts, kept), rewards[kept]) if len(kept) else None, seed=SEED + seed,
+        peak_lr=sizes.rate, held_out=held_out, seed=SEED + seed,
     )  # fmt: skip
     found = dict(fitted.correlations).get(fitted.best, [])
     return {"model": scorer.state_dict(), "steps": fitted.best, "correlations": found}
@@ -205,7 +208,7 @@ def _mavis(sizes: Sizes, objective: str, seed: int) -> dict[str, Any]:
         scorer, *reference(), prompts[: sizes.mavis_prompts], world.REWARDS[objective], beta=BETA,
         iterations=sizes.iterations, branches=2, block_length=16,
         held_out_prompts=prompts[sizes.mavis_prompts :], max_new_tokens=train.MAX_NEW_TOKENS,
-        seed=SEED + seed, steps=sizes.steps, batch_size=sizes.batch,
+        seed=SEED + seed, steps=sizes.mavis_steps, batch_size=sizes.batch, peak_lr=sizes.rate,
     )  # fmt: skip
     return {"model": scorer.state_dict(), "history": history}
 
