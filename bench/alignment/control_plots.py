@@ -12,135 +12,116 @@ import numpy as np
 from .guided import PAIR, PANELS
 
 Record = dict[str, Any]
+Line = tuple[str, list[Record], str, str]  # method, records, fields of x and y
+Panel = tuple[str, str, str, float | None, list[Line]]  # title, x, y, the largest x, lines
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
-#: Colour, marker and line by method.
-ONE = {
+#: Colour, marker and line by method, in the order of the legend.
+STYLES = {
     "MOD": (BLUE, "s-"), "soft values": (GREEN, "D-"), "CD-FUDGE": (ORANGE, "o-"),
-    "CD-Q": (PURPLE, "P--"), "FUDGE": (SKY, "X-."), "best of N by reward": (BLACK, "v:"),
-    "best of N by scorer": (VERMILLION, "^:"), "reference": (BLACK, "*"),
+    "CD-Q": (PURPLE, "P--"), "FUDGE": (SKY, "X-."), "soup": (VERMILLION, "^--"),
+    "retrained": (BLACK, "v:"), "CD": (ORANGE, "o-"), "CD at half strength": (SKY, "X-."),
+    "MAVIS": (PURPLE, "P--"), "blocks of 4": (GREEN, "D-"), "blocks of 8": (BLUE, "s-"),
+    "blocks of 16": (PURPLE, "P-"), "blocks of 32": (SKY, "X-"), "blocks of 64": (VERMILLION, "^-"),
+    "best of N by reward": (BLACK, "v:"), "best of N by scorer": (BLACK, "^--"),
+    "reference": (BLACK, "*"),
 }  # fmt: skip
-TWO = {
-    "MOD": (BLUE, "s-"), "soup": (VERMILLION, "^--"), "retrained": (BLACK, "v:"),
-    "soft values": (GREEN, "D-"), "CD": (ORANGE, "o-"), "CD at half strength": (SKY, "X-."),
-    "MAVIS": (PURPLE, "P--"),
-}  # fmt: skip
-BLOCKS = ((GREEN, "D-"), (BLUE, "s-"), (PURPLE, "P-"), (SKY, "X-"), (VERMILLION, "^-"))
+ONE = ("MOD", "soft values", "CD-FUDGE", "CD-Q", "FUDGE", "best of N by reward",
+       "best of N by scorer", "reference")  # fmt: skip
+TWO = ("MOD", "soup", "retrained", "soft values", "CD", "CD at half strength", "MAVIS")
 NEAR = 4.0  # nats: where the contest is
 KL = "KL to the reference, nats per answer"
 
 
-class Panel:
-    """Axes that collect lines, and name them at their right ends."""
-
-    def __init__(self, axes: Any, x: str, y: str, title: str, most: float | None = None) -> None:
-        self.axes, self.most = axes, most
-        self.ends: list[tuple[float, str, str]] = []
-        axes.set(xlabel=x, ylabel=y, title=title)
-        axes.grid(alpha=0.3)
-
-    def line(
-        self, name: str, style: tuple[str, str], records: Sequence[Record], x: str, y: str
-    ) -> None:
-        """Plot y against x, with y's interval where it has one."""
-        points = sorted((_value(r[x]), _value(r[y]), r[y]) for r in records)
-        if self.most is not None:  # up to the first point outside, where the line is cut
-            inside = sum(p[0] <= self.most for p in points)
-            points = points[: inside + 1]
-        if not points:
-            return
-        xs, ys = np.array([p[0] for p in points]), np.array([p[1] for p in points])
-        bars = np.abs(np.array([p[2] for p in points])[:, 1:].T - ys)
-        colour, form = style
-        self.axes.errorbar(xs, ys, bars, fmt=form, color=colour, label=name, markersize=5,
-                           linewidth=1.3, elinewidth=0.6)  # fmt: skip
-        end = np.interp(self.most, xs, ys) if self.most is not None else ys[-1]
-        self.ends.append((float(end), name, colour))
-
-    def finish(self) -> None:
-        """Set the limits and write the names, none upon another."""
-        if self.most is not None:
-            self.axes.set_xlim(-0.03 * self.most, self.most)
-        low, high = self.axes.get_ylim()
-        places = [(end - low) / (high - low) for end, *_ in sorted(self.ends)]
-        for i in range(1, len(places)):
-            places[i] = max(places[i], places[i - 1] + 0.062)
-        over = max(0.0, places[-1] - 1.0)
-        for place, (_, name, colour) in zip(places, sorted(self.ends), strict=True):
-            self.axes.text(1.02, place - over, name, color=colour, fontsize=8, va="center",
-                           transform=self.axes.transAxes)  # fmt: skip
+def _line(axes: Any, line: Line, most: float | None) -> tuple[float, str]:
+    """Plot one method with y's intervals, to the first point beyond `most`; returns the y of its
+    right end and its name."""
+    name, records, x, y = line
+    values = [(*(r[k][0] if isinstance(r[k], list) else r[k] for k in (x, y)), *r[y][1:])
+              for r in records]  # fmt: skip
+    xs, ys, *ends = np.array(sorted(values)).T
+    shown = slice(None if most is None else int((xs <= most).sum()) + 1)
+    xs, ys, bars = xs[shown], ys[shown], np.abs(np.array(ends) - ys)[:, shown]
+    colour, form = STYLES[name]
+    style = {"label": name, "markersize": 5, "linewidth": 1.3, "elinewidth": 0.6}
+    axes.errorbar(xs, ys, bars, fmt=form, color=colour, **style)
+    return float(ys[-1] if most is None else np.interp(most, xs, ys)), name
 
 
-def _value(x: Any) -> float:
-    return x[0] if isinstance(x, list) else x
-
-
-def _finish(figure: Any, panels: Sequence[Panel]) -> None:
+def _plot(figure: Any, panels: Sequence[Panel]) -> None:
+    """Plot panels, two in a row, and the legend of them all."""
+    rows = len(panels) // 2
+    figure.set_size_inches(11, 3.9 * rows + 0.9)
     marks: dict[str, Any] = {}
-    for panel in panels:
-        panel.finish()
-        handles, names = panel.axes.get_legend_handles_labels()
+    for axes, panel in zip(figure.subplots(rows, 2).flat, panels, strict=True):
+        title, x, y, most, lines = panel
+        ends = sorted(_line(axes, line, most) for line in lines if line[1])
+        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3)
+        if most is not None:
+            axes.set_xlim(-0.03 * most, most)
+        low, high = axes.get_ylim()
+        places = [(end - low) / (high - low) for end, _ in ends]
+        for i in range(1, len(places)):  # no name upon another
+            places[i] = max(places[i], places[i - 1] + 0.062)
+        for place, (_, name) in zip(places, ends, strict=True):
+            place -= max(0.0, places[-1] - 1.0)
+            axes.text(1.02, place, name, color=STYLES[name][0], fontsize=8, va="center",
+                      transform=axes.transAxes)  # fmt: skip
+        handles, names = axes.get_legend_handles_labels()
         marks |= dict(zip(names, handles, strict=True))
-    figure.legend(marks.values(), marks, loc="outside lower center", ncols=4, fontsize=8)
+    order = [name for name in STYLES if name in marks]
+    handles = [marks[name] for name in order]
+    figure.legend(handles, order, loc="outside lower center", ncols=4, fontsize=8)
+
+
+def _of(records: Sequence[Record], **wanted: Any) -> list[Record]:
+    return [r for r in records if wanted.items() <= r.items()]
 
 
 def against_kl(figure: Any, result: Record) -> None:
     """Plot reward against KL for each objective: where the contest is, and as far as it goes."""
-    figure.set_size_inches(11, 8.5)
-    panels = []
-    for row, objective in zip(figure.subplots(2, 2), PANELS, strict=True):
-        shown = [p for p in result["points"] if p["objective"] == objective]
-        for axes, most, title in zip(row, (NEAR, None), ("up to 4 nats", "all"), strict=True):
-            panels.append(Panel(axes, KL, f"{objective} reward", f"{objective}, {title}", most))
-            for name, style in ONE.items():
-                records = [p for p in shown if p["method"] == name]
-                panels[-1].line(name, style, records, "kl", "reward")
-    _finish(figure, panels)
+    panels: list[Panel] = []
+    for name in PANELS:
+        lines = [(by, _of(result["one"], objective=name, method=by), "kl", "reward") for by in ONE]
+        panels += [(f"{name}, up to {NEAR:g} nats", KL, f"{name} reward", NEAR, lines),
+                   (f"{name}, all strengths", KL, f"{name} reward", None, lines)]  # fmt: skip
+    _plot(figure, panels)
 
 
 def blocks(figure: Any, result: Record) -> None:
-    """Plot blockwise control for each objective: against best-of-N by the number of samples, and
+    """Plot blockwise control for each objective: against best-of-N by the number of draws, and
     against tokenwise control by KL."""
-    figure.set_size_inches(11, 8.5)
-    panels = []
-    for row, objective in zip(figure.subplots(2, 2), PANELS, strict=True):
-        one, found = (
-            [p for p in result[part] if p["objective"] == objective]
-            for part in ("points", "blocks")
-        )
-        by_draws, by_kl = (
-            Panel(row[0], "K of blocks, or N", f"{objective} reward", f"{objective}, by draws"),
-            Panel(row[1], KL, f"{objective} reward", f"{objective}, by KL", 2.5 * NEAR),
-        )
-        for style, length in zip(BLOCKS, result["sizes"]["block_lengths"], strict=False):
-            records = [p for p in found if p["block_length"] == length]
-            by_draws.line(f"blocks of {length}", style, records, "k", "reward")
-            by_kl.line(f"blocks of {length}", style, records, "kl", "reward")
-        for name in ("best of N by reward", "best of N by scorer"):
-            records = [p | {"n": int(p["setting"])} for p in one if p["method"] == name]
-            style = BLACK, ONE[name][1]
-            by_draws.line(name, style, records, "n", "reward")
-        by_kl.line("CD-FUDGE", ONE["CD-FUDGE"], [p for p in one if p["method"] == "CD-FUDGE"],
-                   "kl", "reward")  # fmt: skip
-        by_draws.axes.set_xscale("log", base=2)
-        panels += [by_draws, by_kl]
-    _finish(figure, panels)
+    panels: list[Panel] = []
+    for name in PANELS:
+        lines = {x: [(f"blocks of {n}", _of(result["blocks"], objective=name, block_length=n), x,
+                      "reward") for n in result["sizes"]["block_lengths"]]
+                 for x in ("log_k", "kl")}  # fmt: skip
+        for by in ("best of N by reward", "best of N by scorer", "CD-FUDGE"):
+            x = "kl" if by == "CD-FUDGE" else "log_k"
+            lines[x].append((by, _of(result["one"], objective=name, method=by), x, "reward"))
+        for _, records, x, _ in lines["log_k"]:
+            for r in records:
+                r[x] = float(np.log2(r.get("k") or float(r["setting"])))
+        panels += [
+            (f"{name}, by draws", "log2 of K, or of N", f"{name} reward", None, lines["log_k"]),
+            (f"{name}, by KL", KL, f"{name} reward", 2.5 * NEAR, lines["kl"]),
+        ]
+    _plot(figure, panels)
 
 
 def pareto(figure: Any, result: Record) -> None:
     """Plot the rewards of mixes of two objectives, and J against the first weight."""
-    figure.set_size_inches(11, 4.8)
     x, y = PAIR
-    left, right = figure.subplots(1, 2)
-    front = Panel(left, f"{x} reward", f"{y} reward", "two rewards, mean over trainings")
-    worth = Panel(right, f"weight of {x}", f"J = w r - KL / {result['beta']:g}", "J")
-    for name, style in TWO.items():
-        found = [p | {"at": p["weights"][0]} for p in result["two"] if p["method"] == name]
-        front.line(name, style, found, x, y)
-        worth.line(name, style, found, "at", "worth")
-    reference = [p for p in result["points"] if p["method"] == "reference"][:1]
-    front.line("reference", ONE["reference"], reference, x, y)
-    _finish(figure, [front, worth])
+    found = [r | {"at": r["weights"][0]} for r in result["two"]]
+    front: list[Line] = [(by, _of(found, method=by), x, y) for by in TWO]
+    front.append(("reference", _of(result["one"], method="reference")[:1], x, y))
+    worth: list[Line] = [(by, _of(found, method=by), "at", "worth") for by in TWO]
+    j = f"J = w r - KL / {result['beta']:g}"
+    _plot(figure, [
+        ("two rewards, means over trainings", f"{x} reward", f"{y} reward", None, front),
+        ("J, mean over trainings", f"weight of {x}", j, None, worth),
+    ])  # fmt: skip
 
 
 PICTURES: dict[str, Callable[[Any, Record], None]] = {

@@ -183,7 +183,7 @@ def control(result: Record) -> str:
         others = " | ".join(f"{k} = {k} 3" for k in world.OBJECTIVES if k != name)
         rewards = f"{name} = reward (3) | {j} | {less}"
         titles = "", ", blockwise by CD-FUDGE", ", on a DPO policy"
-        for title, part in zip(titles, ("points", "blocks", "policy"), strict=True):
+        for title, part in zip(titles, ("one", "blocks", "policy"), strict=True):
             way = "method | strength, weight w or N = setting"
             more = f" | tokens = length 1 | {others}"
             if part == "blocks":
@@ -208,7 +208,7 @@ def control(result: Record) -> str:
         ("Scorers: correlation with held-out rewards by quarter of the answer", result["scorers"],
          f"method | objective | seed | steps | {shares}"),
         ("MAVIS: its policies, iteration by iteration (0: the reference)", result["mavis"],
-         "objective | seed | iteration | reward = reward 3 | KL = kl 2 | J = value 3 | "
+         "objective | seed | iteration | reward = reward 3 | KL = kl 2 | J = objective 3 | "
          "standard error = error 3 | kept"),
         ("Policies", result["policies"],
          "weights | seed | first loss = first_loss 3 | last loss = loss 3 | "
