@@ -29,7 +29,6 @@ PAIR = ("helpful", "humorous")  # the two objectives decoded for at once
 BETA = REWARD_SCALE  # J = w r - KL / BETA; also of the trainings by soft values, MAVIS and DPO
 FUDGE_ABOVE = 0.5
 LENGTH = "length"  # the reward log(T / T_max) of Controlled Decoding's first experiment
-OTHER = "other reference"  # trained from another seed
 #: By method: how its scorers are trained; all other methods have those of CD-FUDGE.
 SCORERS = {"CD-Q": "cd_q", "soft values": "soft", "FUDGE": "fudge", "MAVIS": "mavis"}
 
@@ -53,10 +52,9 @@ class Sizes(NamedTuple):
     rate: float = 3e-3  # of a scorer, at its peak
     batch: int = 32  # answers in a step of a scorer
     policy_steps: int = 120
-    reference_steps: int = 800  # of the other reference
-    mavis_prompts: int = 200  # each with a tree of roll-outs
+    mavis_prompts: int = 150  # each with a tree of roll-outs
     iterations: int = 3  # of MAVIS at most
-    mavis_steps: int = 125  # of each iteration at most
+    mavis_steps: int = 100  # of each iteration at most
     seeds: int = 3  # trainings of two objectives
     # Of helpful and humorous.
     weights: tuple[tuple[float, float], ...] = (
@@ -67,7 +65,7 @@ class Sizes(NamedTuple):
 TINY = Sizes(
     prompts=6, strengths=(2.0, 20.0), multiples=(1.0,), mod=(1.0,), ks=(2,), block_lengths=(32,),
     best_of=(2,), on_policy=(0.5,), length=(2.0,), kept=(0.2,), train_prompts=4, held_out=0,
-    steps=2, batch=4, policy_steps=1, reference_steps=1, mavis_prompts=4, iterations=1,
+    steps=2, batch=4, policy_steps=1, mavis_prompts=4, iterations=1,
     mavis_steps=1, seeds=2, weights=((1.0, 0.0), (0.5, 0.5)),
 )  # fmt: skip
 
@@ -81,7 +79,7 @@ class Point(NamedTuple):
     strengths: tuple[float, ...] = ()  # of the scorers; without: no scorer
     weights: tuple[float, ...] = ()  # of the policies; without: no policy
     blocks: tuple[int, int] | None = None  # K and their length; None: tokenwise
-    base: str = "reference"  # what is steered: this, `OTHER`, or the policy tuned for an objective
+    base: str = "reference"  # what is steered: this, or the policy tuned for an objective
     seed: int = 0  # of the trainings
 
 
@@ -103,7 +101,7 @@ def points(sizes: Sizes) -> list[Point]:
             out += [Point("policy", own, "CD", (x,), (w,)) for x in sizes.strengths[:2]]
             for blocks in (block, (block[0], max(sizes.block_lengths))):
                 out.append(Point("policy", own, "CD, blockwise", (1.0,), (w,), blocks))
-        for base in ("reference", other, OTHER):
+        for base in ("reference", other):
             point = Point("transfer", own, "", base=base)
             out.append(point._replace(method="base"))
             out += [point._replace(method="CD", strengths=(x,)) for x in strong]
@@ -145,10 +143,6 @@ def policies_of(point: Point) -> list[Policy]:
         return [_tuned(point.objectives, point.weights, point.seed)]
     names = point.objectives[: len(point.weights)]
     return [_tuned((name,), (1.0,), point.seed) for name in names]
-
-
-def _base_policies(point: Point) -> list[Policy]:
-    return [_tuned((point.base,), (1.0,), 0)] if point.base in world.OBJECTIVES else []
 
 
 # --- what the jobs make ---------------------------------------------------------------------------
@@ -213,21 +207,6 @@ def _mavis(sizes: Sizes, objective: str, seed: int) -> dict[str, Any]:
     return {"model": scorer.state_dict(), "history": history}
 
 
-def _train_reference(work: Path, sizes: Sizes, seed: int) -> Any:
-    """The parameters of a reference trained from another seed, as the embedded one was."""
-    torch.manual_seed(seed)
-    model = train.build_model(reference()[1])
-    train.train_reference(model, reference()[1], sizes.reference_steps, seed)
-    return model.state_dict()
-
-
-@functools.cache
-def _other_reference(work: Path) -> Any:
-    model = train.build_model(reference()[1])
-    model.load_state_dict(load(work, "reference", 1))
-    return model.eval()
-
-
 def _blockwise(
     models: list[Any], weights: list[float], prompts: list[str], score_fn: Any, k: int, length: int
 ) -> dict[str, Array]:
@@ -253,9 +232,9 @@ def _blockwise(
 
 def _measure(work: Path, sizes: Sizes, point: Point) -> dict[str, Array]:
     """One answer to each prompt: rewards [N, 3], log-ratios to the base and lengths [N]."""
-    base = reference()[0] if point.base != OTHER else _other_reference(work)
-    for policy in _base_policies(point):
-        base = load_policy(work, policy)
+    base = reference()[0]
+    if point.base != "reference":
+        base = load_policy(work, _tuned((point.base,), (1.0,), 0))
     models, weights = [base, *(load_policy(work, p) for p in policies_of(point))], [*point.weights]
     if point.method == "soup":
         models[1:] = [recipes.soup(models, weights)]
@@ -283,11 +262,10 @@ def phases(sizes: Sizes) -> list[Phase]:
     """All jobs."""
     every = points(sizes)
     scorers = dict.fromkeys(x for point in every for x in scorers_of(point))
-    tuned = dict.fromkeys(x for p in every for x in (*policies_of(p), *_base_policies(p)))
+    tuned = dict.fromkeys(x for point in every for x in policies_of(point))
     return [
         Phase("answers", draw_answers, range(sizes.seeds)),
         Phase("trainings", policies.train_policy, [*tuned]),
-        Phase("reference", _train_reference, [1]),
         Phase("scorers", _train_scorer, [*scorers]),
         Phase("pool", _pool, [DECODE_SEED]),
         Phase("points", _measure, every),

@@ -20,7 +20,7 @@ from mod_fused import world
 
 
 def found(point: Point, reward: float, kl: float, length: float = 16.0) -> control.Found:
-    return control.Found(point, np.full((4, 3), reward), np.full(4, kl), np.full(4, length))
+    return control.answers(point, np.full((4, 3), reward), np.full(4, kl), np.full(4, length))
 
 
 def test_lead_at_equal_kl_is_that_over_the_joined_curve():
@@ -65,23 +65,35 @@ def test_the_n_of_the_same_reward_is_read_off_the_curve():
 def test_best_of_n_takes_the_best_by_the_column_that_is_named():
     rng = np.random.default_rng(3)
     drawn = np.concatenate([rng.random((5, 4, 5)), rng.integers(1, 64, (5, 4, 1))], -1)
-    pool = control.Pool(drawn, (2,))
     columns = {"by reward, humorous": 2, "by scorer, helpful": 4, "by reward, length": 5}
     for name, column in columns.items():
         by, objective = name.split(", ")
-        pairs = itertools.combinations(range(4), 2)
-        best = [drawn[:, list(p)][np.arange(5), drawn[:, list(p), column].argmax(1)] for p in pairs]
-        assert pool.best(by, objective, 2)[:, :6] == pytest.approx(np.mean(best, axis=0))
-    ((record, _),) = pool.records("by reward", "length")
-    assert record["kl"][0] == pytest.approx(best_of_kl(2), abs=1e-5)
-    logs = np.log(drawn[..., 5] / 64)
-    pairs = itertools.combinations(range(4), 2)
-    means = [np.maximum(logs[:, i], logs[:, j]).mean() for i, j in pairs]
-    assert record["reward"][0] == pytest.approx(np.mean(means), abs=1e-5)
-    # A reward that one draw has in the mean is that of N = 1, half of K = 2.
+        pairs = list(itertools.combinations(range(4), 2))
+        best = [drawn[:, p][np.arange(5), drawn[:, p, column].argmax(1)] for p in map(list, pairs)]
+        mean = np.mean(best, axis=0)
+        (got,) = control.best_of_n(drawn, by, objective, [2])
+        assert got.rewards == pytest.approx(mean[:, :3])
+        assert got.length == pytest.approx(mean[:, 5])
+        assert got.kl == pytest.approx(best_of_kl(2))
+        logs = np.mean([np.log(x[:, 5] / 64) for x in best], axis=0)
+        own = logs if objective == "length" else mean[:, world.OBJECTIVES.index(objective)]
+        assert got.own == pytest.approx(own)
+
+
+def test_blocks_are_compared_with_the_n_of_the_same_reward():
+    drawn = np.random.default_rng(4).random((5, 4, 6)) + 0.1
+    best = {
+        (by, "humorous"): control.best_of_n(drawn, by, "humorous", (1, 2, 4))
+        for by in ("by reward", "by scorer")
+    }
     blocks = Point("blocks", ("humorous",), "blockwise", (1.0,), blocks=(2, 8))
-    own = control.Found(blocks, drawn[..., :3].mean(1), np.zeros(5), np.ones(5))
-    assert pool.times(own)["by reward"] == pytest.approx([0.5, 0.5, 0.5], abs=1e-4)
+    reference = found(Point("one", ("humorous",), "reference"), 0.1, 0.0)
+    # One draw's reward, in the mean, is that of N = 1: half of K = 2.
+    own = control.answers(blocks, drawn[..., :3].mean(1), np.zeros(5), np.ones(5))
+    one = [reference._replace(own=np.zeros(5), kl=np.zeros(5))]
+    record = control.compared(own, one, best)
+    assert record["by reward"] == pytest.approx([0.5, 0.5, 0.5], abs=1e-4)
+    assert (record["k"], record["block_length"], record["setting"]) == (2, 8, "K 2, L 8")
 
 
 def test_a_point_is_compared_with_cd_fudge_of_its_own_objective_at_its_kl():
@@ -92,8 +104,8 @@ def test_a_point_is_compared_with_cd_fudge_of_its_own_objective_at_its_kl():
             ("humorous", "CD-FUDGE", 0.9, 1.0), ("helpful", "MOD", 0.5, 1.0),
         ]
     ]  # fmt: skip
-    assert [control.lead(p, one) for p in one[:2]] == [{}, {}]
-    assert control.lead(one[3], one)["lead"].value == pytest.approx(0.1)
+    assert ["lead" in control.compared(p, one, {}) for p in one[:2]] == [False, False]
+    assert control.compared(one[3], one, {})["lead"].value == pytest.approx(0.1)
     # The reward of length is log(T / 64), T = 16.
     length = control.estimates(found(Point("length", ("length",), "CD"), 0.5, 1.0))
     assert length["reward"].value == pytest.approx(np.log(0.25), abs=1e-5)
@@ -102,7 +114,8 @@ def test_a_point_is_compared_with_cd_fudge_of_its_own_objective_at_its_kl():
 
 def test_transfer_is_the_gain_over_the_base_less_the_gain_at_home():
     def point(base: str, method: str) -> Point:
-        return Point("transfer", ("helpful",), method, base=base)
+        strengths = (5.0,) if method == "CD" else ()
+        return Point("transfer", ("helpful",), method, strengths, base=base)
 
     rewards = {("reference", "base"): 0.2, ("reference", "CD"): 0.5, ("other", "base"): 0.3,
                ("other", "CD"): 0.4}  # fmt: skip
@@ -136,7 +149,7 @@ def test_every_job_has_its_own_file_and_what_a_point_needs_is_trained():
     assert len(phases["scorers"]) == 4 * 2 + 1 + 2 * 2 * 2 + 3 * 2
     assert len(phases["trainings"]) == 3 * 5
     methods = {p.method for p in phases["points"] if p.table == "two"}
-    mixes = {control._mix(p) for p in phases["points"] if p.table == "two"}
+    mixes = {control.mix(p) for p in phases["points"] if p.table == "two"}
     assert len(methods) == 7 and mixes == set(sizes.weights)
 
 
@@ -158,14 +171,14 @@ def test_a_quick_run_writes_every_point_table_and_picture(tmp_path):
     assert command.main("bench.alignment.control", guided, control.summary, words) == 0
     result = report.load(tmp_path / "control.json")
     assert set(result) == {
-        "sizes", "beta", "points", "blocks", "policy", "length", "transfer", "two", "over",
+        "sizes", "beta", "one", "blocks", "policy", "length", "transfer", "two", "over",
         "scorers", "mavis", "policies", "seconds_of_jobs", "machine", "command",
     }  # fmt: skip
-    assert {p["method"] for p in result["points"]} == {
+    assert {p["method"] for p in result["one"]} == {
         "reference", "CD-FUDGE", "CD-Q", "soft values", "FUDGE", "MOD",
         "best of N by reward", "best of N by scorer",
     }  # fmt: skip
-    for p in result["points"]:
+    for p in result["one"]:
         assert all(0.0 <= p[name][0] <= 1.0 for name in world.OBJECTIVES)
         if p["method"] == "reference":
             assert p["kl"][0] == pytest.approx(0.0, abs=1e-4)
