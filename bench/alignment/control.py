@@ -8,12 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mod_fused import world
-from mod_fused.training import embedded_policies as train
-
 from . import command, guided, policies
 from .decoding import DECODE_SEED, Array
-from .guided import BETA, LENGTH, PAIR, PANELS, Point, Sizes
+from .guided import BETA, COLUMNS, LENGTH, PAIR, PANELS, Point, Sizes
 from .loop import load
 from .statistics import best_of, best_of_kl, lead_at_kl, mean, over_seeds, same_reward_n
 
@@ -23,39 +20,33 @@ CHOSEN = [("by reward", name) for name in (*PANELS, LENGTH)] + [("by scorer", x)
 
 
 class Found(NamedTuple):
-    """The answers of one point, or of best-of-N: rewards [N, 3]; kl [N], log pi* - log pi_base in
-    nats or an estimate; length [N], tokens; own [N], the reward of the first objective."""
+    """The answers of one point, or of best-of-N: scores [N, 5] in the order of `guided.COLUMNS`;
+    kl [N], log pi* - log pi_base in nats or an estimate of it."""
 
     point: Point
-    rewards: Array
+    scores: Array
     kl: Array
-    length: Array
-    own: Array
 
-
-def answers(point: Point, rewards: Array, kl: Array, length: Array) -> Found:
-    """The answers of a point, with the reward of its first objective."""
-    own, name = np.log(length / train.MAX_NEW_TOKENS), point.objectives[0]
-    if name != LENGTH:
-        own = rewards[:, world.OBJECTIVES.index(name)]
-    return Found(point, rewards, kl, length, own)
+    @property
+    def own(self) -> Array:
+        """[N], the reward of the first objective."""
+        return self.scores[:, COLUMNS.index(self.point.objectives[0])]
 
 
 def best_of_n(pool: Array, by: str, objective: str, sizes: Sequence[int]) -> list[Found]:
     """Best-of-N for each N from the pool of `guided`, mean over all subsets; KL is the bound."""
-    pool = np.concatenate([pool, np.log(pool[..., -1:] / train.MAX_NEW_TOKENS)], -1)
-    own = [*world.OBJECTIVES, "", "", "", LENGTH].index(objective)
-    column, found = own if by == "by reward" else 3 + PANELS.index(objective), []
+    own = by == "by reward"
+    column = COLUMNS.index(objective) if own else len(COLUMNS) + PANELS.index(objective)
+    found = []
     for n in sizes:
-        x = best_of(pool, np.eye(pool.shape[-1])[column], n)
+        x = best_of(pool, np.eye(pool.shape[-1])[column], n)[:, : len(COLUMNS)]
         point = Point("one", (objective,), f"best of N {by}", (n,))
-        kl = np.full(len(x), best_of_kl(n))
-        found.append(Found(point, x[:, :3], kl, x[:, 5], x[:, own]))
+        found.append(Found(point, x, np.full(len(x), best_of_kl(n))))
     return found
 
 
 def estimates(found: Found) -> Record:
-    """A record of rewards, KL, length, and J = r - KL / beta for the first objective."""
+    """A record of all columns, KL, and J = r - KL / beta for the first objective."""
     point = found.point
     words = [", ".join(f"{x:g}" for x in point.strengths)]
     if point.weights:
@@ -64,9 +55,8 @@ def estimates(found: Found) -> Record:
         words = words[len(point.strengths) == 1 :] + ["K {}, L {}".format(*point.blocks)]
     record: Record = {"objective": point.objectives[0], "method": point.method, "base": point.base}
     record |= {"setting": "; ".join(filter(None, words)), "kl": mean(found.kl)}
-    record |= {name: mean(found.rewards[:, k]) for k, name in enumerate(world.OBJECTIVES)}
-    record |= {"length": mean(found.length), "reward": mean(found.own)}
-    return record | {"worth": mean(found.own - found.kl / BETA)}
+    record |= {name: mean(found.scores[:, k]) for k, name in enumerate(COLUMNS)}
+    return record | {"reward": mean(found.own), "worth": mean(found.own - found.kl / BETA)}
 
 
 def compared(p: Found, one: Sequence[Found], best: Mapping[Any, Sequence[Found]]) -> Record:
@@ -116,7 +106,7 @@ def two_objectives(found: Sequence[Found]) -> tuple[list[Record], list[Record]]:
     and for each method the mean J over mixes, and its lead over each other method's."""
     of: dict[tuple[str, tuple[float, ...]], list[Array]] = {}
     for p in found:
-        rewards = p.rewards[:, [world.OBJECTIVES.index(name) for name in PAIR]].mean(0)
+        rewards = p.scores[:, [COLUMNS.index(name) for name in PAIR]].mean(0)
         weighted, kl = rewards @ np.array(mix(p.point)), p.kl.mean()
         means = np.array([*rewards, weighted, kl, weighted - kl / BETA])
         of.setdefault((p.point.method, mix(p.point)), []).append(means)
@@ -162,7 +152,7 @@ def summary(work: Path, sizes: Sizes) -> Record:
     """All estimates that the tables show, from a complete work folder."""
     of: dict[str, list[Found]] = {}
     for point in guided.points(sizes):
-        of.setdefault(point.table, []).append(answers(point, **load(work, "points", point)))
+        of.setdefault(point.table, []).append(Found(point, **load(work, "points", point)))
     pool = load(work, "pool", DECODE_SEED)
     best = {key: best_of_n(pool, *key, (1, *sizes.best_of)) for key in CHOSEN}
     of["one"] += [p for key, found in best.items() if key[1] != LENGTH for p in found[1:]]

@@ -16,7 +16,7 @@ from mod_fused import Ensemble, guidance, recipes, world
 from mod_fused.decoding.sequences import Rollouts, take
 from mod_fused.training import embedded_policies as train
 from mod_fused.training.embedded_scorers import new_scorer
-from mod_fused.training.scorers import fit_scorer, rewards_of
+from mod_fused.training.scorers import fit_scorer
 
 from . import policies
 from .decoding import BATCH, DECODE_SEED, SEED, Array, batches, decode, reference, scores
@@ -29,6 +29,7 @@ PAIR = ("helpful", "humorous")  # the two objectives decoded for at once
 BETA = REWARD_SCALE  # J = w r - KL / BETA; also of the trainings by soft values, MAVIS and DPO
 FUDGE_ABOVE = 0.5
 LENGTH = "length"  # the reward log(T / T_max) of Controlled Decoding's first experiment
+COLUMNS = (*world.OBJECTIVES, LENGTH, "tokens")  # what is measured of an answer
 #: By method: how its scorers are trained; all other methods have those of CD-FUDGE.
 SCORERS = {"CD-Q": "cd_q", "soft values": "soft", "FUDGE": "fudge", "MAVIS": "mavis"}
 
@@ -145,7 +146,8 @@ def policies_of(point: Point) -> list[Policy]:
     return [_tuned((name,), (1.0,), point.seed) for name in names]
 
 
-# --- what the jobs make ---------------------------------------------------------------------------
+def _columns(rewards: Array, lengths: Array) -> Array:
+    return np.column_stack([rewards, np.log(lengths / train.MAX_NEW_TOKENS), lengths])
 
 
 @functools.lru_cache(maxsize=16)
@@ -156,16 +158,16 @@ def _scorer(work: Path, method: str, objective: str, seed: int) -> Any:
 
 
 def _pool(work: Path, sizes: Sizes, seed: int) -> Array:
-    """[N, K, 6] of the reference's answers: rewards, values by the scorers of PANELS, length."""
+    """[N, K, 7] of the reference's answers: `COLUMNS`, and values by the scorers of PANELS."""
     k = max(sizes.best_of)
     texts = [p for p in world.prompts(sizes.prompts, DECODE_SEED) for _ in range(k)]
     batch = train.sample(*reference(), texts, seed)
     parts = list(zip(batch.ids.split(BATCH), batch.attention_mask.split(BATCH), strict=True))
-    columns = [scores(texts, train.response_texts(reference()[1], batch))]
+    rewards = scores(texts, train.response_texts(reference()[1], batch))
+    columns = [_columns(rewards, batch.response_mask.sum(1).numpy())]
     for objective in PANELS:
         value = guidance.prefix_score([_scorer(work, "cd_fudge", objective, 0)])
         columns.append(torch.cat([value(*part) for part in parts]).numpy()[:, None])
-    columns.append(batch.response_mask.sum(1, keepdim=True).numpy())
     return np.concatenate(columns, 1).astype(float).reshape(sizes.prompts, k, -1)
 
 
@@ -176,10 +178,8 @@ def _train_scorer(work: Path, sizes: Sizes, scorer_of: tuple[str, str, int]) -> 
     if method == "mavis":
         return _mavis(sizes, objective, seed)
     ref, a = reference()[0], load_answers(work, seed)
-    if objective == LENGTH:
-        rewards = torch.log(a.batch.response_mask.sum(1) / train.MAX_NEW_TOKENS)
-    else:
-        rewards = rewards_of(world.REWARDS[objective], a.prompts, a.responses)
+    columns = _columns(scores(a.prompts, a.responses), a.batch.response_mask.sum(1).numpy())
+    rewards = torch.from_numpy(columns[:, COLUMNS.index(objective)]).float()
     if method == "fudge":
         rewards = (rewards > FUDGE_ABOVE).float()
     rollouts = Rollouts(*a.batch, torch.zeros(a.batch.ids.shape))
@@ -210,8 +210,8 @@ def _mavis(sizes: Sizes, objective: str, seed: int) -> dict[str, Any]:
 def _blockwise(
     models: list[Any], weights: list[float], prompts: list[str], score_fn: Any, k: int, length: int
 ) -> dict[str, Array]:
-    """Best of K blocks, as `decode`. KL is that of the models plus, for each block, the estimate of
-    `best_of_kl` from the block's probability."""
+    """Best of K blocks, as `_measure`. KL is that of the models plus, for each block, the estimate
+    of `best_of_kl` from the block's probability."""
     parts = []
     for part, seeds in batches(prompts, max(1, BATCH // k)):
         out = guidance.blockwise_best_of_k(
@@ -224,14 +224,13 @@ def _blockwise(
         kl = drawn.sum(1) - out.model_logprobs[..., 0].double().sum(1)
         blocks = F.pad(drawn, (0, -drawn.shape[1] % length)).view(len(drawn), -1, length)
         chosen = best_of_kl(k, blocks.sum(2).exp().numpy())  # 0 behind the end
-        rewards = scores(part, out.texts or ())
-        parts.append((rewards, kl.numpy() + chosen.sum(1), out.lengths.numpy()))
-    arrays = map(np.concatenate, zip(*parts, strict=True))
-    return dict(zip(("rewards", "kl", "length"), arrays, strict=True))
+        found = _columns(scores(part, out.texts or ()), out.lengths.numpy())
+        parts.append((found, kl.numpy() + chosen.sum(1)))
+    return dict(zip(("scores", "kl"), map(np.concatenate, zip(*parts, strict=True)), strict=True))
 
 
 def _measure(work: Path, sizes: Sizes, point: Point) -> dict[str, Array]:
-    """One answer to each prompt: rewards [N, 3], log-ratios to the base and lengths [N]."""
+    """One answer to each prompt: `COLUMNS` [N, 5], and log-ratios to the base [N]."""
     base = reference()[0]
     if point.base != "reference":
         base = load_policy(work, _tuned((point.base,), (1.0,), 0))
@@ -255,7 +254,7 @@ def _measure(work: Path, sizes: Sizes, point: Point) -> dict[str, Array]:
     found = decode(models, weights, prompts, **options)
     if not found["valid"].all():
         raise ValueError(f"{point} has invalid steps")
-    return {name: found[name][0] for name in ("rewards", "kl", "length")}
+    return {"scores": _columns(found["rewards"][0], found["length"][0]), "kl": found["kl"][0]}
 
 
 def phases(sizes: Sizes) -> list[Phase]:

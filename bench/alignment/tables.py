@@ -163,7 +163,7 @@ def alignment(result: Record) -> str:
         ("Means over the key weights", _over_key(t),
          "tuned with = tuned | method | mixed with = mixed_by | Z = normalizer | history | "
          "drawn | weighted reward = weighted 3 | KL = kl 2 | lost, % = lost 1% | "
-         "tokens = length 1 | ended, % = ended 1%"),
+         "tokens = tokens 1 | ended, % = ended 1%"),
         ("Where the truth is exact: mean share of J lost, total variation from the optimum",
          _tabular(t), " | ".join(["world", "mix", *tabular.DIVERGENCES])),
         ("Trainings", result["trainings"],
@@ -185,7 +185,7 @@ def control(result: Record) -> str:
         titles = "", ", blockwise by CD-FUDGE", ", on a DPO policy"
         for title, part in zip(titles, ("one", "blocks", "policy"), strict=True):
             way = "method | strength, weight w or N = setting"
-            more = f" | tokens = length 1 | {others}"
+            more = f" | tokens = tokens 1 | {others}"
             if part == "blocks":
                 way = "block length = block_length | K = k"
                 more = " | N / K by reward = by reward (1) | N / K by scorer = by scorer (1)"
@@ -193,7 +193,7 @@ def control(result: Record) -> str:
             sections.append((f"For {name}{title}", records, f"{way} | {rewards}{more}"))
     sections += [
         ("Length: the reward log(T / 64), alone and as a penalty", result["length"],
-         "for = objective | method | setting | its reward = reward (3) | tokens = length (1) | "
+         "for = objective | method | setting | its reward = reward (3) | tokens = tokens (1) | "
          "KL = kl (2)"),
         ("On other bases than the scorer's", result["transfer"],
          "scorer = objective | base | method | setting | reward = reward (3) | KL = kl (2) | "

@@ -20,7 +20,8 @@ from mod_fused import world
 
 
 def found(point: Point, reward: float, kl: float, length: float = 16.0) -> control.Found:
-    return control.answers(point, np.full((4, 3), reward), np.full(4, kl), np.full(4, length))
+    scores = guided._columns(np.full((4, 3), reward), np.full(4, length))
+    return control.Found(point, scores, np.full(4, kl))
 
 
 def test_lead_at_equal_kl_is_that_over_the_joined_curve():
@@ -64,24 +65,21 @@ def test_the_n_of_the_same_reward_is_read_off_the_curve():
 
 def test_best_of_n_takes_the_best_by_the_column_that_is_named():
     rng = np.random.default_rng(3)
-    drawn = np.concatenate([rng.random((5, 4, 5)), rng.integers(1, 64, (5, 4, 1))], -1)
-    columns = {"by reward, humorous": 2, "by scorer, helpful": 4, "by reward, length": 5}
+    drawn = rng.random((5, 4, 7))  # three rewards, log T, T, two values
+    columns = {"by reward, humorous": 2, "by scorer, helpful": 6, "by reward, length": 3}
     for name, column in columns.items():
         by, objective = name.split(", ")
         pairs = list(itertools.combinations(range(4), 2))
         best = [drawn[:, p][np.arange(5), drawn[:, p, column].argmax(1)] for p in map(list, pairs)]
         mean = np.mean(best, axis=0)
         (got,) = control.best_of_n(drawn, by, objective, [2])
-        assert got.rewards == pytest.approx(mean[:, :3])
-        assert got.length == pytest.approx(mean[:, 5])
+        assert got.scores == pytest.approx(mean[:, :5])
         assert got.kl == pytest.approx(best_of_kl(2))
-        logs = np.mean([np.log(x[:, 5] / 64) for x in best], axis=0)
-        own = logs if objective == "length" else mean[:, world.OBJECTIVES.index(objective)]
-        assert got.own == pytest.approx(own)
+        assert got.own == pytest.approx(mean[:, 0 if objective == "helpful" else column])
 
 
 def test_blocks_are_compared_with_the_n_of_the_same_reward():
-    drawn = np.random.default_rng(4).random((5, 4, 6)) + 0.1
+    drawn = np.random.default_rng(4).random((5, 4, 7)) + 0.1
     best = {
         (by, "humorous"): control.best_of_n(drawn, by, "humorous", (1, 2, 4))
         for by in ("by reward", "by scorer")
@@ -89,8 +87,8 @@ def test_blocks_are_compared_with_the_n_of_the_same_reward():
     blocks = Point("blocks", ("humorous",), "blockwise", (1.0,), blocks=(2, 8))
     reference = found(Point("one", ("humorous",), "reference"), 0.1, 0.0)
     # One draw's reward, in the mean, is that of N = 1: half of K = 2.
-    own = control.answers(blocks, drawn[..., :3].mean(1), np.zeros(5), np.ones(5))
-    one = [reference._replace(own=np.zeros(5), kl=np.zeros(5))]
+    own = control.Found(blocks, drawn[..., :5].mean(1), np.zeros(5))
+    one = [reference._replace(scores=np.zeros((5, 5)), kl=np.zeros(5))]
     record = control.compared(own, one, best)
     assert record["by reward"] == pytest.approx([0.5, 0.5, 0.5], abs=1e-4)
     assert (record["k"], record["block_length"], record["setting"]) == (2, 8, "K 2, L 8")
@@ -159,7 +157,7 @@ def test_blocks_of_one_draw_are_the_decoder_and_a_scorer_on_a_base_starts_from_i
     score = guided.guidance.prefix_score([ref])
     one = guided._blockwise([None, ref], [1.0], prompts, score, 1, 8)
     plain = guided.decode([None, ref], [1.0], prompts)
-    assert np.array_equal(one["rewards"], plain["rewards"][0])
+    assert np.array_equal(one["scores"][:, :3], plain["rewards"][0].astype(float))
     assert np.abs(one["kl"]).max() <= 1e-4
     four = guided._blockwise([None, ref], [1.0], prompts, score, 4, 64)
     # Whole answers are rare: each costs the bound.
