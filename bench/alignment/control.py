@@ -78,20 +78,23 @@ def compared(p: Found, one: Sequence[Found], best: Mapping[Any, Sequence[Found]]
     return record
 
 
-def transferred(found: Sequence[Found]) -> list[Record]:
-    """Records of a scorer on bases that it was not trained on: the gain over the base, and how much
-    more that is than the gain of the same control on the scorer's own reference."""
-    at = {(p.point.objectives, p.point.base, p.point.strengths, p.point.blocks): p for p in found}
+def transferred(found: Sequence[Found], home: Sequence[Found]) -> list[Record]:
+    """Records of scorers on bases that they were not trained on: the gain over the base, and how
+    much more that is than the gain `home`, on the reference, of the same control."""
+    every = [p for p in home if p.point.method in ("reference", CURVE, "blockwise")] + [*found]
+    own = {
+        (p.point.objectives, p.point.base, p.point.strengths, p.point.blocks): p.own for p in every
+    }
     records = []
-    for (objectives, base, *how), p in at.items():
-        gain, home = (
-            at[(objectives, on, *how)].own - at[objectives, on, (), None].own
-            for on in (base, "reference")
-        )
-        record = estimates(p) | ({"gain": mean(gain)} if p.point.strengths else {})
-        if p.point.strengths and base != "reference":
-            record["more"] = mean(gain - home)
-        records.append(record)
+    for p in found:
+        records.append(estimates(p))
+        if how := p.point.strengths:
+            gains = [
+                own[p.point.objectives, base, how, p.point.blocks]
+                - own[p.point.objectives, base, (), None]
+                for base in (p.point.base, "reference")
+            ]
+            records[-1] |= {"gain": mean(gains[0]), "more": mean(gains[0] - gains[1])}
     return records
 
 
@@ -164,7 +167,7 @@ def summary(work: Path, sizes: Sizes) -> Record:
         "beta": BETA,
         **parts,
         "length": [estimates(p) for p in of["length"]],
-        "transfer": transferred(of["transfer"]),
+        "transfer": transferred(of["transfer"], of["one"] + of["blocks"]),
         "two": rows,
         "over": over,
     } | trainings(work, sizes)

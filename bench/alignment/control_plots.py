@@ -26,9 +26,6 @@ STYLES = {
     "best of N by reward": (BLACK, "v:"), "best of N by scorer": (BLACK, "^--"),
     "reference": (BLACK, "*"),
 }  # fmt: skip
-ONE = ("MOD", "soft values", "CD-FUDGE", "CD-Q", "FUDGE", "best of N by reward",
-       "best of N by scorer", "reference")  # fmt: skip
-TWO = ("MOD", "soup", "retrained", "soft values", "CD", "CD at half strength", "MAVIS")
 NEAR = 4.0  # nats: where the contest is
 KL = "KL to the reference, nats per answer"
 
@@ -83,7 +80,8 @@ def against_kl(figure: Any, result: Record) -> None:
     """Plot reward against KL for each objective: where the contest is, and as far as it goes."""
     panels: list[Panel] = []
     for name in PANELS:
-        lines = [(by, _of(result["one"], objective=name, method=by), "kl", "reward") for by in ONE]
+        own = _of(result["one"], objective=name)
+        lines = [(by, _of(own, method=by), "kl", "reward") for by in STYLES]
         panels += [(f"{name}, up to {NEAR:g} nats", KL, f"{name} reward", NEAR, lines),
                    (f"{name}, all strengths", KL, f"{name} reward", None, lines)]  # fmt: skip
     _plot(figure, panels)
@@ -94,19 +92,15 @@ def blocks(figure: Any, result: Record) -> None:
     against tokenwise control by KL."""
     panels: list[Panel] = []
     for name in PANELS:
-        lines = {x: [(f"blocks of {n}", _of(result["blocks"], objective=name, block_length=n), x,
-                      "reward") for n in result["sizes"]["block_lengths"]]
-                 for x in ("log_k", "kl")}  # fmt: skip
-        for by in ("best of N by reward", "best of N by scorer", "CD-FUDGE"):
-            x = "kl" if by == "CD-FUDGE" else "log_k"
-            lines[x].append((by, _of(result["one"], objective=name, method=by), x, "reward"))
-        for _, records, x, _ in lines["log_k"]:
-            for r in records:
-                r[x] = float(np.log2(r.get("k") or float(r["setting"])))
-        panels += [
-            (f"{name}, by draws", "log2 of K, or of N", f"{name} reward", None, lines["log_k"]),
-            (f"{name}, by KL", KL, f"{name} reward", 2.5 * NEAR, lines["kl"]),
-        ]
+        records = [r | {"method": f"blocks of {r['block_length']}", "setting": r["k"]}
+                   for r in _of(result["blocks"], objective=name)]  # fmt: skip
+        drawn = [r for r in _of(result["one"], objective=name) if r["method"].startswith("best")]
+        drawn = [r | {"draws": np.log2(float(r["setting"]))} for r in records + drawn]
+        by_draws = [(by, _of(drawn, method=by), "draws", "reward") for by in STYLES]
+        records += _of(result["one"], objective=name, method="CD-FUDGE")
+        by_kl = [(by, _of(records, method=by), "kl", "reward") for by in STYLES]
+        panels += [(f"{name}, by draws", "log2 of K, or of N", f"{name} reward", None, by_draws),
+                   (f"{name}, by KL", KL, f"{name} reward", 2.5 * NEAR, by_kl)]  # fmt: skip
     _plot(figure, panels)
 
 
@@ -114,9 +108,9 @@ def pareto(figure: Any, result: Record) -> None:
     """Plot the rewards of mixes of two objectives, and J against the first weight."""
     x, y = PAIR
     found = [r | {"at": r["weights"][0]} for r in result["two"]]
-    front: list[Line] = [(by, _of(found, method=by), x, y) for by in TWO]
+    front: list[Line] = [(by, _of(found, method=by), x, y) for by in STYLES]
     front.append(("reference", _of(result["one"], method="reference")[:1], x, y))
-    worth: list[Line] = [(by, _of(found, method=by), "at", "worth") for by in TWO]
+    worth: list[Line] = [(by, _of(found, method=by), "at", "worth") for by in STYLES]
     j = f"J = w r - KL / {result['beta']:g}"
     _plot(figure, [
         ("two rewards, means over trainings", f"{x} reward", f"{y} reward", None, front),

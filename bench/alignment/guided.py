@@ -102,11 +102,9 @@ def points(sizes: Sizes) -> list[Point]:
             out += [Point("policy", own, "CD", (x,), (w,)) for x in sizes.strengths[:2]]
             for blocks in (block, (block[0], max(sizes.block_lengths))):
                 out.append(Point("policy", own, "CD, blockwise", (1.0,), (w,), blocks))
-        for base in ("reference", other):
-            point = Point("transfer", own, "", base=base)
-            out.append(point._replace(method="base"))
-            out += [point._replace(method="CD", strengths=(x,)) for x in strong]
-            out.append(point._replace(method="CD, blockwise", strengths=(1.0,), blocks=block))
+        moved = Point("transfer", own, "base", base=other)
+        out += [moved] + [moved._replace(method="CD", strengths=(x,)) for x in strong]
+        out.append(moved._replace(method="CD, blockwise", strengths=(1.0,), blocks=block))
     out.append(Point("length", (LENGTH,), "reference"))
     out += [Point("length", (LENGTH,), "CD", (x,)) for x in sizes.length]
     out += [Point("length", (LENGTH,), "CD, blockwise", (1.0,), blocks=(k, block[1]))

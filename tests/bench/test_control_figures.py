@@ -111,15 +111,16 @@ def test_a_point_is_compared_with_cd_fudge_of_its_own_objective_at_its_kl():
 
 
 def test_transfer_is_the_gain_over_the_base_less_the_gain_at_home():
-    def point(base: str, method: str) -> Point:
-        strengths = (5.0,) if method == "CD" else ()
-        return Point("transfer", ("helpful",), method, strengths, base=base)
+    def point(method: str, reward: float, base: str = "reference") -> control.Found:
+        strengths = () if method in ("reference", "base") else (5.0,)
+        return found(Point("transfer", ("helpful",), method, strengths, base=base), reward, 1.0)
 
-    rewards = {("reference", "base"): 0.2, ("reference", "CD"): 0.5, ("other", "base"): 0.3,
-               ("other", "CD"): 0.4}  # fmt: skip
-    records = control.transferred([found(point(*at), r, 1.0) for at, r in rewards.items()])
-    assert [r["gain"].value for r in records if "gain" in r] == pytest.approx([0.3, 0.1])
-    assert [r["more"].value for r in records if "more" in r] == pytest.approx([-0.2])
+    home = [point("reference", 0.2), point("CD-FUDGE", 0.5), point("CD-Q", 0.9)]
+    moved = [point("base", 0.3, "humorous"), point("CD", 0.4, "humorous")]
+    base, steered = control.transferred(moved, home)
+    assert "gain" not in base and base["base"] == "humorous"
+    assert steered["gain"].value == pytest.approx(0.1)
+    assert steered["more"].value == pytest.approx(0.1 - 0.3)
 
 
 def test_two_objectives_have_intervals_over_trainings_and_paired_differences():
