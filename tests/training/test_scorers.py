@@ -284,6 +284,9 @@ def test_the_same_seed_gives_the_same_scorer_in_spite_of_dropout(rollouts: Any) 
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"patience": 0}, "patience must be at least 1, got 0"),
         ({"method": "soft"}, "got None for soft"),
+        ({"method": "soft", "beta": -1.0}, "beta must be positive and finite, got -1"),
+        ({"method": "mavis", "beta": 0.0}, "beta must be positive, got 0"),
+        ({"td_lambda": 1.5}, r"td_lambda must be in \[0, 1\], got 1.5"),
         ({"method": "ppo"}, "cd_fudge, cd_q, fudge, soft, mavis, got 'ppo'"),
         ({"method": "cd_q"}, "cd_q needs a reference and a dense scorer"),
         ({"method": "mavis"}, "beta is for soft and mavis, which need it; got None for mavis"),
@@ -294,8 +297,10 @@ def test_the_same_seed_gives_the_same_scorer_in_spite_of_dropout(rollouts: Any) 
 )
 def test_bad_arguments_are_refused(rollouts: Any, options: dict[str, Any], message: str) -> None:
     arguments = {"rewards": torch.zeros(6), **options}
+    scorer = tiny.llama(1)
     with pytest.raises(ValueError, match=message):
-        trainer.fit_scorer(tiny.llama(1), rollouts[0], **arguments)
+        trainer.fit_scorer(scorer, rollouts[0], **arguments)
+    assert not scorer.training
     scalar = tiny.llama_value(1)
     with pytest.raises(ValueError, match="dense scorer"):
         trainer.fit_scorer(
