@@ -84,6 +84,15 @@ def test_a_tree_of_rollouts_branches_after_each_block() -> None:
     assert (going_on[:, 0, 0, 6] != going_on[:, 0, 1, 6]).any()
 
 
+def test_blocks_do_not_go_with_a_history_that_they_would_lose() -> None:
+    models = trainer.alone(tiny.llama(0), tiny.tokenizer())
+    with pytest.raises(ValueError, match="blocks do not go with sequence_history"):
+        trainer.roll_out(
+            models, PROMPTS, weights=[1.0], max_new_tokens=4, branches=2, block_length=2,
+            sequence_history=True,
+        )  # fmt: skip
+
+
 def test_every_branch_of_a_tree_is_drawn_from_the_policy() -> None:
     """The share of each word as the fourth token in the second branch against that of separate
     responses: chi-squared, wrong once in 10,000 seeds. And what the two branches do is independent:
@@ -247,6 +256,18 @@ def test_early_stopping_keeps_what_predicts_held_out_rewards_best() -> None:
         pair = torch.stack([values[last], rewards[:, None].expand_as(values)[last]])
         best = fit.correlations[steps.index(fit.best)][1]
         assert best[3] == pytest.approx(float(torch.corrcoef(pair)[0, 1]), abs=1e-5)
+
+
+def test_soft_labels_count_from_the_largest_reward(rollouts: Any) -> None:
+    rewards = torch.tensor([0.0, 1.0, 0.25, 1.0, 0.5, 0.0])
+    options: dict[str, Any] = {"method": "soft", "beta": 2.0, "steps": 2, "batch_size": 6}
+    losses_of = [
+        trainer.fit_scorer(tiny.llama(3), rollouts[0], rewards + shift, **options).losses
+        for shift in (0.0, 4.0)
+    ]
+    assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-5)
+    task = trainer.Task("soft", None, 2.0, highest=1.0)
+    assert losses_of[0][0] == pytest.approx(task.loss(tiny.llama(3), rollouts[0], rewards).item())
 
 
 def test_rewards_that_cannot_be_predicted_leave_no_scorer(rollouts: Any) -> None:
