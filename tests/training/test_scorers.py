@@ -429,10 +429,14 @@ def test_control_raises_its_reward_on_the_reference_and_on_another_model(
 
 
 def test_shipped_evaluation_says_what_control_does() -> None:
-    results = json.loads((world.SCORERS / "evaluation.json").read_text())["scorers"]
+    evaluation = json.loads((world.SCORERS / "evaluation.json").read_text())
+    results, settings = evaluation["scorers"], evaluation["settings"]
     assert set(results) == set(world.OBJECTIVES)
     for objective, result in results.items():
         assert result["correlation"] > 0.6
+        assert 0 < result["steps"] <= settings["most_steps"]
+        quarters = result["correlation_by_quarter"]
+        assert 0.4 < quarters[0] and quarters == sorted(quarters)
         control = result["control"]
         means = [row[objective]["mean"] for row in control.values()]
         assert means == sorted(means) and means[2] > means[0] + 0.15
