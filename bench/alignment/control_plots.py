@@ -4,6 +4,7 @@ apart."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,32 +77,25 @@ def _of(records: Sequence[Record], **wanted: Any) -> list[Record]:
     return [r for r in records if wanted.items() <= r.items()]
 
 
-def against_kl(figure: Any, result: Record) -> None:
-    """Plot reward against KL for each objective: where the contest is, and as far as it goes."""
-    panels: list[Panel] = []
-    for name in PANELS:
-        own = _of(result["one"], objective=name)
-        lines = [(by, _of(own, method=by), "kl", "reward") for by in STYLES]
-        panels += [(f"{name}, up to {NEAR:g} nats", KL, f"{name} reward", NEAR, lines),
-                   (f"{name}, all strengths", KL, f"{name} reward", None, lines)]  # fmt: skip
-    _plot(figure, panels)
-
-
-def blocks(figure: Any, result: Record) -> None:
-    """Plot blockwise control for each objective: against best-of-N by the number of draws, and
-    against tokenwise control by KL."""
-    panels: list[Panel] = []
-    for name in PANELS:
-        records = [r | {"method": f"blocks of {r['block_length']}", "setting": r["k"]}
-                   for r in _of(result["blocks"], objective=name)]  # fmt: skip
-        drawn = [r for r in _of(result["one"], objective=name) if r["method"].startswith("best")]
-        drawn = [r | {"draws": np.log2(float(r["setting"]))} for r in records + drawn]
-        by_draws = [(by, _of(drawn, method=by), "draws", "reward") for by in STYLES]
-        records += _of(result["one"], objective=name, method="CD-FUDGE")
-        by_kl = [(by, _of(records, method=by), "kl", "reward") for by in STYLES]
-        panels += [(f"{name}, by draws", "log2 of K, or of N", f"{name} reward", None, by_draws),
-                   (f"{name}, by KL", KL, f"{name} reward", 2.5 * NEAR, by_kl)]  # fmt: skip
-    _plot(figure, panels)
+def one_objective(figure: Any, result: Record, name: str) -> None:
+    """Plot reward against KL, where the contest is and as far as it goes; and blocks against
+    best-of-N by the number of draws, and against tokenwise control by KL."""
+    one = _of(result["one"], objective=name)
+    blocks = [r | {"method": f"blocks of {r['block_length']}", "setting": r["k"]}
+              for r in _of(result["blocks"], objective=name)]  # fmt: skip
+    drawn = [r for r in one if r["method"].startswith("best")] + blocks
+    drawn = [r | {"draws": np.log2(float(r["setting"]))} for r in drawn]
+    shown = (
+        (f"{name}, up to {NEAR:g} nats", KL, NEAR, one, "kl"),
+        (f"{name}, all strengths", KL, None, one, "kl"),
+        (f"{name}, blocks by draws", "log2 of K, or of N", None, drawn, "draws"),
+        (f"{name}, blocks by KL", KL, 10.0, blocks + _of(one, method="CD-FUDGE"), "kl"),
+    )
+    _plot(figure, [
+        (title, x, f"{name} reward", most,
+         [(by, _of(records, method=by), field, "reward") for by in STYLES])
+        for title, x, most, records, field in shown
+    ])  # fmt: skip
 
 
 def pareto(figure: Any, result: Record) -> None:
@@ -119,7 +113,5 @@ def pareto(figure: Any, result: Record) -> None:
 
 
 PICTURES: dict[str, Callable[[Any, Record], None]] = {
-    "control_kl": against_kl,
-    "control_blocks": blocks,
-    "control_pareto": pareto,
-}
+    f"control_{name}": functools.partial(one_objective, name=name) for name in PANELS
+} | {"control_pareto": pareto}

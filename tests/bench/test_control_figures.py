@@ -190,5 +190,7 @@ def test_a_quick_run_writes_every_point_table_and_picture(tmp_path):
     text = (tmp_path / "control.md").read_text()
     assert text.count("\n## ") == 13
     assert str(tmp_path) not in text + (tmp_path / "control.json").read_text()
-    sizes = [(tmp_path / f"control_{x}.png").stat().st_size for x in ("kl", "pareto", "blocks")]
+    sizes = [
+        (tmp_path / f"control_{x}.png").stat().st_size for x in ("humorous", "helpful", "pareto")
+    ]
     assert all(4_000 < size < 60_000 for size in sizes)
