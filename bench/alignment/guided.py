@@ -50,12 +50,13 @@ class Sizes(NamedTuple):
     train_prompts: int = 800  # with `train.GROUP` answers each, for all trainings but MAVIS
     held_out: int = 60  # of them, for early stopping
     steps: int = 250  # of a scorer at most
+    slow_steps: int = 600  # of soft values and FUDGE, whose labels teach less
     rate: float = 3e-3  # of a scorer, at its peak
     batch: int = 32  # answers in a step of a scorer
     policy_steps: int = 120
-    mavis_prompts: int = 150  # each with a tree of roll-outs
-    iterations: int = 3  # of MAVIS at most
-    mavis_steps: int = 100  # of each iteration at most
+    mavis_prompts: int = 300  # each with a tree of roll-outs
+    iterations: int = 4  # of MAVIS at most
+    mavis_steps: int = 150  # of each iteration at most
     seeds: int = 3  # trainings of two objectives
     # Of helpful and humorous.
     weights: tuple[tuple[float, float], ...] = (
@@ -66,7 +67,7 @@ class Sizes(NamedTuple):
 TINY = Sizes(
     prompts=6, strengths=(2.0, 20.0), multiples=(1.0,), mod=(1.0,), ks=(2,), block_lengths=(32,),
     best_of=(2,), on_policy=(0.5,), length=(2.0,), kept=(0.2,), train_prompts=4, held_out=0,
-    steps=2, batch=4, policy_steps=1, mavis_prompts=4, iterations=1,
+    steps=2, slow_steps=2, batch=4, policy_steps=1, mavis_prompts=4, iterations=1,
     mavis_steps=1, seeds=2, weights=((1.0, 0.0), (0.5, 0.5)),
 )  # fmt: skip
 
@@ -186,8 +187,9 @@ def _train_scorer(work: Path, sizes: Sizes, scorer_of: tuple[str, str, int]) -> 
     scorer, held_out = new_scorer(ref), (take(rollouts, kept), rewards[kept]) if len(kept) else None
     fitted = fit_scorer(
         scorer, take(rollouts, used), rewards[used], method=method, reference=ref,
-        beta=BETA if method == "soft" else None, steps=sizes.steps, batch_size=sizes.batch,
-        peak_lr=sizes.rate, held_out=held_out, seed=SEED + seed,
+        beta=BETA if method == "soft" else None, batch_size=sizes.batch, peak_lr=sizes.rate,
+        steps=sizes.slow_steps if method in ("soft", "fudge") else sizes.steps,
+        held_out=held_out, seed=SEED + seed,
     )  # fmt: skip
     found = dict(fitted.correlations).get(fitted.best, [])
     return {"model": scorer.state_dict(), "steps": fitted.best, "correlations": found}
