@@ -48,7 +48,7 @@ def best_of_n(pool: Array, by: str, objective: str, sizes: Sequence[int]) -> lis
 def estimates(found: Found) -> Record:
     """A record of all columns, KL, and J = r - KL / beta for the first objective."""
     point = found.point
-    words = [", ".join(f"{x:g}" for x in point.strengths)]
+    words = [", ".join(f"{x + 0.0:g}" for x in point.strengths)]  # no minus before 0
     if point.weights:
         words.append("w " + ", ".join(f"{w:g}" for w in point.weights))
     if point.blocks:  # one scorer alone has no strength: it ranks
@@ -142,8 +142,8 @@ def trainings(work: Path, sizes: Sizes) -> Record:
             continue
         iterations, best, _ = made["history"]
         for i, it in enumerate(iterations):
-            kept = {"iteration": i, "kept": "kept" * (i == best)}
-            out["mavis"].append(record | kept | it._asdict())
+            more = {"iteration": i, "kept": "kept" * (i == best), "value": it.objective}
+            out["mavis"].append(it._asdict() | record | more)
     for policy in jobs["trainings"]:
         least = policies.least_loss(policies.load_answers(work, policy.seed), policy.weights)
         made = load(work, "trainings", policy)["record"]

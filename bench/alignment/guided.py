@@ -31,7 +31,8 @@ FUDGE_ABOVE = 0.5
 LENGTH = "length"  # the reward log(T / T_max) of Controlled Decoding's first experiment
 COLUMNS = (*world.OBJECTIVES, LENGTH, "tokens")  # what is measured of an answer
 #: By method: how its scorers are trained; all other methods have those of CD-FUDGE.
-SCORERS = {"CD-Q": "cd_q", "soft values": "soft", "FUDGE": "fudge", "MAVIS": "mavis"}
+SCORERS = {"CD-Q": "cd_q", "soft values": "soft", "FUDGE": "fudge"}
+SCORERS |= {"MAVIS": "mavis", "MAVIS at half strength": "mavis"}
 
 
 class Sizes(NamedTuple):
@@ -117,9 +118,10 @@ def points(sizes: Sizes) -> list[Point]:
     for seed, w in product(range(sizes.seeds), sizes.weights):
         tilt = tuple(BETA * x for x in w)
         half = tuple(x / 2 for x in tilt)
-        for by, strengths in (("MAVIS", tilt), ("CD", tilt), ("CD at half strength", half),
-                              ("soft values", w)):  # fmt: skip
-            out.append(Point("two", PAIR, by, strengths, seed=seed))
+        for by in ("MAVIS", "CD"):
+            out.append(Point("two", PAIR, by, tilt, seed=seed))
+            out.append(Point("two", PAIR, f"{by} at half strength", half, seed=seed))
+        out.append(Point("two", PAIR, "soft values", w, seed=seed))
         for by in ("MOD", "soup", "retrained"):
             out.append(Point("two", PAIR, by, weights=w, seed=seed))
     return list(dict.fromkeys(out))

@@ -91,7 +91,7 @@ def best_of(rewards: Array, weights: Array, n: int) -> Array:
     """
     size = rewards.shape[1]
     order = np.argsort(rewards @ weights, axis=1, kind="stable")
-    share = np.array([comb(k, n - 1) for k in range(size)]) / comb(size, n)
+    share = np.array([comb(k, n - 1) / comb(size, n) for k in range(size)])
     return np.einsum("k,nkm->nm", share, np.take_along_axis(rewards, order[..., None], axis=1))
 
 

@@ -208,7 +208,7 @@ def control(result: Record) -> str:
         ("Scorers: correlation with held-out rewards by quarter of the answer", result["scorers"],
          f"method | objective | seed | steps | {shares}"),
         ("MAVIS: its policies, iteration by iteration (0: the reference)", result["mavis"],
-         "objective | seed | iteration | reward = reward 3 | KL = kl 2 | J = objective 3 | "
+         "objective | seed | iteration | reward = reward 3 | KL = kl 2 | J = value 3 | "
          "standard error = error 3 | kept"),
         ("Policies", result["policies"],
          "weights | seed | first loss = first_loss 3 | last loss = loss 3 | "

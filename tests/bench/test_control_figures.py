@@ -149,7 +149,7 @@ def test_every_job_has_its_own_file_and_what_a_point_needs_is_trained():
     assert len(phases["trainings"]) == 3 * 5
     methods = {p.method for p in phases["points"] if p.table == "two"}
     mixes = {control.mix(p) for p in phases["points"] if p.table == "two"}
-    assert len(methods) == 7 and mixes == set(sizes.weights)
+    assert len(methods) == 8 and mixes == set(sizes.weights)
 
 
 def test_blocks_of_one_draw_are_the_decoder_and_a_scorer_on_a_base_starts_from_it():
