@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,6 +130,22 @@ def two_objectives(found: Sequence[Found]) -> tuple[list[Record], list[Record]]:
     return rows, over
 
 
+def without_trainings(pool: Array, sizes: Sizes) -> list[Record]:
+    """The same means for the reference and best-of-N by w.r, with their intervals over prompts."""
+    rows: list[Record] = []
+    for n, weights in product([n for n in (1, 4, 16) if n <= pool.shape[1]], sizes.weights):
+        columns = [COLUMNS.index(name) for name in PAIR]
+        w = np.zeros(pool.shape[-1])
+        w[columns] = weights
+        x, kl = best_of(pool, w, n), np.full(len(pool), best_of_kl(n))
+        row = {"method": f"best of {n} by reward" if n > 1 else "reference", "weights": weights}
+        row |= {name: mean(x[:, k]) for name, k in zip(PAIR, columns, strict=True)}
+        rows.append(
+            row | {"weighted": mean(x @ w), "kl": mean(kl), "worth": mean(x @ w - kl / BETA)}
+        )
+    return rows
+
+
 def trainings(work: Path, sizes: Sizes) -> Record:
     """How far the scorers, MAVIS's iterations and the policies came."""
     out: dict[str, list[Record]] = {"scorers": [], "mavis": [], "policies": []}
@@ -168,7 +185,7 @@ def summary(work: Path, sizes: Sizes) -> Record:
         **parts,
         "length": [estimates(p) for p in of["length"]],
         "transfer": transferred(of["transfer"], of["one"] + of["blocks"]),
-        "two": rows,
+        "two": rows + without_trainings(pool, sizes),
         "over": over,
     } | trainings(work, sizes)
 

@@ -19,14 +19,15 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 #: Colour, marker and line by method, in the order of the legend.
 STYLES = {
-    "MOD": (BLUE, "s-"), "soft values": (GREEN, "D-"), "CD-FUDGE": (ORANGE, "o-"),
-    "CD-Q": (PURPLE, "P--"), "FUDGE": (SKY, "X-."), "soup": (VERMILLION, "^--"),
-    "retrained": (BLACK, "v:"), "CD": (ORANGE, "o-"), "CD at half strength": (SKY, "X-."),
-    "MAVIS": (PURPLE, "P--"), "MAVIS at half strength": (BLACK, "+-."),
-    "blocks of 4": (GREEN, "D-"), "blocks of 8": (BLUE, "s-"),
-    "blocks of 16": (PURPLE, "P-"), "blocks of 32": (SKY, "X-"), "blocks of 64": (VERMILLION, "^-"),
+    "MOD": (BLUE, "s-"), "soup": (VERMILLION, "^--"), "retrained": (BLACK, "v:"),
+    "soft values": (GREEN, "D-"), "CD-FUDGE": (ORANGE, "o-"), "CD-Q": (PURPLE, "P--"),
+    "FUDGE": (SKY, "X-."), "CD": (ORANGE, "o-"), "CD at half strength": (ORANGE, "o:"),
+    "MAVIS": (PURPLE, "P-"), "MAVIS at half strength": (PURPLE, "P:"),
+    "blocks of 4": (GREEN, "D-"), "blocks of 8": (BLUE, "s-"), "blocks of 16": (PURPLE, "P-"),
+    "blocks of 32": (SKY, "X-"), "blocks of 64": (VERMILLION, "^-"),
     "best of N by reward": (BLACK, "v:"), "best of N by scorer": (BLACK, "^--"),
-    "reference": (BLACK, "*"),
+    "best of 4 by reward": (SKY, "<-."), "best of 16 by reward": (SKY, ">-."),
+    "reference": (BLACK, "*-"),
 }  # fmt: skip
 NEAR = 4.0  # nats: where the contest is
 KL = "KL to the reference, nats per answer"
@@ -104,7 +105,6 @@ def pareto(figure: Any, result: Record) -> None:
     x, y = PAIR
     found = [r | {"at": r["weights"][0]} for r in result["two"]]
     front: list[Line] = [(by, _of(found, method=by), x, y) for by in STYLES]
-    front.append(("reference", _of(result["one"], method="reference")[:1], x, y))
     worth: list[Line] = [(by, _of(found, method=by), "at", "worth") for by in STYLES]
     j = f"J = w r - KL / {result['beta']:g}"
     _plot(figure, [
