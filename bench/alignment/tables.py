@@ -222,3 +222,25 @@ def rules(result: Record) -> str:
     return _document(
         "Rules of whole answers: means over trainings, Student's 95%", result, sections
     )
+
+
+def sizes(result: Record) -> str:
+    """All tables of the study of policies of different sizes."""
+    columns = (
+        "method | w r = weighted (3) | KL = kl (2) | J = objective (2) | "
+        "MOD less it: w r = weighted lead (+3) | J = objective lead (+2)"
+    )
+    sections: list[Section] = [
+        (
+            "Weights " + ", ".join(f"{x:.2g}" for x in w),
+            [r for r in result["methods"] if r["weights"] == w],
+            columns,
+        )
+        for w in result["sizes"]["weights"]
+    ]
+    models = "objective | layers | parameters | vocabulary | KL to the reference a token = loss 4"
+    models += " | last loss of f-DPO by training = tuned"
+    sections.append(("Models", result["models"], models))
+    return _document(
+        "Policies of different sizes: means over trainings, Student's 95%", result, sections
+    )
