@@ -1,7 +1,7 @@
 """`python -m bench.alignment.rules`: the decoder's rules off reverse KL, on f-DPO policies.
 
-Which prefix ratios and which mass Z normalises to (docs/concepts.md), and which tokens leave the
-support, at weights on and off the simplex.
+Which prefix ratios and which mass Z normalises to (docs/concepts.md), which tokens leave the
+support, and resampling whole answers, at weights on and off the simplex.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from .statistics import REWARD_SCALE, over_seeds
 
 CUT = {"plausibility": "auto"}
 OWN, ZERO = {"sequence_history": True}, {"sequence_history": True, "normalizer": "zero"}
-REFERENCE = {"plausibility": 1e-3, "plausibility_tensor": 0}
-#: By name: the options of `mod_fused.generate`.
+#: By name: the options of `mod_fused.generate`. Under reverse KL history changes nothing.
 RULES: dict[str, dict[str, Any]] = {
     "token by token": CUT,
-    "token by token, cut by the reference alone": REFERENCE,
     "token by token, no cut": {},
     "own mass": OWN | CUT,
-    "own mass, cut by the reference alone": OWN | REFERENCE,
     "own mass, no cut": OWN,
     "prefix ratios, Z = 0": ZERO | CUT,
+    "own mass, one of 4": OWN | CUT | {"num_candidates": 4},
+    "own mass, one of 16": OWN | CUT | {"num_candidates": 16},
 }
+OF_REVERSE_KL = ("token by token", "own mass, one of 4", "own mass, one of 16")
 
 
 class Sizes(NamedTuple):
@@ -62,9 +62,9 @@ class Cell(NamedTuple):
 
 
 def cells(sizes: Sizes) -> list[Cell]:
-    """All cells; reverse KL has one rule."""
+    """All cells."""
     every = product(sizes.divergences, sizes.weights, RULES, range(sizes.seeds))
-    return [Cell(*x) for x in every if x[0] != "reverse_kl" or RULES[x[2]] == CUT]
+    return [Cell(*x) for x in every if x[0] != "reverse_kl" or x[2] in OF_REVERSE_KL]
 
 
 def _measure(work: Path, sizes: Sizes, cell: Cell) -> dict[str, Array]:

@@ -200,9 +200,7 @@ def _methods(work: Path, sizes: Sizes, weights: Weights, seed: int) -> dict[str,
     ratios = [of(w, seed)["log_ratios"][0] for w in CORNERS]
     out["a policy at random"] = at_random(list(found[1:]), ratios, weights)
     out["reference"] = found[0].mean(0)
-    out[f"best of {BEST_OF}"] = np.array(
-        [best.mean(), bound, REWARD_SCALE * best.mean() - bound]
-    )
+    out[f"best of {BEST_OF}"] = np.array([best.mean(), bound, REWARD_SCALE * best.mean() - bound])
     return out
 
 
