@@ -151,14 +151,6 @@ def _own_coefficient(weights: Any) -> float:
     )
 
 
-def _at_corner(w: Array, values: Any, value_ids: Any, value_weights: Any) -> bool:
-    """Whether the mixture is one of its models: a policy, or the reference."""
-    v = np.zeros(0)
-    if values is not None:
-        v = _coefficients(np.ones(len(values)) if value_weights is None else value_weights)
-    return value_ids is None and not v.any() and list(w[w != 0.0]) in ([], [1.0])
-
-
 def _log_sum_exp(x: Array) -> float:
     """log sum exp of a vector in float64."""
     peak = x.max()
@@ -266,7 +258,7 @@ def log_probs_row(
     logit_scales: Any = None,
     vocab_size: int | None = None,
     plausibility: float | None = None,
-    plausibility_tensor: int | str = 0,
+    plausibility_tensor: int = 0,
     solution: dict[str, Any] | None = None,
 ) -> Array:
     """log pi* of one row, float64 [V]; -inf outside the support, all NaN for an invalid row.
@@ -300,12 +292,10 @@ def log_probs_row(
     own = 0.0 if ref_logits is None else _own_coefficient(weights)
     if slope is not None or own != 0.0:
         used = [0, *used]
-    plausible: list[int] | None = None  # a token stays where one of these finds it plausible
-    if plausibility is not None and plausibility_tensor != "any":
-        plausible = [int(plausibility_tensor)]
-    elif plausibility is not None and not _at_corner(w, values, value_ids, value_weights):
-        plausible = used
-    read = {*used, *(plausible or ())}
+    share = float(plausibility or 0.0)
+    if not 0.0 <= share <= 1.0:
+        return invalid("plausibility is not in [0, 1]")
+    read = {*used, plausibility_tensor} if share else set(used)
     read_values = _read_values(values, value_ids, value_weights, vocab)
     if read_values is None:
         return invalid("a value is NaN or +inf, its weight is not finite, or an id is out of range")
@@ -318,13 +308,9 @@ def log_probs_row(
     terms, support = read_values
     for k in used:
         support &= rows[k] > -np.inf
-    if plausible is not None and plausibility is not None:
-        least, kept = np.log(plausibility), np.zeros(vocab, dtype=bool)
-        for k in plausible:
-            kept |= rows[k] >= rows[k].max() + least
-        support &= kept
-        for k in set(plausible) - set(used):
-            support &= rows[k] > -np.inf
+    if share:
+        named = rows[plausibility_tensor]
+        support &= (named >= named.max() + np.log(share)) & (named > -np.inf)
     if not support.any():
         return invalid("no token is left in the support")
     peaks = 0.0  # what the score is less than the weighted sum
@@ -428,8 +414,8 @@ def log_probs(
     ref_logits: Any, policy_logits: Any, weights: Any, *, divergence: Any = "reverse_kl",
     normalizer: str = "exact", values: Any = None, value_ids: Any = None,
     value_weights: Any = None, prefix_logprobs: Any = None, mixture_prefix_logprobs: Any = None,
-    logit_scales: Any = None, vocab_size: int | None = None, plausibility: float | None = None,
-    plausibility_tensor: int | str = 0,
+    logit_scales: Any = None, vocab_size: int | None = None, plausibility: Any = None,
+    plausibility_tensor: int = 0,
 ) -> Array:  # fmt: skip
     """log pi* of a batch, float64 [B, V]: `log_probs_row` on each row.
 
@@ -450,6 +436,7 @@ def log_probs(
     ids = None if value_ids is None else to_float64(value_ids)
     prefix = None if prefix_logprobs is None else to_float64(prefix_logprobs)
     own = None if mixture_prefix_logprobs is None else to_float64(mixture_prefix_logprobs)
+    shares = np.zeros(()) if plausibility is None else to_float64(plausibility)
     return np.stack(
         [
             log_probs_row(
@@ -465,7 +452,7 @@ def log_probs(
                 mixture_prefix_logprobs=row(own, b, 1),
                 logit_scales=logit_scales,
                 vocab_size=vocab_size,
-                plausibility=plausibility,
+                plausibility=row(shares, b, 1),
                 plausibility_tensor=plausibility_tensor,
             )
             for b in range(batch)
