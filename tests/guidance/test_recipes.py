@@ -93,11 +93,13 @@ def test_training_raises_the_objective_of_real_models(scalar: bool) -> None:
         peak_lr=1e-2,
         batch_size=48,
     )
-    assert len(history) == iterations + 1
-    first, last = history[0], history[-1]
+    points = history.iterations
+    assert len(points) == iterations + 1 and history.best == iterations
+    assert history.stopped == "iterations"
+    first, last = points[0], points[-1]
     assert last.objective - first.objective > 6 * math.hypot(first.error, last.error)
     assert last.reward > first.reward and last.kl > first.kl
-    for point in history:
+    for point in points:
         assert math.isclose(point.objective, point.reward - point.kl / 8.0, abs_tol=1e-4)
     assert (abs(first.kl) < 1e-5) != scalar  # the first policy is the reference, or its top 8
 
