@@ -146,7 +146,7 @@ def _mavis(sizes: Sizes, objective: str) -> dict[str, Any]:
         iterations=sizes.iterations, max_new_tokens=train.MAX_NEW_TOKENS, seed=SEED,
         steps=sizes.mavis_steps, batch_size=sizes.batch,
     )  # fmt: skip
-    return {"model": scorer.state_dict(), "history": history}
+    return {"model": scorer.state_dict(), "history": history.iterations}
 
 
 def mixed_policy(pair: tuple[float, float]) -> Policy:

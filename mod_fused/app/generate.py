@@ -53,7 +53,6 @@ def run_generate(args: argparse.Namespace) -> int:
         "normalizer": args.normalizer,
         "sequence_history": args.sequence_history,
         "plausibility": args.plausibility,
-        "plausibility_tensor": "any",
         "max_new_tokens": args.max_new_tokens,
         "do_sample": not (args.greedy or searching),
         "temperature": args.temperature,

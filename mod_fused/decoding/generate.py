@@ -23,6 +23,7 @@ from .options import (
     check_limits,
     check_vocab_size,
     first_history,
+    off_at_corners,
     ready_options,
     support_cut,
 )
@@ -60,8 +61,8 @@ def generate(
     mixture_prefix_logprobs: Tensor | Sequence[float] | None = None,
     logit_scales: Sequence[float] | None = None,
     vocab_size: int | None = None,
-    plausibility: float | str | None = "auto",
-    plausibility_tensor: int | str | None = None,
+    plausibility: float | str | Sequence[float] | Tensor | None = "auto",
+    plausibility_tensor: int = 0,
     value_fn: ValueFunction | ValueGuide | None = None,
     value_weights: Sequence[float]
     | Sequence[Sequence[float]]
@@ -128,9 +129,11 @@ def generate(
             response so far, the sum over T of logprobs.
         plausibility: as in `mod_fused.sample`; None is off. "auto" is 1e-3 off reverse KL and off
             under it: an exact Z pours the mass that the policies' ratios leave over into tokens
-            that all models find all but impossible, where these ratios are noise. It is off, too,
-            in steps with a mask or with candidates, which may leave nothing plausible.
-        plausibility_tensor: as in `mod_fused.sample`; None is "any" with "auto", else 0.
+            that the reference finds all but impossible, where these ratios are noise. It is off,
+            too, for rows whose pi* is one of the models (one weight 1 and all others 0, or all 0),
+            so that it is exactly that model, and in steps with a mask or with candidates, which may
+            leave nothing plausible.
+        plausibility_tensor: as in `mod_fused.sample`.
         value_fn: `value_fn(step, sequences)` returns values [J, B, V], or (values [J, B, K],
             value_ids [B, K]); sequences int64 [B, n + step] are the first model's prompts and the
             responses so far; step counts from 0 in every call, whatever position is. Or a
@@ -273,7 +276,8 @@ def generate(
             "divergence": divergence,
             "normalizer": normalizer,
             "logit_scales": logit_scales,
-            **support_cut(plausibility, plausibility_tensor, divergence),
+            "plausibility": support_cut(plausibility, divergence),
+            "plausibility_tensor": plausibility_tensor,
             "temperature": temperature if do_sample is None or do_sample else 0.0,
             "top_k": top_k,
             "top_p": top_p,
@@ -292,7 +296,10 @@ def generate(
                 mixture_prefix_logprobs=mixture_prefix_logprobs,
             )
         options = ready_options(ensemble, options, num_values, limits, batch, device)
-        options |= {"vocab_size": vocab_size, "automatic_cut": plausibility == "auto"}
+        automatic = isinstance(plausibility, str)
+        if automatic and weighting is None and options["plausibility"] is not None:
+            options["plausibility"] = off_at_corners(options, value_fn is not None)
+        options |= {"vocab_size": vocab_size, "automatic_cut": automatic}
         prefixes = prefix_logprobs, mixture_prefix_logprobs
         history = first_history(
             *prefixes, sequence_history, options, (batch, len(ids)), copies, device

@@ -19,7 +19,7 @@ from .blockwise import (
     response_score,
 )
 from .guide import Guidance, GuidanceState
-from .recipes import args, controlled_decoding, fudge, mavis, rad
+from .recipes import args, controlled_decoding, fudge, mavis, pad, rad, soft_values
 from .scorers import Scorer
 from .worst_case import WorstCase, WorstCaseWeights, robust, worst_case_weights
 
@@ -36,10 +36,12 @@ __all__ = [
     "controlled_decoding",
     "fudge",
     "mavis",
+    "pad",
     "prefix_score",
     "rad",
     "response_score",
     "robust",
+    "soft_values",
     "train_mavis",
     "train_scorer",
     "worst_case_weights",

@@ -49,6 +49,31 @@ def fudge(
     return {"value_fn": guide, "value_weights": [strength]}
 
 
+def soft_values(
+    scorers: Sequence[Any], strengths: Weights | None = None, *, candidates: int | None = None
+) -> dict[str, Any]:
+    """pi_ref(z) E[exp(beta r) | x, [y, z]]: token by token the policy over whole responses that is
+    best for J = E[r] - KL / beta, ref(y) exp(beta r(y)) / Z (Q#, arXiv 2502.20548).
+
+    The scorers are trained with `train_scorer(..., method="soft", beta=beta)`. One scorer at
+    strength 1 is exact as far as its values are. These are not:
+
+    - Another strength s is the best policy for neither beta nor s beta: E[exp(beta r)]^s is not
+      E[exp(s beta r)] while the reward is uncertain. Train a scorer for each beta.
+    - Several scorers add up beta_j r_j only where the rewards are independent given the prefix.
+      For J of a weighted sum of rewards train one scorer on that sum.
+    - `candidates` leave out the other tokens, which the values still count on.
+
+    Args:
+        scorers: J prefix scorers whose outputs are logits, dense unless candidates are given.
+        strengths: [J] or [B, J]; None is 1 for each.
+        candidates: as in `Guidance`.
+    """
+    guide = Guidance([Scorer(scorer, F.logsigmoid) for scorer in scorers], candidates=candidates)
+    weights = [1.0] * len(scorers) if strengths is None else strengths
+    return {"value_fn": guide, "value_weights": weights}
+
+
 def args(reward_model: Any, *, weight: float, candidates: int | None = 10) -> dict[str, Any]:
     """ARGS (arXiv 2402.01694): log pi_ref(z) + w r(x, [y, z]) over the reference's top tokens.
 
@@ -76,6 +101,41 @@ def rad(reward_model: Any, *, beta: float, candidates: int | None = 20) -> dict[
     """
     scorer = Scorer(reward_model, lambda reward: reward.clamp(0.0, 1.0))
     return controlled_decoding([scorer], [beta], candidates=candidates)
+
+
+def pad(
+    reward_models: Sequence[Any],
+    reward_reference: Any,
+    weights: Sequence[float],
+    *,
+    beta: float,
+    candidates: int | None = 10,
+) -> dict[str, Any]:
+    """PAD (arXiv 2410.04070): pi_ref(z) exp(beta r(z)) over the reference's top tokens, with the
+    reward r(z) = sum_k w_k (log pi_k(z) - log pi_0(z)) of language models.
+
+    The values are logits: under reverse KL what they lack to log-probabilities cancels. Other
+    divergences, too, do not see it with the exact normalizer.
+
+    Args:
+        reward_models: K causal language models pi_k, one for each preference; or one that has read
+            the preference in its own prompt.
+        reward_reference: pi_0, the model that they were tuned from.
+        weights: w, [K], of the person.
+        beta: the strength.
+        candidates: how many tokens to score; the paper takes 10. None scores all.
+
+    Raises:
+        ValueError: not one weight for each reward model.
+    """
+    if len(weights) != len(reward_models):
+        raise ValueError(
+            f"weights must have one number per reward model ({len(reward_models)}), "
+            f"got {len(weights)}"
+        )
+    strengths = [beta * w for w in weights]
+    scorers = [*reward_models, reward_reference]
+    return controlled_decoding(scorers, [*strengths, -sum(strengths)], candidates=candidates)
 
 
 def mavis(

@@ -28,8 +28,10 @@ import torch
 from .. import world
 from ..decoding.ensemble import Ensemble
 from ..guidance.guide import Guidance
+from ..guidance.scorers import prefix_values
 from .embedded_policies import GROUP, MAX_NEW_TOKENS, rounded_mean, save
-from .scorers import METHODS, Reward, alone, fit_scorer, prefix_values, rewards_of, roll_out
+from .rollouts import Reward, alone, rewards_of, roll_out
+from .scorers import METHODS, fit_scorer
 
 STRENGTHS = (0.0, 5.0, 10.0, 20.0)
 CONTINUATIONS = 16

@@ -22,10 +22,12 @@ def fit(
     peak_lr: float,
     loss_at: Callable[[int], torch.Tensor],
     label: str | None,
+    stop_after: Callable[[int], bool] | None = None,
 ) -> list[float]:
     """AdamW with warm-up and cosine decay; returns the loss of every step.
 
-    Prints the mean loss of every 200 steps under `label`; None prints nothing.
+    Prints the mean loss of every 200 steps under `label`; None prints nothing. Training ends before
+    `steps` when stop_after(number of steps so far) is true.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.01
@@ -50,5 +52,7 @@ def fit(
         if label is not None and step % 200 == 199:
             recent = sum(losses[-200:]) / 200
             print(f"  {label} step {step + 1}/{steps}, loss {recent:.3f}", flush=True)
+        if stop_after is not None and stop_after(step + 1):
+            break
     model.eval()
     return losses

@@ -7,6 +7,8 @@ end of the response, 1 (or the response's weight) before. Every loss is a sum di
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,24 +37,41 @@ def value_loss(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     return 0.5 * (mask * error.square()).sum() / len(values)
 
 
-def q_targets(values: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
-    """The targets of CD-Q (arXiv 2310.17022), without gradient.
+def q_targets(
+    values: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask: Tensor, td_lambda: float = 0.0
+) -> Tensor:
+    """The targets of CD-Q (arXiv 2310.17022) as lambda-returns (TD(lambda)), without gradient.
 
-        target_t = sum_z pi_ref(z | x, y^t) V(x, [y^t, z]),    the reward where the response ends
+        target_t = (1 - lambda) sum_z pi_ref(z | x, y^t) V(x, [y^t, z]) + lambda target_(t + 1),
+        the reward where the response ends
+
+    lambda = 0 is the paper's one-step target: the reward travels back by one token at a time.
+    lambda = 1 is CD-FUDGE's, the reward. All have the same fixed point, for roll-outs of pi_ref.
 
     Args:
         values: float [N, T, V], V(x, [y^(t-1), z]) in column t - 1.
         ref_logprobs: float [N, T, V], log pi_ref(z | x, y^(t-1)) in column t - 1.
         rewards: float [N].
         mask: [N, T]; a response ends where it turns 0.
+        td_lambda: lambda, in [0, 1].
 
     Returns:
         [N, T].
+
+    Raises:
+        ValueError: td_lambda is outside [0, 1].
     """
+    if not 0 <= td_lambda <= 1:
+        raise ValueError(f"td_lambda must be in [0, 1], got {td_lambda}")
     expected = (ref_logprobs.exp() * values).sum(-1)  # (N, T): under y^(t-1)
-    following = F.pad(expected[:, 1:], (0, 1))
-    goes_on = F.pad(mask[:, 1:], (0, 1)) != 0
-    return torch.where(goes_on, following, rewards[:, None]).detach()
+    goes_on = mask[:, 1:] != 0
+    target = rewards.to(expected.dtype)
+    targets = [target]
+    for t in reversed(range(mask.shape[1] - 1)):
+        mixed = torch.lerp(expected[:, t + 1], target, td_lambda)
+        target = torch.where(goes_on[:, t], mixed, rewards)
+        targets.append(target)
+    return torch.stack(targets[::-1], 1).detach()
 
 
 def kl_returns(rewards: Tensor, log_ratios: Tensor, mask: Tensor, beta: float) -> Tensor:
@@ -90,9 +109,33 @@ def attribute_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         logits: float [N, T].
-        labels: [N], 1 for responses with the attribute, 0 for the others (or a probability).
+        labels: [N], 1 for responses with the attribute, 0 for the others (or a probability, such as
+            `soft_labels`).
         mask: [N, T].
     """
     targets = labels.to(logits.dtype)[:, None].expand_as(logits)
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return (mask * losses).sum() / len(logits)
+
+
+def soft_labels(rewards: Tensor, beta: float, highest: float) -> Tensor:
+    """exp(beta (r - highest)): labels for `attribute_loss` that make it learn soft values.
+
+    The least loss is then at sigmoid(logit) = E[exp(beta r) | x, y^t] / exp(beta highest), so that
+    logsigmoid(logit) is beta V*, up to a constant: V* = 1/beta log E exp(beta r), the soft value
+    (Q#, arXiv 2502.20548).
+
+    Args:
+        rewards: float [N].
+        beta: positive and finite strength, in nats per unit of reward.
+        highest: the largest reward.
+
+    Returns:
+        [N], at most 1 where no reward is above `highest`.
+
+    Raises:
+        ValueError: beta is not positive and finite.
+    """
+    if not (beta > 0 and math.isfinite(beta)):
+        raise ValueError(f"beta must be positive and finite, got {beta}")
+    return (beta * (rewards - highest)).exp()

@@ -3,120 +3,111 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..decoding.ensemble import Ensemble
-from ..decoding.generate import generate
 from ..decoding.sequences import Rollouts, take
-from ..guidance.blockwise import Reward
 from ..guidance.scorers import Scorer, outputs, prefix_values, taken
-from ..torch_kernels.philox import split_mix
+from .early_stopping import EarlyStopping, quarter_correlations
 from .fitting import fit, shuffled
-from .losses import attribute_loss, kl_returns, q_targets, value_loss
+from .losses import attribute_loss, kl_returns, q_targets, soft_labels, value_loss
+from .rollouts import Reward, alone, rewards_of, roll_out
 
-METHODS = ("cd_fudge", "cd_q", "fudge", "mavis")
-
-
-def alone(model: Any, tokenizer: Any) -> Ensemble:
-    """The model by itself, as an ensemble to draw from with weights [1]."""
-    return Ensemble([None, model], [None, tokenizer])
+METHODS = ("cd_fudge", "cd_q", "fudge", "soft", "mavis")
+CHECK_EVERY = 25  # steps between two checks on held-out roll-outs
+TD_LAMBDA = 0.9
 
 
-def roll_out(
-    ensemble: Ensemble,
-    prompts: Sequence[str],
-    *,
-    weights: Any,
-    max_new_tokens: int,
-    seed: int = 0,
-    batch_size: int = 512,
-    **options: Any,
-) -> tuple[Rollouts, list[str]]:
-    """One response to each of the N prompts, drawn with `mod_fused.generate`.
+class Fit(NamedTuple):
+    """What a training did.
 
-    Args:
-        ensemble, weights, max_new_tokens, **options: for `generate`.
-        prompts: N strings.
-        seed: prompt n has the row seed SplitMix64(seed + n), whatever batch_size is.
-        batch_size: responses drawn at the same time.
-
-    Returns:
-        The sequences, left-padded, with the log-ratios of their tokens to the ensemble's first
-        model, and the N responses as text.
-
-    Raises:
-        ValueError: a step of a response was invalid.
+    Attributes:
+        losses: the loss of every step.
+        correlations: with held-out roll-outs, (number of steps, correlation of the values with the
+            targets in each quarter of the responses) of every check; else empty.
+        best: the number of steps whose parameters the scorer has.
     """
-    (ids, *_), (mask, *_) = ensemble.encode(list(prompts))
-    mask = torch.ones_like(ids) if mask is None else mask
-    seeds = split_mix(seed, len(ids), ids.device)
-    width = ids.shape[1]
-    tokens = F.pad(ids, (0, max_new_tokens), value=ensemble.pad_token_id)
-    response = torch.zeros_like(tokens)
-    log_ratios = torch.zeros(tokens.shape, dtype=torch.float32, device=ids.device)
-    texts: list[str] = []
-    for start in range(0, len(ids), batch_size):
-        rows = slice(start, start + batch_size)
-        out = generate(
-            ensemble,
-            input_ids=ids[rows],
-            attention_mask=mask[rows],
-            weights=weights,
-            max_new_tokens=max_new_tokens,
-            seed=seeds[rows],
-            return_model_logprobs=True,
-            **options,
+
+    losses: list[float]
+    correlations: list[tuple[int, list[float]]]
+    best: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a scorer learns from roll-outs: a method and what it needs, as in `fit_scorer`."""
+
+    method: str = "cd_fudge"
+    reference: Any = None
+    beta: float | None = None
+    td_lambda: float = TD_LAMBDA
+    highest: float = 0.0  # for soft, the largest reward
+
+    def check(self, scorer: Any) -> None:
+        """Raises ValueError for an unknown method, or one without an argument that it needs."""
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.method == "cd_q" and (self.reference is None or not Scorer(scorer).dense):
+            raise ValueError("cd_q needs a reference and a dense scorer: it sums over next tokens")
+        if (self.method in ("soft", "mavis")) != (self.beta is not None):
+            raise ValueError(
+                f"beta is for soft and mavis, which need it; got {self.beta} for {self.method}"
+            )
+
+    def targets(self, rows: Rollouts, rewards: Tensor) -> Tensor:
+        """What the outputs are regressed on, [N] or [N, L-1]; for cd_q where lambda is 1."""
+        if self.method == "soft":
+            assert self.beta is not None
+            return soft_labels(rewards, self.beta, self.highest)
+        if self.method == "mavis":
+            assert self.beta is not None
+            mask = rows.response_mask[:, 1:]
+            return kl_returns(rewards, rows.log_ratios[:, 1:], mask, self.beta)
+        return rewards
+
+    def loss(self, scorer: Any, rows: Rollouts, rewards: Tensor) -> Tensor:
+        """The loss of one batch of roll-outs, a scalar."""
+        mask = rows.response_mask[:, 1:].float()
+        if self.method == "cd_q":
+            values = outputs(scorer, rows)[:, :-1].float()
+            with torch.no_grad():
+                ref_logprobs = outputs(self.reference, rows)[:, :-1].float().log_softmax(-1)
+            width = min(values.shape[-1], ref_logprobs.shape[-1])  # one vocabulary may be padded
+            targets = q_targets(
+                values[..., :width], ref_logprobs[..., :width], rewards, mask, self.td_lambda
+            )
+            return value_loss(taken(values, rows.ids[:, 1:]), targets, mask)
+        values = prefix_values(scorer, rows).float()
+        loss = attribute_loss if self.method in ("fudge", "soft") else value_loss
+        return loss(values, self.targets(rows, rewards), mask)
+
+    @torch.no_grad()
+    def correlations(self, scorer: Any, rollouts: Rollouts, rewards: Tensor) -> list[float]:
+        """`quarter_correlations` of what the scorer predicts, a probability for fudge and soft,
+        and the targets."""
+        targets = self.targets(rollouts, rewards)
+        if targets.ndim == 1:
+            targets = targets[:, None].expand(-1, rollouts.ids.shape[1] - 1)
+        parts = torch.arange(len(rewards), device=targets.device).split(256)
+        rows = (Rollouts(*(tensor[index] for tensor in rollouts)) for index in parts)
+        values = torch.cat([prefix_values(scorer, part).float() for part in rows])
+        if self.method in ("fudge", "soft"):
+            values = values.sigmoid()
+        return quarter_correlations(values, targets, rollouts.response_mask[:, 1:])
+
+
+def _checked(rewards: Tensor, rollouts: Rollouts, what: str) -> Tensor:
+    """The rewards, where the roll-outs are."""
+    count = len(rollouts.ids)
+    if rewards.shape != (count,) or not bool(rewards.isfinite().all()):
+        raise ValueError(
+            f"{what} must be {count} finite numbers, one per roll-out, "
+            f"got shape {list(rewards.shape)}"
         )
-        if not out.valid.all():
-            bad = start + int((~out.valid).nonzero()[0])
-            raise ValueError(f"the response to prompt {bad} has an invalid step")
-        drawn = slice(width, width + out.tokens.shape[1])
-        tokens[rows, drawn] = out.tokens
-        place = torch.arange(out.tokens.shape[1], device=ids.device)
-        response[rows, drawn] = (place < out.lengths[:, None]).long()
-        assert out.model_logprobs is not None and out.texts is not None
-        log_ratios[rows, drawn] = out.logprobs - out.model_logprobs[..., 0]
-        texts += out.texts
-    attention = torch.cat([mask, response[:, width:]], dim=1)
-    return Rollouts(tokens, attention, response, log_ratios), texts
-
-
-def rewards_of(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-    """reward(prompt, response) of every pair, float32 [N]."""
-    pairs = zip(prompts, responses, strict=True)
-    rewards = [float(reward(prompt, response)) for prompt, response in pairs]
-    return torch.tensor(rewards, dtype=torch.float32, device="cpu")
-
-
-def batch_loss(
-    scorer: Any,
-    rows: Rollouts,
-    rewards: Tensor,
-    *,
-    method: str,
-    reference: Any = None,
-    beta: float | None = None,
-) -> Tensor:
-    """The loss of one batch of roll-outs, a scalar; arguments as in `fit_scorer`."""
-    mask = rows.response_mask[:, 1:].float()
-    if method == "cd_q":
-        values = outputs(scorer, rows)[:, :-1].float()
-        with torch.no_grad():
-            ref_logprobs = outputs(reference, rows)[:, :-1].float().log_softmax(-1)
-        width = min(values.shape[-1], ref_logprobs.shape[-1])  # one vocabulary may be padded
-        targets = q_targets(values[..., :width], ref_logprobs[..., :width], rewards, mask)
-        return value_loss(taken(values, rows.ids[:, 1:]), targets, mask)
-    values = prefix_values(scorer, rows).float()
-    if method == "fudge":
-        return attribute_loss(values, rewards, mask)
-    if method == "mavis":
-        assert beta is not None
-        rewards = kl_returns(rewards, rows.log_ratios[:, 1:], mask, beta)
-    return value_loss(values, rewards, mask)
+    return rewards.to(rollouts.ids.device)
 
 
 def fit_scorer(
@@ -127,60 +118,85 @@ def fit_scorer(
     method: str = "cd_fudge",
     reference: Any = None,
     beta: float | None = None,
+    td_lambda: float = TD_LAMBDA,
+    held_out: tuple[Rollouts, Tensor] | None = None,
+    check_every: int = CHECK_EVERY,
+    patience: int = 4,
     steps: int = 600,
     batch_size: int = 64,
     peak_lr: float = 1e-3,
     seed: int = 0,
     label: str | None = None,
-) -> list[float]:
+) -> Fit:
     """Fit a scorer to roll-outs, in place.
 
     Args:
         scorer: a causal language model (dense), or a token classifier with one label (scalar).
         rollouts: N responses of the reference; for MAVIS, of the policy to improve.
         rewards: float [N], their rewards; for FUDGE 1 for the attribute, else 0.
-        method: "cd_fudge" or "cd_q" (arXiv 2310.17022; cd_q learns from its own values of longer
-            prefixes and needs several times as many steps), "fudge" (arXiv 2104.05218: the output
-            is the logit of the attribute, decode with logsigmoid), or "mavis" (arXiv 2508.13415).
+        method: what the scorer learns of each prefix:
+            "cd_fudge": the mean reward of the responses through it (arXiv 2310.17022).
+            "cd_q": the same, partly from its own values of longer prefixes (same paper).
+            "fudge": the logit that they have the attribute; decode with `guidance.fudge` (arXiv
+                2104.05218).
+            "soft": the logit of E[exp(beta (r - max r))]; decode with `guidance.soft_values`, which
+                is exact for J = E[r] - KL / beta (arXiv 2502.20548).
+            "mavis": the mean reward less KL / beta of what follows (arXiv 2508.13415).
         reference: the model that drew the roll-outs; cd_q takes expectations under it.
-        beta: for mavis, the strength at which the scorer will be used.
-        steps, batch_size, peak_lr: AdamW with warm-up and cosine decay.
-        seed: of the order of the roll-outs.
+        beta: for soft and mavis, the strength, in nats per unit of reward.
+        td_lambda: for cd_q, see `losses.q_targets`: 0 learns from its own values alone, 1 is
+            cd_fudge.
+        held_out: roll-outs of other prompts and their rewards. Every `check_every` steps the values
+            are correlated with their targets, by quarter of the response. Training ends when the
+            mean of the four has not risen for `patience` checks; the scorer keeps the parameters
+            of its best check. None: it trains for all steps.
+        check_every, patience: see held_out.
+        steps: the most steps.
+        batch_size, peak_lr: AdamW with warm-up and cosine decay.
+        seed: of the order of the roll-outs, and of dropout.
         label: what to call the scorer when printing the loss; None prints nothing.
 
     Returns:
-        The loss of every step.
+        The losses, the correlations, and the step of the parameters.
 
     Raises:
         ValueError: an unknown method, a method without an argument that it needs, or rewards of a
-            wrong shape.
+            wrong shape. Or the values never predicted the held-out rewards better than chance, by
+            more than two standard errors: no scorer is left untrained. Its parameters are then
+            those that it came with.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if method == "cd_q" and (reference is None or not Scorer(scorer).dense):
-        raise ValueError("cd_q needs a reference and a dense scorer: it sums over next tokens")
-    if (method == "mavis") != (beta is not None):
-        raise ValueError(f"beta is for mavis, which needs it; got {beta} for {method}")
-    if rewards.shape != (len(rollouts.ids),) or not bool(rewards.isfinite().all()):
-        raise ValueError(
-            f"rewards must be {len(rollouts.ids)} finite numbers, one per roll-out, "
-            f"got shape {list(rewards.shape)}"
-        )
-    rewards = rewards.to(rollouts.ids.device)
+    rewards = _checked(rewards, rollouts, "rewards")
+    highest = float(rewards.max()) if len(rewards) else 0.0
+    task = Task(method, reference, beta, td_lambda, highest)
+    task.check(scorer)
+    for name, value in (("steps", steps), ("check_every", check_every), ("patience", patience)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    stopping = None
+    if held_out is not None:
+        others, outcomes = held_out
+        outcomes = _checked(outcomes, others, "held-out rewards")
+        if not bool((outcomes != outcomes[:1]).any()):
+            raise ValueError("held-out rewards are all equal: no value can predict them")
+        stopping = EarlyStopping(
+            scorer, lambda: task.correlations(scorer, others, outcomes), len(outcomes),
+            every=check_every, steps=steps, patience=patience,
+        )  # fmt: skip
     order = shuffled(len(rewards), steps * batch_size, seed).to(rewards.device)
 
     def loss_at(step: int) -> Tensor:
         index = order[step * batch_size : (step + 1) * batch_size]
-        return batch_loss(
-            scorer,
-            take(rollouts, index),
-            rewards[index],
-            method=method,
-            reference=reference,
-            beta=beta,
-        )
+        return task.loss(scorer, take(rollouts, index), rewards[index])
 
-    return fit(scorer, steps, peak_lr, loss_at, label)
+    device = rewards.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)  # of dropout
+        stop_after = None if stopping is None else stopping.stop_after
+        losses = fit(scorer, steps, peak_lr, loss_at, label, stop_after)
+    if stopping is None:
+        return Fit(losses, [], steps)
+    stopping.finish()
+    return Fit(losses, stopping.history, stopping.best)
 
 
 def train_scorer(
@@ -191,10 +207,11 @@ def train_scorer(
     reward: Reward,
     *,
     method: str = "cd_fudge",
+    held_out_prompts: Sequence[str] = (),
     max_new_tokens: int = 64,
     seed: int = 0,
     **options: Any,
-) -> list[float]:
+) -> Fit:
     """Draw one response of the reference to each prompt, reward it, and fit the scorer in place.
 
     Args:
@@ -202,21 +219,24 @@ def train_scorer(
         reference, tokenizer: a causal language model of transformers, and its tokenizer.
         prompts: N strings; repeat one to draw several responses to it.
         reward: reward(prompt, response), any float.
+        held_out_prompts: other prompts, for early stopping; none: training takes all its steps.
         max_new_tokens: the longest response.
         seed: of the draws and of the order of training.
         **options: for `fit_scorer`.
 
     Returns:
-        The loss of every step.
+        As `fit_scorer`.
     """
-    rollouts, texts = roll_out(
-        alone(reference, tokenizer),
-        prompts,
-        weights=[1.0],
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-    )
-    rewards = rewards_of(reward, prompts, texts)
+
+    def drawn(texts: Sequence[str], seed: int) -> tuple[Rollouts, Tensor]:
+        rollouts, responses = roll_out(
+            alone(reference, tokenizer), texts, weights=[1.0], max_new_tokens=max_new_tokens,
+            seed=seed,
+        )  # fmt: skip
+        return rollouts, rewards_of(reward, texts, responses)
+
+    if held_out_prompts:
+        options["held_out"] = drawn(held_out_prompts, seed + len(prompts))
     return fit_scorer(
-        scorer, rollouts, rewards, method=method, reference=reference, seed=seed, **options
+        scorer, *drawn(prompts, seed), method=method, reference=reference, seed=seed, **options
     )

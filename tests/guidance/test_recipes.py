@@ -13,7 +13,7 @@ from tabular import Tree
 
 import mod_fused
 from mod_fused import Ensemble, generate
-from mod_fused.guidance import args, controlled_decoding, fudge, mavis, rad, train_mavis
+from mod_fused.guidance import args, controlled_decoding, fudge, mavis, pad, rad, train_mavis
 from mod_fused.training import losses
 
 BETA = 4.0
@@ -93,11 +93,13 @@ def test_training_raises_the_objective_of_real_models(scalar: bool) -> None:
         peak_lr=1e-2,
         batch_size=48,
     )
-    assert len(history) == iterations + 1
-    first, last = history[0], history[-1]
+    points = history.iterations
+    assert len(points) == iterations + 1 and history.best == iterations
+    assert history.stopped == "iterations"
+    first, last = points[0], points[-1]
     assert last.objective - first.objective > 6 * math.hypot(first.error, last.error)
     assert last.reward > first.reward and last.kl > first.kl
-    for point in history:
+    for point in points:
         assert math.isclose(point.objective, point.reward - point.kl / 8.0, abs_tol=1e-4)
     assert (abs(first.kl) < 1e-5) != scalar  # the first policy is the reference, or its top 8
 
@@ -176,6 +178,18 @@ def test_args_and_rad_add_a_reward_to_the_top_tokens() -> None:
     best = (REF(IDS) + 1.5 * rewards).gather(1, top).argmax(1, keepdim=True)
     greedy = draw(args(SCORES[0], weight=1.5) | {"do_sample": False})
     assert torch.equal(greedy.tokens, top.gather(1, best))
+
+
+def test_pad_adds_the_log_ratios_of_reward_models_to_the_top_tokens() -> None:
+    models = [lambda ids, k=k: tiny.bigram(k)(ids) + 3.0 * k for k in (1, 2)]
+    log_ratios = [(SCORES[k](IDS).log_softmax(-1) - REF(IDS).log_softmax(-1)) for k in range(2)]
+    scores = 2.0 * (0.75 * log_ratios[0] - 0.5 * log_ratios[1]).double()
+    out = draw(pad(models, REF, [0.75, -0.5], beta=2.0, candidates=4))
+    assert_drawn_from(out, scores, 4)
+    assert_drawn_from(draw(pad(models, REF, [0.75, -0.5], beta=2.0)), scores, 10)
+    assert_drawn_from(draw(pad(models, REF, [0.75, -0.5], beta=2.0, candidates=None)), scores, None)
+    with pytest.raises(ValueError, match=r"one number per reward model \(2\), got 1"):
+        pad(models, REF, [1.0], beta=1.0)
 
 
 def test_mavis_weighs_the_values_of_the_objectives_row_by_row() -> None:

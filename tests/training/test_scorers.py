@@ -109,19 +109,21 @@ def test_each_method_has_its_loss(rollouts: Any) -> None:
         v = dense[range(n), said]
         r = rewards[row].double()
         ref = tiny.teacher_forced(reference, prompt, said).double().softmax(-1)
-        following = torch.cat([(ref * dense).sum(-1)[1:], r[None]])
+        following = [r]
+        for t in reversed(range(1, n)):
+            following.append(0.7 * ref[t] @ dense[t] + 0.3 * following[-1])
         ratios = batch.log_ratios[row][real][-n:].double()
         spent = torch.stack([ratios[t + 1 :].sum() for t in range(n)])
         p = torch.sigmoid(v)
         sums["cd_fudge"] += float(0.5 * (v - r).square().sum())
-        sums["cd_q"] += float(0.5 * (v - following).square().sum())
+        sums["cd_q"] += float(0.5 * (v - torch.stack(following[::-1])).square().sum())
         sums["mavis"] += float(0.5 * (v - (r - spent / 2.0)).square().sum())
-        sums["fudge"] -= float((r * p.log() + (1 - r) * (1 - p).log()).sum())
+        for name, label in (("fudge", r), ("soft", torch.exp(2.0 * (r - 1.0)))):
+            sums[name] -= float((label * p.log() + (1 - label) * (1 - p).log()).sum())
     for method, expected in sums.items():
-        options: dict[str, Any] = {"reference": reference} if method == "cd_q" else {}
-        if method == "mavis":
-            options["beta"] = 2.0
-        loss = trainer.batch_loss(scorer, batch, rewards, method=method, **options)
+        beta = 2.0 if method in ("soft", "mavis") else None
+        task = trainer.Task(method, reference, beta, td_lambda=0.3, highest=1.0)
+        loss = task.loss(scorer, batch, rewards)
         assert loss.item() == pytest.approx(expected / 6, rel=1e-4), method
     assert losses.value_loss(torch.ones(2, 3), torch.zeros(2), torch.ones(2, 3)) == 1.5
 
@@ -136,7 +138,7 @@ def test_a_trained_scorer_raises_its_reward(method: str) -> None:
     """By 6 standard errors at least: without an effect, a chance of 1e-9."""
     reference, tokenizer = tiny.llama(0), tiny.tokenizer()
     scorer = new_scorer(tiny.llama(1))
-    history = trainer.train_scorer(
+    fit = trainer.train_scorer(
         scorer,
         reference,
         tokenizer,
@@ -148,7 +150,7 @@ def test_a_trained_scorer_raises_its_reward(method: str) -> None:
         peak_lr=1e-2,
         batch_size=48,
     )
-    assert sum(history[-5:]) < 0.7 * sum(history[:5])
+    assert sum(fit.losses[-5:]) < 0.7 * sum(fit.losses[:5])
     assert not scorer.training
     steered = controlled_decoding([scorer], [8.0])
     if method == "fudge":
@@ -167,9 +169,9 @@ def test_a_trained_scorer_raises_its_reward(method: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "ppo"}, "cd_fudge, cd_q, fudge, mavis, got 'ppo'"),
+        ({"method": "ppo"}, "cd_fudge, cd_q, fudge, soft, mavis, got 'ppo'"),
         ({"method": "cd_q"}, "cd_q needs a reference and a dense scorer"),
-        ({"method": "mavis"}, "beta is for mavis, which needs it; got None for mavis"),
+        ({"method": "mavis"}, "beta is for soft and mavis, which need it; got None for mavis"),
         ({"beta": 1.0}, "got 1.0 for cd_fudge"),
         ({"rewards": torch.zeros(5)}, "6 finite numbers"),
         ({"rewards": torch.full((6,), math.nan)}, "6 finite numbers"),
@@ -189,7 +191,7 @@ def test_bad_arguments_are_refused(rollouts: Any, options: dict[str, Any], messa
 def test_an_invalid_response_is_no_rollout() -> None:
     models = Ensemble([tiny.llama(0)], tiny.tokenizer())
     broken = {"value_fn": lambda step, ids: torch.full((1, len(ids), tiny.V), torch.nan)}
-    with pytest.raises(ValueError, match="response to prompt 0 has an invalid step"):
+    with pytest.raises(ValueError, match="response 0 has an invalid step"):
         trainer.roll_out(models, PROMPTS, weights=[], max_new_tokens=2, **broken)
 
 
