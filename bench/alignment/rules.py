@@ -62,9 +62,11 @@ class Cell(NamedTuple):
 
 
 def cells(sizes: Sizes) -> list[Cell]:
-    """All cells."""
+    """All cells; answers are resampled at the first weights only."""
     every = product(sizes.divergences, sizes.weights, RULES, range(sizes.seeds))
-    return [Cell(*x) for x in every if x[0] != "reverse_kl" or x[2] in OF_REVERSE_KL]
+    found = [Cell(*x) for x in every if x[0] != "reverse_kl" or x[2] in OF_REVERSE_KL]
+    first = sizes.weights[0]
+    return [c for c in found if c.weights == first or "num_candidates" not in RULES[c.rule]]
 
 
 def _measure(work: Path, sizes: Sizes, cell: Cell) -> dict[str, Array]:

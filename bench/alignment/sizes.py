@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import logsumexp
 
 from mod_fused import world
 from mod_fused.decoding.sequences import take
@@ -140,42 +139,10 @@ def phases(sizes: Sizes) -> list[Phase]:
     ]
 
 
-# --- estimates ------------------------------------------------------------------------------------
-
-
-def values(found: dict[str, Array], weights: Weights) -> Array:
+def _values(found: dict[str, Array], weights: Weights) -> Array:
     """[N, 3]: weighted reward, KL and J = 10 w r - KL of each answer."""
     weighted, kl = found["rewards"][0] @ np.array(weights), found["kl"][0]
     return np.stack([weighted, kl, REWARD_SCALE * weighted - kl], axis=1)
-
-
-def at_random(singles: list[Array], log_ratios: list[Array], weights: Weights) -> Array:
-    """The means [3] of answering with policy i with probability w_i: `values` of each policy's own
-    answers, and its [N, M] log pi_j - log pi_ref, which give the mixture's own log-ratio."""
-    with np.errstate(divide="ignore"):
-        log_w = np.log(np.array(weights))
-    means = []
-    for own, ratios in zip(singles, log_ratios, strict=True):
-        kl = logsumexp(log_w + ratios, axis=1)
-        means.append(np.stack([own[:, 0], kl, REWARD_SCALE * own[:, 0] - kl], axis=1).mean(0))
-    return np.array(weights) @ np.array(means)
-
-
-def routed(topics: list[Any], known: Array, asked: list[Any], found: Array, by: int) -> Array:
-    """The means [3] of answering each prompt with the model that was best on its topic.
-
-    Args:
-        topics: of the N prompts where models are chosen.
-        known: `values` there, [models, N, 3].
-        asked: topics of the K prompts to answer. A topic that is not known has the best of all.
-        found: `values` there, [models, K, 3].
-        by: the column to choose by.
-    """
-    chosen = []
-    for topic in asked:
-        same = [topic == t for t in topics]
-        chosen.append(known[:, same if any(same) else slice(None), by].mean(1).argmax())
-    return found[chosen, range(len(asked))].mean(0)
 
 
 def _methods(work: Path, sizes: Sizes, weights: Weights, seed: int) -> dict[str, Array]:
@@ -186,19 +153,19 @@ def _methods(work: Path, sizes: Sizes, weights: Weights, seed: int) -> dict[str,
 
     def each(held_out: bool) -> Array:
         found = [of(NOTHING, -1, held_out), *(of(w, seed, held_out) for w in CORNERS)]
-        return np.stack([values(x, weights) for x in found])
+        return np.stack([_values(x, weights) for x in found])
 
     topics, asked = ([find_topic(p) for p in _prompts(sizes, x)] for x in (False, True))
     known, found = each(False), each(True)
     pool = np.concatenate([load(work, "pool", p) for p in policies.pool_parts(sizes)], axis=1)
     best = statistics.best_of(pool.astype(float), np.array(weights), BEST_OF) @ np.array(weights)
     bound = statistics.best_of_kl(BEST_OF)
-    out = {"MOD": values(of(weights, seed), weights).mean(0)}
+    out = {"MOD": _values(of(weights, seed), weights).mean(0)}
     for name, by in {"reward": 0, "J": 2}.items():
-        out[f"best model, by {name}"] = routed([], known, asked, found, by)
-        out[f"routed by topic, by {name}"] = routed(topics, known, asked, found, by)
+        out[f"best model, by {name}"] = statistics.routed([], known, asked, found, by)
+        out[f"routed by topic, by {name}"] = statistics.routed(topics, known, asked, found, by)
     ratios = [of(w, seed)["log_ratios"][0] for w in CORNERS]
-    out["a policy at random"] = at_random(list(found[1:]), ratios, weights)
+    out["a policy at random"] = statistics.at_random(found[1:], np.stack(ratios), np.array(weights))
     out["reference"] = found[0].mean(0)
     out[f"best of {BEST_OF}"] = np.array([best.mean(), bound, REWARD_SCALE * best.mean() - bound])
     return out
