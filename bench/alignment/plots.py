@@ -1,4 +1,4 @@
-"""The plots of both studies: two rewards against each other, and reward against KL. Pale marks are
+"""The plots of all studies: two rewards against each other, and reward against KL. Pale marks are
 the same methods after other trainings."""
 
 from __future__ import annotations

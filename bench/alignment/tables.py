@@ -1,4 +1,4 @@
-"""The tables of both studies, from their JSON."""
+"""The tables of all studies, from their JSON."""
 
 from __future__ import annotations
 
