@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from mod_fused import world
+from mod_fused.decoding.options import DEFAULT_PLAUSIBILITY
 from mod_fused.decoding.sequences import take
 from mod_fused.training.fitting import fit, shuffled
 from mod_fused.world.rewards import find_topic
@@ -55,6 +56,7 @@ class Cell(NamedTuple):
     weights: Weights
     seed: int
     held_out: bool = True
+    cut: bool = False  # without what the reference finds less likely than 1e-3 of its peak
 
 
 def cells(sizes: Sizes) -> list[Cell]:
@@ -62,6 +64,7 @@ def cells(sizes: Sizes) -> list[Cell]:
     seeds = range(sizes.seeds)
     out = [Cell(w, s) for s, w in product(seeds, dict.fromkeys((*sizes.weights, *CORNERS)))]
     out += [Cell(w, s, held_out=False) for s, w in product(seeds, CORNERS)]
+    out += [Cell(w, s, cut=True) for s, w in product(seeds, sizes.weights)]
     return [*out, Cell(NOTHING, -1), Cell(NOTHING, -1, held_out=False)]
 
 
@@ -123,7 +126,8 @@ def _prompts(sizes: Sizes, held_out: bool) -> list[str]:
 
 def _measure(work: Path, sizes: Sizes, cell: Cell) -> dict[str, Array]:
     models = [reference()[0], *_trained(work, max(cell.seed, 0))]
-    return decode(models, cell.weights, _prompts(sizes, cell.held_out))
+    options = {"plausibility": DEFAULT_PLAUSIBILITY} if cell.cut else {}
+    return decode(models, cell.weights, _prompts(sizes, cell.held_out), **options)
 
 
 def phases(sizes: Sizes) -> list[Phase]:
@@ -161,6 +165,7 @@ def _methods(work: Path, sizes: Sizes, weights: Weights, seed: int) -> dict[str,
     best = statistics.best_of(pool.astype(float), np.array(weights), BEST_OF) @ np.array(weights)
     bound = statistics.best_of_kl(BEST_OF)
     out = {"MOD": _values(of(weights, seed), weights).mean(0)}
+    out["MOD, cut by the reference"] = _values(of(weights, seed, True, True), weights).mean(0)
     for name, by in {"reward": 0, "J": 2}.items():
         out[f"best model, by {name}"] = statistics.routed([], known, asked, found, by)
         out[f"routed by topic, by {name}"] = statistics.routed(topics, known, asked, found, by)
