@@ -61,10 +61,9 @@ class Cell(NamedTuple):
 
 def cells(sizes: Sizes) -> list[Cell]:
     """All cells."""
-    seeds = range(sizes.seeds)
-    out = [Cell(w, s) for s, w in product(seeds, dict.fromkeys((*sizes.weights, *CORNERS)))]
+    seeds, mixes = range(sizes.seeds), dict.fromkeys((*sizes.weights, *CORNERS))
+    out = [Cell(w, s, cut=cut) for cut in (False, True) for s, w in product(seeds, mixes)]
     out += [Cell(w, s, held_out=False) for s, w in product(seeds, CORNERS)]
-    out += [Cell(w, s, cut=True) for s, w in product(seeds, sizes.weights)]
     return [*out, Cell(NOTHING, -1), Cell(NOTHING, -1, held_out=False)]
 
 
@@ -150,7 +149,8 @@ def _values(found: dict[str, Array], weights: Weights) -> Array:
 
 
 def _methods(work: Path, sizes: Sizes, weights: Weights, seed: int) -> dict[str, Array]:
-    """By method: the means [3] over the held-out prompts, with the policies of one training."""
+    """By method: the means [3] over the held-out prompts, with the policies of one training. "cut":
+    by the reference."""
 
     def of(*cell: Any) -> dict[str, Array]:
         return load(work, "cells", Cell(*cell))
@@ -165,7 +165,9 @@ def _methods(work: Path, sizes: Sizes, weights: Weights, seed: int) -> dict[str,
     best = statistics.best_of(pool.astype(float), np.array(weights), BEST_OF) @ np.array(weights)
     bound = statistics.best_of_kl(BEST_OF)
     out = {"MOD": _values(of(weights, seed), weights).mean(0)}
-    out["MOD, cut by the reference"] = _values(of(weights, seed, True, True), weights).mean(0)
+    out["MOD, cut"] = _values(of(weights, seed, True, True), weights).mean(0)
+    policies_cut = [_values(of(w, seed, True, True), weights).mean(0) for w in CORNERS]
+    out["best policy in hindsight, cut"] = max(policies_cut, key=lambda x: x[2])
     for name, by in {"reward": 0, "J": 2}.items():
         out[f"best model, by {name}"] = statistics.routed([], known, asked, found, by)
         out[f"routed by topic, by {name}"] = statistics.routed(topics, known, asked, found, by)
@@ -177,7 +179,8 @@ def _methods(work: Path, sizes: Sizes, weights: Weights, seed: int) -> dict[str,
 
 
 def _records(work: Path, sizes: Sizes, weights: Weights) -> list[dict[str, Any]]:
-    """Each method at one weight vector: means, and MOD less the method, over the trainings."""
+    """Each method at one weight vector: means over the trainings, and those of MOD, cut if the
+    method is, less the method."""
     found = [_methods(work, sizes, weights, seed) for seed in range(sizes.seeds)]
     records = []
     for method in found[0]:
@@ -186,8 +189,9 @@ def _records(work: Path, sizes: Sizes, weights: Weights) -> list[dict[str, Any]]
             over = [x[method][k] for x in found]
             untrained = method in ("reference", f"best of {BEST_OF}")
             record[name] = [round(over[0], 5)] if untrained else over_seeds(over)
-            if method != "MOD" and name != "kl":
-                record[f"{name} lead"] = over_seeds([x["MOD"][k] - x[method][k] for x in found])
+            mod = "MOD, cut" if method.endswith(", cut") else "MOD"
+            if method != mod and name != "kl":
+                record[f"{name} lead"] = over_seeds([x[mod][k] - x[method][k] for x in found])
         records.append(record)
     return records
 
