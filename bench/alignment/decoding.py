@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mod_fused import Ensemble, generate, world
-from mod_fused.torch_kernels.philox import continuation_seeds, split_mix
+from mod_fused.torch_kernels.philox import split_mix
 from mod_fused.training import embedded_policies as train
 
 Array = np.ndarray
@@ -49,11 +49,7 @@ def decode(
     """Rewards [S, N, 3], kl [S, N] (log pi* - log pi_ref of whole answers), length, ended, valid;
     log_ratios [S, N, M], log pi_i - log pi_ref of whole answers.
 
-    `models`: the reference (or None), then the policies. Rows count sample by sample. With
-    `num_candidates` kl is log(K W q / pi_ref) of the returned answer: K candidates were drawn from
-    q, and W is its weight among them. That is the log-ratio of drawing the candidates and choosing
-    one, against drawing this answer from the reference and the others from q. A divergence of the
-    pair is at least that of the answer alone, so the estimate errs against resampling.
+    `models`: the reference (or None), then the policies. Rows count sample by sample.
     """
     ensemble = Ensemble(list(models), reference()[1])
     # No cut unless it is asked for: the mixture itself is measured.
@@ -64,16 +60,10 @@ def decode(
         out = generate(ensemble, part, weights=list(weights), seed=seeds, **options)
         assert out.model_logprobs is not None
         totals = out.model_logprobs.double().sum(1)  # [B, M+1], whole answers
-        kl = out.logprobs.double().sum(1) - totals[:, 0]
-        if out.weights is not None:
-            count = out.weights.shape[1]
-            of_candidates = continuation_seeds(torch.tensor(seeds), count).view(-1, count)
-            assert out.seeds is not None
-            kl += (count * out.weights[of_candidates == out.seeds[:, None]]).log()
         parts.append(
             {
                 "rewards": scores(part, out.texts or ()),
-                "kl": kl.numpy(),
+                "kl": (out.logprobs.double().sum(1) - totals[:, 0]).numpy(),
                 "log_ratios": (totals[:, 1:] - totals[:, :1]).numpy(),
                 "length": out.lengths.numpy(),
                 "ended": np.array([reason == "eos" for reason in out.finish_reasons]),

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
 
-from mod_fused.reference import f_of, optimum
+from mod_fused.reference import f_of, optimum, slope_of, solve_log_ratios
 
 Array = np.ndarray
 RESAMPLES = 1000
@@ -112,6 +112,24 @@ def reweighted(rewards: Array, weights: Array, divergence: str) -> tuple[Array, 
     tilts = REWARD_SCALE * (rewards @ weights)
     log_x = np.stack([optimum(divergence, log_ref, tilt) for tilt in tilts]) + np.log(size)
     return (np.exp(log_x)[..., None] * rewards).mean(1), f_of(divergence)(log_x).mean(1)
+
+
+def resampling_weights(divergence: str, weights: Array, log_ratios: Array, kl: Array) -> Array:
+    """The weights [n] of n answers to a prompt, towards the optimum of whole answers, by the
+    oracle: what `generate(..., num_candidates=n)` chooses by.
+
+    Args:
+        divergence: a name.
+        weights: [M], w.
+        log_ratios: [n, M], log pi_i - log pi_ref of each answer.
+        kl: [n], log q - log pi_ref, where q is what it was drawn from.
+    """
+    slope = slope_of(divergence)
+    if slope is None:
+        return softmax(log_ratios @ weights - kl)
+    log_base = -kl - np.log(len(kl))
+    u = slope.slope(np.maximum(log_ratios, -300.0)) @ weights  # no overflow; it weighs nothing
+    return softmax(log_base + solve_log_ratios(log_base, u, slope))
 
 
 def at_random(values: Array, log_ratios: Array, weights: Array) -> Array:

@@ -209,7 +209,8 @@ def rules(result: Record) -> str:
     """All tables of the study of the decoder's rules, one for each weight vector."""
     columns = (
         "tuned and mixed with = tuned | rule | w r = weighted (3) | KL = kl (1) | "
-        "J = objective (2) | ended, % = ended 0% | no solution, % = invalid 0%"
+        "J = objective (2) | J less that of one of 1 = gain (+2) | ended, % = ended 0% | "
+        "no solution, % = invalid 0%"
     )
     sections: list[Section] = [
         (

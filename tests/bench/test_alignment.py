@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -165,18 +165,44 @@ def test_routing_asks_the_model_that_was_best_on_the_topic():
     assert statistics.routed([], known, asked, values, 0) == pytest.approx(values[1].mean(0))
 
 
-def test_resampled_answers_have_the_log_ratio_of_their_target(monkeypatch):
-    """Under reverse KL it is prod_i (pi_i / pi_ref)^w_i / Z, and `generate` returns log Z."""
-    monkeypatch.setattr(train, "MAX_NEW_TOKENS", 6)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "alpha:0.5"])
+def test_answers_are_resampled_as_generate_does(divergence):
     ensemble, w = Ensemble.embedded(["helpful", "humorous"], dtype=torch.float32), [0.75, 0.5]
+    own_mass = {"weights": w, "divergence": divergence, "sequence_history": True, "seed": 5}
+    own_mass |= {"max_new_tokens": 6, "return_model_logprobs": True}
     prompts = world.prompts(5, 3)
-    found = decoding.decode(ensemble.models, w, prompts, num_candidates=4)
-    seeds = next(decoding.batches(prompts))[1]
-    out = generate(ensemble, prompts, weights=w, seed=seeds, max_new_tokens=6, num_candidates=4)
-    expected = found["log_ratios"][0] @ np.array(w) - out.log_normalizer.numpy()
-    assert found["kl"][0] == pytest.approx(expected, abs=1e-4)
-    plain = decoding.decode(ensemble.models, w, prompts)
-    assert np.abs(plain["log_ratios"][0] @ np.array(w) - plain["kl"][0]).max() > 0.05
+    expected = generate(ensemble, prompts, num_candidates=4, **own_mass).weights
+    out = generate(ensemble, prompts, num_return_sequences=4, **own_mass)  # the candidates
+    totals = out.model_logprobs.double().sum(1).view(5, 4, 3).numpy()
+    kl = out.logprobs.double().sum(1).view(5, 4).numpy() - totals[..., 0]
+    ratios = totals[..., 1:] - totals[..., :1]
+    for row in range(5):
+        got = statistics.resampling_weights(divergence, np.array(w), ratios[row], kl[row])
+        assert got == pytest.approx(expected[row].numpy(), abs=1e-4)
+    assert expected.max() > 0.3
+
+
+def test_choosing_among_candidates_costs_at_least_the_divergence_of_the_answer():
+    """Three answers, two candidates from a proposal, every pair as often as it is drawn."""
+    ref, q = np.array([0.5, 0.3, 0.2]), np.array([0.25, 0.25, 0.5])
+    ratio, rewards = np.log([0.5, 1.5, 1.5]), np.array([0.2, 0.9, 0.4])
+    pairs = [(i, j) for i in range(3) for j in range(3) for _ in range(round(16 * q[i] * q[j]))]
+    y = np.array(pairs).T  # [samples, prompts]
+    kl = np.log(q / ref)[y]
+    found = {"kl": kl, "log_ratios": ratio[y][..., None], "ended": np.ones_like(kl)}
+    found["rewards"] = rewards[y][..., None]
+    cell = rules.Cell("reverse_kl", (1.0,), "own mass, resampled", 0)
+    got = rules._means(cell, found, 2)
+    drawn = np.zeros(3)  # pi_2, by enumeration
+    for i, j in product(range(3), repeat=2):
+        weights = np.exp([ratio[i], ratio[j]]) * ref[[i, j]] / q[[i, j]]
+        drawn[[i]] += q[i] * q[j] * weights[0] / weights.sum()
+        drawn[[j]] += q[i] * q[j] * weights[1] / weights.sum()
+    assert got[0] == pytest.approx(drawn @ rewards)
+    true = (drawn * np.log(drawn / ref)).sum()
+    assert true < got[1] < true + 0.1
+    assert got[3] == pytest.approx(10.0 * got[0] - got[1])
+    assert rules._means(cell, found, 1)[1] == pytest.approx((q * np.log(q / ref)).sum())
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -334,8 +360,11 @@ def test_a_tiny_run_of_the_rules_measures_each_rule(tmp_path, short_answers):
     words = ["--tiny", "--workers", "1", "--work", str(tmp_path), "--out", str(tmp_path)]
     assert command.main("bench.alignment.rules", rules, rules.summary, words) == 0
     found = report.load(tmp_path / "rules.json")["rules"]
-    assert [r["rule"] for r in found if r["tuned"] == "jsd"] == list(rules.RULES)
-    assert [r["rule"] for r in found if r["tuned"] == "reverse_kl"] == list(rules.OF_REVERSE_KL)
+    resampled = [f"own mass, resampled, one of {n}" for n in rules.ONE_OF]
+    names = [r["rule"] for r in found if r["tuned"] == "jsd"]
+    assert names == [*list(rules.RULES)[:-1], *resampled]
+    names = [r["rule"] for r in found if r["tuned"] == "reverse_kl"]
+    assert names == ["token by token", *resampled]
     assert all(r["objective"] is not None for r in found)
-    resampled = {c.weights for c in rules.cells(rules.Sizes()) if c.rule == "own mass, one of 16"}
-    assert resampled == {policies.CENTRE}
+    where = {c.weights for c in rules.cells(rules.Sizes()) if c.rule == "own mass, resampled"}
+    assert where == {policies.CENTRE}
