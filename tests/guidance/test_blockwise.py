@@ -323,7 +323,7 @@ def test_scores_of_another_kind_are_refused(
         ({"block_length": True}, TypeError, "block_length must be a number, got bool"),
         ({"score_fn": 3}, TypeError, "score_fn must be a function, got int"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1"),
-        ({"streamer": print}, ValueError, "a streamer cannot take back"),
+        ({"streamer": 3}, TypeError, "streamer must be a callable"),
         ({"resample_fn": print}, TypeError, "resample_fn is set here"),
         ({"num_return_sequences": 2}, TypeError, "num_return_sequences is set here"),
         ({"temperature": -1.0}, ValueError, "temperature"),
