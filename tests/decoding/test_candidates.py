@@ -285,6 +285,18 @@ def test_invalid_candidates_are_dropped_and_count_in_the_normaliser() -> None:
     assert abs(means.mean() - mass) < 5 * means.std() / math.sqrt(4000)
 
 
+def test_resampling_replaces_invalid_candidates() -> None:
+    def mask_fn(step: int, sequences: torch.Tensor) -> torch.Tensor:
+        allowed = torch.ones(len(sequences), 3, dtype=torch.bool)
+        allowed[::4] = step != 1  # candidate 0 of each prompt is invalid at its second token
+        return allowed
+
+    options = {"num_candidates": 4, "mask_fn": mask_fn, "eos_token_id": [], "seed": 6}
+    assert run(50, **options).weights[:, 0].eq(0).all()
+    out = run(50, resample_below=0.8, **options)
+    assert out.resamplings.gt(0).all() and out.weights.gt(0).all()
+
+
 # --- a resample_fn of the caller's own ------------------------------------------------------------
 
 
