@@ -161,9 +161,13 @@ def test_a_common_factor_of_the_policies_and_the_proposal_changes_nothing(
     torch.testing.assert_close(weigh(options, logs.flatten(0, 1), valid, 8, True).weights, near)
 
 
+@pytest.mark.parametrize(
+    ("apart", "far", "tilt"),
+    [(150.0, 0.0, 0.0), (150.0, 0.0, 3.0), (1.0, -300.0, 3.0), (1.0, 60.0, 3.0)],
+)
 @pytest.mark.parametrize("divergence", ["jsd", "jeffrey"])
 def test_weights_of_responses_hundreds_of_nats_apart_are_those_of_400_digits(
-    divergence: str,
+    divergence: str, apart: float, far: float, tilt: float
 ) -> None:
     def deficit(d: Any) -> Any:  # sup f' - f', or -f'
         return mp.log1p(mp.exp(-d)) if divergence == "jsd" else mp.expm1(-d) - d
@@ -174,11 +178,15 @@ def test_weights_of_responses_hundreds_of_nats_apart_are_those_of_400_digits(
         # v = 1/x solves v + log v = 1 + q; beyond 5000 a fixed point is exact to 1e-8.
         return 1 / mp.lambertw(mp.exp(1 + q)).real if q < 5000 else 1 / (1 + q - mp.log(q))
 
-    logs, w = candidates(1, 1, 5, 3, 150.0), [0.3, 0.7]
+    logs, w = candidates(1, 1, 5, 3, apart), [0.3, 0.7]
+    logs[..., 1:] += far
+    values = normal(6, 5, 1).double()
     with mp.workdps(400):
         rows = [[mp.mpf(x) for x in row] for row in logs[0].tolist()]
         deficits = [
-            sum(c * deficit(x - row[0]) for c, x in zip(w, row[1:-1], strict=True)) for row in rows
+            sum(c * deficit(x - row[0]) for c, x in zip(w, row[1:-1], strict=True))
+            - tilt * mp.mpf(v)
+            for row, v in zip(rows, values[:, 0].tolist(), strict=True)
         ]
         excess = [q - min(deficits) for q in deficits]
         base = [mp.exp(row[0] - row[-1]) / 5 for row in rows]
@@ -191,7 +199,8 @@ def test_weights_of_responses_hundreds_of_nats_apart_are_those_of_400_digits(
             lower, upper = (middle, upper) if total > 1 else (lower, middle)
         expected = [float(a * ratio(upper + x)) for a, x in zip(base, excess, strict=True)]
     valid = torch.ones(5, dtype=torch.bool)
-    got = weigh({"divergence": divergence, "weights": w}, logs[0], valid, 5, True)
+    options = {"divergence": divergence, "weights": w, "value_weights": [tilt]}
+    got = weigh(options, logs[0], valid, 5, True, values)
     assert sum(expected) == pytest.approx(1.0, abs=1e-8)
     np.testing.assert_allclose(got.weights[0], expected, atol=1e-7)
 
