@@ -155,23 +155,22 @@ def generate(
                 pi*(y) = pi_ref(y) (f')^-1(sum_i w_i f'(pi_i(y) / pi_ref(y)) + sum_j v_j V_j(y) - Z)
 
             (the first under reverse KL, up to a constant; the second for the others) over the
-            responses of at most max_new_tokens that can be drawn: what plausibility,
-            filters, masks or the candidates of value_fn exclude is outside the target. V_j(y) is
-            the value that value_fn gave to the last token of the response: scorers are taken to be
-            values of prefixes. Temperature, filters, normalizer and sequence_history change only
-            the candidates. The output has the weights, the effective sample size and the
-            normaliser. The choice has random numbers of its own: stream 2 of the prompt's seed, at
-            the position of the first token. Refused with do_sample=False, temperature 0, weights of
-            values that are chosen at each step, resample_fn, streamer, num_beams, prefix_logprobs
-            and registered divergences.
+            responses of at most max_new_tokens that can be drawn: what plausibility, filters, masks
+            or the candidates of value_fn exclude is outside the target. V_j(y) is the value that
+            value_fn gave to the last token of the response: scorers are values of prefixes.
+            Temperature, filters, normalizer and sequence_history change only the candidates. The
+            output has the weights, the effective sample size and the normaliser. The choice has
+            random numbers of its own: stream 2 of the prompt's seed, at the position of the first
+            token. Refused with do_sample=False, temperature 0, weights of values that are chosen at
+            each step, resample_fn, streamer, num_beams, prefix_logprobs and registered divergences.
         resample_below: of num_candidates, a share of N in [0, 1]: sequential Monte Carlo. Whenever
             the effective sample size of a prompt's candidates, weighed as prefixes, falls below it,
             they are resampled there and then (systematically), and all go on with equal weights; 1
             does so whenever the weights differ. Values are the twist. The target and the meaning
-            of the weights stay (see `mod_fused.decoding.candidates`). It pays off where responses
-            are long and few of the N would be worth anything in the end. None or 0: whole responses
-            only. Random numbers: stream 3 of the prompt's seed, at the position of the token drawn
-            last.
+            of the weights stay (see `mod_fused.decoding.candidates`). It pays off where a prefix
+            tells what the whole response will be worth, as good values do; elsewhere candidates are
+            lost for nothing. None or 0: whole responses only. Random numbers: stream 3 of the
+            prompt's seed, at the position of the token drawn last.
         num_beams: more than 1 searches for the likeliest responses under pi* with so many beams, as
             transformers' beam search does: it draws nothing. Functions get num_beams rows for each
             prompt. It cannot be combined with do_sample=True, temperature, top_k, top_p, min_p,
