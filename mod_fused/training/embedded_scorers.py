@@ -1,11 +1,12 @@
 """Trains and measures the dense scorers of the embedded world, one per reward.
 
     python -m mod_fused.training.embedded_scorers [--out DIR] [--steps N]
-        [--method cd_fudge|cd_q] [--seed N]
+        [--method cd_fudge|cd_q] [--td-lambda L] [--seed N]
 
 1. The reference answers every training prompt `GROUP` times.
 2. For every objective a copy of the reference learns the rewards of these answers from their
-   prefixes (Controlled Decoding, arXiv 2310.17022).
+   prefixes (Controlled Decoding, arXiv 2310.17022), until it no longer predicts those of
+   `CHECKED` prompts, which are kept from it, any better.
 3. Held-out prompts show how well values predict the rewards of completed answers, and how
    tokenwise control changes the rewards and KL(pi* || reference). The scorer steers the reference
    and, without further training, a policy.
@@ -27,14 +28,18 @@ import torch
 
 from .. import world
 from ..decoding.ensemble import Ensemble
+from ..decoding.sequences import Rollouts
 from ..guidance.guide import Guidance
 from ..guidance.scorers import prefix_values
-from .embedded_policies import GROUP, MAX_NEW_TOKENS, rounded_mean, save
+from .embedded_policies import MAX_NEW_TOKENS, rounded_mean, save
 from .rollouts import Reward, alone, rewards_of, roll_out
-from .scorers import METHODS, fit_scorer
+from .scorers import METHODS, TD_LAMBDA, fit_scorer
 
 STRENGTHS = (0.0, 5.0, 10.0, 20.0)
 CONTINUATIONS = 16
+GROUP = 6  # answers to each training prompt
+CHECKED = 100  # training prompts whose answers decide when to stop
+PEAK_LR, BATCH_SIZE = 3e-3, 32
 
 
 def new_scorer(reference: Any) -> Any:
@@ -90,9 +95,10 @@ def run(
     out: Path,
     *,
     method: str = "cd_fudge",
-    steps: int = 300,
+    td_lambda: float = TD_LAMBDA,
+    steps: int = 400,
     seed: int = 0,
-    n_prompts: int = 2400,
+    n_prompts: int = 1800,
     n_eval: int = 300,
 ) -> None:
     """Train and measure all; writes a checkpoint per objective and evaluation.json under `out`."""
@@ -111,18 +117,26 @@ def run(
     options: dict[str, Any] = {"weights": [1.0], "max_new_tokens": MAX_NEW_TOKENS, "seed": seed}
     rollouts, responses = roll_out(alone(reference, tokenizer), texts, **options)
     print(f"{len(texts)} roll-outs, {time.time() - began:.0f} s", flush=True)
+    checked = GROUP * min(CHECKED, n_prompts // 2)
+    for_checks, for_training = (Rollouts(*(x[rows] for x in rollouts)) for rows in
+                                (slice(checked), slice(checked, None)))  # fmt: skip
 
     held_out = world.prompts(n_eval, seed + 1)
     results: dict[str, Any] = {}
     for index, (objective, reward) in enumerate(world.REWARDS.items()):
         scorer = new_scorer(reference)
-        fit_scorer(
+        rewards = rewards_of(reward, texts, responses)
+        fit = fit_scorer(
             scorer,
-            rollouts,
-            rewards_of(reward, texts, responses),
+            for_training,
+            rewards[checked:],
             method=method,
             reference=reference,
+            td_lambda=td_lambda,
+            held_out=(for_checks, rewards[:checked]),
             steps=steps,
+            batch_size=BATCH_SIZE,
+            peak_lr=PEAK_LR,
             seed=seed,
             label=objective,
         )
@@ -140,24 +154,33 @@ def run(
             f"{strength:g}": measure(scorer, models[other], tokenizer, held_out, strength, seed)
             for strength in (0.0, 10.0)
         }
+        quarters = dict(fit.correlations)[fit.best]
         results[objective] = {
+            "steps": fit.best,
+            "correlation_by_quarter": [round(x, 4) for x in quarters],
             "correlation": round(correlation, 4),
             "control": control,
             "transfer": {"model": other, "control": transfer},
         }
-        print(f"{objective}: values and outcomes correlate by {correlation:.2f}", flush=True)
+        print(f"{objective}: values and outcomes correlate by {correlation:.2f}; step {fit.best}, "
+              f"by quarter {', '.join(f'{x:.2f}' for x in quarters)}", flush=True)  # fmt: skip
         for name, table in (("reference", control), (f"policy {other}", transfer)):
             for strength, row in table.items():
                 cells = (f"{k} {x['mean']:.3f} ± {x['se']:.3f}" for k, x in row.items())
                 print(f"  {name}, strength {strength}: " + ", ".join(cells), flush=True)
 
-    settings = {
+    settings: dict[str, Any] = {
         "method": method,
         "seed": seed,
-        "steps": steps,
-        "rollouts": len(texts),
+        "most_steps": steps,
+        "batch_size": BATCH_SIZE,
+        "peak_lr": PEAK_LR,
+        "rollouts": len(texts) - checked,
+        "checked_rollouts": checked,
         "held_out_prompts": n_eval,
     }
+    if method == "cd_q":
+        settings["td_lambda"] = td_lambda
     text = json.dumps({"settings": settings, "scorers": results}, indent=2)
     (out / "evaluation.json").write_text(text + "\n")
     print(f"saved in {out}, {time.time() - began:.0f} s in all")
@@ -167,11 +190,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train and measure the embedded world's scorers.")
     parser.add_argument("--out", type=Path, default=world.SCORERS, help="where the scorers go")
     parser.add_argument("--method", choices=METHODS[:2], default="cd_fudge")
-    parser.add_argument("--steps", type=int, default=300, help="training steps of each scorer")
+    parser.add_argument("--td-lambda", type=float, default=TD_LAMBDA, help="for cd_q")
+    parser.add_argument("--steps", type=int, default=400, help="most training steps of each scorer")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # more are no faster for small models, and change the rounding
-    run(args.out, method=args.method, steps=args.steps, seed=args.seed)
+    run(args.out, method=args.method, td_lambda=args.td_lambda, steps=args.steps, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ def value_loss(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     return 0.5 * (mask * error.square()).sum() / len(values)
 
 
+def check_td_lambda(td_lambda: float) -> None:
+    """Raises ValueError for a lambda outside [0, 1]."""
+    if not 0 <= td_lambda <= 1:
+        raise ValueError(f"td_lambda must be in [0, 1], got {td_lambda}")
+
+
 def q_targets(
     values: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask: Tensor, td_lambda: float = 0.0
 ) -> Tensor:
@@ -61,8 +67,7 @@ def q_targets(
     Raises:
         ValueError: td_lambda is outside [0, 1].
     """
-    if not 0 <= td_lambda <= 1:
-        raise ValueError(f"td_lambda must be in [0, 1], got {td_lambda}")
+    check_td_lambda(td_lambda)
     expected = (ref_logprobs.exp() * values).sum(-1)  # (N, T): under y^(t-1)
     goes_on = mask[:, 1:] != 0
     target = rewards.to(expected.dtype)

@@ -13,7 +13,7 @@ from ..decoding.sequences import Rollouts, take
 from ..guidance.scorers import Scorer, outputs, prefix_values, taken
 from .early_stopping import EarlyStopping, quarter_correlations
 from .fitting import fit, shuffled
-from .losses import attribute_loss, kl_returns, q_targets, soft_labels, value_loss
+from .losses import attribute_loss, check_td_lambda, kl_returns, q_targets, soft_labels, value_loss
 from .rollouts import Reward, alone, rewards_of, roll_out
 
 METHODS = ("cd_fudge", "cd_q", "fudge", "soft", "mavis")
@@ -52,6 +52,7 @@ class Task:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.method == "cd_q" and (self.reference is None or not Scorer(scorer).dense):
             raise ValueError("cd_q needs a reference and a dense scorer: it sums over next tokens")
+        check_td_lambda(self.td_lambda)
         if (self.method in ("soft", "mavis")) != (self.beta is not None):
             raise ValueError(
                 f"beta is for soft and mavis, which need it; got {self.beta} for {self.method}"
@@ -85,13 +86,15 @@ class Task:
         return loss(values, self.targets(rows, rewards), mask)
 
     @torch.no_grad()
-    def correlations(self, scorer: Any, rollouts: Rollouts, rewards: Tensor) -> list[float]:
+    def correlations(
+        self, scorer: Any, rollouts: Rollouts, rewards: Tensor, batch_size: int
+    ) -> list[float]:
         """`quarter_correlations` of what the scorer predicts, a probability for fudge and soft,
         and the targets."""
         targets = self.targets(rollouts, rewards)
         if targets.ndim == 1:
             targets = targets[:, None].expand(-1, rollouts.ids.shape[1] - 1)
-        parts = torch.arange(len(rewards), device=targets.device).split(256)
+        parts = torch.arange(len(rewards), device=targets.device).split(batch_size)
         rows = (Rollouts(*(tensor[index] for tensor in rollouts)) for index in parts)
         values = torch.cat([prefix_values(scorer, part).float() for part in rows])
         if self.method in ("fudge", "soft"):
@@ -169,6 +172,7 @@ def fit_scorer(
     highest = float(rewards.max()) if len(rewards) else 0.0
     task = Task(method, reference, beta, td_lambda, highest)
     task.check(scorer)
+    task.targets(rollouts, rewards)  # refuses a beta that is not positive
     for name, value in (("steps", steps), ("check_every", check_every), ("patience", patience)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -179,8 +183,8 @@ def fit_scorer(
         if not bool((outcomes != outcomes[:1]).any()):
             raise ValueError("held-out rewards are all equal: no value can predict them")
         stopping = EarlyStopping(
-            scorer, lambda: task.correlations(scorer, others, outcomes), len(outcomes),
-            every=check_every, steps=steps, patience=patience,
+            scorer, lambda: task.correlations(scorer, others, outcomes, batch_size),
+            len(outcomes), every=check_every, steps=steps, patience=patience,
         )  # fmt: skip
     order = shuffled(len(rewards), steps * batch_size, seed).to(rewards.device)
 

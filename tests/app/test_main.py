@@ -61,8 +61,13 @@ def keep_threads():
             "temperature above 0",
         ),
         (
-            ["generate", "--num-candidates", "2", "--values", "helpful", "--prompt", "x"],
-            "with --values",
+            ["generate", "--num-candidates", "2", "--values", "helpful", "--robust"],
+            "with --robust",
+        ),
+        (["generate", "--resample-below", "0.5", "--prompt", "x"], "goes with --num-candidates"),
+        (
+            ["generate", "--num-candidates", "2", "--resample-below", "2", "--prompt", "x"],
+            "a share of N",
         ),
         (["generate", "--prompt", "x", "--num-beams", "0"], ">= 1"),
         (["generate", "--prompt", "x", "--num-beams", "2", "--top-k", "3"], "top_k"),
@@ -218,6 +223,17 @@ def test_generate_chooses_among_candidates_and_says_how_they_weigh(capsys):
     (chosen,) = generated(capsys, *plain, "--num-candidates", "5")
     assert len(chosen["weights"]) == 5 and sum(chosen["weights"]) == pytest.approx(1.0)
     assert 1.0 < chosen["effective_sample_size"] < 5.0
+    guided = ["--values", "helpful", "--strength", "10", "--objectives", "humorous"]
+    several = [*plain, "--num-candidates", "5", *guided]
+    (tilted,) = generated(capsys, *several)
+    (resampled,) = generated(capsys, *several, "--resample-below", "1")
+    assert tilted["weights"] != resampled["weights"] != chosen["weights"]
+    assert tilted["resamplings"] == 0 < resampled["resamplings"]
+    # Blocks that have been chosen are streamed.
+    best = ["--best-of", "3", "--block-length", "4", "--values", "helpful", *plain]
+    (whole,) = generated(capsys, *best)
+    assert main(["generate", "--max-new-tokens", "12", *best]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == whole["text"]
     assert main(["generate", "--max-new-tokens", "12", *plain, "--num-candidates", "5"]) == 0
     assert capsys.readouterr().out.rstrip("\n") == chosen["text"]
 
