@@ -37,6 +37,7 @@ REPORTS: dict[str, Callable[[report.Result], str]] = {
     "alignment": tables.alignment,
     "control": tables.control,
     "rules": tables.rules,
+    "sizes": tables.sizes,
 }
 #: By the name of a block, the stem of its JSON: fields that select the rows, and the columns.
 BLOCKS: dict[str, tuple[dict[str, object], dict[str, str]]] = {

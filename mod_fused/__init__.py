@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from . import guidance, world
     from .decoding.ensemble import Ensemble
     from .decoding.generate import GenerateOutput, generate
+    from .decoding.likelihood import Likelihood, loglikelihood
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "GenerateOutput",
     "JeffreyDivergence",
     "JensenShannonDivergence",
+    "Likelihood",
     "ReverseKL",
     "Sample",
     "backends",
@@ -43,6 +45,7 @@ __all__ = [
     "get_divergence",
     "guidance",
     "log_probs",
+    "loglikelihood",
     "recipes",
     "register_divergence",
     "sample",
@@ -54,8 +57,10 @@ __all__ = [
 _LAZY = {
     "Ensemble": "decoding.ensemble",
     "GenerateOutput": "decoding.generate",
+    "Likelihood": "decoding.likelihood",
     "generate": "decoding.generate",
     "guidance": "guidance",
+    "loglikelihood": "decoding.likelihood",
     "world": "world",
 }
 

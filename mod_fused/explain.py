@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .call.arguments import ANY_TENSOR, DrawArguments, MixtureArguments
+from .call.arguments import DrawArguments, MixtureArguments
 from .call.checks import check_draw, check_mixture
 from .call.fields import number
 from .call.outputs import new_log_probs, new_outputs
@@ -116,8 +116,8 @@ def explain(
     mixture_prefix_logprobs: Tensor | None = None,
     logit_scales: Any = None,
     vocab_size: int | None = None,
-    plausibility: float | None = None,
-    plausibility_tensor: int | str = 0,
+    plausibility: Any = None,
+    plausibility_tensor: int = 0,
     temperature: Any = 1.0,
     top_k: Any = None,
     top_p: Any = None,
@@ -204,6 +204,7 @@ def _one_row(
         value_weights=weights(mixing.value_weights),
         prefix_logprobs=cut(mixing.prefix_logprobs),
         mixture_prefix_logprobs=cut(mixing.mixture_prefix_logprobs),
+        plausibility=cut(mixing.plausibility),
     )
     return one, DrawArguments(*(cut(x) for x in drawing._replace(seed=seed)))
 
@@ -327,8 +328,6 @@ def _of_oracle(mixing: MixtureArguments, drawing: DrawArguments) -> Explanation:
     def row(x: Any) -> Any:
         return x[0] if isinstance(x, Tensor) and x.dim() == 2 else x
 
-    any_tensor = mixing.plausibility_tensor == ANY_TENSOR
-    plausible: int | str = "any" if any_tensor else mixing.plausibility_tensor
     own_prefix = None
     if mixing.mixture_prefix_logprobs is not None:
         own_prefix = float(mixing.mixture_prefix_logprobs)
@@ -340,8 +339,8 @@ def _of_oracle(mixing: MixtureArguments, drawing: DrawArguments) -> Explanation:
         value_weights=None if mixing.values is None else row(mixing.value_weights),
         prefix_logprobs=row(mixing.prefix_logprobs),
         mixture_prefix_logprobs=own_prefix, logit_scales=mixing.logit_scales or None,
-        vocab_size=mixing.vocab_size, plausibility=mixing.plausibility or None,
-        plausibility_tensor=plausible, solution=solution,
+        vocab_size=mixing.vocab_size, plausibility=float(mixing.plausibility),
+        plausibility_tensor=mixing.plausibility_tensor, solution=solution,
     )  # fmt: skip
     if "reason" in solution:
         return Explanation("oracle", False, solution["reason"])

@@ -33,8 +33,8 @@ def log_probs(
     mixture_prefix_logprobs: Tensor | None = None,
     logit_scales: Sequence[float] | None = None,
     vocab_size: int | None = None,
-    plausibility: float | None = None,
-    plausibility_tensor: int | str = 0,
+    plausibility: float | Sequence[float] | Tensor | None = None,
+    plausibility_tensor: int = 0,
     backend: str | None = None,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
@@ -93,8 +93,8 @@ def sample(
     mixture_prefix_logprobs: Tensor | None = None,
     logit_scales: Sequence[float] | None = None,
     vocab_size: int | None = None,
-    plausibility: float | None = None,
-    plausibility_tensor: int | str = 0,
+    plausibility: float | Sequence[float] | Tensor | None = None,
+    plausibility_tensor: int = 0,
     temperature: float | Sequence[float] | Tensor = 1.0,
     top_k: int | Sequence[int] | Tensor | None = None,
     top_p: float | Sequence[float] | Tensor | None = None,
@@ -149,12 +149,9 @@ def sample(
                 f'(m pi*(s) / pi_ref(s)) = u(s) - Z,    u of the ratios of whole responses
         logit_scales: M+1 positive numbers; each tensor is multiplied by its own before its softmax.
         vocab_size: V; None means the narrowest tensor's width. Further columns are never looked at.
-        plausibility: p in (0, 1]: tokens less likely than p times the most likely token of
-            `plausibility_tensor` are excluded.
-        plausibility_tensor: 0 for the reference, i for policy i. "any" excludes what no tensor that
-            counts finds plausible (the reference, and policies of a weight that is not 0); where
-            pi* is one of the models, because one weight is 1 and all others are 0, or all are 0,
-            those of values too, it excludes nothing; candidates always count as values.
+        plausibility: p in [0, 1], scalar or [B]: tokens less likely than p times the most likely
+            token of `plausibility_tensor` are excluded; None or 0 is off.
+        plausibility_tensor: 0 for the reference, i for policy i.
         temperature: >= 0, scalar or [B]; 0 takes the most likely token, the lowest id among equals.
         top_k: scalar or [B]; keeps the k most likely and what ties with the last of them; None or 0
             is off.

@@ -206,9 +206,9 @@ def _oracle(args: Any, mixture: Any, b: int, n: int) -> Array:
     ref, policies, weights = args
     vocab = mixture["vocab_size"]
     row: dict[str, Any] = dict(mixture)
-    for name in ("value_ids", "prefix_logprobs"):
+    for name in ("value_ids", "prefix_logprobs", "mixture_prefix_logprobs", "plausibility"):
         if name in row:
-            row[name] = row[name][b]
+            row[name] = _of_row(row[name], b)
     for name, x in (("weights", weights), ("value_weights", row.get("value_weights"))):
         if x is not None:
             x = reference.to_float64(x)
@@ -231,16 +231,21 @@ def _summands(logits: list[Array], row: dict[str, Any]) -> Array:
     the rounding of its terms. Perturbed logits show neither: log-ratios below -80 are all clamped
     to the same, and small logits may have large log-softmaxes and prefixes."""
     scales = row.get("logit_scales", [1.0] * len(logits))
-    slope = reference.slope_of(row["divergence"])
+    own_mass = "mixture_prefix_logprobs" in row
+    slope, floor = reference.slope_of(row["divergence"], own_mass), reference.LOG_RATIO_FLOOR
     total = np.zeros(len(logits[0]))
     with np.errstate(all="ignore"):
         ref, *policies = (reference.log_softmax(x * s) for x, s in zip(logits, scales, strict=True))
         shift = np.zeros(len(logits))
         if "prefix_logprobs" in row:
             prefix = reference.to_float64(row["prefix_logprobs"])
-            shift = np.maximum(prefix - prefix[0], reference.PREFIX_FLOOR)
+            shift = prefix - prefix[0]
+            if own_mass:
+                shift, floor = shift.astype(np.longdouble), -np.inf
+            else:
+                shift = np.maximum(shift, reference.PREFIX_FLOOR)
         for weight, policy, extra in zip(row["weights"], policies, shift[1:], strict=True):
-            d = np.maximum(policy - ref + extra, reference.LOG_RATIO_FLOOR)
+            d = np.maximum(policy - ref + extra, floor)
             terms = np.abs(policy) + np.abs(ref) + abs(extra)
             drift = slope.slope(d - ULP * terms) - slope.slope(d)
             total += np.abs(weight) * (np.abs(slope.slope(d)) + np.abs(drift) / ULP)

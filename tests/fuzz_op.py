@@ -67,7 +67,8 @@ class Case:
     prefix: str = ""  # dtype, "" for none
     prefix_scale: float = 1.0
     scales: tuple[float, ...] = ()
-    plausibility: float = 0.0
+    own_mass: bool = False  # with a prefix and the exact normalizer
+    plausibility: Parameter = ("number", (0.0,))
     plausibility_tensor: int = 0
     temperature: Parameter = ("number", (1.0,))
     top_k: Parameter = ("number", (0,))
@@ -162,7 +163,7 @@ CORPUS = (
         level=9000.0,
         values=1,
         candidates=9,
-        plausibility=1.0,
+        plausibility=("number", (1.0,)),
     ),
 )
 
@@ -254,6 +255,17 @@ def mask_of(case: Case, rng: np.random.Generator) -> torch.Tensor | None:
     return mask
 
 
+def _near(logits: list[torch.Tensor], case: Case) -> bool:
+    """Whether log-ratios stay inside the range of float32, which the oracle's own mass lacks."""
+    scales = case.scales or (1.0,)
+    rows = [
+        (x[:, : case.vocab].double() * scales[i % len(scales)]).log_softmax(-1)
+        for i, x in enumerate(logits)
+    ]
+    ratios = torch.stack([row - rows[0] for row in rows])
+    return bool((ratios.nan_to_num(0.0, 0.0, 0.0).abs() < 60.0).all())
+
+
 def build(case: Case) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
     """Positional arguments, keywords of the mixture, keywords of the draw."""
     logits, rng = tensors(case)
@@ -295,10 +307,13 @@ def build(case: Case) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
     if case.prefix:
         prefix = rng.normal(size=(models, case.batch)) * case.prefix_scale
         mixture["prefix_logprobs"] = torch.from_numpy(prefix).to(getattr(torch, case.prefix)).t()
+        if case.own_mass and case.normalizer == "exact" and _near(logits, case):
+            own = prefix.max(axis=0) + rng.normal(size=case.batch)
+            mixture["mixture_prefix_logprobs"] = torch.from_numpy(own)
     if case.scales:
         mixture["logit_scales"] = [case.scales[i % len(case.scales)] for i in range(models)]
-    if case.plausibility:
-        mixture["plausibility"] = case.plausibility
+    if case.plausibility[1] != (0.0,):
+        mixture["plausibility"] = parameter(case.plausibility, case.batch, float)
         first = 0 if case.reference else 1
         mixture["plausibility_tensor"] = first + case.plausibility_tensor % models
     draw: dict[str, Any] = {
@@ -391,7 +406,8 @@ def cases(draw: Any, wild: bool | None = None) -> Case:
         prefix=one(pick("", "float32", "float64")),
         prefix_scale=one(pick(1.0, 10.0, 80.0, 300.0, *magnitudes)),
         scales=tuple(one(st.one_of(st.just([]), st.lists(scale, min_size=1)))),
-        plausibility=one(pick(0.0, 0.0, 1.0, 0.1, 1e-5, 1e-30)),
+        own_mass=one(st.booleans()),
+        plausibility=option([0.0, 1.0, 0.1, 1e-5, 1e-30], [-0.1, 1.1, NAN], floats),
         plausibility_tensor=one(st.integers(0, 4)),
         temperature=option(
             [1.0, 0.0, 0.7, 0.3, 1.5, 10.0, 0.01, 1e30, 1e-30, 1e-40], [-1.0, NAN, INF], floats

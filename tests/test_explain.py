@@ -52,7 +52,6 @@ CASES: dict[str, dict[str, Any]] = {
         "prefix_logprobs": torch.tensor([[-3.0, -2.0, -4.0], [-3.0, -2.5, -3.5]]),
         "mixture_prefix_logprobs": torch.tensor([-2.5, -4.0]),
         "plausibility": 1e-3,
-        "plausibility_tensor": "any",
     },
     "zero": {"divergence": "forward_kl", "normalizer": "zero"},
     "filters": {"divergence": "jsd", "temperature": 0.8, "top_k": 60, "top_p": 0.9, "min_p": 0.02},

@@ -19,6 +19,7 @@ LAYERS = [
     {"decoding"},
     {"guidance"},
     {"training"},
+    {"serving"},
     {"app"},
     {"cli"},
     {"__main__"},

@@ -37,7 +37,7 @@ def wright_omega(""",
         ),
         ("JeffreyDivergence)\n_ALPHA", "JeffreyDivergence, Neyman)\n_ALPHA"),
     ],
-    "mod_fused/reference/mixture.py": [
+    "mod_fused/reference/slopes.py": [
         (
             '    if name == "jeffrey":',
             """    if name == "neyman":

@@ -182,8 +182,7 @@ def by_hand(
         now = [x[step].double().numpy() for x in logits]
         own = history and options.get("normalizer", "exact") == "exact"
         if options.get("divergence", "reverse_kl") != "reverse_kl":
-            cut = {"plausibility": 1e-3, "plausibility_tensor": "any"}  # the decoder's default
-            options = cut | options
+            options = {"plausibility": 1e-3} | options  # the decoder's default off the corners
         mixed = reference.log_probs_row(
             now[0], now[1:], prefix_logprobs=prefix if history else None,
             mixture_prefix_logprobs=sum(drawn) if own else None, **options,

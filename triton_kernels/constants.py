@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from ..call import arguments
-
 #: Token ids per tile; another number would draw other tokens.
 TILE = tl.constexpr(1024)
-#: In place of a model: plausibility looks at every one that counts.
-ANY_TENSOR = tl.constexpr(arguments.ANY_TENSOR)
 INFINITY = tl.constexpr(float("inf"))
 #: Q of a token outside the support: finite, but so large that H is 0 in float32.
 EXCLUDED = tl.constexpr(9.999999933815813e36)  # 1e37 in float32

@@ -12,8 +12,8 @@ from .constants import INFINITY, TILE
 from .elementary import exp, exponential
 from .keys import end_keys, key_tile
 from .parameters import (
+    good_mixture,
     good_parameters,
-    good_weights,
     inverse_temperature,
     masked_key,
     row_parameter,
@@ -169,7 +169,7 @@ def end_draw(
         draw(mixing, drawing, state, model_fields, fields, row, tiles, seed, position, variant)
     else:
         level, norm, valid = end_keys(state, fields, tiles, variant)
-        valid = tl.where(good_weights(mixing, row, variant), valid, 0.0)
+        valid = tl.where(good_mixture(mixing, row, variant), valid, 0.0)
         tl.store(state + LEVEL, level)
         tl.store(state + MIX_LOG_NORM, norm)
         tl.store(state + VALID, valid)

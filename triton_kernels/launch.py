@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..call.arguments import ANY_TENSOR, DrawArguments, MixtureArguments
+from ..call.arguments import DrawArguments, MixtureArguments
 from ..call.outputs import Outputs
 from .compiled import Launch
 from .configurations import Configuration, configuration, processors, rows_together
@@ -35,8 +35,7 @@ class Variant(NamedTuple):
     model_block: int  # a power of two, at least models
     first_policy: int  # index of the first policy: 1 with a reference, else 0
     scores: int  # J
-    candidates: bool  # the values are those of candidates
-    plausible: int | None  # model of the plausibility constraint; ANY_TENSOR; None: off
+    plausible: int | None  # model of the plausibility constraint; None: off in all rows
     general: bool  # not reverse KL
     exact: bool
     simplex: bool  # neither values nor prefix
@@ -80,10 +79,8 @@ def variant_of(
     mixing: MixtureArguments,
     drawing: DrawArguments | None,
     configured: Configuration,
-    candidates: bool,
 ) -> Variant:
-    """The variant for these arguments, which have been through `dense`; `candidates`: whether the
-    call has any."""
+    """The variant for these arguments, which have been through `dense`."""
     divergence = device_functions(mixing.divergence)
     general = not divergence.log_linear
     own_mass = general and mixing.mixture_prefix_logprobs is not None
@@ -91,9 +88,8 @@ def variant_of(
         divergence = OF_MASS.get(mixing.divergence.name, divergence)
     exact = general and mixing.normalizer == "exact"
     plausible: int | None = None
-    if mixing.plausibility > 0.0:
-        plausible = mixing.plausibility_tensor
-        plausible -= plausible != ANY_TENSOR and mixing.ref_logits is None
+    if mixing.plausibility_is_on():
+        plausible = mixing.plausibility_tensor - (mixing.ref_logits is None)
     sums = general or plausible is not None
     evaluations = 0
     if exact:
@@ -113,7 +109,6 @@ def variant_of(
         model_block=triton.next_power_of_2(mixing.model_count()),
         first_policy=int(mixing.ref_logits is not None),
         scores=0 if mixing.values is None else mixing.values.shape[0],
-        candidates=candidates,
         plausible=plausible,
         general=general,
         exact=exact,
@@ -158,7 +153,7 @@ def log_probs_launches(
     rows = mixing.batch_tensor().shape[0]
     mixing, bad = dense(mixing)
     configured = configuration(mixing, rows)
-    variant = variant_of(mixing, None, configured, bad is not None)
+    variant = variant_of(mixing, None, configured)
     made = make_workspace(out, rows, mixing.vocab_size, variant.models, False, workspace)
     work = made._replace(keys=out)
     grid, group = _cut(mixing, variant, rows, configured)
@@ -188,7 +183,7 @@ def sample_launches(
     rows = logits.shape[0]
     mixing, bad = dense(mixing)
     configured = configuration(mixing, rows)
-    variant = variant_of(mixing, drawing, configured, bad is not None)
+    variant = variant_of(mixing, drawing, configured)
     work = make_workspace(
         logits, rows, mixing.vocab_size, variant.models, variant.store_keys, workspace
     )

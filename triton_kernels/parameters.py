@@ -39,7 +39,9 @@ class Mixing(NamedTuple):
     own_prefix: Tensor | None  # the mixture's
     own_prefix_stride: int
     vocab: int
-    log_plausibility: float
+    log_plausibility: float  # read where plausibility_pointer is None
+    plausibility_pointer: Tensor | None
+    plausibility_stride: int
     alpha: float
     supremum: float  # sup f'; 0 where it is infinite
 
@@ -109,7 +111,8 @@ def _weights(given: tuple[float, ...] | Tensor) -> tuple[tuple[float, ...], Tens
 def mixing_of(mixing: MixtureArguments) -> Mixing:
     """The record of the distribution; `mixing` has been through `dense`."""
     divergence, logits, values = mixing.divergence, mixing.tensors(), mixing.values
-    own_prefix = mixing.mixture_prefix_logprobs
+    own_prefix, share = mixing.mixture_prefix_logprobs, mixing.plausibility
+    shares = share if isinstance(share, Tensor) else None
     weights, weights_pointer = _weights(mixing.weights)
     value_weights, value_weights_pointer = _weights(mixing.value_weights)
     reference_weight = 1.0 - sum(weights)
@@ -133,7 +136,9 @@ def mixing_of(mixing: MixtureArguments) -> Mixing:
         own_prefix=own_prefix,
         own_prefix_stride=0 if own_prefix is None else own_prefix.stride(0),
         vocab=mixing.vocab_size,
-        log_plausibility=math.log(mixing.plausibility) if mixing.plausibility > 0.0 else 0.0,
+        log_plausibility=0.0 if shares is not None or not share else math.log(share),
+        plausibility_pointer=shares,
+        plausibility_stride=0 if shares is None else shares.stride(0),
         alpha=alpha_of(divergence),
         supremum=divergence.supremum if math.isfinite(divergence.supremum) else 0.0,
     )
@@ -247,8 +252,22 @@ def reference_weight(mixing, row, variant: tl.constexpr):
 
 
 @triton.jit
-def good_weights(mixing, row, variant: tl.constexpr):
-    """Whether the weights in tensors are finite; the host has checked the numbers."""
+def log_plausibility(mixing, row):
+    """The logarithm of a row's plausibility, float32; -inf where it is off."""
+    if mixing.plausibility_pointer is None:
+        return tl.full([], mixing.log_plausibility, tl.float32)
+    else:
+        share = tl.load(mixing.plausibility_pointer + row.to(tl.int64) * mixing.plausibility_stride)
+        positive = share > 0.0
+        return tl.where(
+            positive, tl.log(tl.where(positive, share, 1.0).to(tl.float64)), -INFINITY
+        ).to(tl.float32)
+
+
+@triton.jit
+def good_mixture(mixing, row, variant: tl.constexpr):
+    """Whether the parameters of the distribution in tensors are in range; the host has checked the
+    numbers."""
     POLICIES: tl.constexpr = variant.models - variant.first_policy
     VALUES: tl.constexpr = variant.scores
     good = tl.full([], True, tl.int1)
@@ -258,13 +277,16 @@ def good_weights(mixing, row, variant: tl.constexpr):
     if mixing.value_weights_pointer is not None:
         for j in tl.static_range(VALUES):
             good = good & (tl.abs(value_weight(mixing, row, j)) < INFINITY)
+    if mixing.plausibility_pointer is not None:
+        share = tl.load(mixing.plausibility_pointer + row.to(tl.int64) * mixing.plausibility_stride)
+        good = good & (share >= 0.0)  # above 1 no token is plausible
     return good
 
 
 @triton.jit
 def good_parameters(mixing, drawing, row, variant: tl.constexpr):
     """Whether the parameters in tensors are in range; the host has checked the numbers."""
-    good = good_weights(mixing, row, variant)
+    good = good_mixture(mixing, row, variant)
     if drawing.temperature_pointer is not None:
         t = temperature_of(drawing, row)
         good = good & (t >= 0.0) & (t < INFINITY)

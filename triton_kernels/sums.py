@@ -8,7 +8,7 @@ import triton.language as tl
 from .constants import INFINITY, SMALLEST_PREFIX_DIFFERENCE
 from .elementary import exp
 from .own_mass import counted_mass, shift_of_mass
-from .parameters import reference_weight, weight
+from .parameters import log_plausibility, reference_weight, weight
 from .tiles import level_of, model_tile, store_model_sum
 from .workspace import LOG_MASS, LOG_NORM, LOG_SUM, PEAK, SHIFT, VALID
 
@@ -65,7 +65,7 @@ def end_sums(mixing, state, fields, row, tiles, variant: tl.constexpr):
         else:
             counts = weight(mixing, row, k - FIRST_POLICY) != 0.0
         if k == variant.plausible:
-            counts = tl.full([], True, tl.int1)
+            counts |= log_plausibility(mixing, row) > -INFINITY
         valid = tl.where(counts & ((tl.abs(norm) < INFINITY) == 0), 0.0, valid)
     if variant.general:
         lift = tl.zeros([], tl.float64)

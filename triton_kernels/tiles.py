@@ -11,10 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .constants import ANY_TENSOR, EXCLUDED, FAR_LEVEL, INFINITY, SMALLEST_LOG_REF, TILE
+from .constants import EXCLUDED, FAR_LEVEL, INFINITY, SMALLEST_LOG_REF, TILE
 from .elementary import exp
 from .own_mass import policy_deficit, tilt_scale
-from .parameters import reference_weight, value_weight, weight
+from .parameters import log_plausibility, reference_weight, value_weight, weight
 from .workspace import LOG_NORM, LOG_SUM, PEAK, SHIFT
 
 
@@ -78,37 +78,10 @@ def store_model_sum(x, k: tl.constexpr, fields, tile, variant: tl.constexpr):
 
 
 @triton.jit
-def nothing_is_excluded(mixing, row, variant: tl.constexpr):
-    """Whether plausibility excludes no token of a row, for all tokens of a tile: it is off, or it
-    looks at any model and the mixture is one of them."""
-    POLICIES: tl.constexpr = variant.models - variant.first_policy
-    VALUES: tl.constexpr = variant.scores
-    if variant.plausible is None:
-        return tl.full([TILE], True, tl.int1)
-    elif variant.plausible == ANY_TENSOR and not variant.candidates:
-        used = tl.zeros([TILE], tl.int32)
-        ones = tl.zeros([TILE], tl.int32)
-        for i in tl.static_range(POLICIES):
-            w = weight(mixing, row, i) + tl.zeros([TILE], tl.float64)
-            used += (w != 0.0).to(tl.int32)
-            ones += (w == 1.0).to(tl.int32)
-        for j in tl.static_range(VALUES):
-            v = value_weight(mixing, row, j) + tl.zeros([TILE], tl.float64)
-            used += 2 * (v != 0.0).to(tl.int32)
-        return (used == ones) & (used <= 1)
-    else:
-        return tl.full([TILE], False, tl.int1)
-
-
-@triton.jit
-def plausible_tile(mixing, state, x, counts, k: tl.constexpr, variant: tl.constexpr):
-    """Which tokens model k finds plausible, if plausibility looks at it."""
-    if variant.plausible == k:
-        return x - tl.load(state + PEAK + k).to(tl.float32) >= mixing.log_plausibility
-    elif variant.plausible == ANY_TENSOR:
-        return counts & (x - tl.load(state + PEAK + k).to(tl.float32) >= mixing.log_plausibility)
-    else:
-        return x != x
+def plausible_tile(mixing, state, x, row, k: tl.constexpr):
+    """Which tokens of model k's tile x plausibility keeps."""
+    peak = tl.load(state + PEAK + k).to(tl.float32)
+    return (x - peak < log_plausibility(mixing, row)) == 0
 
 
 @triton.jit
@@ -130,7 +103,7 @@ def log_linear_tile(
     key = zeros
     inside = tile * TILE + tl.arange(0, TILE) < mixing.vocab
     broken = tl.zeros([TILE], tl.int1)
-    plausible = nothing_is_excluded(mixing, row, variant)
+    plausible = inside
     for k in tl.static_range(MODELS):
         x = model_tile(mixing, k, row, tile)
         if variant.model_logprobs and not variant.sums:
@@ -139,8 +112,8 @@ def log_linear_tile(
             c = zeros + reference_weight(mixing, row, variant)
         else:
             c = zeros + weight(mixing, row, k - FIRST_POLICY).to(tl.float32)
-        if variant.plausible is not None:
-            plausible |= plausible_tile(mixing, state, x, c != 0.0, k, variant)
+        if k == variant.plausible:
+            plausible = plausible_tile(mixing, state, x, row, k)
         if k < FIRST_POLICY:
             x = tl.where(c != 0.0, x, 0.0)
             counts = zeros == 0.0
@@ -196,9 +169,9 @@ def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
     MODELS: tl.constexpr = variant.models
     VALUES: tl.constexpr = variant.scores
     ref = model_tile(mixing, 0, row, tile)
-    plausible = nothing_is_excluded(mixing, row, variant)
-    if variant.plausible is not None:
-        plausible |= plausible_tile(mixing, state, ref, ref == ref, 0, variant)
+    plausible = tl.full([TILE], True, tl.int1)
+    if variant.plausible == 0:
+        plausible = plausible_tile(mixing, state, ref, row, 0)
     ref = ref - level_of(tl.load(state + LOG_NORM))
     log_ref = ref - tl.load(state + LOG_SUM).to(tl.float32)
     # log pi_ref where all that counts is finite, else NaN: eight comparisons need more predicates
@@ -210,8 +183,8 @@ def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
         x = model_tile(mixing, k, row, tile)
         w = zeros + weight(mixing, row, k - 1).to(tl.float32)
         counts = w != 0.0
-        if variant.plausible is not None:
-            plausible |= plausible_tile(mixing, state, x, counts, k, variant)
+        if variant.plausible == k:
+            plausible = plausible_tile(mixing, state, x, row, k)
         x = x - level_of(tl.load(state + LOG_NORM + k))
         support = tl.where(counts, tl.fma(x, 0.0, support), support)
         # Subtract the raw logits first: that is exact for 16-bit logits.

@@ -1,4 +1,4 @@
-"""The command of both studies: it runs the missing jobs, then writes JSON, tables and pictures."""
+"""The command of all studies: it runs the missing jobs, then writes JSON, tables and pictures."""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ def decode(
     samples: int = 1,
     **options: Any,
 ) -> dict[str, Array]:
-    """Rewards [S, N, 3], kl [S, N] (log pi* - log pi_ref of whole answers), length, ended, valid.
+    """Rewards [S, N, 3], kl [S, N] (log pi* - log pi_ref of whole answers), length, ended, valid;
+    log_ratios [S, N, M], log pi_i - log pi_ref of whole answers.
 
     `models`: the reference (or None), then the policies. Rows count sample by sample.
     """
@@ -58,11 +59,12 @@ def decode(
     for part, seeds in batches(list(prompts) * samples):
         out = generate(ensemble, part, weights=list(weights), seed=seeds, **options)
         assert out.model_logprobs is not None
-        log_ratio = out.logprobs.double().sum(1) - out.model_logprobs[..., 0].double().sum(1)
+        totals = out.model_logprobs.double().sum(1)  # [B, M+1], whole answers
         parts.append(
             {
                 "rewards": scores(part, out.texts or ()),
-                "kl": log_ratio.numpy(),
+                "kl": (out.logprobs.double().sum(1) - totals[:, 0]).numpy(),
+                "log_ratios": (totals[:, 1:] - totals[:, :1]).numpy(),
                 "length": out.lengths.numpy(),
                 "ended": np.array([reason == "eos" for reason in out.finish_reasons]),
                 "valid": out.valid.numpy(),

@@ -60,7 +60,7 @@ class Study:
 
     def __init__(self, work: Path, sizes: Sizes) -> None:
         self.work, self.sizes = work, sizes
-        parts = [load(work, "pool", part) for part in range(-(-sizes.pool // policies.POOL_PART))]
+        parts = [load(work, "pool", part) for part in policies.pool_parts(sizes)]
         self.pool = np.concatenate(parts, axis=1).astype(float)
         self.scored = functools.cache(self._scored)
         self.reference = self.scored(cells(sizes)[0])

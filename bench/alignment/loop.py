@@ -1,4 +1,4 @@
-"""The job loop of both studies: each job writes a file into a cache folder and is done once."""
+"""The job loop of all studies: each job writes a file into a cache folder and is done once."""
 
 from __future__ import annotations
 

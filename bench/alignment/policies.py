@@ -173,9 +173,11 @@ def draw_answers(work: Path, sizes: Any, seed: int) -> train.Answers:
     return train.draw_answers(*reference(), sizes.train_prompts, SEED + seed)
 
 
-def train_policy(work: Path, sizes: Any, policy: Policy) -> dict[str, Any]:
-    """A copy of the reference tuned by f-DPO for sum_i w_i r_i in `sizes.policy_steps`."""
-    model, answers = copy.deepcopy(reference()[0]), load_answers(work, policy.seed)
+def train_policy(work: Path, sizes: Any, policy: Policy, start: Any = None) -> dict[str, Any]:
+    """A copy of the reference, or `start` itself, tuned against the reference by f-DPO for
+    sum_i w_i r_i in `sizes.policy_steps`."""
+    model = copy.deepcopy(reference()[0]) if start is None else start
+    answers = load_answers(work, policy.seed)
     losses = train.train_policy(
         model, answers.batch, answers.ref_logprobs, mixed_rewards(answers, policy.weights),
         sizes.policy_steps, policy.seed, str(policy), slope=train.slope_of(policy.divergence),
@@ -185,7 +187,12 @@ def train_policy(work: Path, sizes: Any, policy: Policy) -> dict[str, Any]:
     return {"model": model.state_dict(), "record": record}
 
 
-def _pool(work: Path, sizes: Sizes, part: int) -> Array:
+def pool_parts(sizes: Any) -> range:
+    """The jobs that draw `sizes.pool` answers to each prompt."""
+    return range(-(-sizes.pool // POOL_PART))
+
+
+def draw_pool(work: Path, sizes: Any, part: int) -> Array:
     """Rewards [N, K, 3] of the reference's answers, for best-of-N and the optimum."""
     size = min(POOL_PART, sizes.pool - part * POOL_PART)
     texts = [p for p in world.prompts(sizes.prompts, DECODE_SEED) for _ in range(size)]
@@ -219,7 +226,7 @@ def phases(sizes: Sizes) -> list[Phase]:
     """All jobs."""
     return [
         Phase("answers", draw_answers, range(sizes.train_seeds)),
-        Phase("pool", _pool, range(-(-sizes.pool // POOL_PART))),
+        Phase("pool", draw_pool, pool_parts(sizes)),
         Phase("trainings", train_policy, policies(sizes)),
         Phase("cells", _measure, cells(sizes)),
     ]

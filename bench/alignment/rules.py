@@ -1,7 +1,7 @@
 """`python -m bench.alignment.rules`: the decoder's rules off reverse KL, on f-DPO policies.
 
-Which prefix ratios and which mass Z normalises to (docs/concepts.md), and which tokens leave the
-support, at weights on and off the simplex.
+Which prefix ratios and which mass Z normalises to (docs/concepts.md), which tokens leave the
+support, and resampling whole answers, at weights on and off the simplex.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from . import command, policies
 from .decoding import DECODE_SEED, Array, decode, reference
 from .loop import Phase, load
 from .policies import CENTRE, CORNERS, Policy, Weights
-from .statistics import REWARD_SCALE, over_seeds
+from .statistics import REWARD_SCALE, over_seeds, resampling_weights
 
 CUT = {"plausibility": "auto"}
 OWN, ZERO = {"sequence_history": True}, {"sequence_history": True, "normalizer": "zero"}
-REFERENCE = {"plausibility": 1e-3, "plausibility_tensor": 0}
-#: By name: the options of `mod_fused.generate`.
+#: By name: the options of `mod_fused.generate`. Under reverse KL history changes nothing.
 RULES: dict[str, dict[str, Any]] = {
     "token by token": CUT,
-    "token by token, cut by the reference alone": REFERENCE,
     "token by token, no cut": {},
     "own mass": OWN | CUT,
-    "own mass, cut by the reference alone": OWN | REFERENCE,
     "own mass, no cut": OWN,
     "prefix ratios, Z = 0": ZERO | CUT,
+    "own mass, resampled": OWN | CUT,
 }
+OF_REVERSE_KL = ("token by token", "own mass, resampled")
+POOL = 16  # answers to each prompt where they are resampled
+ONE_OF = (1, 4, 16)
 
 
 class Sizes(NamedTuple):
@@ -62,9 +63,11 @@ class Cell(NamedTuple):
 
 
 def cells(sizes: Sizes) -> list[Cell]:
-    """All cells; reverse KL has one rule."""
+    """All cells; answers are resampled at the first weights only, because they cost the most."""
     every = product(sizes.divergences, sizes.weights, RULES, range(sizes.seeds))
-    return [Cell(*x) for x in every if x[0] != "reverse_kl" or RULES[x[2]] == CUT]
+    found = [Cell(*x) for x in every if x[0] != "reverse_kl" or x[2] in OF_REVERSE_KL]
+    first = sizes.weights[0]
+    return [c for c in found if c.weights == first or not c.rule.endswith("resampled")]
 
 
 def _measure(work: Path, sizes: Sizes, cell: Cell) -> dict[str, Array]:
@@ -72,7 +75,8 @@ def _measure(work: Path, sizes: Sizes, cell: Cell) -> dict[str, Array]:
     models = [reference()[0], *(policies.load_policy(work, p) for p in trained)]
     prompts = world.prompts(sizes.prompts, DECODE_SEED)
     options = {"divergence": cell.tuned} | RULES[cell.rule]
-    return decode(models, cell.weights, prompts, **options)
+    samples = POOL if cell.rule.endswith("resampled") else 1
+    return decode(models, cell.weights, prompts, samples, **options)
 
 
 def phases(sizes: Sizes) -> list[Phase]:
@@ -86,23 +90,45 @@ def phases(sizes: Sizes) -> list[Phase]:
     ]
 
 
-def _record(work: Path, group: list[Cell]) -> dict[str, Any]:
-    """The means over a cell's answers, for each training and with an interval over them; J = 10 w r
-    - D_f is None where an answer is invalid."""
+def _means(cell: Cell, found: dict[str, Array], one_of: int) -> list[float]:
+    """Weighted reward, KL, share that ended and J = 10 w r - D_f, where one of every `one_of`
+    answers to a prompt is chosen by its weight W.
+
+    The means are those over the choice, too. The log-ratio is log(one_of W q / pi_ref): that of
+    drawing the candidates from q and choosing one, against drawing this one from the reference and
+    the others from q. The divergence of the two is at least that of the answer alone, so that KL
+    and J err against resampling.
+    """
+    w, kl = np.array(cell.weights), found["kl"]
+    chosen = np.ones_like(kl)  # [S, N], one_of W
+    if one_of > 1:
+        for prompt, start in product(range(kl.shape[1]), range(0, len(kl), one_of)):
+            at = slice(start, start + one_of), prompt
+            ratios = found["log_ratios"][at]
+            chosen[at] = one_of * resampling_weights(cell.tuned, w, ratios, kl[at])
+    with np.errstate(divide="ignore"):  # what is never chosen counts for nothing
+        log_ratio = np.where(chosen > 0, np.log(chosen) + kl, 0.0)
+    each = found["rewards"] @ w, log_ratio, found["ended"], divergence_terms(cell.tuned, log_ratio)
+    weighted, kl_mean, ended, terms = (float((chosen * x).mean()) for x in each)
+    return [weighted, kl_mean, ended, REWARD_SCALE * weighted - terms]
+
+
+def _record(work: Path, group: list[Cell], one_of: int | None = None) -> dict[str, Any]:
+    """The means over a cell's answers, over the trainings with an interval; J is None where an
+    answer is invalid. With `one_of` its name says so, and "gain" is J less that of one of 1."""
     found = [load(work, "cells", cell) for cell in group]
-    values: dict[str, list[float]] = {name: [] for name in ("weighted", "kl", "ended", "objective")}
-    for cell, x in zip(group, found, strict=True):
-        kl = x["kl"].ravel()
-        weighted = float((x["rewards"].reshape(-1, 3) @ np.array(cell.weights)).mean())
-        terms = divergence_terms(cell.tuned, kl)
-        each = weighted, kl.mean(), x["ended"].mean(), REWARD_SCALE * weighted - terms.mean()
-        for name, value in zip(values, each, strict=True):
-            values[name].append(float(value))
     record: dict[str, Any] = group[0]._asdict() | {
         "invalid": 1.0 - np.mean([x["valid"] for x in found])
     }
-    for name, over in values.items():
+    means = [_means(cell, x, one_of or 1) for cell, x in zip(group, found, strict=True)]
+    for name, over in zip(
+        ("weighted", "kl", "ended", "objective"), zip(*means, strict=True), strict=True
+    ):
         record[name] = over_seeds(over) if np.isfinite(over).all() else None
+    if one_of:
+        record["rule"] = f"{group[0].rule}, one of {one_of}"
+        plain = [_means(cell, x, 1)[-1] for cell, x in zip(group, found, strict=True)]
+        record["gain"] = over_seeds([x[-1] - j for x, j in zip(means, plain, strict=True)])
     return record
 
 
@@ -111,7 +137,12 @@ def summary(work: Path, sizes: Sizes) -> dict[str, Any]:
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells(sizes):
         groups.setdefault(cell[:3], []).append(cell)
-    return {"sizes": sizes._asdict(), "rules": [_record(work, group) for group in groups.values()]}
+    records = [
+        _record(work, group, one_of)
+        for (*_, rule), group in groups.items()
+        for one_of in (ONE_OF if rule.endswith("resampled") else (None,))
+    ]
+    return {"sizes": sizes._asdict(), "rules": records}
 
 
 if __name__ == "__main__":

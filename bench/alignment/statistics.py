@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import comb
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
+from scipy.special import logsumexp, softmax
 
-from mod_fused.reference import f_of, optimum
+from mod_fused.reference import f_of, optimum, slope_of, solve_log_ratios
 
 Array = np.ndarray
 RESAMPLES = 1000
@@ -128,3 +129,55 @@ def reweighted(rewards: Array, weights: Array, divergence: str) -> tuple[Array, 
     tilts = REWARD_SCALE * (rewards @ weights)
     log_x = np.stack([optimum(divergence, log_ref, tilt) for tilt in tilts]) + np.log(size)
     return (np.exp(log_x)[..., None] * rewards).mean(1), f_of(divergence)(log_x).mean(1)
+
+
+def resampling_weights(divergence: str, weights: Array, log_ratios: Array, kl: Array) -> Array:
+    """The weights [n] of n answers to a prompt, towards the optimum of whole answers, by the
+    oracle: what `generate(..., num_candidates=n)` chooses by.
+
+    Args:
+        divergence: a name.
+        weights: [M], w.
+        log_ratios: [n, M], log pi_i - log pi_ref of each answer.
+        kl: [n], log q - log pi_ref, where q is what it was drawn from.
+    """
+    slope = slope_of(divergence)
+    if slope is None:
+        return softmax(log_ratios @ weights - kl)
+    log_base = -kl - np.log(len(kl))
+    u = slope.slope(np.maximum(log_ratios, -300.0)) @ weights  # no overflow; it weighs nothing
+    return softmax(log_base + solve_log_ratios(log_base, u, slope))
+
+
+def at_random(values: Array, log_ratios: Array, weights: Array) -> Array:
+    """Means [3] of answering with policy i with probability w_i.
+
+    Args:
+        values: [M, N, 3], weighted reward, KL and J of each policy's own answers.
+        log_ratios: [M, N, M], log pi_j - log pi_ref of these answers: they give the log-ratio of
+            the answer to be drawn at all, which counts in place of the policy's own.
+        weights: [M], w on the simplex.
+    """
+    with np.errstate(divide="ignore"):
+        kl = logsumexp(np.log(weights) + log_ratios, axis=2)
+    every = np.stack([values[..., 0], kl, REWARD_SCALE * values[..., 0] - kl], axis=2)
+    return weights @ every.mean(1)
+
+
+def routed(
+    topics: Sequence[Any], known: Array, asked: Sequence[Any], values: Array, by: int
+) -> Array:
+    """Means [3] of answering each prompt with the model that was best on its topic.
+
+    Args:
+        topics: of the N prompts on which models are chosen.
+        known: [models, N, 3], what `values` holds, of the answers to them.
+        asked: the topics of the K prompts to answer; one that is not known has the best of all.
+        values: [models, K, 3].
+        by: the column to choose by.
+    """
+    chosen = []
+    for topic in asked:
+        same = [topic == t for t in topics]
+        chosen.append(known[:, same if any(same) else slice(None), by].mean(1).argmax())
+    return values[chosen, range(len(asked))].mean(0)

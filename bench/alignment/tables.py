@@ -1,4 +1,4 @@
-"""The tables of both studies, from their JSON."""
+"""The tables of all studies, from their JSON."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def alignment(result: Record) -> str:
         ("Means over the key weights", _over_key(t),
          "tuned with = tuned | method | mixed with = mixed_by | Z = normalizer | history | "
          "drawn | weighted reward = weighted 3 | KL = kl 2 | lost, % = lost 1% | "
-         "tokens = tokens 1 | ended, % = ended 1%"),
+         "tokens = length 1 | ended, % = ended 1%"),
         ("Where the truth is exact: mean share of J lost, total variation from the optimum",
          _tabular(t), " | ".join(["world", "mix", *tabular.DIVERGENCES])),
         ("Trainings", result["trainings"],
@@ -221,7 +221,8 @@ def rules(result: Record) -> str:
     """All tables of the study of the decoder's rules, one for each weight vector."""
     columns = (
         "tuned and mixed with = tuned | rule | w r = weighted (3) | KL = kl (1) | "
-        "J = objective (2) | ended, % = ended 0% | no solution, % = invalid 0%"
+        "J = objective (2) | J less that of one of 1 = gain (+2) | ended, % = ended 0% | "
+        "no solution, % = invalid 0%"
     )
     sections: list[Section] = [
         (
@@ -233,4 +234,26 @@ def rules(result: Record) -> str:
     ]
     return _document(
         "Rules of whole answers: means over trainings, Student's 95%", result, sections
+    )
+
+
+def sizes(result: Record) -> str:
+    """All tables of the study of policies of different sizes."""
+    columns = (
+        "method | w r = weighted (3) | KL = kl (2) | J = objective (2) | "
+        "MOD less it: w r = weighted lead (+3) | J = objective lead (+2)"
+    )
+    sections: list[Section] = [
+        (
+            "Weights " + ", ".join(f"{x:.2g}" for x in w),
+            [r for r in result["methods"] if r["weights"] == w],
+            columns,
+        )
+        for w in result["sizes"]["weights"]
+    ]
+    models = "objective | layers | parameters | vocabulary | KL to the reference a token = loss 4"
+    models += " | last loss of f-DPO by training = tuned"
+    sections.append(("Models", result["models"], models))
+    return _document(
+        "Policies of different sizes: means over trainings, Student's 95%", result, sections
     )

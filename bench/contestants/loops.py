@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import mod_fused
-from mod_fused.decoding import generate as decoder
+from mod_fused.decoding import steps as decoder
 
 from . import eager
 

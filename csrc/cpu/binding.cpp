@@ -76,7 +76,7 @@ struct Packed {
 };
 
 // Slots of the mixture, then those of the draw.
-enum TensorSlot { kWeights, kValues, kValueIds, kValueWeights, kPrefix, kOwnPrefix, kMixtureTensors,
+enum TensorSlot { kWeights, kValues, kValueIds, kValueWeights, kPrefix, kOwnPrefix, kPlausibilities, kMixtureTensors,
                   kMask = kMixtureTensors, kTemperatures, kTopKs, kTopPs, kMinPs, kSeeds, kPositions, kDrawTensors };
 enum IntegerSlot { kReference, kVocab, kPlausibilityTensor, kExact, kDivergence, kMixtureIntegers,
                    kTopK = kMixtureIntegers, kSeed, kPosition, kModelLogprobs, kProposalLogprobs, kDrawIntegers };
@@ -175,10 +175,10 @@ Request mixture(const Packed& packed, bool draws) {
   const bool scaled = numbers.left() != 0;
   for (int i = 0; i < request.models; ++i) request.scales[i] = scaled ? (float)*numbers.take(1) : 1.0f;
   if (numbers.left() != 0) not_packed();
-  if (packed.numbers[kPlausibility] > 0.0) {
-    request.log_plausibility = (float)std::log(packed.numbers[kPlausibility]);
-    const int64_t tensor = integers[kPlausibilityTensor];
-    request.plausibility_model = tensor < 0 ? kAnyModel : (int)tensor - (request.reference ? 0 : 1);
+  const Pointer shares = packed.tensor(kPlausibilities);
+  if (shares || packed.numbers[kPlausibility] > 0.0) {
+    request.plausibility = per_row<double>(packed.numbers[kPlausibility], shares);
+    request.plausibility_model = (int)integers[kPlausibilityTensor] - (request.reference ? 0 : 1);
   }
   return request;
 }

@@ -11,8 +11,8 @@ namespace mod_fused {
 
 constexpr int kMaxModels = 9;  // reference and at most 8 policies
 
-// In place of the model whose peak plausibility looks at; every model that counts.
-constexpr int kNoModel = -1, kAnyModel = -2;
+// In place of the model whose peak plausibility looks at.
+constexpr int kNoModel = -1;
 
 // A tensor [B, n] with contiguous rows.
 struct Rows {
@@ -71,7 +71,7 @@ struct Request {
 
   std::vector<double> prefix;      // [B, models], or empty
   std::vector<double> own_prefix;  // [B], or empty: the mixture's
-  float log_plausibility = 0.0f;
+  PerRow<double> plausibility;     // 0: off
   int plausibility_model = kNoModel;
 
   PerRow<float> temperature, min_p;

@@ -40,37 +40,24 @@ Row::Row(const Request& request, int64_t index, Scratch& scratch, const TileRunn
       scratch_(scratch),
       run_tiles_(run_tiles),
       loops_(tile_loops()),
-      tiles_((request.vocab + kTile - 1) / kTile),
-      plausibility_model_(request.plausibility_model) {}
-
-// Whether the mixture is one of its models: a policy, or the reference.
-bool Row::at_corner() const {
-  int used = 0, ones = 0;
-  for (int model = request_.reference ? 1 : 0; model < request_.models; ++model) {
-    used += policy_weight(model) != 0.0;
-    ones += policy_weight(model) == 1.0;
-  }
-  for (size_t j = 0; j < request_.values.size(); ++j) used += value_weight(j) != 0.0 ? 2 : 0;
-  return !request_.value_ids && used == ones && used <= 1;
-}
+      tiles_((request.vocab + kTile - 1) / kTile) {}
 
 // Sets the entries of a tile's tokens that plausibility excludes.
 void Row::exclude_implausible(int64_t tile, float excluded, float* x) const {
   const int n = tile_size(tile);
-  alignas(64) float logit[kTile], below[kTile];  // below: a model's peak, the least over the models
-  std::fill(below, below + n, (float)-kInfinity);
-  for (int model = 0; model < request_.models; ++model) {
-    if (!sets_plausibility(model)) continue;
-    loops_.load(logits(model), tile * kTile, n, logit);
-    const float peak = (float)model_sums_[model].level;
-    for (int i = 0; i < n; ++i) below[i] = std::max(below[i], logit[i] - peak);
-  }
-  for (int i = 0; i < n; ++i) x[i] = below[i] >= request_.log_plausibility ? x[i] : excluded;
+  alignas(64) float logit[kTile];
+  loops_.load(logits(plausibility_model_), tile * kTile, n, logit);
+  const float peak = (float)model_sums_[plausibility_model_].level;
+  for (int i = 0; i < n; ++i) x[i] = logit[i] - peak >= log_plausibility_ ? x[i] : excluded;
 }
 
 bool Row::read_parameters() {
-  if (plausibility_model_ == kAnyModel && at_corner()) plausibility_model_ = kNoModel;
   bool good = true;
+  if (request_.plausibility_model != kNoModel) {
+    const double share = request_.plausibility[b_];
+    if (share != 0.0) plausibility_model_ = request_.plausibility_model;
+    log_plausibility_ = (float)std::log(share);  // out of range: no logit is above it, and no token is left
+  }
   const int policies = request_.models - (request_.reference ? 1 : 0);
   for (int i = 0; i < policies; ++i) good &= std::isfinite((float)request_.weights[b_][i]);
   for (size_t j = 0; j < request_.values.size(); ++j) good &= std::isfinite((float)value_weight(j));
@@ -127,7 +114,7 @@ bool Row::sum_models() {
   bool good = true;
   for (int model = 0; model < request_.models; ++model) {
     const bool counted = counts(model);
-    const bool plausible = sets_plausibility(model);
+    const bool plausible = model == plausibility_model_;
     // The log-linear sum checks its tensors itself, but with candidates it reads only their logits.
     const bool needed = request_.model_logprobs || plausible || (counted && (!request_.log_linear() || request_.value_ids));
     if (!needed || (!plausible && sum_quickly(model))) continue;

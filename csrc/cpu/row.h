@@ -64,7 +64,6 @@ class Row {
 
   // row.cpp
   bool read_parameters();
-  bool at_corner() const;
   void exclude_implausible(int64_t tile, float excluded, float* x) const;
   bool sum_quickly(int model);
   bool sum_carefully(int model);
@@ -160,9 +159,6 @@ class Row {
   bool counts(int model) const {
     return request_.reference && model == 0 ? own_coefficient_ != 0.0 : policy_weight(model) != 0.0;
   }
-  bool sets_plausibility(int model) const {
-    return plausibility_model_ == kAnyModel ? counts(model) : model == plausibility_model_;
-  }
   double value_weight(size_t j) const { return normal(request_.value_weights[b_][j]); }
   int64_t candidate(int64_t k) const {
     return request_.value_ids[b_ * request_.value_ids_row + k * request_.value_ids_column];
@@ -178,7 +174,8 @@ class Row {
   const TileRunner& run_tiles_;
   const TileLoops& loops_;
   const int64_t tiles_;
-  int plausibility_model_;
+  int plausibility_model_ = kNoModel;  // kNoModel where the row's plausibility is off
+  float log_plausibility_ = 0.0f;
 
   Response response_;
   float parameter_ = 0.0f;        // of the divergence's loops

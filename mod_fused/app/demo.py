@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import world
+import numpy as np
+
+from .. import recipes, world
 from ..decoding.ensemble import Ensemble
 from ..decoding.generate import generate
 from ..divergence import DIVERGENCES
 from . import options
 from .models import check_files, quiet_transformers, use_one_thread
-from .terminal import TextStream, table, write
-from .trade_off import Point, draw, evaluate, leads, signed, simplex_grid, table_rows
+from .terminal import TextStream, table, track, write
+from .trade_off import (
+    Array,
+    Point,
+    draw,
+    evaluate,
+    leads,
+    picture_endings,
+    signed,
+    simplex_grid,
+    table_rows,
+)
 
 MAX_NEW_TOKENS = 64
+BEST_OF = 4  # as many model runs as mixing three policies with the reference
 PAIRS = ((0, 2), (1, 2), (0, 1))  # the objectives mixed for each question
 
 INTRODUCTION = """\
@@ -90,6 +104,50 @@ def measure(
     )
 
 
+def _rewards(
+    model: Any, tokenizer: Any, prompts: Sequence[str], seed: int, copies: int = 1
+) -> Array:
+    """[R, N, copies], all rewards of a single model's answers."""
+    out = generate(
+        Ensemble([None, model], tokenizer),
+        prompts,
+        weights=[1.0],
+        seed=seed,
+        num_return_sequences=copies,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    asked = [prompt for prompt in prompts for _ in range(copies)]
+    texts = list(zip(asked, out.texts or (), strict=True))
+    found = [[world.reward(name, *pair) for pair in texts] for name in world.OBJECTIVES]
+    return np.array(found).reshape(len(found), len(prompts), copies)
+
+
+def alternatives(
+    ensemble: Ensemble, points: Sequence[Point], n_prompts: int, seed: int
+) -> dict[str, list[Point]]:
+    """What else gives rewards between those of two policies, at the weights of the edges: the
+    policies' parameters averaged, and the best of the reference's answers. A corner of the soup is
+    a policy, which `points` hold."""
+    prompts, tokenizer = world.prompts(n_prompts, seed), ensemble.tokenizer
+    edges = [p for p in points if 1 <= sum(w > 0 for w in p.weights) <= 2]
+    soups = []
+    for point in track(edges, "soups", len(edges)):
+        if 1.0 not in point.weights:
+            merged = recipes.soup(ensemble.models, point.weights)
+            point = replace(point, rewards=_rewards(merged, tokenizer, prompts, seed)[..., 0])
+        soups.append(point)
+    pool = _rewards(ensemble.models[0], tokenizer, prompts, seed, BEST_OF)
+    best = []
+    for point in edges:
+        chosen = np.tensordot(point.weights, pool, 1).argmax(1)  # [N]
+        rewards = np.take_along_axis(pool, chosen[None, :, None], 2)[..., 0]
+        best.append(replace(point, rewards=rewards))
+    return {
+        "soup: parameters averaged": soups,
+        f"best of {BEST_OF} answers of the reference": best,
+    }
+
+
 def run(out: Path, *, seed: int = 0, quick: bool = False, divergence: str = "reverse_kl") -> None:
     """Stream answers, print a table of rewards, and draw the trade-off curve into `out`.
 
@@ -104,14 +162,17 @@ def run(out: Path, *, seed: int = 0, quick: bool = False, divergence: str = "rev
         show_answers(ensemble, prompt, pair, seed, divergence)
 
     write(f"\n{CURVE}\n")
-    points = measure(ensemble, 16 if quick else 100, 3 if quick else 5, seed, divergence)
+    count = 16 if quick else 100
+    points = measure(ensemble, count, 3 if quick else 5, seed, divergence)
     table(*table_rows(points, world.OBJECTIVES))
 
     write(f"\n{LEAD}")
     for names, (lead, spread) in leads(points, world.OBJECTIVES).items():
         write(f"  {names}: {signed(lead, spread)}")
     try:
-        draw(out, points, world.OBJECTIVES, f"trade-off of the embedded policies ({divergence})")
+        title = f"trade-off of the embedded policies ({divergence})"
+        others = alternatives(ensemble, points, count, seed) if picture_endings() else None
+        draw(out, points, world.OBJECTIVES, title, others)
         write(f"\nThe curves are in {out}", style="bold")
     except ImportError as error:
         write(f"\nNo picture: {error}")

@@ -39,8 +39,7 @@ def run_generate(args: argparse.Namespace) -> int:
         raise UsageError("--num-beams draws no continuations to choose from: leave out --best-of")
     if args.num_beams == 1 and args.length_penalty != 1.0:
         raise UsageError("--length-penalty goes with --num-beams")
-    if args.num_candidates is not None:
-        _check_candidates(args)
+    _check_candidates(args)
     if args.score and is_own(args):
         raise UsageError("--score is of the embedded world: choose by --values with own models")
     prompts = _prompts(args)
@@ -53,7 +52,6 @@ def run_generate(args: argparse.Namespace) -> int:
         "normalizer": args.normalizer,
         "sequence_history": args.sequence_history,
         "plausibility": args.plausibility,
-        "plausibility_tensor": "any",
         "max_new_tokens": args.max_new_tokens,
         "do_sample": not (args.greedy or searching),
         "temperature": args.temperature,
@@ -65,10 +63,11 @@ def run_generate(args: argparse.Namespace) -> int:
     }
     if args.num_candidates is not None:
         settings["num_candidates"] = args.num_candidates
+        settings["resample_below"] = args.resample_below
     if not args.best_of:
         settings |= {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
         settings |= scorers.load_guidance(args) | {"value_weights": values}
-    streams = single and not args.best_of and not searching and args.num_candidates is None
+    streams = single and not searching and args.num_candidates is None
     streamer = TextStream(ensemble.tokenizer) if streams else None
     out = _answers(args, ensemble, prompts, streamer, settings)
     if single:
@@ -90,7 +89,11 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def _check_candidates(args: argparse.Namespace) -> None:
     """Refuse what --num-candidates cannot go with."""
-    others = {"greedy": args.greedy, "values": args.values, "best-of": args.best_of}
+    if args.num_candidates is None:
+        if args.resample_below is not None:
+            raise UsageError("--resample-below goes with --num-candidates")
+        return
+    others = {"greedy": args.greedy, "robust": args.robust, "best-of": args.best_of}
     others["num-beams"] = args.num_beams > 1
     for name, given in others.items():
         if given:
@@ -105,7 +108,10 @@ def _answers(
     settings: dict[str, Any],
 ) -> GenerateOutput | BlockwiseOutput:
     if streamer is not None:
-        return generate(ensemble, prompts, streamer=streamer, **settings)
+        settings = settings | {"streamer": streamer}
+        if args.best_of:
+            return scorers.choose(args, ensemble, prompts, **settings)
+        return generate(ensemble, prompts, **settings)
     each = f", the best of {args.best_of} for each" if args.best_of else ""
     with working(f"decoding {len(prompts)} responses{each}"):
         if args.best_of:
@@ -184,7 +190,7 @@ def _of_candidates(out: GenerateOutput | BlockwiseOutput, row: int) -> dict[str,
     """What is known of the candidates that a response was chosen from."""
     if isinstance(out, BlockwiseOutput) or out.weights is None:
         return {}
-    fields = "weights", "effective_sample_size", "log_normalizer"
+    fields = "weights", "effective_sample_size", "log_normalizer", "resamplings"
     return {name: getattr(out, name)[row].tolist() for name in fields}
 
 
@@ -259,6 +265,12 @@ def add_options(commands: Any, mixture: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draw N responses and choose one by its probability under the optimum over whole"
         " responses",
+    )
+    generate.add_argument(
+        "--resample-below",
+        type=float,
+        metavar="SHARE",
+        help="resample the candidates as soon as they are worth less than this share of N draws",
     )
     generate.add_argument("--greedy", action="store_true", help="the most likely token each time")
     generate.add_argument(

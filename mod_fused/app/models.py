@@ -69,8 +69,8 @@ def mixture_options() -> argparse.ArgumentParser:
         type=options.plausibility,
         default="auto",
         metavar="P",
-        help="exclude tokens that every model finds less likely than P times its most likely one;"
-        " off: none (default: 0.001, off for reverse_kl)",
+        help="exclude tokens that the reference finds less likely than P times its most likely"
+        " one; off: none (default: 0.001, off for reverse_kl)",
     )
     group.add_argument(
         "--max-new-tokens",

@@ -63,7 +63,6 @@ def run_sweep(args: argparse.Namespace) -> int:
         "normalizer": args.normalizer,
         "sequence_history": args.sequence_history,
         "plausibility": args.plausibility,
-        "plausibility_tensor": "any",
         "max_new_tokens": args.max_new_tokens,
     }
     batches: Iterator[list[Guided]]

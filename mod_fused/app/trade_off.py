@@ -8,7 +8,7 @@ decoder beats choosing one of them at random for each response. `draw` plots the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -294,8 +294,20 @@ def picture_endings() -> list[str]:
     return sorted(FigureCanvasBase.get_supported_filetypes())
 
 
-def draw(path: str | Path, points: Sequence[Point], names: Sequence[str], title: str) -> None:
-    """Plot one panel per pair of policies: the curve between them, and the straight line.
+#: Colours that the colour-blind tell apart (Okabe and Ito's), with marker and line.
+_MIXED, _RANDOM, _REFERENCE, _ELSEWHERE = "#0072B2", "0.4", "black", "0.7"
+_OTHERS = (("#D55E00", "s:"), ("#009E73", "^-."), ("#CC79A7", "D:"), ("#E69F00", "v-."))
+
+
+def draw(
+    path: str | Path,
+    points: Sequence[Point],
+    names: Sequence[str],
+    title: str,
+    others: Mapping[str, Sequence[Point]] | None = None,
+) -> None:
+    """Plot one panel per pair of policies: the curve between them, the straight line, the reference
+    (the point without weight) and the curves of `others`, at most four, by their label.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -309,23 +321,60 @@ def draw(path: str | Path, points: Sequence[Point], names: Sequence[str], title:
     drawn = [pair for pair in pairs if edge(points, *pair)] or pairs
     if not drawn:
         raise ValueError("a trade-off picture needs at least two policies, got one")
-    what = "log pi_i/pi_ref" if points[0].rewards is None else "mean reward"
-    figure = Figure(figsize=(4.6 * len(drawn), 4.4), layout="constrained")
-    for axes, (i, j) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        line = edge(points, i, j)
-        for p in (p for p in points if p not in line):
-            axes.plot(*measures(p)[[i, j]].mean(1), "o", color="0.75", markersize=4)
-        if line:
-            stats = [[mean_and_error(measures(p)[k]) for k in (i, j)] for p in line]
-            (x, dx), (y, dy) = (np.array([s[k] for s in stats]).T for k in (0, 1))
-            axes.plot(x[[0, -1]], y[[0, -1]], "--", color="0.5", label="choosing one at random")
-            axes.errorbar(x, y, dy, dx, fmt="o-", capsize=2, label="mixed by mod_fused (±1 SE)")
-            for p, px, py in zip(line, x, y, strict=True):
-                note = f"{p.weights[i]:.2g} / {p.weights[j]:.2g}"
-                axes.annotate(note, (px, py), (4, 4), textcoords="offset points", fontsize=7)
-            axes.legend(fontsize=8)
-        axes.set_xlabel(f"{names[i]} ({what})")
-        axes.set_ylabel(f"{names[j]} ({what})")
-        axes.grid(alpha=0.3)
+    figure = Figure(figsize=(4.6 * len(drawn), 4.9), layout="constrained")
+    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for axes, pair in zip(panels, drawn, strict=True):
+        _panel(axes, points, names, pair, others or {})
+    handles = dict(zip(*panels[0].get_legend_handles_labels()[::-1], strict=True))
+    # Below the panels it covers no point.
+    where: dict[str, Any] = {"loc": "outside lower center", "ncols": max(1, 2 * len(drawn) - 1)}
+    figure.legend(list(handles.values()), list(handles), fontsize=9, **where)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
+
+
+def _panel(
+    axes: Any,
+    points: Sequence[Point],
+    names: Sequence[str],
+    pair: tuple[int, int],
+    others: Mapping[str, Sequence[Point]],
+) -> None:
+    """Plot the points of one pair of policies."""
+    i, j = pair
+
+    def means(point: Point) -> Array:
+        return measures(point)[[i, j]].mean(1)
+
+    def note(text: str, at: Array, offset: tuple[int, int], **form: Any) -> None:
+        axes.annotate(text, at, offset, textcoords="offset points", fontsize=8, **form)
+
+    line = edge(points, i, j)
+    if line:
+        stats = [[mean_and_error(measures(p)[k]) for k in (i, j)] for p in line]
+        (x, dx), (y, dy) = (np.array([s[k] for s in stats]).T for k in (0, 1))
+        form = {"color": _MIXED, "zorder": 3, "label": "mixed by mod_fused (±1 standard error)"}
+        axes.errorbar(x, y, dy, dx, fmt="o-", capsize=2, **form)
+        form = {"color": _RANDOM, "linewidth": 1.2, "label": "one policy at random"}
+        axes.plot(x[[0, -1]], y[[0, -1]], "--", **form)
+        note(f"only {names[i]}", means(line[0]), (-6, -12), color=_MIXED, ha="right")
+        note(f"only {names[j]}", means(line[-1]), (6, 5), color=_MIXED)
+        for p in line[1:-1]:
+            note(f"{p.weights[i]:.2g} / {p.weights[j]:.2g}", means(p), (6, 5), color=_MIXED)
+    for label, (colour, style) in zip(others, _OTHERS, strict=False):
+        if curve := edge(others[label], i, j):
+            x, y = np.array([means(p) for p in curve]).T
+            axes.plot(x, y, style, color=colour, markersize=4, linewidth=1.2, label=label)
+    unmixed = [p for p in points if not any(p.weights)]
+    for p in unmixed:
+        axes.plot(*means(p), "X", color=_REFERENCE, markersize=8, linewidth=0, label="reference")
+        note("reference", means(p), (0, -13), ha="center")
+    elsewhere = [p for p in points if p not in (*line, *unmixed) and (not line or all(p.weights))]
+    if elsewhere:
+        x, y = np.array([means(p) for p in elsewhere]).T
+        label = "mixed at other weights" if line else "mixed by mod_fused"
+        axes.plot(x, y, "o", color=_ELSEWHERE, markersize=4, label=label)
+    what = "log pi_i/pi_ref" if points[0].rewards is None else "mean reward"
+    axes.set(xlabel=f"{names[i]} ({what})", ylabel=f"{names[j]} ({what})")
+    axes.margins(0.18, 0.12)  # room for the text beside the points
+    axes.grid(color="0.9")

@@ -12,9 +12,6 @@ from torch import Tensor
 
 from ..divergence import Divergence
 
-#: As plausibility_tensor: a token stays where any tensor that counts finds it plausible.
-ANY_TENSOR = -1
-
 
 class MixtureArguments(NamedTuple):
     """The arguments that define the distribution: B rows, M policies, V = vocab_size.
@@ -32,8 +29,12 @@ class MixtureArguments(NamedTuple):
     mixture_prefix_logprobs: Tensor | None  # float32 or float64 [B]
     logit_scales: tuple[float, ...]  # one per model, or empty
     vocab_size: int
-    plausibility: float  # 0: off
-    plausibility_tensor: int  # 0: reference, i: policy i; ANY_TENSOR
+    plausibility: float | Tensor  # float32 or float64 [B]; 0: off
+    plausibility_tensor: int  # 0: reference, i: policy i
+
+    def plausibility_is_on(self) -> bool:
+        """Whether plausibility may exclude tokens of some row."""
+        return isinstance(self.plausibility, Tensor) or self.plausibility > 0.0
 
     def tensors(self) -> list[Tensor]:
         """The logits, reference first if there is one."""

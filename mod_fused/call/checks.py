@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..divergence import Divergence, ReverseKL, get_divergence, is_built_in
-from .arguments import ANY_TENSOR, DrawArguments, MixtureArguments
+from .arguments import DrawArguments, MixtureArguments
 from .fields import (
     FLOATS,
     LOGIT_DTYPES,
@@ -46,8 +46,8 @@ def check_mixture(
     mixture_prefix_logprobs: Tensor | None = None,
     logit_scales: object = None,
     vocab_size: int | None = None,
-    plausibility: float | None = None,
-    plausibility_tensor: int | str = 0,
+    plausibility: object = None,
+    plausibility_tensor: int = 0,
 ) -> MixtureArguments:
     """The arguments of `mod_fused.sample` that define the distribution, checked."""
     kind = get_divergence(divergence)
@@ -96,7 +96,8 @@ def check_mixture(
         mixture_prefix_logprobs,
         () if logit_scales is None else _check_scales(logit_scales, models),
         vocab_size,
-        *_check_plausibility(plausibility, plausibility_tensor, ref_logits is None, len(policies)),
+        row_parameter("plausibility", plausibility, 0.0, batch, device, _is_share, "in [0, 1]"),
+        _check_named(plausibility, plausibility_tensor, ref_logits is None, len(policies)),
     )
 
 
@@ -205,19 +206,10 @@ def _check_values(
     return values, ids
 
 
-def _check_plausibility(
-    plausibility: float | None, tensor: int | str, no_reference: bool, policies: int
-) -> tuple[float, int]:
+def _check_named(plausibility: object, tensor: int, no_reference: bool, policies: int) -> int:
+    """plausibility_tensor, checked."""
     if plausibility is None and tensor == 0:
-        return 0.0, 0
-    if plausibility is not None:
-        plausibility = number("plausibility", plausibility)
-        if not 0.0 < plausibility <= 1.0:
-            raise ValueError(f"plausibility must be in (0, 1], got {plausibility}")
-    if tensor == "any":
-        return (0.0, 0) if plausibility is None else (plausibility, ANY_TENSOR)
-    if isinstance(tensor, str):
-        raise ValueError(f"plausibility_tensor must be an integer or 'any', got {tensor!r}")
+        return 0
     index: int = number("plausibility_tensor", tensor, int)
     lowest = 1 if no_reference else 0
     if not lowest <= index <= policies:
@@ -225,7 +217,7 @@ def _check_plausibility(
             f"plausibility_tensor must be between {lowest} and {policies} "
             f"(0 is the reference, i is policy i), got {index}"
         )
-    return (0.0, 0) if plausibility is None else (plausibility, index)
+    return index
 
 
 def check_draw(
@@ -261,7 +253,7 @@ def check_draw(
         ),
         ks if isinstance(ks, Tensor) else min(ks, mixing.vocab_size),
         row_parameter("top_p", top_p, 1.0, batch, device, _is_top_p, "in (0, 1]"),
-        row_parameter("min_p", min_p, 0.0, batch, device, _is_min_p, "in [0, 1]"),
+        row_parameter("min_p", min_p, 0.0, batch, device, _is_share, "in [0, 1]"),
         mask,
         _check_seed(seed, batch, device),
         row_parameter("position", position, 0, batch, device, _is_position, "in [0, 2^63)", int),
@@ -295,7 +287,7 @@ def _is_top_p(x: float) -> bool:
     return 0.0 < x <= 1.0
 
 
-def _is_min_p(x: float) -> bool:
+def _is_share(x: float) -> bool:
     return 0.0 <= x <= 1.0
 
 

@@ -10,35 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call.fields import check_tensor
 from ..divergence import Divergence
-from ..ops import sample
 from .adapters import check_shared
 from .beams import Beams, check_beams
+from .candidates import Candidates, check_candidates
 from .ensemble import Ensemble
 from .memory import check_decoding
-from .model_state import EnsembleState
 from .options import (
-    Limits,
     check_limits,
     check_vocab_size,
     first_history,
+    off_at_corners,
     ready_options,
     support_cut,
 )
 from .prompts import Prompts
-from .resampling import Weighed, check_resampling, choose, weigh
 from .responses import FINISH_REASONS, GenerateOutput, Responses
-from .streaming import Stream, streaming
-from .values import (
-    ValueFunction,
-    ValueGuide,
-    ValueSource,
-    ValueWeighting,
-    value_count,
-    value_source,
-    weighed,
-)
+from .steps import draw_all
+from .streaming import streaming
+from .totals import Resampler
+from .values import ValueFunction, ValueGuide, ValueWeighting, value_count, value_source
 
 __all__ = ["FINISH_REASONS", "GenerateOutput", "generate"]
 
@@ -60,8 +51,8 @@ def generate(
     mixture_prefix_logprobs: Tensor | Sequence[float] | None = None,
     logit_scales: Sequence[float] | None = None,
     vocab_size: int | None = None,
-    plausibility: float | str | None = "auto",
-    plausibility_tensor: int | str | None = None,
+    plausibility: float | str | Sequence[float] | Tensor | None = "auto",
+    plausibility_tensor: int = 0,
     value_fn: ValueFunction | ValueGuide | None = None,
     value_weights: Sequence[float]
     | Sequence[Sequence[float]]
@@ -69,10 +60,11 @@ def generate(
     | ValueWeighting
     | None = None,
     mask_fn: Callable[[int, Tensor], Tensor] | None = None,
-    resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None = None,
+    resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | Resampler | None = None,
     max_new_tokens: int = 20,
     num_return_sequences: int = 1,
     num_candidates: int | None = None,
+    resample_below: float | None = None,
     num_beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
@@ -128,9 +120,11 @@ def generate(
             response so far, the sum over T of logprobs.
         plausibility: as in `mod_fused.sample`; None is off. "auto" is 1e-3 off reverse KL and off
             under it: an exact Z pours the mass that the policies' ratios leave over into tokens
-            that all models find all but impossible, where these ratios are noise. It is off, too,
-            in steps with a mask or with candidates, which may leave nothing plausible.
-        plausibility_tensor: as in `mod_fused.sample`; None is "any" with "auto", else 0.
+            that the reference finds all but impossible, where these ratios are noise. It is off,
+            too, for rows whose pi* is one of the models (one weight 1 and all others 0, or all 0),
+            so that it is exactly that model, and in steps with a mask or with candidates, which may
+            leave nothing plausible.
+        plausibility_tensor: as in `mod_fused.sample`.
         value_fn: `value_fn(step, sequences)` returns values [J, B, V], or (values [J, B, K],
             value_ids [B, K]); sequences int64 [B, n + step] are the first model's prompts and the
             responses so far; step counts from 0 in every call, whatever position is. Or a
@@ -145,6 +139,8 @@ def generate(
             [B], indices into FINISH_REASONS, 0 for rows that go on. It returns the rows to go on
             with, int64 [B], each any number of times or not at all, or None for all of them. Seeds
             and other parameters stay in their places. See `mod_fused.guidance.blockwise_best_of_k`.
+            Or a `mod_fused.decoding.totals.Resampler`, which also gets the log-probabilities of the
+            responses under every model and under what they were drawn from, and their values.
         max_new_tokens: the most tokens to draw per row.
         num_return_sequences: K responses to each prompt, which is read once. There are B K rows:
             response k to prompt b is row b K + k. Parameters have one entry per prompt; functions
@@ -158,16 +154,26 @@ def generate(
             weights; one may come more than once, each time with its own seed, and K may exceed N.
             The larger N, the nearer the responses come to
 
-                pi*(y) proportional to pi_ref(y)^(1 - sum w) prod_i pi_i(y)^w_i     (reverse KL)
-                pi*(y) = pi_ref(y) (f')^-1(sum_i w_i f'(pi_i(y) / pi_ref(y)) - Z)   (the others)
+                pi*(y) ~ pi_ref(y)^(1 - sum w) prod_i pi_i(y)^w_i exp(sum_j v_j V_j(y))
+                pi*(y) = pi_ref(y) (f')^-1(sum_i w_i f'(pi_i(y) / pi_ref(y)) + sum_j v_j V_j(y) - Z)
 
-            over the responses of at most max_new_tokens that can be drawn: what plausibility,
-            filters or masks exclude is outside the target. Temperature, filters, normalizer and
-            sequence_history change only the candidates. The output has the weights, the effective
-            sample size and the normaliser. The choice has random numbers of its own: stream 2 of
-            the prompt's seed, at the position of the first token. Refused with do_sample=False,
-            temperature 0, value_fn (the sum of its scores over a response is no score of the
-            response), resample_fn, streamer, num_beams, prefix_logprobs and registered divergences.
+            (the first under reverse KL, up to a constant; the second for the others) over the
+            responses of at most max_new_tokens that can be drawn: what plausibility, filters, masks
+            or the candidates of value_fn exclude is outside the target. V_j(y) is the value that
+            value_fn gave to the last token of the response: scorers are values of prefixes.
+            Temperature, filters, normalizer and sequence_history change only the candidates. The
+            output has the weights, the effective sample size and the normaliser. The choice has
+            random numbers of its own: stream 2 of the prompt's seed, at the position of the first
+            token. Refused with do_sample=False, temperature 0, weights of values that are chosen at
+            each step, resample_fn, streamer, num_beams, prefix_logprobs and registered divergences.
+        resample_below: of num_candidates, a share of N in [0, 1]: sequential Monte Carlo. Whenever
+            the effective sample size of a prompt's candidates, weighed as prefixes, falls below it,
+            they are resampled there and then (systematically), and all go on with equal weights; 1
+            does so whenever the weights differ. Values are the twist. The target and the meaning
+            of the weights stay (see `mod_fused.decoding.candidates`). It pays off where a prefix
+            tells what the whole response will be worth, as good values do; elsewhere candidates are
+            lost for nothing. None or 0: whole responses only. Random numbers: stream 3 of the
+            prompt's seed, at the position of the token drawn last.
         num_beams: more than 1 searches for the likeliest responses under pi* with so many beams, as
             transformers' beam search does: it draws nothing. Functions get num_beams rows for each
             prompt. It cannot be combined with do_sample=True, temperature, top_k, top_p, min_p,
@@ -206,8 +212,8 @@ def generate(
 
     Returns:
         GenerateOutput. One host synchronisation per step tells whether all rows have ended; a beam
-        search has several. (In a batch with padding transformers adds its own, for its attention
-        masks.)
+        search and resample_below have more. (In a batch with padding transformers adds its own, for
+        its attention masks.)
 
     Raises:
         TypeError, ValueError: before any model runs, for arguments that do not fit; see
@@ -249,9 +255,17 @@ def generate(
             stop_strings,
         )
         vocab_size = check_vocab_size(vocab_size, ensemble)
+        asks_totals = isinstance(resample_fn, Resampler)
         if value_fn is None and value_weights is not None:
             raise ValueError("value_weights were given without value_fn")
-        if resample_fn is not None and streamer is not None:
+        if resample_below is not None and num_candidates is None:
+            raise ValueError("resample_below was given without num_candidates")
+        if resample_fn is not None and not (callable(resample_fn) or asks_totals):
+            raise TypeError(
+                "resample_fn must be a function (step, sequences, lengths, reasons) or have "
+                f"resample(), got {type(resample_fn).__name__}"
+            )
+        if resample_fn is not None and stream.active:
             raise ValueError("a streamer cannot take back the tokens that resample_fn drops")
 
         ids, masks = ensemble.encode(
@@ -273,7 +287,8 @@ def generate(
             "divergence": divergence,
             "normalizer": normalizer,
             "logit_scales": logit_scales,
-            **support_cut(plausibility, plausibility_tensor, divergence),
+            "plausibility": support_cut(plausibility, divergence),
+            "plausibility_tensor": plausibility_tensor,
             "temperature": temperature if do_sample is None or do_sample else 0.0,
             "top_k": top_k,
             "top_p": top_p,
@@ -283,16 +298,20 @@ def generate(
             "backend": backend,
         }
         if num_candidates is not None:
-            check_resampling(
+            threshold = check_candidates(
                 options,
-                value_fn=value_fn,
+                resample_below,
+                value_weights,
                 resample_fn=resample_fn,
                 streamer=streamer,
                 prefix_logprobs=prefix_logprobs,
                 mixture_prefix_logprobs=mixture_prefix_logprobs,
             )
         options = ready_options(ensemble, options, num_values, limits, batch, device)
-        options |= {"vocab_size": vocab_size, "automatic_cut": plausibility == "auto"}
+        automatic = isinstance(plausibility, str)
+        if automatic and weighting is None and options["plausibility"] is not None:
+            options["plausibility"] = off_at_corners(options, value_fn is not None)
+        options |= {"vocab_size": vocab_size, "automatic_cut": automatic}
         prefixes = prefix_logprobs, mixture_prefix_logprobs
         history = first_history(
             *prefixes, sequence_history, options, (batch, len(ids)), copies, device
@@ -311,99 +330,23 @@ def generate(
             tokenizer=ensemble.tokenizer,
             columns=len(ids) if return_model_logprobs else 0,
             history=history,
-            models=0 if num_candidates is None else len(ids),
+            models=len(ids) if asks_totals or num_candidates is not None else 0,
         )
         beams = None
         if searching is not None:
             beams = Beams(searching, responses, limits, options["logit_scales"])
-        first = options["position"]
+        candidates = None
+        if num_candidates is not None:
+            candidates = Candidates(options, limits, has_reference, threshold)
+            resample_fn = candidates if threshold else None
         length, functions = limits.max_new_tokens, (mask_fn, resample_fn)
-        _draw_all(length, state, values, responses, options, stream, *functions, beams, weighting)
+        draw_all(length, state, values, responses, options, stream, *functions, beams, weighting)
         if beams is not None:
             return beams.output(masks[0])
         mask = None if masks[0] is None else masks[0].repeat_interleave(limits.returned, dim=0)
-        if num_candidates is None:
+        if candidates is None:
             return responses.output(mask, options["seed"])
-        candidates, rows = _resampled(responses, options, first, limits, has_reference)
+        assert responses.totals is not None
+        found, rows = candidates.finish(responses.totals, responses.valid)
         responses.select(rows)
-        return replace(responses.output(mask, options["seed"][rows]), **candidates._asdict())
-
-
-def _resampled(
-    responses: Responses,
-    options: dict[str, Any],
-    first_position: int | Tensor,
-    limits: Limits,
-    has_reference: bool,
-) -> tuple[Weighed, Tensor]:
-    """The weights of all candidates, and the rows to return."""
-    assert responses.totals is not None
-    count, seeds = limits.copies, options["seed"]
-    found = weigh(options, responses.totals, responses.valid, count, has_reference)
-    first = first_position[::count] if isinstance(first_position, Tensor) else first_position
-    return found, choose(found.weights, seeds[::count], first, limits.returned)
-
-
-def _draw_all(
-    max_new_tokens: int,
-    state: EnsembleState,
-    values: ValueSource,
-    responses: Responses,
-    options: dict[str, Any],
-    stream: Stream,
-    mask_fn: Callable[[int, Tensor], Tensor] | None,
-    resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | None,
-    beams: Beams | None,
-    weighting: ValueWeighting | None,
-) -> None:
-    """Step by step run the models, draw and record, until all responses have ended; with beams,
-    until their search has."""
-    first_position = options.pop("position")
-    weights, automatic_cut = options.pop("value_weights"), options.pop("automatic_cut")
-    drawing = ("temperature", "top_k", "top_p", "min_p", "seed")
-    mixing = {name: value for name, value in options.items() if name not in drawing}
-    stream.begin(responses.sequences)
-    parents = None
-    for step in range(max_new_tokens):
-        if parents is not None:
-            state.select(parents)
-            values.select(parents)
-        tokens, so_far = responses.tokens, responses.sequences
-        reference, policies = state.step(tokens)
-        given = values.step(step, so_far, tokens, reference, policies)
-        if weighting is None:
-            given["value_weights"] = weights
-        else:
-            given |= weighed(weighting, reference, policies, given, mixing)
-        given |= {
-            "mask": None if mask_fn is None else mask_fn(step, so_far),
-            "prefix_logprobs": responses.history,
-            "mixture_prefix_logprobs": responses.own_history,
-        }
-        if automatic_cut and (given["mask"] is not None or "value_ids" in given):
-            given["plausibility"] = None
-        if beams is not None:
-            parents = beams.step(reference, policies, **mixing | given)
-            responses = beams.responses
-            if beams.done:
-                break
-            continue
-        drawn = sample(
-            reference,
-            policies,
-            **options | given,
-            position=first_position + step,
-            return_model_logprobs=responses.wants_model_logprobs,
-            return_proposal_logprobs=responses.totals is not None,
-        )
-        responses.add(drawn, stream)
-        if resample_fn is not None:
-            parents = responses.resample(resample_fn)
-        if parents is not None:
-            rows = len(so_far)
-            check_tensor(
-                "rows of resample_fn", parents, (torch.int64,), so_far.device, {"[B]": [rows]}
-            )
-            responses.select(parents)
-        if responses.done:
-            break
+        return replace(responses.output(mask, options["seed"][rows]), **found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,6 +32,16 @@ class EnsembleState:
         """
         reference = None if self._reference is None else self._reference.step(tokens)
         return reference, [policy.step(tokens) for policy in self._policies]
+
+    @torch.no_grad()
+    def read(self, responses: Tensor) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
+        """The logits of `step` at each token of given responses, int64 [B, T], in place of steps.
+        A language model reads the prompts and the responses in one pass."""
+        for logits in zip(*(state.read(responses) for state in self._states()), strict=True):
+            if self._reference is None:
+                yield None, list(logits)
+            else:
+                yield logits[0], list(logits[1:])
 
     def fork(self, copies: int) -> None:
         """Let each row go on as `copies` adjacent rows once its prompt has been read.
@@ -97,6 +108,11 @@ class CallableState:
             logits = logits[parents]
         return logits
 
+    def read(self, responses: Tensor) -> Iterator[Tensor]:
+        """See `EnsembleState.read`."""
+        for tokens in (None, *responses[:, :-1].unbind(1)):
+            yield self.step(tokens)
+
     def fork(self, copies: int) -> None:
         if self.use_cache:
             raise TypeError(
@@ -124,6 +140,7 @@ class CausalLMState(CallableState):
     """
 
     reads_ahead = 0  # tokens read beyond the drawn ones
+    keep = 1  # tokens at the end whose logits are needed
 
     def __init__(
         self,
@@ -162,7 +179,7 @@ class CausalLMState(CallableState):
             positions = model._prepare_position_ids_for_generation(self.sequences, self.options)
             self.options["position_ids"] = positions
         if "logits_to_keep" in accepted:
-            self.options["logits_to_keep"] = 1
+            self.options["logits_to_keep"] = self.keep
         if self.use_cache:
             self.options.update(architectures.new_cache(model))
 
@@ -184,14 +201,29 @@ class CausalLMState(CallableState):
             inputs = prepare(self.sequences, is_first_iteration=False, **self.options)
         return inputs
 
+    def read(self, responses: Tensor) -> Iterator[Tensor]:
+        unread = responses[:, :-1].to(self.sequences.device)
+        self.sequences = torch.cat([self.sequences, unread], dim=1)
+        if self.attention_mask is not None:
+            ones = torch.ones_like(unread).to(self.attention_mask)
+            self.attention_mask = torch.cat([self.attention_mask, ones], dim=1)
+        self.keep = responses.shape[1]
+        logits = self.forward_all()
+        for step in range(self.keep):
+            yield logits[:, step].to(self.home)
+
     def forward(self) -> Tensor:
+        return self.forward_all()[:, -1].to(self.home)
+
+    def forward_all(self) -> Tensor:
+        """The logits [B, keep, V] of the last tokens."""
         inputs = self.prepare()
         with self.module_state:
             output = forward_module(self.model)(**inputs, return_dict=True)
         self.options = self.model._update_model_kwargs_for_generation(
             output, self.options, is_encoder_decoder=False
         )
-        return output.logits[:, -1].to(self.home)
+        return output.logits[:, -self.keep :]
 
     def fork(self, copies: int) -> None:
         if self.use_cache:

@@ -13,6 +13,7 @@ from ..call.checks import check_draw, check_mixture
 from ..call.fields import FLOATS, check_tensor, number
 from ..dispatch.backends import choose
 from ..divergence import ReverseKL, get_divergence, is_built_in
+from ..torch_kernels.mixture import normal
 from ..torch_kernels.philox import continuation_seeds, split_mix
 from .ensemble import Ensemble
 from .rows import placed, repeated
@@ -74,27 +75,34 @@ def check_vocab_size(vocab_size: Any, ensemble: Ensemble) -> int | None:
     return size
 
 
-#: Off reverse KL `generate` excludes tokens that every model finds this much less likely than its
+#: Off reverse KL `generate` excludes tokens that the reference finds this much less likely than its
 #: most likely one.
 DEFAULT_PLAUSIBILITY = 1e-3
 
 
-def support_cut(
-    plausibility: float | str | None, tensor: int | str | None, divergence: Any
-) -> dict[str, Any]:
-    """plausibility and plausibility_tensor of `mod_fused.sample` for those of `generate`."""
+def support_cut(plausibility: Any, divergence: Any) -> Any:
+    """The plausibility of `mod_fused.sample` for that of `generate`."""
     if not isinstance(plausibility, str):
-        return {
-            "plausibility": plausibility,
-            "plausibility_tensor": 0 if tensor is None else tensor,
-        }
+        return plausibility
     if plausibility != "auto":
-        raise ValueError(f"plausibility must be a number, None or 'auto', got {plausibility!r}")
-    log_linear = type(get_divergence(divergence)) is ReverseKL
-    return {
-        "plausibility": None if log_linear else DEFAULT_PLAUSIBILITY,
-        "plausibility_tensor": "any" if tensor is None else tensor,
-    }
+        raise ValueError(
+            f"plausibility must be in [0, 1], one number or B, None or 'auto', got {plausibility!r}"
+        )
+    return None if type(get_divergence(divergence)) is ReverseKL else DEFAULT_PLAUSIBILITY
+
+
+def off_at_corners(options: dict[str, Any], valued: bool) -> float | Tensor | None:
+    """The default cut, by row where weights are: 0 where pi* is one of the models, which then loses
+    no token. `options` are those of `ready_options`; `valued`: there are values."""
+    given = [options["weights"], options["value_weights"]]
+    if given[1] is None:
+        given[1] = [1.0] if valued else []
+    host: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    w, v = (normal(x if isinstance(x, Tensor) else torch.tensor(x or [], **host)) for x in given)
+    used, ones = (w != 0).sum(-1), (w == 1).sum(-1)
+    corner = (used == ones) & (ones <= 1) & (v == 0).all(-1)
+    cut = options["plausibility"] * (~corner).double()
+    return cut if any(isinstance(x, Tensor) for x in given) else float(cut)
 
 
 def ready_options(

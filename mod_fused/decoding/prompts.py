@@ -65,7 +65,7 @@ def encode_prompts(
                     f"prompt {index} ({batch[index]!r}) has no tokens for {label}: a model needs "
                     "one"
                 )
-            pairs.append(_padded(rows, pad_token_id))
+            pairs.append(padded(rows, pad_token_id))
     else:
         if add_special_tokens is not None:
             raise ValueError("add_special_tokens goes with prompts, got input_ids")
@@ -181,7 +181,7 @@ def _tensors_per_model(value: Any, labels: Sequence[str], name: str) -> list[Any
     return list(value)
 
 
-def _padded(rows: Sequence[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Ids and mask [B, n]. Many tokenizers have no padding token, or pad on the right."""
     width = max(map(len, rows), default=0)
     ids = [[pad_token_id] * (width - len(row)) + row for row in rows]

@@ -14,6 +14,8 @@ from ..call.outputs import Sample
 from .options import History, Limits
 from .streaming import Stream
 from .text import Decoder, StopStrings
+from .totals import Resampler, Totals
+from .values import values_of
 
 # Why a row ended, by code. A row that is still running after max_new_tokens ended by length.
 FINISH_REASONS = ("length", "eos", "stop", "invalid")
@@ -21,8 +23,8 @@ _RUNNING, _EOS, _STOP, _INVALID = range(4)
 
 #: The attributes of `Responses` that are tensors with one entry per row.
 _BY_ROW = (
-    "tokens", "history", "own_history", "totals", "_sequences", "_lengths", "_logprobs",
-    "_model_logprobs", "_reason",
+    "tokens", "history", "own_history", "_log_totals", "_last_values", "_sequences", "_lengths",
+    "_logprobs", "_model_logprobs", "_reason",
 )  # fmt: skip
 
 
@@ -55,15 +57,17 @@ class GenerateOutput:
         sequences_scores: float32 [B], after a beam search the sum of log pi* of the response over
             length ** length_penalty, -inf where not valid; else None.
         weights: float64 [prompts, N], of all N candidates of each prompt, in the order of their
-            seeds; they sum to 1. NaN where no candidate is valid. This and the next two are None
+            seeds; they sum to 1. NaN where no candidate is valid. This and the next three are None
             without num_candidates.
         effective_sample_size: float64 [prompts], 1 / sum of the squared weights, from 1 to N: how
-            many draws from the target the candidates are worth.
+            many draws from the target the candidates are worth. After resamplings it is that of
+            the weights since the last one, and some candidates have tokens in common.
         log_normalizer: float64 [prompts]. Under reverse KL the log of the mean weight before
-            normalisation, which estimates log sum_y pi_ref(y)^(1 - sum w) prod_i pi_i(y)^w_i over
-            the responses that can be drawn. For the other divergences the Z of
-            pi*(y) = pi_ref(y) (f')^-1(u(y) - Z), solved on the candidates; infinite where f' is
-            beyond float64.
+            normalisation, an unbiased estimate of sum_y pi_ref(y)^(1 - sum w) prod_i pi_i(y)^w_i
+            exp(sum_j v_j V_j(y)) over the responses that can be drawn. For the other divergences
+            the Z of pi*(y) = pi_ref(y) (f')^-1(u(y) - Z), solved on the candidates; infinite where
+            f' is beyond float64.
+        resamplings: int64 [prompts], how often resample_below has resampled the candidates.
     """
 
     sequences: Tensor
@@ -80,6 +84,7 @@ class GenerateOutput:
     weights: Tensor | None = None
     effective_sample_size: Tensor | None = None
     log_normalizer: Tensor | None = None
+    resamplings: Tensor | None = None
 
 
 class Responses:
@@ -91,13 +96,11 @@ class Responses:
         tokenizer: decodes them; None: no texts.
         columns: how many model log-probabilities to record; 0: none.
         history: log-probabilities of the responses before this call.
-        models: how many models' log-probabilities of whole responses to record; 0: none.
+        models: how many models' log-probabilities of whole responses to sum; 0: no totals.
 
     Attributes:
         history, own_history: float64 [B, columns] and [B], log-probability of the response so far
             under each model and log pi* of it; None: not recorded.
-        totals: float64 [B, models + 1], log-probability of this call's tokens under each model, and
-            of drawing them; None: not recorded.
         tokens: int64 [B], the tokens drawn last; None at first.
         done: whether all responses have ended.
     """
@@ -118,7 +121,9 @@ class Responses:
         whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
         self.history, self.own_history = history
         shape = (batch, models + 1)
-        self.totals = torch.zeros(shape, dtype=torch.float64, device=device) if models else None
+        doubles: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self._log_totals = torch.zeros(shape, **doubles) if models else None
+        self._last_values: Tensor | None = None
         self.tokens: Tensor | None = None
         self.done = False
         self._step, self._width, self._pad = 0, prompts.shape[1], limits.pad_token_id
@@ -138,8 +143,14 @@ class Responses:
     @property
     def wants_model_logprobs(self) -> bool:
         """Whether `add` needs the models' log-probabilities, to record them or for the history."""
-        kept = self._model_logprobs, self.history, self.totals
+        kept = self._model_logprobs, self.history, self._log_totals
         return any(x is not None for x in kept)
+
+    @property
+    def totals(self) -> Totals | None:
+        """What a `Resampler` reads; None: not recorded."""
+        logs = self._log_totals
+        return None if logs is None else Totals(logs[:, :-1], logs[:, -1], self._last_values)
 
     @property
     def valid(self) -> Tensor:
@@ -162,8 +173,9 @@ class Responses:
         """The prompts and the responses so far, int64 [B, n + steps]."""
         return self._sequences[:, : self._width + self._step]
 
-    def add(self, drawn: Sample, stream: Stream) -> None:
-        """Record a step, show it to the stream, and note which responses it ends."""
+    def add(self, drawn: Sample, stream: Stream, given: dict[str, Any] | None = None) -> None:
+        """Record a step, show it to the stream, and note which responses it ends. `given` may hold
+        the step's values and value_ids, as `mod_fused.sample` takes them."""
         active = self._reason == _RUNNING
         kept = active & drawn.valid
         tokens = torch.where(kept, drawn.tokens, self._pad)
@@ -180,10 +192,8 @@ class Responses:
                 self._model_logprobs[:, self._step] = of_models
             if self.history is not None:
                 self.history = self.history + of_models
-        if self.totals is not None:
-            assert drawn.model_logprobs is not None and drawn.proposal_logprobs is not None
-            each = torch.cat([drawn.model_logprobs, drawn.proposal_logprobs[:, None]], 1)
-            self.totals = self.totals + torch.where(kept[:, None], each, 0.0)
+        if self._log_totals is not None:
+            self._add_up(drawn, kept, values_of(drawn.tokens, given or {}))
         self._reason = torch.where(active & ~drawn.valid, _INVALID, self._reason)
         self._reason = torch.where(kept & torch.isin(tokens, self._eos), _EOS, self._reason)
         if self._stops or stream.active:
@@ -191,6 +201,16 @@ class Responses:
         else:
             self.done = bool((self._reason != _RUNNING).all())
         self._step += 1
+
+    def _add_up(self, drawn: Sample, kept: Tensor, values: Tensor | None) -> None:
+        """Add a step to the totals of the rows that are kept."""
+        assert self._log_totals is not None
+        assert drawn.model_logprobs is not None and drawn.proposal_logprobs is not None
+        each = torch.cat([drawn.model_logprobs, drawn.proposal_logprobs[:, None]], 1)
+        self._log_totals = self._log_totals + torch.where(kept[:, None], each, 0.0)
+        if values is not None:
+            before = torch.zeros_like(values) if self._last_values is None else self._last_values
+            self._last_values = torch.where(kept[:, None], values, before)
 
     def _watch(self, kept: Tensor, stream: Stream) -> None:
         """Streaming, stop strings and the check for the end, with one transfer to the host."""
@@ -204,9 +224,13 @@ class Responses:
             self._reason = reason.to(self._reason.device)
         self.done = bool((reason != _RUNNING).all())
 
-    def resample(self, choose: Callable[..., Tensor | None]) -> Tensor | None:
+    def resample(self, choose: Callable[..., Tensor | None] | Resampler) -> Tensor | None:
         """The rows that `resample_fn` chooses to go on with."""
-        return choose(self._step - 1, self.sequences, self._lengths, self._reason)
+        so_far = self._step - 1, self.sequences, self._lengths, self._reason
+        if isinstance(choose, Resampler):
+            assert self.totals is not None
+            return choose.resample(*so_far, self.totals)
+        return choose(*so_far)
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, int64 [B]; each may occur any number of times."""

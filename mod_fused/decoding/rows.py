@@ -20,7 +20,9 @@ def placed(name: str, value: Any, device: torch.device) -> Any:
     if name == "top_k":
         fitting = [min(k, 2**63 - 1) for k in value]  # any integer, however large, is fine
         return torch.tensor(fitting, dtype=torch.int64, device=device)
-    if name in ("temperature", "top_p", "min_p") or isinstance(value[0], (list, tuple)):
+    if name in ("temperature", "top_p", "min_p", "plausibility") or isinstance(
+        value[0], (list, tuple)
+    ):
         return torch.tensor(value, dtype=torch.float64, device=device)
     return value
 

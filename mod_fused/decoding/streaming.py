@@ -59,14 +59,28 @@ class TransformersStream(Stream):
         self.streamer.end()
 
 
+class BlockStream(Stream):
+    """Passes on the prompts of a decode with `copies` adjacent rows for each, and none of its
+    tokens: who chooses among the rows puts the chosen ones into the stream itself."""
+
+    def __init__(self, stream: Stream, copies: int) -> None:
+        self._stream, self._copies = stream, copies
+
+    def begin(self, prompts: Tensor) -> None:
+        self._stream.begin(prompts[:: self._copies])
+
+
 @contextmanager
 def streaming(streamer: Any) -> Iterator[Stream]:
     """The stream to a streamer, a callable or nothing (None). It ends once, after an error too: a
-    thread that reads it must not wait for ever.
+    thread that reads it must not wait for ever. A `Stream` is ended where it was made.
 
     Raises:
         TypeError: for anything else.
     """
+    if isinstance(streamer, Stream):
+        yield streamer
+        return
     stream = _stream_to(streamer)
     try:
         yield stream

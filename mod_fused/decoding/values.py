@@ -105,6 +105,17 @@ def weighed(
     return {"value_weights": weights, "values": values}
 
 
+def values_of(tokens: Tensor, given: dict[str, Any]) -> Tensor | None:
+    """The values of one token per row, int64 [B], picked from what `ValueSource.step` returned:
+    float64 [B, J]; None without values."""
+    if (values := given.get("values")) is None:
+        return None
+    place = tokens[:, None]
+    if (ids := given.get("value_ids")) is not None:
+        place = (ids == place).byte().argmax(1, keepdim=True)
+    return values.gather(2, place.expand(len(values), -1, -1))[..., 0].T.double()
+
+
 def value_count(value_fn: ValueFunction | ValueGuide | None, value_weights: Any) -> int:
     """J, or what is known of it before anything runs; 0 without values."""
     if value_fn is None:

@@ -29,7 +29,7 @@ SAMPLE_OUT_SCHEMA = (
 Packed = tuple[list[Tensor], list[Tensor | None], list[int], list[float]]
 
 #: How many slots of each list belong to the mixture; those of the draw follow.
-_TENSORS, _INTEGERS, _NUMBERS = 6, 5, 2
+_TENSORS, _INTEGERS, _NUMBERS = 7, 5, 2
 
 
 def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Packed:
@@ -44,6 +44,7 @@ def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Pack
     ) = mixing  # fmt: skip
     # `checks.py` makes fields of exactly these types; `type(x) is` is faster than isinstance.
     w, v = type(weights) is tuple, type(value_weights) is tuple
+    c = type(plausibility) is float
     logits = list(policies) if ref is None else [ref, *policies]
     tensors: list[Any] = [
         None if w else weights,
@@ -52,10 +53,11 @@ def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Pack
         None if v else value_weights,
         prefix,
         own_prefix,
+        None if c else plausibility,
     ]
     exact = int(normalizer == "exact")
     integers: list[Any] = [int(ref is not None), vocab, plausible, exact, number_of(divergence)]
-    numbers: list[Any] = [plausibility, alpha_of(divergence)]
+    numbers: list[Any] = [plausibility if c else 0.0, alpha_of(divergence)]
     if drawing is not None:
         temperature, top_k, top_p, min_p, mask, seed, position, of_models, of_proposal = drawing
         t, p, m = type(temperature) is float, type(top_p) is float, type(min_p) is float
@@ -80,7 +82,7 @@ def unpack(
     numbers: Sequence[float],
 ) -> tuple[MixtureArguments, DrawArguments | None]:
     """The inverse of `pack`."""
-    weights, values, value_ids, value_weights, prefix, own_prefix = tensors[:_TENSORS]
+    weights, values, value_ids, value_weights, prefix, own_prefix, cuts = tensors[:_TENSORS]
     reference, vocab, plausible, exact, number = integers[:_INTEGERS]
     plausibility, alpha = numbers[:_NUMBERS]
     slots, drawing = _NUMBERS, None
@@ -116,7 +118,7 @@ def unpack(
         own_prefix,
         tuple(numbers[scored:]),
         vocab,
-        plausibility,
+        plausibility if cuts is None else cuts,
         plausible,
     )
     return mixing, drawing

@@ -3,7 +3,7 @@
 torch.compile makes such a number a symbol. A symbol in an op's list of numbers becomes a constant
 of the graph: every new value needs a new graph, and torch.compile allows eight. Therefore symbols
 are passed as tensors where the op has a slot for one, and logits are multiplied by their scales
-before the op. Plausibility and alpha remain constants.
+before the op. Alpha remains a constant.
 """
 
 from __future__ import annotations
@@ -38,28 +38,30 @@ def mixture_without_symbols(mixing: MixtureArguments) -> MixtureArguments:
         weights=weights(mixing.weights),
         value_weights=weights(mixing.value_weights),
         logit_scales=scales,
+        plausibility=_rows(mixing.plausibility, 0.0, torch.float64, mixing.batch_tensor()),
     )
+
+
+def _rows(given: Any, off: float, dtype: torch.dtype, like: Tensor) -> Any:
+    """A number, or a symbol as a tensor [B]."""
+    # A cut or filter that is off stays a number: a tensor would switch its kernel on.
+    if isinstance(given, Tensor) or not any_symbol([given]) or given == off:
+        return given
+    return torch.ones(like.shape[:1], dtype=dtype, device=like.device) * given
 
 
 def draw_without_symbols(drawing: DrawArguments, like: Tensor) -> DrawArguments:
     """The same draw with tensors in place of symbols, for the batch and device of `like`."""
     count, device = like.shape[0], like.device
-
-    def rows(given: Any, off: float, dtype: torch.dtype) -> Any:
-        # A filter that is off stays a number: a tensor would switch its kernel on.
-        if isinstance(given, Tensor) or not any_symbol([given]) or given == off:
-            return given
-        return torch.ones((count,), dtype=dtype, device=device) * given
-
     seed = drawing.seed
     if not isinstance(seed, Tensor) and any_symbol([seed]):
         # SplitMix64 of each row's number, as `philox.split_mix` has it.
         seed = mix(torch.arange(count, device=device) + tensor_of([seed], torch.int64, device))
     return drawing._replace(
-        temperature=rows(drawing.temperature, 1.0, torch.float64),
-        top_k=rows(drawing.top_k, 0, torch.int64),
-        top_p=rows(drawing.top_p, 1.0, torch.float64),
-        min_p=rows(drawing.min_p, 0.0, torch.float64),
+        temperature=_rows(drawing.temperature, 1.0, torch.float64, like),
+        top_k=_rows(drawing.top_k, 0, torch.int64, like),
+        top_p=_rows(drawing.top_p, 1.0, torch.float64, like),
+        min_p=_rows(drawing.min_p, 0.0, torch.float64, like),
         seed=seed,
-        position=rows(drawing.position, -1, torch.int64),
+        position=_rows(drawing.position, -1, torch.int64, like),
     )

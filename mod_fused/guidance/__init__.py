@@ -19,7 +19,7 @@ from .blockwise import (
     response_score,
 )
 from .guide import Guidance, GuidanceState
-from .recipes import args, controlled_decoding, fudge, mavis, rad, soft_values
+from .recipes import args, controlled_decoding, fudge, mavis, pad, rad, soft_values
 from .scorers import Scorer
 from .worst_case import WorstCase, WorstCaseWeights, robust, worst_case_weights
 
@@ -36,6 +36,7 @@ __all__ = [
     "controlled_decoding",
     "fudge",
     "mavis",
+    "pad",
     "prefix_score",
     "rad",
     "response_score",

@@ -22,6 +22,7 @@ from ..decoding.memory import check_decoding
 from ..decoding.prompts import Prompts, encode_text
 from ..decoding.responses import FINISH_REASONS
 from ..decoding.sequences import Sequences
+from ..decoding.streaming import BlockStream, Stream, streaming
 from ..decoding.text import Decoder
 from .scorers import Scorer, prefix_values
 
@@ -80,6 +81,7 @@ def blockwise_best_of_k(
     attention_mask: Tensor | Sequence[Tensor] | None = None,
     add_special_tokens: bool | None = None,
     max_new_tokens: int = 20,
+    streamer: Any = None,
     **options: Any,
 ) -> BlockwiseOutput:
     """Draw K continuations of L tokens, keep the one of the best score, and go on from there.
@@ -102,7 +104,9 @@ def blockwise_best_of_k(
             prompts are the reference's.
         input_ids: as in `mod_fused.generate`; so are attention_mask and add_special_tokens.
         max_new_tokens: the most tokens of a response; the last block may be shorter than L.
-        **options: further arguments of `mod_fused.generate`, except streamer. value_fn and mask_fn
+        streamer: as in `mod_fused.generate`, for one row per prompt. It gets the tokens of a block
+            when the block's continuation is chosen, which makes them final: step after step.
+        **options: further arguments of `mod_fused.generate`. value_fn and mask_fn
             get all N rows; those of prompt b begin at row b K. Random numbers depend only on the
             prompt's seed, the continuation and the position in the response, as with
             num_return_sequences; K = 1 draws the tokens that `generate` draws.
@@ -116,43 +120,45 @@ def blockwise_best_of_k(
         TypeError, ValueError: at the end of a block, if score_fn does not return a tensor [N] of
             numbers, or returns NaN for every valid continuation of a prompt.
     """
-    k, block_length = _at_least_one("k", k), _at_least_one("block_length", block_length)
-    if not callable(score_fn):
-        raise TypeError(f"score_fn must be a function, got {type(score_fn).__name__}")
-    for name in ("resample_fn", "num_return_sequences"):
-        if name in options:
-            raise TypeError(f"{name} is set here and cannot be passed on to generate")
-    if not isinstance(ensemble, Ensemble):
-        raise TypeError(f"ensemble must be a mod_fused.Ensemble, got {type(ensemble).__name__}")
-    if weights is None:
-        if ensemble.models[0] is None:
-            raise ValueError("weights=None draws from the reference, but the ensemble has none")
-        # The op needs a policy or values: without values the reference becomes the only policy.
-        absent, weights = ([None], [1.0]) if options.get("value_fn") is None else ([], [])
-        ensemble = Ensemble([*absent, ensemble.models[0]], [*absent, ensemble.tokenizers[0]])
+    with streaming(streamer) as stream:
+        k, block_length = _at_least_one("k", k), _at_least_one("block_length", block_length)
+        if not callable(score_fn):
+            raise TypeError(f"score_fn must be a function, got {type(score_fn).__name__}")
+        for name in ("resample_fn", "num_return_sequences"):
+            if name in options:
+                raise TypeError(f"{name} is set here and cannot be passed on to generate")
+        if not isinstance(ensemble, Ensemble):
+            raise TypeError(f"ensemble must be a mod_fused.Ensemble, got {type(ensemble).__name__}")
+        if weights is None:
+            if ensemble.models[0] is None:
+                raise ValueError("weights=None draws from the reference, but the ensemble has none")
+            # The op needs a policy or values: without values the reference becomes the only policy.
+            absent, weights = ([None], [1.0]) if options.get("value_fn") is None else ([], [])
+            ensemble = Ensemble([*absent, ensemble.models[0]], [*absent, ensemble.tokenizers[0]])
 
-    ids, masks = ensemble.encode(
-        prompts,
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        pad_token_id=options.get("pad_token_id"),
-        add_special_tokens=add_special_tokens,
-    )
-    max_new_tokens = _at_least_one("max_new_tokens", max_new_tokens)
-    use_cache = bool(options.get("use_cache", True))
-    check_decoding(ensemble.present, ids, k, max_new_tokens, use_cache)
-    known = [torch.ones_like(i) if m is None else m for i, m in zip(ids, masks, strict=True)]
-    choice = _Choice(score_fn, known[0], k, block_length, max_new_tokens)
-    out = generate(
-        ensemble,
-        input_ids=ids,
-        attention_mask=known,
-        weights=weights,
-        max_new_tokens=max_new_tokens,
-        num_return_sequences=k,
-        resample_fn=choice,
-        **options,
-    )
+        ids, masks = ensemble.encode(
+            prompts,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pad_token_id=options.get("pad_token_id"),
+            add_special_tokens=add_special_tokens,
+        )
+        max_new_tokens = _at_least_one("max_new_tokens", max_new_tokens)
+        use_cache = bool(options.get("use_cache", True))
+        check_decoding(ensemble.present, ids, k, max_new_tokens, use_cache)
+        known = [torch.ones_like(i) if m is None else m for i, m in zip(ids, masks, strict=True)]
+        choice = _Choice(score_fn, known[0], k, block_length, max_new_tokens, stream)
+        out = generate(
+            ensemble,
+            input_ids=ids,
+            attention_mask=known,
+            weights=weights,
+            max_new_tokens=max_new_tokens,
+            num_return_sequences=k,
+            resample_fn=choice,
+            streamer=BlockStream(stream, k) if stream.active else None,
+            **options,
+        )
     each = slice(None, None, k)  # the K rows of a prompt are now copies of the chosen one
     return BlockwiseOutput(
         sequences=out.sequences[each],
@@ -176,18 +182,22 @@ def best_of_n(
     score_fn: ScoreFunction,
     n: int,
     max_new_tokens: int = 20,
+    streamer: Any = None,
     **options: Any,
 ) -> BlockwiseOutput:
-    """The response of the best score among n: `blockwise_best_of_k` with one block."""
-    return blockwise_best_of_k(
-        ensemble,
-        prompts,
-        score_fn=score_fn,
-        k=_at_least_one("n", n),
-        block_length=2**63 - 1,
-        max_new_tokens=max_new_tokens,
-        **options,
-    )
+    """The response of the best score among n: `blockwise_best_of_k` with one block, which is shown
+    to a streamer when all n have ended."""
+    with streaming(streamer) as stream:
+        return blockwise_best_of_k(
+            ensemble,
+            prompts,
+            score_fn=score_fn,
+            k=_at_least_one("n", n),
+            block_length=2**63 - 1,
+            max_new_tokens=max_new_tokens,
+            streamer=stream,
+            **options,
+        )
 
 
 class _Choice:
@@ -200,6 +210,7 @@ class _Choice:
         k: int,
         block_length: int,
         max_new_tokens: int,
+        stream: Stream,
     ) -> None:
         batch, device = len(prompt_mask), prompt_mask.device
         self.score_fn = score_fn
@@ -211,6 +222,7 @@ class _Choice:
         self.open = torch.ones(batch, dtype=torch.bool, device=device)  # at this block's start
         self.scores = torch.full((batch,), math.nan, dtype=torch.float32, device=device)
         self.blocks = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.stream, self.shown = stream, 0  # how many steps the stream has been shown
 
     def __call__(
         self, step: int, sequences: Tensor, lengths: Tensor, reasons: Tensor
@@ -229,7 +241,17 @@ class _Choice:
         self.scores = torch.where(self.open, scores[rows], self.scores)
         self.blocks += self.open
         self.open = reasons[rows] == 0
+        self._show(sequences[rows], lengths[rows], drawn)
         return rows.repeat_interleave(self.k)
+
+    def _show(self, sequences: Tensor, lengths: Tensor, drawn: int) -> None:
+        """Show the block that has been chosen, [B, n + drawn], to the stream."""
+        if not self.stream.active:
+            return
+        tokens, ends = sequences[:, self.shown - drawn :].T.cpu(), lengths.cpu()
+        for step, column in enumerate(tokens, start=self.shown):
+            self.stream.put(step, column, step < ends)
+        self.shown = drawn
 
     def _scores(self, sequences: Tensor, mask: Tensor) -> Tensor:
         """The scores of all N rows, float64."""

@@ -103,6 +103,41 @@ def rad(reward_model: Any, *, beta: float, candidates: int | None = 20) -> dict[
     return controlled_decoding([scorer], [beta], candidates=candidates)
 
 
+def pad(
+    reward_models: Sequence[Any],
+    reward_reference: Any,
+    weights: Sequence[float],
+    *,
+    beta: float,
+    candidates: int | None = 10,
+) -> dict[str, Any]:
+    """PAD (arXiv 2410.04070): pi_ref(z) exp(beta r(z)) over the reference's top tokens, with the
+    reward r(z) = sum_k w_k (log pi_k(z) - log pi_0(z)) of language models.
+
+    The values are logits: under reverse KL what they lack to log-probabilities cancels. Other
+    divergences, too, do not see it with the exact normalizer.
+
+    Args:
+        reward_models: K causal language models pi_k, one for each preference; or one that has read
+            the preference in its own prompt.
+        reward_reference: pi_0, the model that they were tuned from.
+        weights: w, [K], of the person.
+        beta: the strength.
+        candidates: how many tokens to score; the paper takes 10. None scores all.
+
+    Raises:
+        ValueError: not one weight for each reward model.
+    """
+    if len(weights) != len(reward_models):
+        raise ValueError(
+            f"weights must have one number per reward model ({len(reward_models)}), "
+            f"got {len(weights)}"
+        )
+    strengths = [beta * w for w in weights]
+    scorers = [*reward_models, reward_reference]
+    return controlled_decoding(scorers, [*strengths, -sum(strengths)], candidates=candidates)
+
+
 def mavis(
     scorers: Sequence[Any], weights: Weights, *, beta: float, candidates: int | None
 ) -> dict[str, Any]:

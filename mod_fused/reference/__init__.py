@@ -1,6 +1,6 @@
 """The float64 oracle in numpy, separate from every backend: the distribution by the textbook
-formula and plain bisection (mixture.py), and the draw (sampling.py). Of whole responses: worlds in
-which the optimum is known (trees.py)."""
+formula (slopes.py) and plain bisection (mixture.py), and the draw (sampling.py). Of whole
+responses: worlds in which the optimum is known (trees.py)."""
 
 from .mixture import (
     LOG_RATIO_FLOOR,
@@ -8,7 +8,6 @@ from .mixture import (
     log_probs,
     log_probs_row,
     log_softmax,
-    slope_of,
     solve_log_ratios,
     to_float64,
 )
@@ -25,6 +24,7 @@ from .sampling import (
     splitmix64,
     unpack_mask,
 )
+from .slopes import slope_of
 from .trees import (
     NextTokens,
     Shortfall,

@@ -47,10 +47,11 @@ no clamp, no shift and no limits of Q.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+
+from .slopes import Slope, slope_of
 
 Array = np.ndarray
 
@@ -61,65 +62,8 @@ PREFIX_FLOOR = -40.0  # the smallest prefix difference, after all are shifted up
 LARGEST_DEFICIT = float(np.float32(1e37))
 # With Z = 0: tau less than this above the pole makes the row invalid.
 LEAST_TAU = float(np.float32(1e-36))
-SMALL_ALPHA = 0.03  # below it c is 0
 SMALLEST_WEIGHT = 2.0**-126  # the smallest normal float32
 WEIGHT_ROUNDING, FLOAT32_ROUNDING = 2.0**-40, 2.0**-24  # see 1 - sum w above
-
-
-class Slope(NamedTuple):
-    """f' - c of one divergence as a function of the log-ratio d; c is the supremum of f'.
-
-    Subtracting a constant from f' only moves Z. f' - c is exact near the pole of its inverse, where
-    f' itself rounds to c.
-    """
-
-    supremum: float  # c = sup f'; 0 where f' is unbounded (Jeffrey), and for a small alpha
-    slope: Callable[[Array], Array]  # d -> f'(e^d) - c
-    inverse: Callable[[Array], Array]  # the d with f'(e^d) - c = y
-    top: float = 0.0  # sup f' - c: only smaller y have an inverse
-    floors: bool = True  # whether the two floors on d apply: not to JSD, whose f' is linear there
-
-
-def _jeffrey_inverse(y: Array) -> Array:
-    """Solve d - e^-d + 1 = y. The left side is concave, so Newton never overshoots twice."""
-    t = y - 1.0
-    d = np.where(t < -1.0, -np.log(np.maximum(-t, 1.0)), t + 1.0)  # within one of the solution
-    for _ in range(8):
-        v = np.exp(-d)
-        d = d - (d - v - t) / (1.0 + v)
-    return d
-
-
-def slope_of(divergence: Any, own_mass: bool = False) -> Slope | None:
-    """The f' of a divergence given by name (or by an object with a `name`); None for reverse KL.
-
-    With the mixture's own mass a small alpha, too, is measured from sup f': ratios of whole
-    responses lie far from 1, where 1 - e^(-a d) would lose the digits of e^(-a d).
-    """
-    name = str(getattr(divergence, "name", divergence))
-    if name == "reverse_kl":
-        return None
-    if name == "forward_kl":  # f = -log x, f' = -1/x
-        return Slope(0.0, lambda d: -np.exp(-d), lambda y: -np.log(-y))
-    if name == "jsd":  # f = x log x - (x+1) log((x+1)/2), f' = log 2 + log(x / (1+x))
-        return Slope(
-            float(np.log(2.0)),
-            lambda d: -np.logaddexp(0.0, -d),
-            lambda y: y - np.log(-np.expm1(y)),  # -log(expm1(-y)), without overflow
-            floors=False,
-        )
-    if name.startswith("alpha:"):  # f = (x^(1-a) - (1-a) x - a) / (a (a-1)), f' = (1 - x^-a) / a
-        a = float(name.removeprefix("alpha:"))
-        if a < SMALL_ALPHA and not own_mass:
-            return Slope(
-                0.0, lambda d: -np.expm1(-a * d) / a, lambda y: -np.log1p(-a * y) / a, top=1.0 / a
-            )
-        return Slope(1.0 / a, lambda d: -np.exp(-a * d) / a, lambda y: -np.log(-a * y) / a)
-    if name == "jeffrey":  # f = (x-1) log x, f' = log x - 1/x + 1
-        return Slope(0.0, lambda d: d - np.exp(-d) + 1.0, _jeffrey_inverse, top=np.inf)
-    raise ValueError(
-        "expected reverse_kl, forward_kl, jsd, alpha:<number in (0, 1)> or jeffrey, got " + name
-    )
 
 
 def to_float64(x: Any) -> Array:
@@ -149,14 +93,6 @@ def _own_coefficient(weights: Any) -> float:
     return (
         0.0 if abs(own) <= ((len(w) + 1) * FLOAT32_ROUNDING if single else WEIGHT_ROUNDING) else own
     )
-
-
-def _at_corner(w: Array, values: Any, value_ids: Any, value_weights: Any) -> bool:
-    """Whether the mixture is one of its models: a policy, or the reference."""
-    v = np.zeros(0)
-    if values is not None:
-        v = _coefficients(np.ones(len(values)) if value_weights is None else value_weights)
-    return value_ids is None and not v.any() and list(w[w != 0.0]) in ([], [1.0])
 
 
 def _log_sum_exp(x: Array) -> float:
@@ -266,7 +202,7 @@ def log_probs_row(
     logit_scales: Any = None,
     vocab_size: int | None = None,
     plausibility: float | None = None,
-    plausibility_tensor: int | str = 0,
+    plausibility_tensor: int = 0,
     solution: dict[str, Any] | None = None,
 ) -> Array:
     """log pi* of one row, float64 [V]; -inf outside the support, all NaN for an invalid row.
@@ -300,12 +236,10 @@ def log_probs_row(
     own = 0.0 if ref_logits is None else _own_coefficient(weights)
     if slope is not None or own != 0.0:
         used = [0, *used]
-    plausible: list[int] | None = None  # a token stays where one of these finds it plausible
-    if plausibility is not None and plausibility_tensor != "any":
-        plausible = [int(plausibility_tensor)]
-    elif plausibility is not None and not _at_corner(w, values, value_ids, value_weights):
-        plausible = used
-    read = {*used, *(plausible or ())}
+    share = float(plausibility or 0.0)
+    if not 0.0 <= share <= 1.0:
+        return invalid("plausibility is not in [0, 1]")
+    read = {*used, plausibility_tensor} if share else set(used)
     read_values = _read_values(values, value_ids, value_weights, vocab)
     if read_values is None:
         return invalid("a value is NaN or +inf, its weight is not finite, or an id is out of range")
@@ -318,13 +252,9 @@ def log_probs_row(
     terms, support = read_values
     for k in used:
         support &= rows[k] > -np.inf
-    if plausible is not None and plausibility is not None:
-        least, kept = np.log(plausibility), np.zeros(vocab, dtype=bool)
-        for k in plausible:
-            kept |= rows[k] >= rows[k].max() + least
-        support &= kept
-        for k in set(plausible) - set(used):
-            support &= rows[k] > -np.inf
+    if share:
+        named = rows[plausibility_tensor]
+        support &= (named >= named.max() + np.log(share)) & (named > -np.inf)
     if not support.any():
         return invalid("no token is left in the support")
     peaks = 0.0  # what the score is less than the weighted sum
@@ -428,8 +358,8 @@ def log_probs(
     ref_logits: Any, policy_logits: Any, weights: Any, *, divergence: Any = "reverse_kl",
     normalizer: str = "exact", values: Any = None, value_ids: Any = None,
     value_weights: Any = None, prefix_logprobs: Any = None, mixture_prefix_logprobs: Any = None,
-    logit_scales: Any = None, vocab_size: int | None = None, plausibility: float | None = None,
-    plausibility_tensor: int | str = 0,
+    logit_scales: Any = None, vocab_size: int | None = None, plausibility: Any = None,
+    plausibility_tensor: int = 0,
 ) -> Array:  # fmt: skip
     """log pi* of a batch, float64 [B, V]: `log_probs_row` on each row.
 
@@ -450,6 +380,7 @@ def log_probs(
     ids = None if value_ids is None else to_float64(value_ids)
     prefix = None if prefix_logprobs is None else to_float64(prefix_logprobs)
     own = None if mixture_prefix_logprobs is None else to_float64(mixture_prefix_logprobs)
+    shares = np.zeros(()) if plausibility is None else to_float64(plausibility)
     return np.stack(
         [
             log_probs_row(
@@ -465,7 +396,7 @@ def log_probs(
                 mixture_prefix_logprobs=row(own, b, 1),
                 logit_scales=logit_scales,
                 vocab_size=vocab_size,
-                plausibility=plausibility,
+                plausibility=row(shares, b, 1),
                 plausibility_tensor=plausibility_tensor,
             )
             for b in range(batch)

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .mixture import Array, log_softmax, slope_of, solve_log_ratios
+from .mixture import Array, log_softmax, solve_log_ratios
+from .slopes import slope_of
 
 #: next_tokens(log_pi, prefixes, tokens) of `Tree.decoded`.
 NextTokens = Callable[[Array, list[Array], list[Array]], Array]

@@ -7,18 +7,17 @@ never depends on a normaliser's rounding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..call.arguments import ANY_TENSOR, MixtureArguments
+from ..call.arguments import MixtureArguments
 from ..divergence import ReverseKL
 from . import normalizer
 from .own_mass import RowFunctions, own_mass
-from .parameters import row_vector
+from .parameters import row_scalar, row_vector
 from .philox import TILE
 
 # The range of float32, the same in every backend and in the oracle (design §2).
@@ -128,9 +127,9 @@ def mix(mixing: MixtureArguments, rows: slice, record: dict[str, Any] | None = N
         valid = valid & ~(counts & broken)
         support = support & (x.isfinite() | ~counts[:, None, None])
 
-    if mixing.plausibility > 0.0:
-        kept, finite = _plausible(mixing, logits, weights, value_weights, own)
-        valid, support = valid & finite, support & kept
+    if mixing.plausibility_is_on():
+        kept, readable = _plausible(mixing, rows, logits)
+        valid, support = valid & readable, support & kept
 
     if type(divergence) is ReverseKL:
         key = _log_linear(own, logits, weights, values, value_weights)
@@ -147,27 +146,16 @@ def mix(mixing: MixtureArguments, rows: slice, record: dict[str, Any] | None = N
 
 
 def _plausible(
-    mixing: MixtureArguments,
-    logits: list[Tensor],
-    weights: Tensor,
-    value_weights: Tensor,
-    own: Tensor | None,
+    mixing: MixtureArguments, rows: slice, logits: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The tokens that plausibility keeps [b, T, TILE], and the rows whose named tensor holds
-    neither NaN nor +inf [b]."""
-    least = math.log(mixing.plausibility)
-    if mixing.plausibility_tensor != ANY_TENSOR:
-        x = logits[mixing.plausibility_tensor - (mixing.ref_logits is None)]
-        peak = x.amax((-2, -1))  # NaN and +inf both end up there
-        return x - peak[:, None, None] >= least, peak.isfinite()
-    used = weights != 0
-    counts = used if own is None else torch.cat([(own != 0)[:, None], used], 1)
-    ones = ((weights == 1) & used).sum(1)
-    corner = (used.sum(1) == ones) & (ones <= 1) & (value_weights == 0).all(1)
-    kept = (corner & (mixing.value_ids is None))[:, None, None]
-    for k, x in enumerate(logits):
-        kept = kept | ((x - x.amax((-2, -1), keepdim=True) >= least) & counts[:, k, None, None])
-    return kept, torch.ones_like(corner)
+    """The tokens that plausibility keeps [b, T, TILE], none where it is out of range, and the rows
+    where it is off or its tensor holds neither NaN nor +inf [b]."""
+    x = logits[mixing.plausibility_tensor - (mixing.ref_logits is None)]
+    share = row_scalar(mixing.plausibility, rows, x.device, torch.float64)
+    peak = x.amax((-2, -1))  # NaN and +inf both end up there
+    off = share == 0.0
+    kept = x - peak[:, None, None] >= share.log().float()[:, None, None]
+    return off[:, None, None] | kept, off | peak.isfinite()
 
 
 def own_coefficient(given: Sequence[float] | Tensor, weights: Tensor) -> Tensor:

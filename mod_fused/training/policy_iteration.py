@@ -68,7 +68,7 @@ def train_mavis(
     *,
     beta: float,
     zeta: float | None = None,
-    iterations: int = 3,
+    iterations: int = 8,
     candidates: int | None = None,
     branches: int = 1,
     block_length: int | None = None,

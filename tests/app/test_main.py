@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mod_fused import world
-from mod_fused.app import doctor, terminal
+from mod_fused import Ensemble, world
+from mod_fused.app import demo, doctor, terminal
 from mod_fused.app import trade_off as sweep
 from mod_fused.cli import main
 
@@ -61,8 +61,13 @@ def keep_threads():
             "temperature above 0",
         ),
         (
-            ["generate", "--num-candidates", "2", "--values", "helpful", "--prompt", "x"],
-            "with --values",
+            ["generate", "--num-candidates", "2", "--values", "helpful", "--robust"],
+            "with --robust",
+        ),
+        (["generate", "--resample-below", "0.5", "--prompt", "x"], "goes with --num-candidates"),
+        (
+            ["generate", "--num-candidates", "2", "--resample-below", "2", "--prompt", "x"],
+            "a share of N",
         ),
         (["generate", "--prompt", "x", "--num-beams", "0"], ">= 1"),
         (["generate", "--prompt", "x", "--num-beams", "2", "--top-k", "3"], "top_k"),
@@ -218,6 +223,17 @@ def test_generate_chooses_among_candidates_and_says_how_they_weigh(capsys):
     (chosen,) = generated(capsys, *plain, "--num-candidates", "5")
     assert len(chosen["weights"]) == 5 and sum(chosen["weights"]) == pytest.approx(1.0)
     assert 1.0 < chosen["effective_sample_size"] < 5.0
+    guided = ["--values", "helpful", "--strength", "10", "--objectives", "humorous"]
+    several = [*plain, "--num-candidates", "5", *guided]
+    (tilted,) = generated(capsys, *several)
+    (resampled,) = generated(capsys, *several, "--resample-below", "1")
+    assert tilted["weights"] != resampled["weights"] != chosen["weights"]
+    assert tilted["resamplings"] == 0 < resampled["resamplings"]
+    # Blocks that have been chosen are streamed.
+    best = ["--best-of", "3", "--block-length", "4", "--values", "helpful", *plain]
+    (whole,) = generated(capsys, *best)
+    assert main(["generate", "--max-new-tokens", "12", *best]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == whole["text"]
     assert main(["generate", "--max-new-tokens", "12", *plain, "--num-candidates", "5"]) == 0
     assert capsys.readouterr().out.rstrip("\n") == chosen["text"]
 
@@ -345,6 +361,39 @@ def test_lead_over_line_is_undefined_without_ends_or_order():
     assert "not defined" in sweep.signed(lead, error)
 
 
+def test_the_picture_names_every_mark_and_clips_no_text(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    shown = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: shown.append(figure))
+    points = curve(0.3)
+    unmixed = sweep.Point((0.0, 0.0, 0.0), np.zeros((3, 50)), np.zeros((3, 50)), np.zeros(50), 1)
+    others = {"soup": curve(0.1), "best of 4": curve(0.0)}
+    sweep.draw(tmp_path / "x.png", [unmixed, *points], ["a", "b", "c"], "title", others)
+    (figure,) = shown
+    (axes,) = figure.axes  # of the only pair whose edge was measured
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["reference"].get_xydata().tolist() == [[0.0, 0.0]]
+    for name, bulge in {"soup": 0.1, "best of 4": 0.0}.items():
+        middle = lines[name].get_xydata()[1]  # (2, 1.5) on the line, bulge on its side
+        np.testing.assert_allclose(middle, [2.0 + bulge, 1.5 + bulge / 2])
+    (legend,) = figure.legends
+    figure.draw_without_rendering()
+    named = [text.get_text() for text in legend.get_texts()]
+    marks = [x for x in axes.get_legend_handles_labels()[1] if not x.startswith("_")]
+    assert sorted(named) == sorted(marks) and len(marks) == 5
+    assert {text.get_text() for text in axes.texts} == {
+        "only a",
+        "only c",
+        "0.5 / 0.5",
+        "reference",
+    }
+    page = figure.bbox.padded(1)
+    for text in [*axes.texts, *legend.get_texts(), axes.xaxis.label, axes.yaxis.label]:
+        box = text.get_window_extent()
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+
+
 # ---- demo ----------------------------------------------------------------------------------------
 
 
@@ -363,6 +412,29 @@ def test_demo_streams_answers_tabulates_rewards_and_draws(capsys, tmp_path, monk
     assert out.count(" - ") >= 3 and str(picture) in out
     assert "tuned with reverse KL" in out
     assert picture.read_bytes().startswith(PNG)
+
+
+def test_the_alternatives_are_the_soup_and_the_best_answer_by_the_weighted_reward(monkeypatch):
+    pool = np.random.default_rng(3).random((3, 50, 4))
+    asked = []
+
+    def rewards(model, tokenizer, prompts, seed, copies=1):
+        asked.append(model)
+        return pool[..., :copies]
+
+    monkeypatch.setattr(demo, "_rewards", rewards)
+    ensemble = Ensemble.embedded(list(world.OBJECTIVES))
+    found = demo.alternatives(ensemble, curve(0.3), 50, 0)
+    soup, best = found.values()
+    assert [p.weights for p in soup] == [p.weights for p in best] == [p.weights for p in curve(0.3)]
+    np.testing.assert_array_equal(soup[0].rewards, curve(0.3)[0].rewards)  # a policy
+    np.testing.assert_array_equal(soup[1].rewards, pool[..., 0])
+    np.testing.assert_array_equal(best[2].rewards[0], pool[0].max(1))  # of all the weight
+    merged, reference = asked
+    assert reference is ensemble.models[0]
+    models = (merged, ensemble.models[1], ensemble.models[3])
+    embeddings = [m.get_input_embeddings().weight for m in models]
+    torch.testing.assert_close(embeddings[0], 0.5 * embeddings[1] + 0.5 * embeddings[2])
 
 
 def test_demo_without_matplotlib_says_so(capsys, tmp_path, monkeypatch):

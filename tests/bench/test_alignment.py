@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed
 
 from bench import report
-from bench.alignment import command, estimates, loop, policies, statistics, tables, tabular
-from mod_fused import reference
+from bench.alignment import (
+    command,
+    decoding,
+    estimates,
+    loop,
+    policies,
+    rules,
+    sizes,
+    statistics,
+    tables,
+    tabular,
+)
+from mod_fused import Ensemble, generate, recipes, reference, world
 from mod_fused.divergence import DIVERGENCES
 from mod_fused.training import embedded_policies as train
 
@@ -119,6 +130,79 @@ def test_intervals_over_trainings_hold_the_mean_as_often_as_they_say():
         held = np.mean([f.low <= 1.0 <= f.high for f in found])
         assert abs(held - 0.95) <= 4.9 * (0.95 * 0.05 / 4000) ** 0.5  # false alarms: 1e-6
     assert statistics.over_seeds([0.5, 0.5]) == (0.5, 0.5, 0.5)
+
+
+def test_choosing_a_policy_at_random_is_a_mixture_of_whole_answers():
+    """Four answers, each policy's listed as often as it draws them in eight."""
+    ref, w = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.25, 0.75])
+    counts = np.array([[5, 1, 1, 1], [0, 2, 2, 4]])
+    rewards = np.array([0.1, 0.9, 0.4, 0.7])
+    with np.errstate(divide="ignore"):
+        log_ratio = np.log(counts / 8 / ref)  # [policies, answers]
+    drawn = [np.repeat(np.arange(4), row) for row in counts]
+    values = np.stack([np.stack([rewards[y], -y, y], axis=1) for y in drawn])
+    ratios = np.stack([log_ratio[:, y].T for y in drawn])
+    mixture = w @ counts / 8
+    kl = (mixture * np.log(mixture / ref)).sum()
+    expected = mixture @ rewards, kl, 10.0 * mixture @ rewards - kl
+    assert statistics.at_random(values, ratios, w) == pytest.approx(expected)
+    corner = statistics.at_random(values, ratios, np.array([1.0, 0.0]))
+    assert corner[1] == pytest.approx((counts[0] / 8 * log_ratio[0]).sum())
+
+
+def test_routing_asks_the_model_that_was_best_on_the_topic():
+    known = np.zeros((2, 3, 3))
+    known[:, :, 0] = [[0.9, 0.5, 0.1], [0.2, 0.4, 0.95]]  # of prompts on a, a, b
+    known[:, :, 2] = -known[:, :, 0]
+    values = np.arange(18.0).reshape(2, 3, 3)
+    topics, asked = ["a", "a", "b"], ["b", "a", "c"]  # c: model 1 is best of all
+    by_reward = [values[1, 0], values[0, 1], values[1, 2]]
+    assert statistics.routed(topics, known, asked, values, 0) == pytest.approx(
+        np.mean(by_reward, 0)
+    )
+    by_j = [values[0, 0], values[1, 1], values[0, 2]]
+    assert statistics.routed(topics, known, asked, values, 2) == pytest.approx(np.mean(by_j, 0))
+    assert statistics.routed([], known, asked, values, 0) == pytest.approx(values[1].mean(0))
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "alpha:0.5"])
+def test_answers_are_resampled_as_generate_does(divergence):
+    ensemble, w = Ensemble.embedded(["helpful", "humorous"], dtype=torch.float32), [0.75, 0.5]
+    own_mass = {"weights": w, "divergence": divergence, "sequence_history": True, "seed": 5}
+    own_mass |= {"max_new_tokens": 6, "return_model_logprobs": True}
+    prompts = world.prompts(5, 3)
+    expected = generate(ensemble, prompts, num_candidates=4, **own_mass).weights
+    out = generate(ensemble, prompts, num_return_sequences=4, **own_mass)  # the candidates
+    totals = out.model_logprobs.double().sum(1).view(5, 4, 3).numpy()
+    kl = out.logprobs.double().sum(1).view(5, 4).numpy() - totals[..., 0]
+    ratios = totals[..., 1:] - totals[..., :1]
+    for row in range(5):
+        got = statistics.resampling_weights(divergence, np.array(w), ratios[row], kl[row])
+        assert got == pytest.approx(expected[row].numpy(), abs=1e-4)
+    assert expected.max() > 0.3
+
+
+def test_choosing_among_candidates_costs_at_least_the_divergence_of_the_answer():
+    """Three answers, two candidates from a proposal, every pair as often as it is drawn."""
+    ref, q = np.array([0.5, 0.3, 0.2]), np.array([0.25, 0.25, 0.5])
+    ratio, rewards = np.log([0.5, 1.5, 1.5]), np.array([0.2, 0.9, 0.4])
+    pairs = [(i, j) for i in range(3) for j in range(3) for _ in range(round(16 * q[i] * q[j]))]
+    y = np.array(pairs).T  # [samples, prompts]
+    kl = np.log(q / ref)[y]
+    found = {"kl": kl, "log_ratios": ratio[y][..., None], "ended": np.ones_like(kl)}
+    found["rewards"] = rewards[y][..., None]
+    cell = rules.Cell("reverse_kl", (1.0,), "own mass, resampled", 0)
+    got = rules._means(cell, found, 2)
+    drawn = np.zeros(3)  # pi_2, by enumeration
+    for i, j in product(range(3), repeat=2):
+        weights = np.exp([ratio[i], ratio[j]]) * ref[[i, j]] / q[[i, j]]
+        drawn[[i]] += q[i] * q[j] * weights[0] / weights.sum()
+        drawn[[j]] += q[i] * q[j] * weights[1] / weights.sum()
+    assert got[0] == pytest.approx(drawn @ rewards)
+    true = (drawn * np.log(drawn / ref)).sum()
+    assert true < got[1] < true + 0.1
+    assert got[3] == pytest.approx(10.0 * got[0] - got[1])
+    assert rules._means(cell, found, 1)[1] == pytest.approx((q * np.log(q / ref)).sum())
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -235,3 +319,52 @@ def test_a_folder_of_another_run_is_refused(finished):
 def test_a_column_says_which_field_is_shown_and_how(column, shown):
     record = {"kl": [0.1251, -0.01, 0.2], "weights": [1 / 3, 0.5], "n": 3, "length": 7.24}
     assert tables.figure(record | {"why": "none", "nothing": None}, column) == shown
+
+
+# --- sizes and rules ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "MAX_NEW_TOKENS", 8)
+
+
+def test_policies_of_different_sizes_mix_and_do_not_merge(tmp_path, short_answers):
+    words = ["--tiny", "--workers", "1", "--work", str(tmp_path), "--out", str(tmp_path)]
+    assert command.main("bench.alignment.sizes", sizes, sizes.summary, words) == 0
+    result = report.load(tmp_path / "sizes.json")
+    assert [m["layers"] for m in result["models"]] == [1, 2, 4]
+    assert [m["vocabulary"] for m in result["models"]] == [904, 960, 904]
+    by = {(tuple(r["weights"]), r["method"]): r for r in result["methods"]}
+    for w in sizes.TINY.weights:
+        cells = [loop.load(tmp_path, "cells", sizes.Cell(w, s)) for s in (0, 1)]
+        reward = np.mean([x["rewards"] @ np.array(w) for x in cells])
+        kl = np.mean([x["kl"] for x in cells])
+        mod, ref = (by[tuple(report.rounded(w)), method] for method in ("MOD", "reference"))
+        assert mod["weighted"][0] == pytest.approx(reward, abs=1e-4)
+        assert mod["objective"][0] == pytest.approx(10.0 * reward - kl, abs=1e-3)
+        assert ref["kl"] == [pytest.approx(0.0, abs=1e-3)]
+        lead = mod["weighted"][0] - ref["weighted"][0]
+        assert ref["weighted lead"][0] == pytest.approx(lead, abs=1e-4)
+    # At a corner MOD is the policy, whatever the sizes of the others.
+    corner = loop.load(tmp_path, "cells", sizes.Cell(policies.CORNERS[0], 0))
+    assert corner["kl"] == pytest.approx(corner["log_ratios"][..., 0], abs=1e-3)
+    assert by[policies.CORNERS[0], "a policy at random"]["weighted lead"] == [0.0, 0.0, 0.0]
+    models = [sizes.build(name) for name in world.OBJECTIVES]
+    with pytest.raises(ValueError, match="names and shapes of the reference's parameters"):
+        recipes.soup([decoding.reference()[0], *models], policies.CENTRE)
+    assert (tmp_path / "sizes.md").read_text().count("\n## ") == 3
+
+
+def test_a_tiny_run_of_the_rules_measures_each_rule(tmp_path, short_answers):
+    words = ["--tiny", "--workers", "1", "--work", str(tmp_path), "--out", str(tmp_path)]
+    assert command.main("bench.alignment.rules", rules, rules.summary, words) == 0
+    found = report.load(tmp_path / "rules.json")["rules"]
+    resampled = [f"own mass, resampled, one of {n}" for n in rules.ONE_OF]
+    names = [r["rule"] for r in found if r["tuned"] == "jsd"]
+    assert names == [*list(rules.RULES)[:-1], *resampled]
+    names = [r["rule"] for r in found if r["tuned"] == "reverse_kl"]
+    assert names == ["token by token", *resampled]
+    assert all(r["objective"] is not None for r in found)
+    where = {c.weights for c in rules.cells(rules.Sizes()) if c.rule == "own mass, resampled"}
+    assert where == {policies.CENTRE}

@@ -19,7 +19,7 @@ from bench.contestants import loops, models
 from bench.logits import RECORDED, SETTINGS
 from bench.problem import FILTERS, Problem, logits
 from mod_fused import reference, world
-from mod_fused.decoding import generate as decoding
+from mod_fused.decoding import steps as decoding
 
 
 def run_json(tmp_path: Path, *words: str) -> tuple[int, dict]:

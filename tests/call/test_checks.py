@@ -442,8 +442,10 @@ LOG_PROBS_ERRORS = [
     (ValueError, "logit_scales", (X, [Y], [1.0]), {"logit_scales": [1.0, -2.0]}),
     (ValueError, "vocab_size", (X, [Y], [1.0]), {"vocab_size": 41}),
     (ValueError, "vocab_size", (X, [Y], [1.0]), {"vocab_size": 0}),
-    (ValueError, "plausibility", (X, [Y], [1.0]), {"plausibility": 0.0}),
+    (ValueError, "plausibility", (X, [Y], [1.0]), {"plausibility": -0.1}),
     (ValueError, "plausibility", (X, [Y], [1.0]), {"plausibility": 1.5}),
+    (ValueError, "plausibility", (X, [Y], [1.0]), {"plausibility": [0.1] * (B + 1)}),
+    (TypeError, "plausibility", (X, [Y], [1.0]), {"plausibility": torch.zeros(B).int()}),
     (
         ValueError,
         "plausibility_tensor",
@@ -451,8 +453,8 @@ LOG_PROBS_ERRORS = [
         {"plausibility": 0.1, "plausibility_tensor": 2},
     ),
     (
-        ValueError,
-        "integer or 'any', got 'all'",
+        TypeError,
+        "plausibility_tensor must be a number, got str",
         (X, [Y], [1.0]),
         {"plausibility": 0.1, "plausibility_tensor": "all"},
     ),

@@ -362,7 +362,7 @@ def test_every_instruction_set_of_this_machine_gives_the_same_results(tmp_path):
 
 ROW = torch.zeros(1, 4)
 PACKED = {
-    "logits": [ROW] * 3, "tensors": [None] * 6, "integers": [1, 4, 0, 1, 2],
+    "logits": [ROW] * 3, "tensors": [None] * 7, "integers": [1, 4, 0, 1, 2],
     "numbers": [0.0, 1.0, 0.5, 0.5],
 }  # fmt: skip
 
@@ -373,7 +373,7 @@ PACKED = {
         {"logits": [ROW] * 10},
         {"logits": [ROW] * 2},
         {"tensors": [], "integers": []},
-        {"tensors": [None] * 13},
+        {"tensors": [None] * 14},
         {"integers": [1, 4, 0, 1, 5]},  # no such divergence
         {"integers": [1, 4, 0, 1, -1]},
         {"numbers": []},

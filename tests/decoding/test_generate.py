@@ -149,7 +149,7 @@ def test_history_matters_from_the_second_token_except_for_reverse_kl(ensemble: E
         assert (difference[:, 1:].amin() > 1e-2) == (divergence == "jsd")
 
 
-def test_off_reverse_kl_what_no_model_finds_plausible_is_excluded_by_default(
+def test_off_reverse_kl_what_the_reference_finds_implausible_is_excluded_by_default(
     ensemble: Ensemble,
 ) -> None:
     def last_logprobs(masked: bool = True, **options: Any) -> torch.Tensor:
@@ -164,8 +164,8 @@ def test_off_reverse_kl_what_no_model_finds_plausible_is_excluded_by_default(
     logits = torch.cat([tiny.teacher_forced(reference, tiny.ids_of(p), [3]) for p in PROMPTS])
     worst = logits[:, : tiny.V].argmin(1)
     jsd: dict[str, Any] = {"weights": WEIGHTS, "divergence": "jsd"}
-    cut = jsd | {"plausibility": 1e-3, "plausibility_tensor": "any"}
-    assert torch.equal(last_logprobs(False, **jsd), last_logprobs(False, **cut))
+    cut = last_logprobs(False, **jsd, plausibility=1e-3)
+    assert torch.equal(last_logprobs(False, **jsd), cut)
     assert not torch.equal(
         last_logprobs(False, **jsd), last_logprobs(False, **jsd, plausibility=None)
     )
@@ -174,9 +174,19 @@ def test_off_reverse_kl_what_no_model_finds_plausible_is_excluded_by_default(
     assert last_logprobs(**jsd, plausibility=0.2).isnan().all()
     assert last_logprobs(weights=WEIGHTS).isfinite().all()  # reverse KL has no cut
     assert last_logprobs(weights=WEIGHTS, plausibility=0.2).isnan().all()
-    cut = {"plausibility": 0.2, "plausibility_tensor": "any"}
-    assert last_logprobs(weights=[0.0, 0.0], divergence="jsd", **cut).isfinite().all()
-    with pytest.raises(ValueError, match="a number, None or 'auto', got 'off'"):
+    # One number for each prompt.
+    each = last_logprobs(**jsd, plausibility=[0.2, 0.0, 0.2])
+    assert each.isnan().tolist() == [True, False, True]
+    # A corner is exactly its model: by row, with weights by row.
+    for weights in ([1.0, 0.0], [[1.0, 0.0], WEIGHTS, [0.0, 0.0]]):
+        runs = [
+            last_logprobs(False, **jsd | {"weights": weights}, plausibility=p)
+            for p in ("auto", None, 1e-3)
+        ]
+        same = [runs[0] == run for run in runs[1:]]
+        assert same[0][0] and same[0][2] and not same[1][0]
+        assert bool(same[0][1]) == (len(weights) == 2) != bool(same[1][1])
+    with pytest.raises(ValueError, match="one number or B, None or 'auto', got 'off'"):
         last_logprobs(weights=WEIGHTS, plausibility="off")
     with pytest.raises(ValueError, match="plausibility_tensor must be between 0 and 2"):
         last_logprobs(weights=WEIGHTS, plausibility_tensor=7)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mod_fused
 from mod_fused import Ensemble, generate
-from mod_fused.decoding.options import support_cut
+from mod_fused.decoding.options import off_at_corners, support_cut
 from mod_fused.guidance import Guidance, best_of_n
 
 IDS = torch.tensor([[3], [4]])
@@ -243,11 +243,21 @@ def test_model_log_probabilities_are_returned_when_asked_for_and_the_history_nee
     assert torch.equal(silent.logprobs, asked.logprobs)
 
 
-@pytest.mark.parametrize("divergence", ["jsd", "alpha:0.5"])
-def test_auto_is_a_thousandth_of_any_tensor_off_reverse_kl(divergence: str) -> None:
-    cut = {"plausibility": 1e-3, "plausibility_tensor": "any"}
-    assert support_cut("auto", None, divergence) == cut
-    assert support_cut("auto", 1, divergence) == {"plausibility": 1e-3, "plausibility_tensor": 1}
-    assert support_cut("auto", None, "kl")["plausibility"] is None
-    assert support_cut(0.5, None, "kl") == {"plausibility": 0.5, "plausibility_tensor": 0}
-    assert support_cut(None, None, divergence)["plausibility"] is None
+def test_auto_is_a_thousandth_of_the_reference_off_reverse_kl_and_off_at_corners() -> None:
+    assert [support_cut("auto", d) for d in ("jsd", "alpha:0.5", "kl")] == [1e-3, 1e-3, None]
+    assert support_cut(0.5, "kl") == 0.5 and support_cut(None, "jsd") is None
+
+    def cut(weights: Any, values: Any = None, valued: bool = False) -> Any:
+        options = {"plausibility": 1e-3, "weights": weights, "value_weights": values}
+        return off_at_corners(options, valued)
+
+    rows = [[0.5, 0.5], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, -1e-40], [2.0, 0.0], [0.0, 1.0]]
+    kept = [1e-3, 0.0, 0.0, 1e-3, 0.0, 1e-3, 0.0]
+    assert [cut(row) for row in rows] == kept
+    by_row = cut(torch.tensor(rows, dtype=torch.float64))
+    assert by_row.tolist() == kept
+    assert cut(torch.tensor(rows[1])).tolist() == 0.0
+    # Values tilt the mixture, unless they have no weight.
+    assert cut([1.0, 0.0], None, True) == 1e-3 and cut([1.0, 0.0], [0.0], True) == 0.0
+    assert cut([1, 0], torch.tensor([[0.0], [0.5]]), True).tolist() == [0.0, 1e-3]
+    assert cut(None, None, True) == 1e-3

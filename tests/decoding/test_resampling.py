@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import mpmath as mp
@@ -12,68 +11,31 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
-from cases import DIVERGENCES
-from scipy import optimize, stats
-from tabular import Tree
+from cases import DIVERGENCES, normal
+from scipy import stats
 from tiny_models import seeds_of
+from whole_answers import (
+    W,
+    answers_drawn,
+    brute_force,
+    log_answers,
+    of_answers,
+    proposal,
+    tree_models,
+    tree_options,
+)
 
-from mod_fused import Ensemble, generate, reference
-from mod_fused.decoding.resampling import choose, weigh
+from mod_fused import Ensemble, generate
+from mod_fused.decoding import resampling
+from mod_fused.decoding.resampling import choose, spread
+from mod_fused.decoding.totals import Totals
 from mod_fused.divergence import get_divergence
+from mod_fused.guidance import WorstCaseWeights
 
-Array = np.ndarray
 BOUNDED = ("forward_kl", "alpha:0.5", "alpha:0.3")
 
 
 # --- the formula ----------------------------------------------------------------------------------
-
-
-def slope(divergence: str) -> tuple[Callable[[Array], Array], Callable[[Array], Array], float]:
-    """f' as a function of d = log x, log of its inverse, and sup f'."""
-    alpha = float(divergence.partition(":")[2] or 1.0)
-
-    def root(u: float) -> float:
-        return optimize.brentq(lambda d: d - math.exp(-d) + 1.0 - u, -60.0, 400.0, xtol=1e-14)
-
-    return {
-        "forward_kl": (lambda d: -np.exp(-d), lambda u: -np.log(-u), 0.0),
-        "jsd": (
-            lambda d: math.log(2.0) - np.logaddexp(0.0, -d),
-            lambda u: u - math.log(2.0) - np.log1p(-0.5 * np.exp(u)),
-            math.log(2.0),
-        ),
-        "alpha": (
-            lambda d: (1.0 - np.exp(-alpha * d)) / alpha,
-            lambda u: -np.log(1.0 - alpha * u) / alpha,
-            1.0 / alpha,
-        ),
-        "jeffrey": (lambda d: d - np.exp(-d) + 1.0, np.vectorize(root), math.inf),
-    }[divergence.partition(":")[0]]
-
-
-def brute_force(divergence: str, w: Array, log_models: Array, log_q: Array) -> tuple[Array, float]:
-    """The weights [N] of candidates with log_models [N, M + 1], and the normaliser's logarithm or
-    Z, found by a root finder in float64."""
-    if divergence == "reverse_kl":
-        log_w = log_models @ np.concatenate([[1.0 - w.sum()], w]) - log_q
-        total = np.logaddexp.reduce(log_w)
-        return np.exp(log_w - total), float(total - math.log(len(log_q)))
-    f, inverse, supremum = slope(divergence)
-    u = (w * f(log_models[:, 1:] - log_models[:, :1])).sum(1)
-    base = log_models[:, 0] - log_q - math.log(len(log_q))
-
-    def log_sum(z: float) -> float:
-        return float(np.logaddexp.reduce(base + inverse(u - z)))
-
-    pole = u.max() - supremum
-    if math.isinf(supremum):
-        z = optimize.brentq(log_sum, u.max() - 300.0, u.max() + 50.0, xtol=1e-13)
-    else:  # in the logarithm of the distance to the pole
-        z = pole + math.exp(
-            optimize.brentq(lambda t: log_sum(pole + math.exp(t)), -25.0, 40.0, xtol=1e-13)
-        )
-    log_w = base + inverse(u - z)
-    return np.exp(log_w - np.logaddexp.reduce(log_w)), z
 
 
 def candidates(seed: int, batch: int, count: int, models: int, apart: float) -> torch.Tensor:
@@ -82,6 +44,19 @@ def candidates(seed: int, batch: int, count: int, models: int, apart: float) -> 
     level = rng.normal(size=(batch, count, 1)) * 10.0 - 150.0
     logs = level + rng.normal(size=(batch, count, models + 1)) * apart
     return torch.from_numpy(logs)
+
+
+def weigh(
+    options: dict[str, Any],
+    logs: torch.Tensor,
+    valid: torch.Tensor,
+    count: int,
+    has_reference: bool,
+    values: torch.Tensor | None = None,
+) -> resampling.Weighed:
+    """`resampling.weigh` of log-probabilities [B N, models + 1], the last of which are log q."""
+    totals = Totals(logs[:, :-1], logs[:, -1], values)
+    return resampling.weigh(options, totals, valid, count, has_reference)
 
 
 @pytest.mark.parametrize("w", [[0.3, 0.7], [0.9, 0.6], [1.4, -0.2], [0.2, 0.1]])
@@ -97,6 +72,56 @@ def test_weights_and_normaliser_are_those_of_a_root_finder(divergence: str, w: l
         np.testing.assert_allclose(got.weights[b], weights, rtol=0, atol=1e-8)
         assert got.log_normalizer[b] == pytest.approx(normalizer, abs=1e-6)
         assert got.effective_sample_size[b] == pytest.approx(1 / (weights**2).sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("apart", [1.0, 8.0])
+@pytest.mark.parametrize("w", [[0.3, 0.7], [1.4, -0.2], []])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_values_tilt_the_weights_as_in_the_formula(
+    divergence: str, w: list[float], apart: float
+) -> None:
+    batch, count = 4, 6
+    logs = candidates(7, batch, count, len(w) + 1, 1.0)
+    values = normal(3, batch * count, 3).double() * apart
+    values[:, 2] = torch.nan  # of weight 0: not looked at
+    v = torch.tensor([[0.7, -0.4, 0.0], [0.2, 1.0, 0.0]] * 2).double().repeat_interleave(count, 0)
+    options = {"divergence": divergence, "weights": w, "value_weights": v}
+    valid = torch.ones(batch * count, dtype=torch.bool)
+    got = weigh(options, logs.flatten(0, 1), valid, count, True, values)
+    tilt = (v * values)[:, :2].sum(1).view(batch, count).numpy()
+    for b, row in enumerate(logs.numpy()):
+        weights, normalizer = brute_force(divergence, np.array(w), row[:, :-1], row[:, -1], tilt[b])
+        np.testing.assert_allclose(got.weights[b], weights, rtol=0, atol=1e-8)
+        assert got.log_normalizer[b] == pytest.approx(normalizer, abs=1e-6)
+
+
+@pytest.mark.parametrize("far", [-900.0, 0.0, 900.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_constant_in_the_values_moves_the_normaliser_alone(divergence: str, far: float) -> None:
+    logs, valid = candidates(8, 3, 8, 3, 2.0), torch.ones(24, dtype=torch.bool)
+    logs[..., 1:] += far
+    values = normal(4, 24, 1).double()
+    options = {"divergence": divergence, "weights": [0.3, 0.4], "value_weights": [2.0]}
+    one, other = (
+        weigh(options, logs.flatten(0, 1), valid, 8, True, values + c) for c in (0.0, 50.0)
+    )
+    torch.testing.assert_close(one.weights, other.weights, atol=1e-8, rtol=1e-8)
+    if far == 0.0:  # else Z may be beyond float64's digits
+        moved = other.log_normalizer - one.log_normalizer
+        torch.testing.assert_close(moved, torch.full_like(moved, 100.0))
+
+
+def test_values_of_no_weights_count_once() -> None:
+    logs, valid = candidates(9, 2, 5, 1, 1.0), torch.ones(10, dtype=torch.bool)
+    values = normal(5, 10, 2).double()
+    each = [
+        weigh(
+            {"divergence": "jsd", "weights": [], "value_weights": v},
+            logs.flatten(0, 1), valid, 5, True, values,
+        )
+        for v in (None, [1.0, 1.0])
+    ]  # fmt: skip
+    assert torch.equal(each[0].weights, each[1].weights) and each[0].weights[0].std() > 0.01
 
 
 def test_without_a_reference_the_policies_alone_count() -> None:
@@ -136,9 +161,13 @@ def test_a_common_factor_of_the_policies_and_the_proposal_changes_nothing(
     torch.testing.assert_close(weigh(options, logs.flatten(0, 1), valid, 8, True).weights, near)
 
 
+@pytest.mark.parametrize(
+    ("apart", "far", "tilt"),
+    [(150.0, 0.0, 0.0), (150.0, 0.0, 3.0), (1.0, -300.0, 3.0), (1.0, 60.0, 3.0)],
+)
 @pytest.mark.parametrize("divergence", ["jsd", "jeffrey"])
 def test_weights_of_responses_hundreds_of_nats_apart_are_those_of_400_digits(
-    divergence: str,
+    divergence: str, apart: float, far: float, tilt: float
 ) -> None:
     def deficit(d: Any) -> Any:  # sup f' - f', or -f'
         return mp.log1p(mp.exp(-d)) if divergence == "jsd" else mp.expm1(-d) - d
@@ -149,11 +178,15 @@ def test_weights_of_responses_hundreds_of_nats_apart_are_those_of_400_digits(
         # v = 1/x solves v + log v = 1 + q; beyond 5000 a fixed point is exact to 1e-8.
         return 1 / mp.lambertw(mp.exp(1 + q)).real if q < 5000 else 1 / (1 + q - mp.log(q))
 
-    logs, w = candidates(1, 1, 5, 3, 150.0), [0.3, 0.7]
+    logs, w = candidates(1, 1, 5, 3, apart), [0.3, 0.7]
+    logs[..., 1:] += far
+    values = normal(6, 5, 1).double()
     with mp.workdps(400):
         rows = [[mp.mpf(x) for x in row] for row in logs[0].tolist()]
         deficits = [
-            sum(c * deficit(x - row[0]) for c, x in zip(w, row[1:-1], strict=True)) for row in rows
+            sum(c * deficit(x - row[0]) for c, x in zip(w, row[1:-1], strict=True))
+            - tilt * mp.mpf(v)
+            for row, v in zip(rows, values[:, 0].tolist(), strict=True)
         ]
         excess = [q - min(deficits) for q in deficits]
         base = [mp.exp(row[0] - row[-1]) / 5 for row in rows]
@@ -166,7 +199,8 @@ def test_weights_of_responses_hundreds_of_nats_apart_are_those_of_400_digits(
             lower, upper = (middle, upper) if total > 1 else (lower, middle)
         expected = [float(a * ratio(upper + x)) for a, x in zip(base, excess, strict=True)]
     valid = torch.ones(5, dtype=torch.bool)
-    got = weigh({"divergence": divergence, "weights": w}, logs[0], valid, 5, True)
+    options = {"divergence": divergence, "weights": w, "value_weights": [tilt]}
+    got = weigh(options, logs[0], valid, 5, True, values)
     assert sum(expected) == pytest.approx(1.0, abs=1e-8)
     np.testing.assert_allclose(got.weights[0], expected, atol=1e-7)
 
@@ -222,70 +256,35 @@ def test_each_draw_follows_the_weights_and_draws_are_independent() -> None:
     assert not torch.equal(alone, choose(weights[None], torch.tensor([17]), 4, 5))
 
 
+def test_resampled_candidates_come_as_often_as_they_weigh_rounded_down_or_up() -> None:
+    # The false-alarm rate of the means is 1e-6 a candidate.
+    weights = torch.tensor([0.5, 0.33, 0.0, 0.17], dtype=torch.float64)
+    rows = spread(weights.expand(20000, -1), torch.arange(20000), 3).view(20000, 4)
+    rows = rows - 4 * torch.arange(20000)[:, None]
+    counts = torch.stack([(rows == n).sum(1) for n in range(4)], 1)
+    assert counts[:, 0].eq(2).all() and counts[:, 2].eq(0).all()
+    assert set(counts[:, 1].tolist()) == {1, 2} and set(counts[:, 3].tolist()) == {0, 1}
+    for n in (1, 3):
+        up = int((counts[:, n] == counts[:, n].max()).sum())
+        assert stats.binomtest(up, 20000, float(4 * weights[n] % 1)).pvalue > 1e-6
+    alone = spread(weights[None], torch.tensor([17]), torch.tensor([3]))
+    assert torch.equal(alone, rows[17])  # whatever the other rows
+    elsewhere = spread(weights.expand(20000, -1), torch.arange(20000), 4).view(20000, 4)
+    assert not torch.equal(elsewhere - 4 * torch.arange(20000)[:, None], rows)
+
+
+def test_equal_weights_are_resampled_to_themselves_and_nan_to_some_row() -> None:
+    weights = torch.full((100, 7), 1 / 7).double()
+    rows = spread(weights, torch.arange(100), 0)
+    assert torch.equal(rows, torch.arange(700))
+    rows = spread(torch.full((1, 7), torch.nan).double(), torch.arange(1), 0)
+    assert rows.ge(0).all() and rows.lt(7).all()
+
+
 # --- the decoder ----------------------------------------------------------------------------------
 
-TREE = Tree(vocab=3, depth=3, seed=2)
-TABLES = [
-    TREE.ref,
-    *[
-        (TREE.ref + torch.from_numpy(np.random.default_rng(i).normal(size=TREE.ref.shape)))
-        for i in (1, 2)
-    ],
-]
-TABLES = [table.log_softmax(-1) for table in TABLES]
-W = [0.7, 0.6]
 
-
-def tree_models() -> Ensemble:
-    """The models of `TABLES`, which read whole sequences behind one token of prompt."""
-
-    def model(table: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        def logits(tokens: torch.Tensor) -> torch.Tensor:
-            at = torch.zeros(len(tokens), dtype=torch.int64)
-            for column in tokens[:, 1:].T:
-                at = TREE.child[at, column].clamp(min=0)  # ended rows: anywhere
-            return table[at].float()
-
-        return logits
-
-    return Ensemble([model(table) for table in TABLES])
-
-
-def tree_options(prompts: int, **options: Any) -> dict[str, Any]:
-    return {
-        "input_ids": torch.zeros(prompts, 1, dtype=torch.int64),
-        "weights": W,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-        "max_new_tokens": 3,
-        "use_cache": False,
-        "plausibility": None,
-        **options,
-    }
-
-
-def proposal(divergence: str, **filters: Any) -> Array:
-    """log q [answers] of token-by-token draws, of the oracle."""
-    ref, *policies = (x.float() for x in TABLES)
-    log_pi = reference.log_probs(ref, policies, W, divergence=divergence)
-    rows = np.stack([reference.filtered_log_probs(row, **filters) for row in log_pi])
-    return TREE.logprobs(torch.from_numpy(rows)).numpy()
-
-
-def log_answers() -> Array:
-    """log pi [answers, models] of whole answers."""
-    return torch.stack([TREE.logprobs(table) for table in TABLES], 1).numpy()
-
-
-def answers_drawn(out: Any) -> Array:
-    """How often each complete answer of the tree was drawn."""
-    tokens = torch.nn.functional.pad(out.tokens, (0, 3 - out.tokens.shape[1]))
-    same = (tokens[:, None] == TREE.tokens[None]).all(2)
-    assert bool((same.sum(1) == 1).all())
-    return same.sum(0).numpy()
-
-
-def optimum(divergence: str, reachable: Array) -> Array:
+def optimum(divergence: str, reachable: np.ndarray) -> np.ndarray:
     """The optimum [answers] over whole answers, among those that can be reached."""
     logs = log_answers()[reachable]
     # All answers are given once, as if drawn with equal probability from as many.
@@ -310,7 +309,7 @@ def test_the_answer_drawn_from_two_candidates_has_the_distribution_of_all_pairs(
     divergence: str, filters: dict[str, Any]
 ) -> None:
     # The false-alarm rate is 1e-6 a case.
-    log_q, logs = proposal(divergence, **filters), log_answers()
+    log_q, logs = of_answers(proposal(divergence, **filters)), log_answers()
     expected = np.zeros(len(log_q))
     reached = np.flatnonzero(log_q > -np.inf)
     for pair in itertools.product(reached, repeat=2):
@@ -330,7 +329,7 @@ def test_the_answer_drawn_from_two_candidates_has_the_distribution_of_all_pairs(
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_more_candidates_come_nearer_to_the_optimum_over_whole_answers(divergence: str) -> None:
     filters = {"temperature": 2.0}
-    target = optimum(divergence, proposal(divergence, **filters) > -np.inf)
+    target = optimum(divergence, of_answers(proposal(divergence, **filters)) > -np.inf)
     far = []
     for count in (1, 2, 10):
         options = {"divergence": divergence, "seed": 2, "num_candidates": count, **filters}
@@ -408,7 +407,14 @@ def test_invalid_candidates_are_not_returned_unless_all_are() -> None:
         ({"temperature": [1.0, 0.0]}, "temperature above 0"),
         ({"temperature": torch.tensor(0.0)}, "temperature above 0"),
         ({"streamer": print}, "num_candidates cannot be combined with streamer"),
-        ({"value_fn": lambda step, x: x}, "num_candidates cannot be combined with value_fn"),
+        (
+            {"value_fn": lambda step, x: x, "value_weights": WorstCaseWeights(1.0)},
+            r"weights chosen at each step \(WorstCaseWeights\)",
+        ),
+        ({"resample_below": -0.1}, r"resample_below must be a share of N in \[0, 1\] or None"),
+        ({"resample_below": 1.5}, "resample_below must be a share of N"),
+        ({"resample_below": float("nan")}, "resample_below must be a share of N"),
+        ({"resample_below": 0.5, "num_candidates": None}, "given without num_candidates"),
         ({"resample_fn": lambda *x: None}, "num_candidates cannot be combined with resample_fn"),
         (
             {"prefix_logprobs": torch.zeros(2, 3), "sequence_history": True},

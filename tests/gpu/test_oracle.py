@@ -70,10 +70,7 @@ FEATURES: dict[str, Callable[[int, int], Arguments]] = {
     ),
     "scales": lambda b, v: ({"logit_scales": [1.0, 0.75, 1.25]}, {}),
     "plausibility": lambda b, v: ({"plausibility": 1e-3, "plausibility_tensor": 1}, {}),
-    "plausibility of any": lambda b, v: (
-        {"plausibility": 1e-3, "plausibility_tensor": "any"},
-        {},
-    ),
+    "plausibility by row": lambda b, v: ({"plausibility": [0.0, *[1e-3] * (b - 1)]}, {}),
     "cut vocabulary": lambda b, v: ({"vocab_size": v - 3}, {}),
     "zero normalizer": lambda b, v: ({"normalizer": "zero"}, {}),
 }

@@ -297,6 +297,100 @@ def test_of_equal_scores_the_first_continuation_wins() -> None:
     assert torch.equal(out.tokens, expected.tokens)
 
 
+class Recorder:
+    """A streamer as transformers' are."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.calls.append(tokens.tolist())
+
+    def end(self) -> None:
+        self.calls.append("end")
+
+
+@pytest.mark.parametrize("block_length", [1, 2, 4, 99])
+def test_streamed_blocks_join_to_the_tokens(block_length: int) -> None:
+    events: list[Any] = []
+
+    def scores(sequences: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        events.append("scored")
+        return normal(5, 6)[sequences].sum(1)
+
+    def show(step: int, tokens: torch.Tensor) -> None:
+        events.append((step, tokens))
+
+    options: dict[str, Any] = {"block_length": block_length, "eos_token_id": [1, 4]}
+    options |= {"input_ids": torch.full((5, 1), 3), "k": 3}
+    out = run(scores, streamer=show, **options)
+    assert torch.equal(out.tokens, run(scores, **options).tokens)
+    assert set(out.finish_reasons) >= {"eos"} and len(set(out.lengths.tolist())) > 1
+    shown = [e for e in events if e != "scored"]
+    assert [step for step, _ in shown] == list(range(out.tokens.shape[1]))
+    assert torch.equal(torch.stack([tokens for _, tokens in shown], 1), out.tokens)
+    # The steps of a block come behind its scores, before the next block's.
+    for number, event in enumerate(events):
+        if event != "scored":
+            assert events[:number].count("scored") == event[0] // block_length + 1
+
+
+def test_a_transformers_streamer_gets_the_prompt_the_chosen_tokens_and_one_end(
+    ensemble: Ensemble,
+) -> None:
+    options: dict[str, Any] = {"weights": WEIGHTS, "score_fn": taste, "max_new_tokens": 5}
+    for choose, size in (
+        (blockwise_best_of_k, {"k": 3, "block_length": 2}),
+        (best_of_n, {"n": 3}),
+    ):
+        streamer = Recorder()
+        out = choose(ensemble, PROMPTS[0], streamer=streamer, seed=1, **size, **options)
+        tokens = [[t] for t in out.tokens[0].tolist()]
+        assert streamer.calls == [[ids_of(PROMPTS[0])], *tokens, "end"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "puts"),
+    [
+        ({"score_fn": lambda s, m: torch.full((len(m),), torch.nan)}, ValueError, 1),
+        ({"score_fn": lambda s, m: m[:, 0] if s.shape[1] < 5 else 1 / 0}, ZeroDivisionError, 3),
+        ({"input_ids": torch.full((2, 1), 3)}, ValueError, 0),
+        ({"k": 0}, ValueError, 0),
+        ({"top_p": 2.0}, ValueError, 0),
+        ({"num_candidates": 2}, ValueError, 0),
+        ({"num_beams": 2}, ValueError, 0),
+    ],
+)
+def test_the_end_of_a_stream_comes_once_whatever_is_raised(
+    options: dict[str, Any], error: type[Exception], puts: int
+) -> None:
+    streamer = Recorder()
+    options = {"score_fn": taste, "input_ids": torch.full((1, 1), 3), **options}
+    with pytest.raises(error):
+        run(**options, streamer=streamer, eos_token_id=[])
+    assert streamer.calls[-1] == "end" and len(streamer.calls) == puts + 1
+    assert streamer.calls.count("end") == 1
+    with pytest.raises(ValueError, match="n must be at least 1"):
+        best_of_n(Ensemble([chain_of(torch.zeros(6, 6))]), score_fn=taste, n=0, streamer=streamer)
+    assert streamer.calls.count("end") == 2
+
+
+def test_steps_in_which_no_chosen_row_drew_are_not_streamed() -> None:
+    table = torch.zeros(6, 6)
+    table[5] = torch.nan  # nothing can be drawn after 5
+    shown: list[Any] = []
+    options: dict[str, Any] = {"input_ids": torch.full((1, 1), 3), "block_length": 1, "seed": 3}
+    out = run(
+        lambda sequences, mask: (sequences == 5).sum(1),
+        table,
+        streamer=lambda step, tokens: shown.append(tokens.tolist()),
+        eos_token_id=[],
+        **options,
+    )
+    assert out.finish_reasons == ["invalid"] and out.tokens.shape[1] > out.lengths[0] > 0
+    assert shown == [[t] for t in out.tokens[0, : int(out.lengths[0])].tolist()]
+
+
 @pytest.mark.parametrize(
     ("scores", "error", "message"),
     [
@@ -323,7 +417,7 @@ def test_scores_of_another_kind_are_refused(
         ({"block_length": True}, TypeError, "block_length must be a number, got bool"),
         ({"score_fn": 3}, TypeError, "score_fn must be a function, got int"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1"),
-        ({"streamer": print}, ValueError, "a streamer cannot take back"),
+        ({"streamer": 3}, TypeError, "streamer must be a callable"),
         ({"resample_fn": print}, TypeError, "resample_fn is set here"),
         ({"num_return_sequences": 2}, TypeError, "num_return_sequences is set here"),
         ({"temperature": -1.0}, ValueError, "temperature"),

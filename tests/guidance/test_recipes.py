@@ -18,6 +18,7 @@ from mod_fused.guidance import (
     controlled_decoding,
     fudge,
     mavis,
+    pad,
     rad,
     soft_values,
     train_mavis,
@@ -343,6 +344,18 @@ def test_args_and_rad_add_a_reward_to_the_top_tokens() -> None:
     best = (REF(IDS) + 1.5 * rewards).gather(1, top).argmax(1, keepdim=True)
     greedy = draw(args(SCORES[0], weight=1.5) | {"do_sample": False})
     assert torch.equal(greedy.tokens, top.gather(1, best))
+
+
+def test_pad_adds_the_log_ratios_of_reward_models_to_the_top_tokens() -> None:
+    models = [lambda ids, k=k: tiny.bigram(k)(ids) + 3.0 * k for k in (1, 2)]
+    log_ratios = [(SCORES[k](IDS).log_softmax(-1) - REF(IDS).log_softmax(-1)) for k in range(2)]
+    scores = 2.0 * (0.75 * log_ratios[0] - 0.5 * log_ratios[1]).double()
+    out = draw(pad(models, REF, [0.75, -0.5], beta=2.0, candidates=4))
+    assert_drawn_from(out, scores, 4)
+    assert_drawn_from(draw(pad(models, REF, [0.75, -0.5], beta=2.0)), scores, 10)
+    assert_drawn_from(draw(pad(models, REF, [0.75, -0.5], beta=2.0, candidates=None)), scores, None)
+    with pytest.raises(ValueError, match=r"one number per reward model \(2\), got 1"):
+        pad(models, REF, [1.0], beta=1.0)
 
 
 def test_mavis_weighs_the_values_of_the_objectives_row_by_row() -> None:

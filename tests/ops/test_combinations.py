@@ -73,7 +73,7 @@ def random_call(seed: int) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, A
         kwargs["plausibility"] = float(10.0 ** rng.uniform(-5, -0.5))
         kwargs["plausibility_tensor"] = int(rng.integers(1 if without_ref else 0, count + 1))
         if coin():
-            kwargs["plausibility_tensor"] = "any"
+            kwargs["plausibility"] = kwargs["plausibility"] * (tensor(batch) > 0)
     if coin() and divergence != "reverse_kl":
         kwargs["normalizer"] = "zero" if coin() else "exact"
     if "prefix_logprobs" in kwargs and kwargs.get("normalizer") != "zero" and coin():

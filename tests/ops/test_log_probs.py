@@ -270,42 +270,33 @@ def test_plausibility_drops_tokens_far_below_the_most_likely(op, tensor, diverge
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_plausibility_of_any_tensor_drops_what_none_that_counts_finds_plausible(op, divergence):
-    ref, policies = logits(28, 6, 1100, 2, kind="apart", excluded=0.05)
-    weights = torch.tensor(
-        [[0.5, 0.5], [1.5, 0.0], [1.5, -0.5], [0.25, 0.25], [1.0, 0.0], [0.0, 0.0]]
+def test_plausibility_by_row_is_that_of_each_row_alone(op, divergence):
+    ref, policies = logits(28, 5, 1100, 2, kind="apart", excluded=0.05)
+    shares, options = [0.0, 1e-2, 1.0, 1e-5, 0.0], {"divergence": divergence}
+    policies[0][0, 7] = -INF  # row 0 has no cut: what is left is the support
+    for given in (shares, torch.tensor(shares), torch.tensor(shares, dtype=torch.float64)):
+        result = check(op, ref, policies, [0.5, 0.5], plausibility=given, **options)
+        for b, share in enumerate(shares):
+            alone = op.log_probs(
+                ref[b : b + 1], [x[b : b + 1] for x in policies], [0.5, 0.5],
+                plausibility=share or None, **options,
+            )  # fmt: skip
+            assert torch.equal(result[b], alone[0])
+    every = op.log_probs(ref, policies, [0.5, 0.5], plausibility=torch.tensor(0.01), **options)
+    assert torch.equal(every, op.log_probs(ref, policies, [0.5, 0.5], plausibility=0.01, **options))
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_plausibility_of_a_row_reads_its_tensor_where_it_is_on(op, divergence):
+    ref, policies = logits(29, 5, 40, 2)
+    policies[1][:, 3] = float("nan")
+    shares = torch.tensor([0.0, 0.1, float("nan"), -0.1, 1.5])
+    result = op.log_probs(
+        ref, policies, [0.5, 0.0], divergence=divergence, plausibility=shares, plausibility_tensor=2
     )
-    options = {"divergence": divergence, "plausibility": 0.01, "plausibility_tensor": "any"}
-    result = check(op, ref, policies, weights, **options)
-    plausible = [x >= x.amax(1, keepdim=True) + math.log(0.01) for x in (ref, *policies)]
-    full = op.log_probs(ref, policies, weights, divergence=divergence) > -INF
-    kept = plausible[0] | plausible[1] | plausible[2]
-    reference_counts = divergence != "reverse_kl"
-    for row, allowed in (
-        (0, kept if reference_counts else plausible[1] | plausible[2]),
-        (1, plausible[0] | plausible[1]),  # policy 2 has no weight
-        (3, kept),
-    ):
-        assert torch.equal(result[row] > -INF, full[row] & allowed[row])
-    # The mixture is one of the models: nothing is excluded.
-    assert torch.equal(result[4:] > -INF, full[4:]) and full[4:].sum() > 2 * kept[4:].sum()
-    values = normal(28, 1, 6, 1100)
-    tilted = check(op, ref, policies, weights, values=values, **options)
-    assert (tilted[4] > -INF).sum() < full[4].sum()
-    ignored = check(op, ref, policies, weights, values=values, value_weights=[0.0], **options)
-    assert torch.equal(ignored > -INF, result > -INF)
-    for value_weights in ([0.0], torch.zeros(6, 1)):
-        ids = torch.arange(1100).expand(6, -1)
-        check(
-            op, ref, policies, weights, values=values, value_weights=value_weights, value_ids=ids,
-            **options,
-        )  # fmt: skip
-    check(
-        op, None, policies, [0.0, 0.0], values=values, plausibility=1.0, plausibility_tensor="any"
-    )
-    check(op, None, policies, [1.0, 1.0], plausibility=0.01, plausibility_tensor="any")
-    check(op, None, policies, [1.0, 0.0], plausibility=0.01, plausibility_tensor="any")
-    check(op, ref, [], [], values=values, **options)
+    assert result.isnan().any(1).tolist() == [False, True, True, True, True]
+    drawn = op.sample(ref, policies[:1], [0.5], divergence=divergence, plausibility=shares, seed=1)
+    assert drawn.valid.tolist() == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize("divergence", BARRIERS)

@@ -1,0 +1,1 @@
+"""The ensemble inside other people's programs."""
