@@ -62,10 +62,11 @@ def _plot(figure: Any, panels: Sequence[Panel]) -> None:
             axes.set_xlim(-0.03 * most, most)
         low, high = axes.get_ylim()
         places = [(end - low) / (high - low) for end, _ in ends]
-        for i in range(1, len(places)):  # no name upon another
+        for i in range(1, len(places)):  # no name upon another,
             places[i] = max(places[i], places[i - 1] + 0.062)
+        for i in reversed(range(len(places))):  # none above the panel
+            places[i] = min(places[i], 1.0 - 0.062 * (len(places) - 1 - i))
         for place, (_, name) in zip(places, ends, strict=True):
-            place -= max(0.0, places[-1] - 1.0)
             axes.text(1.02, place, name, color=STYLES[name][0], fontsize=8, va="center",
                       transform=axes.transAxes)  # fmt: skip
         handles, names = axes.get_legend_handles_labels()

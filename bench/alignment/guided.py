@@ -55,9 +55,9 @@ class Sizes(NamedTuple):
     rate: float = 3e-3  # of a scorer, at its peak
     batch: int = 32  # answers in a step of a scorer
     policy_steps: int = 120
-    mavis_prompts: int = 150  # each with a tree of roll-outs
-    iterations: int = 3  # of MAVIS at most
-    mavis_steps: int = 100  # of each iteration at most
+    mavis_prompts: int = 250  # each with a tree of roll-outs
+    iterations: int = 5  # of MAVIS at most
+    mavis_steps: int = 125  # of each iteration at most
     seeds: int = 3  # trainings of two objectives
     # Of helpful and humorous.
     weights: tuple[tuple[float, float], ...] = (
