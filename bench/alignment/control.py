@@ -2,114 +2,192 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mod_fused import world
-
-from . import command, guided
+from . import command, guided, policies
 from .decoding import DECODE_SEED, Array
-from .guided import BETA, PAIR, PAIR_COLUMNS, PANELS, Sizes
+from .guided import BETA, COLUMNS, LENGTH, PAIR, PANELS, Point, Sizes
 from .loop import load
-from .statistics import best_of, best_of_kl, lead_at_kl, mean
+from .statistics import best_of, best_of_kl, lead_at_kl, mean, over_seeds, same_reward_n
 
 Record = dict[str, Any]
-CURVES = ("CD-FUDGE", "CD-FUDGE, as CD-Q")  # other methods are compared with these curves
+CURVE = "CD-FUDGE"  # other methods are compared with it at their KL
+CHOSEN = [("by reward", name) for name in (*PANELS, LENGTH)] + [("by scorer", x) for x in PANELS]
 
 
 class Found(NamedTuple):
-    """The result of one method at one setting.
+    """The answers of one point, or of best-of-N: scores [N, 5] in the order of `guided.COLUMNS`;
+    kl [N], log pi* - log pi_base in nats or an estimate of it."""
 
-    Attributes:
-        objective, method, setting: see `guided.Point`.
-        rewards: [N, 3].
-        kl: [N] nats: log pi* - log pi_ref of the answers, or the bound on KL where `bound`.
-    """
-
-    objective: str
-    method: str
-    setting: Any
-    rewards: Array
+    point: Point
+    scores: Array
     kl: Array
-    bound: bool = False
+
+    @property
+    def own(self) -> Array:
+        """[N], the reward of the first objective."""
+        return self.scores[:, COLUMNS.index(self.point.objectives[0])]
 
 
-def _best_of_n(work: Path, sizes: Sizes) -> list[Found]:
-    """Best-of-N by the true reward and by the scorers, the mean over subsets of one pool."""
-    pool, out = load(work, "pool", DECODE_SEED), []
-    for i, objective in enumerate(PANELS):
-        for name, column in (("reward", world.OBJECTIVES.index(objective)), ("scorer", 3 + i)):
-            for n in sizes.best_of:
-                chosen = best_of(pool, np.eye(5)[column], n)[:, :3]
-                kl = np.full(len(pool), best_of_kl(n))
-                out.append(Found(objective, f"best of N, {name}", n, chosen, kl, True))
-    return out
+def best_of_n(pool: Array, by: str, objective: str, sizes: Sequence[int]) -> list[Found]:
+    """Best-of-N for each N from the pool of `guided`, mean over all subsets; KL is the bound."""
+    own = by == "by reward"
+    column = COLUMNS.index(objective) if own else len(COLUMNS) + PANELS.index(objective)
+    found = []
+    for n in sizes:
+        x = best_of(pool, np.eye(pool.shape[-1])[column], n)[:, : len(COLUMNS)]
+        point = Point("one", (objective,), f"best of N {by}", (n,))
+        found.append(Found(point, x, np.full(len(x), best_of_kl(n))))
+    return found
 
 
 def estimates(found: Found) -> Record:
-    """A record of all rewards and KL; for two objectives also w.r and J = w.r - KL / beta."""
-    record: Record = {name: getattr(found, name) for name in ("objective", "method", "setting")}
-    record |= {"bound": found.bound, "kl": mean(found.kl)}
-    record |= {name: mean(found.rewards[:, k]) for k, name in enumerate(world.OBJECTIVES)}
-    if found.objective == "both":
-        weighted = found.rewards[:, PAIR_COLUMNS] @ np.array(found.setting)
-        record |= {"weighted": mean(weighted), "worth": mean(weighted - found.kl / BETA)}
+    """A record of all columns, KL, and J = r - KL / beta for the first objective."""
+    point = found.point
+    words = [", ".join(f"{x + 0.0:g}" for x in point.strengths)]  # no minus before 0
+    if point.weights:
+        words.append("w " + ", ".join(f"{w:g}" for w in point.weights))
+    if point.blocks:  # one scorer alone has no strength: it ranks
+        words = words[len(point.strengths) == 1 :] + ["K {}, L {}".format(*point.blocks)]
+    record: Record = {"objective": point.objectives[0], "method": point.method, "base": point.base}
+    record |= {"setting": "; ".join(filter(None, words)), "kl": mean(found.kl)}
+    record |= {name: mean(found.scores[:, k]) for k, name in enumerate(COLUMNS)}
+    return record | {"reward": mean(found.own), "worth": mean(found.own - found.kl / BETA)}
+
+
+def compared(p: Found, one: Sequence[Found], best: Mapping[Any, Sequence[Found]]) -> Record:
+    """`estimates` with the lead over tokenwise control by CD-FUDGE at the same KL, and for blocks
+    by how many times K the N is larger whose best-of-N has the same reward."""
+    record, objective = estimates(p), p.point.objectives[0]
+    if p.point.method not in ("reference", CURVE):
+        curve = [q for q in one if q.point.objectives == p.point.objectives]
+        curve = [q for q in curve if q.point.method in ("reference", CURVE)]
+        rewards, kl = (np.stack([getattr(q, x) for q in curve], 1) for x in ("own", "kl"))
+        record["lead"] = lead_at_kl(np.subtract, p.own, p.kl, rewards, kl)
+    if p.point.table == "blocks" and p.point.blocks:
+        record["k"], record["block_length"] = p.point.blocks
+        for by in ("by reward", "by scorer"):
+            others = best[by, objective]
+            ns = [q.point.strengths[0] for q in others]
+            same = same_reward_n(p.own, np.stack([q.own for q in others], 1), ns)
+            record[by] = same and [n / record["k"] for n in same]
     return record
 
 
-def leads(p: Found, found: Sequence[Found]) -> Record:
-    """A point's lead over tokenwise control by the shipped scorer at the same KL, and CD-Q's lead
-    over CD-FUDGE of the same training; by the name of the curve that it is compared with."""
-    column, out = world.OBJECTIVES.index(p.objective), {}
-    against = [] if p.method in ("reference", CURVES[0]) or p.method.startswith("under ") else [0]
-    for name in [CURVES[i] for i in against + [1] * (p.method == "CD-Q")]:
-        own = ("reference", name)  # the reference has strength 0
-        curve = [q for q in found if q.objective == p.objective and q.method in own]
-        rewards = np.stack([q.rewards[:, column] for q in curve], 1)
-        kl = np.stack([q.kl for q in curve], 1)
-        out[name] = lead_at_kl(np.subtract, p.rewards[:, column], p.kl, rewards, kl)
-    return out
-
-
-def worth_differences(found: Sequence[Found]) -> list[Record]:
-    """J of MAVIS less that of each other method, paired by prompt, mean over common weights."""
-    worth: dict[str, dict[Any, Array]] = {}
+def transferred(found: Sequence[Found], home: Sequence[Found]) -> list[Record]:
+    """Records of scorers on bases that they were not trained on: the gain over the base, and how
+    much more that is than the gain `home`, on the reference, of the same control."""
+    every = [p for p in home if p.point.method in ("reference", CURVE, "blockwise")] + [*found]
+    own = {
+        (p.point.objectives, p.point.base, p.point.strengths, p.point.blocks): p.own for p in every
+    }
+    records = []
     for p in found:
-        weighted = p.rewards[:, PAIR_COLUMNS] @ np.array(p.setting)
-        worth.setdefault(p.method, {})[p.setting] = np.stack([weighted, p.kl], 1)
-    mavis, records = worth.pop("MAVIS"), []
-    for name, theirs in worth.items():
-        gap = np.mean([mavis[at] - there for at, there in theirs.items()], axis=0)  # [N, 2]
-        record = {"against": name, "weights": len(theirs), "weighted": mean(gap[:, 0])}
-        record |= {"kl": mean(gap[:, 1]), "worth": mean(gap[:, 0] - gap[:, 1] / BETA)}
-        records.append(record)
+        records.append(estimates(p))
+        if how := p.point.strengths:
+            gains = [
+                own[p.point.objectives, base, how, p.point.blocks]
+                - own[p.point.objectives, base, (), None]
+                for base in (p.point.base, "reference")
+            ]
+            records[-1] |= {"gain": mean(gains[0]), "more": mean(gains[0] - gains[1])}
     return records
+
+
+def mix(point: Point) -> tuple[float, ...]:
+    """The weights of the objectives: strengths differ from them by a factor."""
+    given = point.weights or point.strengths
+    return tuple(x / sum(given) for x in given)
+
+
+def two_objectives(found: Sequence[Found]) -> tuple[list[Record], list[Record]]:
+    """For each method and mix the means with their intervals over trainings, J = w.r - KL / beta;
+    and for each method the mean J over mixes, and its lead over each other method's."""
+    of: dict[tuple[str, tuple[float, ...]], list[Array]] = {}
+    for p in found:
+        rewards = p.scores[:, [COLUMNS.index(name) for name in PAIR]].mean(0)
+        weighted, kl = rewards @ np.array(mix(p.point)), p.kl.mean()
+        means = np.array([*rewards, weighted, kl, weighted - kl / BETA])
+        of.setdefault((p.point.method, mix(p.point)), []).append(means)
+    fields, rows = (*PAIR, "weighted", "kl", "worth"), []
+    worth: dict[str, Any] = {}  # by method: [mix, training]
+    for (method, weights), group in of.items():
+        columns = np.array(group).T
+        means = {k: over_seeds(x.tolist()) for k, x in zip(fields, columns, strict=True)}
+        rows.append({"method": method, "weights": weights} | means)
+        worth.setdefault(method, []).append(columns[-1])
+    worth = {method: np.mean(x, axis=0) for method, x in worth.items()}
+    over = [
+        {"method": name, "worth": over_seeds(mine)}
+        | {f"less {other}": over_seeds(mine - worth[other]) for other in worth if other != name}
+        for name, mine in worth.items()
+    ]
+    return rows, over
+
+
+def without_trainings(pool: Array, sizes: Sizes) -> list[Record]:
+    """The same means for the reference and best-of-N by w.r, with their intervals over prompts."""
+    rows: list[Record] = []
+    for n, weights in product([n for n in (1, 4, 16) if n <= pool.shape[1]], sizes.weights):
+        columns = [COLUMNS.index(name) for name in PAIR]
+        w = np.zeros(pool.shape[-1])
+        w[columns] = weights
+        x, kl = best_of(pool, w, n), np.full(len(pool), best_of_kl(n))
+        row = {"method": f"best of {n} by reward" if n > 1 else "reference", "weights": weights}
+        row |= {name: mean(x[:, k]) for name, k in zip(PAIR, columns, strict=True)}
+        rows.append(
+            row | {"weighted": mean(x @ w), "kl": mean(kl), "worth": mean(x @ w - kl / BETA)}
+        )
+    return rows
+
+
+def trainings(work: Path, sizes: Sizes) -> Record:
+    """How far the scorers, MAVIS's iterations and the policies came."""
+    out: dict[str, list[Record]] = {"scorers": [], "mavis": [], "policies": []}
+    jobs = {phase.title: phase.records for phase in guided.phases(sizes)}
+    for scorer in jobs["scorers"]:
+        record = dict(zip(("method", "objective", "seed"), scorer, strict=True))
+        made = load(work, "scorers", scorer)
+        if "history" not in made:
+            quarters = {f"quarter {i}": x for i, x in enumerate(made["correlations"], 1)}
+            out["scorers"].append(record | {"steps": made["steps"]} | quarters)
+            continue
+        iterations, best, _ = made["history"]
+        for i, it in enumerate(iterations):
+            more = {"iteration": i, "kept": "kept" * (i == best), "value": it.objective}
+            out["mavis"].append(it._asdict() | record | more)
+    for policy in jobs["trainings"]:
+        least = policies.least_loss(policies.load_answers(work, policy.seed), policy.weights)
+        made = load(work, "trainings", policy)["record"]
+        out["policies"].append(policy._asdict() | made | {"least_loss": least})
+    return out
 
 
 def summary(work: Path, sizes: Sizes) -> Record:
     """All estimates that the tables show, from a complete work folder."""
-    found = []
+    of: dict[str, list[Found]] = {}
     for point in guided.points(sizes):
-        arrays, bound = load(work, "points", point), point.method == "blockwise"
-        found.append(Found(*point, arrays["rewards"], arrays["kl"], bound))
-    one = _best_of_n(work, sizes) + [p for p in found if p.objective != "both"]
-    two = [p for p in found if p.objective == "both"]
+        of.setdefault(point.table, []).append(Found(point, **load(work, "points", point)))
+    pool = load(work, "pool", DECODE_SEED)
+    best = {key: best_of_n(pool, *key, (1, *sizes.best_of)) for key in CHOSEN}
+    of["one"] += [p for key, found in best.items() if key[1] != LENGTH for p in found[1:]]
+    of["length"] += best["by reward", LENGTH][1:]
+    rows, over = two_objectives(of["two"])
+    parts = {x: [compared(p, of["one"], best) for p in of[x]] for x in ("one", "blocks", "policy")}
     return {
         "sizes": sizes._asdict(),
         "beta": BETA,
-        "points": [estimates(p) | leads(p, one) for p in one],
-        "mavis": [
-            {"objective": name, "iteration": i, "reward": it.reward, "kl": it.kl}
-            | {"value": it.objective, "error": it.error}
-            for name in PAIR
-            for i, it in enumerate(load(work, "scorers", ("mavis", name))["history"])
-        ],
-        "two": [estimates(p) for p in two],
-        "differences": worth_differences(two),
-    }
+        **parts,
+        "length": [estimates(p) for p in of["length"]],
+        "transfer": transferred(of["transfer"], of["one"] + of["blocks"]),
+        "two": rows + without_trainings(pool, sizes),
+        "over": over,
+    } | trainings(work, sizes)
 
 
 if __name__ == "__main__":

@@ -10,208 +10,264 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from mod_fused import Ensemble, guidance, world
-from mod_fused.decoding.sequences import Rollouts
-from mod_fused.divergence import DIVERGENCES
+from mod_fused import Ensemble, guidance, recipes, world
+from mod_fused.decoding.sequences import Rollouts, take
 from mod_fused.training import embedded_policies as train
 from mod_fused.training.embedded_scorers import new_scorer
-from mod_fused.training.scorers import fit_scorer, rewards_of
+from mod_fused.training.scorers import fit_scorer
 
+from . import policies
 from .decoding import BATCH, DECODE_SEED, SEED, Array, batches, decode, reference, scores
 from .loop import Phase, load
-from .policies import Policy, draw_answers, load_answers, load_policy, train_policy
-from .statistics import REWARD_SCALE
+from .policies import Policy, draw_answers, load_answers, load_policy
+from .statistics import REWARD_SCALE, best_of_kl
 
 PANELS = ("humorous", "helpful")
 PAIR = ("helpful", "humorous")  # the two objectives decoded for at once
-PAIR_COLUMNS = [world.OBJECTIVES.index(name) for name in PAIR]
-BETA = REWARD_SCALE  # total strength of two objectives, in nats per unit of reward
+BETA = REWARD_SCALE  # J = w r - KL / BETA; also of the trainings by soft values, MAVIS and DPO
 FUDGE_ABOVE = 0.5
-ONE_STRENGTH = 10.0  # at which the divergences are compared
+LENGTH = "length"  # the reward log(T / T_max) of Controlled Decoding's first experiment
+COLUMNS = (*world.OBJECTIVES, LENGTH, "tokens")  # what is measured of an answer
+#: By method: how its scorers are trained; all other methods have those of CD-FUDGE.
+SCORERS = {"CD-Q": "cd_q", "soft values": "soft", "FUDGE": "fudge"}
+SCORERS |= {"MAVIS": "mavis", "MAVIS at half strength": "mavis"}
 
 
 class Sizes(NamedTuple):
     """How much is trained and drawn."""
 
-    prompts: int = 200  # held out; one answer to each with every method
-    strengths: tuple[float, ...] = (1.0, 2.5, 5.0, 10.0, 20.0, 40.0)  # of tokenwise control
-    fudge: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)  # of FUDGE's log-probability
-    candidates: int = 50  # the reference's tokens that FUDGE scores
-    blocks: tuple[int, ...] = (4, 8, 16)  # K
-    block_length: int = 8
-    best_of: tuple[int, ...] = (4, 16)  # N; the largest is also the number of answers drawn
-    mod: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0)  # weights of the one DPO policy
+    prompts: int = 100  # held out; one answer to each with every method
+    strengths: tuple[float, ...] = (2.5, 5.0, 7.5, 10.0, 20.0)  # of CD, nats per unit of reward
+    multiples: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)  # of soft values and FUDGE
+    mod: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25)  # weights of the one policy
+    ks: tuple[int, ...] = (2, 4, 8)
+    block_lengths: tuple[int, ...] = (4, 8, 16, 32, 64)
+    best_of: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)  # the largest is the pool's size
+    on_policy: tuple[float, ...] = (0.5, 1.0)  # weights of the policy that CD steers
+    length: tuple[float, ...] = (1.0, 2.0, 4.0)  # strengths of the length reward
+    kept: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4)  # shares of it taken off the other reward
     train_prompts: int = 800  # with `train.GROUP` answers each, for all trainings but MAVIS
-    steps: int = 200  # of CD-Q and of CD-FUDGE beside it
-    fudge_steps: int = 120
-    policy_steps: int = 80
-    mavis_steps: int = 80  # each iteration
+    held_out: int = 60  # of them, for early stopping
+    steps: int = 250  # of a scorer at most
+    slow_steps: int = 600  # of soft values and FUDGE, whose labels teach less
+    rate: float = 3e-3  # of a scorer, at its peak
     batch: int = 32  # answers in a step of a scorer
-    mavis_prompts: int = 500
-    iterations: int = 3
-    # Of helpful and humorous; policies are retrained for the mixes among them.
+    policy_steps: int = 120
+    mavis_prompts: int = 150  # each with a tree of roll-outs
+    iterations: int = 3  # of MAVIS at most
+    mavis_steps: int = 100  # of each iteration at most
+    seeds: int = 3  # trainings of two objectives
+    # Of helpful and humorous.
     weights: tuple[tuple[float, float], ...] = (
         (1.0, 0.0), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.0, 1.0),
     )  # fmt: skip
 
 
 TINY = Sizes(
-    prompts=6, strengths=(2.0, 20.0), fudge=(1.0,), blocks=(2,), block_length=32, best_of=(2,),
-    mod=(1.0,), train_prompts=4, steps=2, fudge_steps=1, policy_steps=1, mavis_steps=1, batch=4,
-    mavis_prompts=4, iterations=1, weights=((1.0, 0.0), (0.5, 0.5)),
+    prompts=6, strengths=(2.0, 20.0), multiples=(1.0,), mod=(1.0,), ks=(2,), block_lengths=(32,),
+    best_of=(2,), on_policy=(0.5,), length=(2.0,), kept=(0.2,), train_prompts=4, held_out=0,
+    steps=2, slow_steps=2, batch=4, policy_steps=1, mavis_prompts=4, iterations=1,
+    mavis_steps=1, seeds=2, weights=((1.0, 0.0), (0.5, 0.5)),
 )  # fmt: skip
 
 
 class Point(NamedTuple):
-    """One method at one setting: a strength, K, a weight, or the weights of two objectives."""
+    """One way to decode, at one setting."""
 
-    objective: str  # the panel, or "both"
+    table: str  # "one", "blocks", "policy", "length", "transfer" or "two"
+    objectives: tuple[str, ...]  # of its scorers and policies
     method: str
-    setting: Any
-
-
-#: Tokenwise control by scorers trained here: the names of their methods.
-TRAINED = {"CD-Q": "cd_q", "CD-FUDGE, as CD-Q": "cd_fudge"}
+    strengths: tuple[float, ...] = ()  # of the scorers; without: no scorer
+    weights: tuple[float, ...] = ()  # of the policies; without: no policy
+    blocks: tuple[int, int] | None = None  # K and their length; None: tokenwise
+    base: str = "reference"  # what is steered: this, or the policy tuned for an objective
+    seed: int = 0  # of the trainings
 
 
 def points(sizes: Sizes) -> list[Point]:
     """All points to decode."""
-    out = []
-    for objective in PANELS:
-        settings: dict[str, Any] = {"reference": (0.0,), "CD-FUDGE": sizes.strengths}
-        settings |= {f"under {d}": (ONE_STRENGTH,) for d in DIVERGENCES}
-        settings |= {name: sizes.strengths for name in TRAINED}
-        settings |= {"FUDGE": sizes.fudge, "MOD": sizes.mod, "blockwise": sizes.blocks}
-        out += [Point(objective, name, x) for name, xs in settings.items() for x in xs]
-    for pair in sizes.weights:
-        methods = ("MAVIS", "CD", "MOD", *["retrained"] * (0.0 not in pair))
-        out += [Point("both", name, pair) for name in methods]
-    return out
+    out, (k, *_) = [], sizes.ks[1:] or sizes.ks
+    block = k, sizes.block_lengths[len(sizes.block_lengths) // 2]
+    strong = sizes.strengths[1::2]
+    for name, other in (PANELS, PANELS[::-1]):
+        own = (name,)
+        settings = dict.fromkeys(("CD-FUDGE", "CD-Q"), sizes.strengths)
+        settings |= dict.fromkeys(("soft values", "FUDGE"), sizes.multiples)
+        out.append(Point("one", own, "reference"))
+        out += [Point("one", own, by, (x,)) for by, xs in settings.items() for x in xs]
+        out += [Point("one", own, "MOD", weights=(w,)) for w in sizes.mod]
+        every = product(sizes.block_lengths, sizes.ks)
+        out += [Point("blocks", own, "blockwise", (1.0,), blocks=(k, n)) for n, k in every]
+        for w in sizes.on_policy:
+            out += [Point("policy", own, "CD", (x,), (w,)) for x in sizes.strengths[:2]]
+            for blocks in (block, (block[0], max(sizes.block_lengths))):
+                out.append(Point("policy", own, "CD, blockwise", (1.0,), (w,), blocks))
+        moved = Point("transfer", own, "base", base=other)
+        out += [moved] + [moved._replace(method="CD", strengths=(x,)) for x in strong]
+        out.append(moved._replace(method="CD, blockwise", strengths=(1.0,), blocks=block))
+    out.append(Point("length", (LENGTH,), "reference"))
+    out += [Point("length", (LENGTH,), "CD", (x,)) for x in sizes.length]
+    out += [Point("length", (LENGTH,), "CD, blockwise", (1.0,), blocks=(k, block[1]))
+            for k in sizes.ks]  # fmt: skip
+    for share, name in product(sizes.kept, PANELS):
+        both = Point("length", (name, LENGTH), "CD", (strong[0], -strong[0] * share))
+        blockwise = both._replace(method="CD, blockwise", strengths=(1.0, -share), blocks=block)
+        out += [both, blockwise]
+    for seed, w in product(range(sizes.seeds), sizes.weights):
+        tilt = tuple(BETA * x for x in w)
+        half = tuple(x / 2 for x in tilt)
+        for by in ("MAVIS", "CD"):
+            out.append(Point("two", PAIR, by, tilt, seed=seed))
+            out.append(Point("two", PAIR, f"{by} at half strength", half, seed=seed))
+        out.append(Point("two", PAIR, "soft values", w, seed=seed))
+        for by in ("MOD", "soup", "retrained"):
+            out.append(Point("two", PAIR, by, weights=w, seed=seed))
+    return list(dict.fromkeys(out))
 
 
-@functools.cache
-def _shipped() -> dict[str, tuple[Any, Any]]:
-    """By objective: the policy and the scorer of the package."""
-    policies = Ensemble.embedded(list(PAIR), dtype=torch.float32).models[1:]
-    scorers = guidance.Guidance.embedded(list(PAIR)).scorers
-    return {n: (p, s.model) for n, p, s in zip(PAIR, policies, scorers, strict=True)}
+def scorers_of(point: Point) -> list[tuple[str, str, int]]:
+    """The trainings of a point's scorers: method, objective, seed."""
+    method = SCORERS.get(point.method, "cd_fudge")
+    names = point.objectives[: len(point.strengths)]
+    return [(method, name, point.seed) for name in names]
 
 
-@functools.cache
-def _scorer(work: Path, method: str, objective: str) -> Any:
+def _tuned(objectives: tuple[str, ...], weights: tuple[float, ...], seed: int) -> Policy:
+    of = dict(zip(objectives, weights, strict=True))
+    return Policy("reverse_kl", tuple(of.get(name, 0.0) for name in world.OBJECTIVES), seed)
+
+
+def policies_of(point: Point) -> list[Policy]:
+    """The trainings of a point's policies."""
+    if point.method == "retrained":
+        return [_tuned(point.objectives, point.weights, point.seed)]
+    names = point.objectives[: len(point.weights)]
+    return [_tuned((name,), (1.0,), point.seed) for name in names]
+
+
+def _columns(rewards: Array, lengths: Array) -> Array:
+    return np.column_stack([rewards, np.log(lengths / train.MAX_NEW_TOKENS), lengths])
+
+
+@functools.lru_cache(maxsize=16)
+def _scorer(work: Path, method: str, objective: str, seed: int) -> Any:
     scorer = new_scorer(reference()[0])
-    scorer.load_state_dict(load(work, "scorers", (method, objective))["model"])
+    scorer.load_state_dict(load(work, "scorers", (method, objective, seed))["model"])
     return scorer.eval()
 
 
 def _pool(work: Path, sizes: Sizes, seed: int) -> Array:
-    """[N, K, 5]: rewards of the reference's answers, and their values by the scorers of PANELS."""
-    texts = [
-        p for p in world.prompts(sizes.prompts, DECODE_SEED) for _ in range(max(sizes.best_of))
-    ]
+    """[N, K, 7] of the reference's answers: `COLUMNS`, and values by the scorers of PANELS."""
+    k = max(sizes.best_of)
+    texts = [p for p in world.prompts(sizes.prompts, DECODE_SEED) for _ in range(k)]
     batch = train.sample(*reference(), texts, seed)
     parts = list(zip(batch.ids.split(BATCH), batch.attention_mask.split(BATCH), strict=True))
-    columns = [scores(texts, train.response_texts(reference()[1], batch))]
+    rewards = scores(texts, train.response_texts(reference()[1], batch))
+    columns = [_columns(rewards, batch.response_mask.sum(1).numpy())]
     for objective in PANELS:
-        value = guidance.prefix_score([_shipped()[objective][1]])
+        value = guidance.prefix_score([_scorer(work, "cd_fudge", objective, 0)])
         columns.append(torch.cat([value(*part) for part in parts]).numpy()[:, None])
-    return np.concatenate(columns, 1).astype(float).reshape(sizes.prompts, -1, 5)
+    return np.concatenate(columns, 1).astype(float).reshape(sizes.prompts, k, -1)
 
 
-def _train_scorer(work: Path, sizes: Sizes, scorer_of: tuple[str, str]) -> dict[str, Any]:
-    """A dense scorer trained by a method for an objective, on the reference's answers but MAVIS's;
-    with the statistics of MAVIS's iterations."""
-    method, objective = scorer_of
+def _train_scorer(work: Path, sizes: Sizes, scorer_of: tuple[str, str, int]) -> dict[str, Any]:
+    """A dense scorer, trained by a method on the reference's answers (MAVIS: on those of its own
+    policies) until it predicts held-out rewards no better."""
+    method, objective, seed = scorer_of
     if method == "mavis":
-        return _mavis(sizes, objective)
-    ref, a = reference()[0], load_answers(work, SEED)
-    scorer, rewards = new_scorer(ref), rewards_of(world.REWARDS[objective], a.prompts, a.responses)
-    steps = sizes.steps
+        return _mavis(sizes, objective, seed)
+    ref, a = reference()[0], load_answers(work, seed)
+    columns = _columns(scores(a.prompts, a.responses), a.batch.response_mask.sum(1).numpy())
+    rewards = torch.from_numpy(columns[:, COLUMNS.index(objective)]).float()
     if method == "fudge":
-        rewards, steps = (rewards > FUDGE_ABOVE).float(), sizes.fudge_steps
+        rewards = (rewards > FUDGE_ABOVE).float()
     rollouts = Rollouts(*a.batch, torch.zeros(a.batch.ids.shape))
-    fit_scorer(
-        scorer, rollouts, rewards, method=method, reference=ref, steps=steps,
-        batch_size=sizes.batch, seed=SEED,
+    rows = torch.arange(len(rewards))
+    used, kept = rows.tensor_split([len(rows) - sizes.held_out * train.GROUP])
+    scorer, held_out = new_scorer(ref), (take(rollouts, kept), rewards[kept]) if len(kept) else None
+    fitted = fit_scorer(
+        scorer, take(rollouts, used), rewards[used], method=method, reference=ref,
+        beta=BETA if method == "soft" else None, batch_size=sizes.batch, peak_lr=sizes.rate,
+        steps=sizes.slow_steps if method in ("soft", "fudge") else sizes.steps,
+        held_out=held_out, seed=SEED + seed,
     )  # fmt: skip
-    return {"model": scorer.state_dict()}
+    found = dict(fitted.correlations).get(fitted.best, [])
+    return {"model": scorer.state_dict(), "steps": fitted.best, "correlations": found}
 
 
-def _mavis(sizes: Sizes, objective: str) -> dict[str, Any]:
-    prompts = world.prompts(sizes.mavis_prompts, SEED, held_out=False)
+def _mavis(sizes: Sizes, objective: str, seed: int) -> dict[str, Any]:
+    prompts = world.prompts(sizes.mavis_prompts + sizes.held_out, SEED + seed, held_out=False)
     scorer = new_scorer(reference()[0])
     history = guidance.train_mavis(
-        scorer, *reference(), prompts, world.REWARDS[objective], beta=BETA,
-        iterations=sizes.iterations, max_new_tokens=train.MAX_NEW_TOKENS, seed=SEED,
-        steps=sizes.mavis_steps, batch_size=sizes.batch,
+        scorer, *reference(), prompts[: sizes.mavis_prompts], world.REWARDS[objective], beta=BETA,
+        iterations=sizes.iterations, branches=2, block_length=16,
+        held_out_prompts=prompts[sizes.mavis_prompts :], max_new_tokens=train.MAX_NEW_TOKENS,
+        seed=SEED + seed, steps=sizes.mavis_steps, batch_size=sizes.batch, peak_lr=sizes.rate,
     )  # fmt: skip
-    return {"model": scorer.state_dict(), "history": history.iterations}
+    return {"model": scorer.state_dict(), "history": history}
 
 
-def mixed_policy(pair: tuple[float, float]) -> Policy:
-    """The policy tuned for the mix."""
-    of = dict(zip(PAIR, pair, strict=True))
-    return Policy("reverse_kl", tuple(of.get(name, 0.0) for name in world.OBJECTIVES), SEED)
-
-
-def _blockwise(sizes: Sizes, objective: str, k: int) -> dict[str, Array]:
-    """Best of K blocks by the shipped scorer's value of the prefix; its KL is the bound."""
-    alone, parts = Ensemble([reference()[0]], reference()[1]), []
-    score_fn = guidance.prefix_score([_shipped()[objective][1]])
-    for part, seeds in batches(world.prompts(sizes.prompts, DECODE_SEED), max(1, BATCH // k)):
+def _blockwise(
+    models: list[Any], weights: list[float], prompts: list[str], score_fn: Any, k: int, length: int
+) -> dict[str, Array]:
+    """Best of K blocks, as `_measure`. KL is that of the models plus, for each block, the estimate
+    of `best_of_kl` from the block's probability."""
+    parts = []
+    for part, seeds in batches(prompts, max(1, BATCH // k)):
         out = guidance.blockwise_best_of_k(
-            alone, part, score_fn=score_fn, k=k, block_length=sizes.block_length,
-            max_new_tokens=train.MAX_NEW_TOKENS, seed=seeds,
+            Ensemble(models, reference()[1]), part, weights=weights, score_fn=score_fn, k=k,
+            block_length=length, max_new_tokens=train.MAX_NEW_TOKENS, seed=seeds,
+            plausibility=None, return_model_logprobs=True,
         )  # fmt: skip
-        parts.append((scores(part, out.texts or ()), out.kl_bound.double().numpy()))
-    rewards, kl = (np.concatenate(x) for x in zip(*parts, strict=True))
-    return {"rewards": rewards, "kl": kl}
+        assert out.model_logprobs is not None
+        drawn = out.logprobs.double()
+        kl = drawn.sum(1) - out.model_logprobs[..., 0].double().sum(1)
+        blocks = F.pad(drawn, (0, -drawn.shape[1] % length)).view(len(drawn), -1, length)
+        chosen = best_of_kl(k, blocks.sum(2).exp().numpy())  # 0 behind the end
+        found = _columns(scores(part, out.texts or ()), out.lengths.numpy())
+        parts.append((found, kl.numpy() + chosen.sum(1)))
+    return dict(zip(("scores", "kl"), map(np.concatenate, zip(*parts, strict=True)), strict=True))
 
 
 def _measure(work: Path, sizes: Sizes, point: Point) -> dict[str, Array]:
-    """One answer to each prompt: rewards [N, 3] and log-ratios, or the bound on KL, [N]."""
-    objective, method, x = point
-    if method == "blockwise":
-        return _blockwise(sizes, objective, x)
-    models, weights, options = [reference()[0]], [], {}
-    if method == "reference":
-        models, weights = [None, *models], [1.0]
-    elif method == "MOD":
-        names = PAIR if objective == "both" else [objective]
-        models += [_shipped()[name][0] for name in names]
-        weights = list(x) if objective == "both" else [x]
-    elif method == "retrained":
-        models, weights = [*models, load_policy(work, mixed_policy(x))], [1.0]
-    elif method == "MAVIS":
-        value_models = [_scorer(work, "mavis", name) for name in PAIR]
-        options = guidance.mavis(value_models, x, beta=BETA, candidates=None)
-    elif method == "CD":
-        scorers = [_shipped()[name][1] for name in PAIR]
-        options = guidance.controlled_decoding(scorers, [BETA * w for w in x])
-    elif method == "FUDGE":
-        scorer = _scorer(work, "fudge", objective)
-        options = guidance.fudge(scorer, candidates=sizes.candidates, strength=x)
-    else:
-        trained = TRAINED.get(method)
-        scorer = _scorer(work, trained, objective) if trained else _shipped()[objective][1]
-        options = guidance.controlled_decoding([scorer], [x])
-        if method.startswith("under "):
-            options["divergence"] = method.removeprefix("under ")
-    found = decode(models, weights, world.prompts(sizes.prompts, DECODE_SEED), **options)
+    """One answer to each prompt: `COLUMNS` [N, 5], and log-ratios to the base [N]."""
+    base = reference()[0]
+    if point.base != "reference":
+        base = load_policy(work, _tuned((point.base,), (1.0,), 0))
+    models, weights = [base, *(load_policy(work, p) for p in policies_of(point))], [*point.weights]
+    if point.method == "soup":
+        models[1:] = [recipes.soup(models, weights)]
+    if point.method in ("soup", "retrained"):
+        weights = [1.0]
+    transform = F.logsigmoid if point.method in ("soft values", "FUDGE") else None
+    scorers = [guidance.Scorer(_scorer(work, *x), transform) for x in scorers_of(point)]
+    tokenwise = bool(scorers) and point.blocks is None
+    if not weights and not tokenwise:
+        models, weights = [None, base], [1.0]
+    prompts = world.prompts(sizes.prompts, DECODE_SEED)
+    if point.blocks is not None:
+        score_fn = guidance.prefix_score(scorers, point.strengths)
+        return _blockwise(models, weights, prompts, score_fn, *point.blocks)
+    options: dict[str, Any] = {}
+    if tokenwise:
+        options = {"value_fn": guidance.Guidance(scorers), "value_weights": [*point.strengths]}
+    found = decode(models, weights, prompts, **options)
     if not found["valid"].all():
-        raise ValueError(f"{method} at {x} has invalid steps for {objective}")
-    return {"rewards": found["rewards"][0], "kl": found["kl"][0]}
+        raise ValueError(f"{point} has invalid steps")
+    return {"scores": _columns(found["rewards"][0], found["length"][0]), "kl": found["kl"][0]}
 
 
 def phases(sizes: Sizes) -> list[Phase]:
     """All jobs."""
-    methods = (*TRAINED.values(), "fudge", "mavis")
-    mixes = [mixed_policy(pair) for pair in sizes.weights if 0.0 not in pair]
+    every = points(sizes)
+    scorers = dict.fromkeys(x for point in every for x in scorers_of(point))
+    tuned = dict.fromkeys(x for point in every for x in policies_of(point))
     return [
-        Phase("answers", draw_answers, [SEED]),
-        Phase("scorers", _train_scorer, [*product(methods, PANELS)]),
-        Phase("trainings", train_policy, mixes),
+        Phase("answers", draw_answers, range(sizes.seeds)),
+        Phase("trainings", policies.train_policy, [*tuned]),
+        Phase("scorers", _train_scorer, [*scorers]),
         Phase("pool", _pool, [DECODE_SEED]),
-        Phase("points", _measure, points(sizes)),
+        Phase("points", _measure, every),
     ]

@@ -1,5 +1,5 @@
-"""The plots of all studies: two rewards against each other, and reward against KL. Pale marks are
-the same methods after other trainings."""
+"""The plots of the study of policies: two rewards against each other, and reward against KL. Pale
+marks are the same methods after other trainings."""
 
 from __future__ import annotations
 
@@ -9,23 +9,8 @@ from typing import Any
 
 from mod_fused import world
 
-from . import policies
-from .guided import PAIR, PANELS
+from . import control_plots, policies
 from .tables import Cells, Record
-
-#: Marker and line of each method of the study of control.
-STYLES = {
-    "CD-FUDGE": "o-", "CD-FUDGE, as CD-Q": "o:", "CD-Q": "D--", "FUDGE": "P-.",
-    "MOD": "s-", "blockwise": "^-", "best of N, reward": "v:", "best of N, scorer": "<:",
-    "MAVIS": "o-", "CD": "D--",
-}  # fmt: skip
-
-
-def _line(axes: Any, name: str, records: Sequence[Record], x: str, y: str) -> None:
-    points = [(r[x][0], r[y][0]) for r in records if r and r.get(x)]
-    if points:
-        form = {"label": name, "markersize": 5, "linewidth": 1.2}
-        axes.plot(*zip(*points, strict=True), STYLES[name], **form)
 
 
 def _finish(axes: Any, x: str, y: str, title: str = "") -> None:
@@ -157,32 +142,7 @@ def against_kl(figure: Any, result: Record) -> None:
     _legend(figure, panels[1][0], 7)
 
 
-def control_against_kl(figure: Any, result: Record) -> None:
-    """Plot reward against KL, a panel for each objective."""
-    figure.set_size_inches(11, 4.5)
-    for axes, objective in zip(figure.subplots(1, 2), PANELS, strict=True):
-        shown = [p for p in result["points"] if p["objective"] == objective]
-        for name in list(STYLES)[:-2]:
-            _line(axes, name, [p for p in shown if p["method"] == name], "kl", objective)
-        of = "KL to the reference (nats per answer; a bound for blocks and best of N)"
-        _finish(axes, of, objective)
-    axes.legend(fontsize=7)
-
-
-def control_pareto(figure: Any, result: Record) -> None:
-    """Plot the rewards of mixes of two objectives, and J against the first weight."""
-    figure.set_size_inches(11, 4)
-    front, worth = figure.subplots(1, 2)
-    for name in ("MAVIS", "CD", "MOD", "retrained"):
-        found = [p for p in result["two"] if p["method"] == name]
-        _line(front, name, found, *PAIR)
-        _line(worth, name, [p | {"at": p["setting"]} for p in found], "at", "worth")
-    _finish(front, *PAIR)
-    _finish(worth, f"weight of {PAIR[0]}", f"J = w r - KL / {result['beta']:g}")
-    front.legend(fontsize=7)
-
-
 PICTURES: dict[str, dict[str, Callable[[Any, Record], None]]] = {
     "alignment": {"alignment_pareto": pareto, "alignment_kl": against_kl},
-    "control": {"control_pareto": control_pareto, "control_kl": control_against_kl},
+    "control": control_plots.PICTURES,
 }

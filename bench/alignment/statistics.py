@@ -92,13 +92,30 @@ def best_of(rewards: Array, weights: Array, n: int) -> Array:
     """
     size = rewards.shape[1]
     order = np.argsort(rewards @ weights, axis=1, kind="stable")
-    share = np.array([comb(k, n - 1) for k in range(size)]) / comb(size, n)
+    share = np.array([comb(k, n - 1) / comb(size, n) for k in range(size)])
     return np.einsum("k,nkm->nm", share, np.take_along_axis(rewards, order[..., None], axis=1))
 
 
-def best_of_kl(n: int) -> float:
-    """The upper bound log n - (n-1)/n on KL(best-of-n || reference), in nats."""
-    return float(np.log(n) - (n - 1) / n)
+def best_of_kl(n: int, p: float | Array = 0.0) -> Array:
+    """KL(best-of-n || reference) in nats, estimated from the probability p of what was chosen as
+    arXiv 2401.01879 does. At p = 0 it is log n - (n-1)/n, the upper bound."""
+    p = np.clip(p, 1e-12, 1.0 - 1e-12)
+    missed = (1.0 - p) ** n  # the probability that none of n draws is this one
+    rare = np.log(n) + (n - 1) * np.log1p(-p) - (n - 1) / n
+    return missed * rare + (1.0 - missed) * np.log((1.0 - missed) / p)
+
+
+def same_reward_n(reward: Array, best: Array, sizes: Sequence[int]) -> Interval | None:
+    """The N at which best-of-N has the same mean reward, with its interval; reward is [N], that of
+    best-of-n [N, S] for the S `sizes`. None beyond the largest size."""
+    if reward.mean() > best.mean(0)[-1]:
+        return None
+
+    def estimate(own: Array, curve: Array) -> Array:
+        rows = zip(own, curve, strict=True)
+        return np.exp([np.interp(x, np.maximum.accumulate(y), np.log(sizes)) for x, y in rows])
+
+    return interval(estimate, reward, best)
 
 
 def reweighted(rewards: Array, weights: Array, divergence: str) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ from mod_fused import world
 from .. import report
 from . import policies, tabular
 from .estimates import BEST_OF
-from .guided import ONE_STRENGTH, PAIR, PANELS
+from .guided import PAIR, PANELS
 
 Record = dict[str, Any]
 Section = tuple[str, Iterable[Record], str]  # title, rows, columns
@@ -175,32 +175,44 @@ def alignment(result: Record) -> str:
 
 def control(result: Record) -> str:
     """All tables of the study of value guidance."""
-    points, by = [], []
-    for p in result["points"]:
-        if p["method"].startswith("under "):
-            by.append(p | {"under": p["method"].split()[1], "mean": p[p["objective"]]})
-        else:
-            points.append(p | {"kl": figure(p, "kl (2)") + " (bound)" * p["bound"]})
-    sections: list[Section] = [
-        (f"For {name}", [p for p in points if p["objective"] == name],
-         f"method | strength, K, N or weight = setting | {name} = {name} (3) | KL = kl | "
-         "less CD-FUDGE at its KL = CD-FUDGE (+3) | "
-         "less CD-FUDGE as CD-Q = CD-FUDGE, as CD-Q (+3) | "
-         + " | ".join(f"{k} = {k} 3" for k in world.OBJECTIVES if k != name))
-        for name in PANELS
-    ]  # fmt: skip
+    j = "KL = kl (2) | J = worth (3)"
+    less = "less CD-FUDGE at its KL = lead (+3)"
+    shares = " | ".join(f"{x} = quarter {x} 2" for x in range(1, 5))
+    sections: list[Section] = []
+    for name in PANELS:
+        others = " | ".join(f"{k} = {k} 3" for k in world.OBJECTIVES if k != name)
+        rewards = f"{name} = reward (3) | {j} | {less}"
+        titles = "", ", blockwise by CD-FUDGE", ", on a DPO policy"
+        for title, part in zip(titles, ("one", "blocks", "policy"), strict=True):
+            way = "method | strength, weight w or N = setting"
+            more = f" | tokens = tokens 1 | {others}"
+            if part == "blocks":
+                way = "block length = block_length | K = k"
+                more = " | N / K by reward = by reward (1) | N / K by scorer = by scorer (1)"
+            records = [p for p in result[part] if p["objective"] == name]
+            sections.append((f"For {name}{title}", records, f"{way} | {rewards}{more}"))
     sections += [
-        (f"Tokenwise control at strength {ONE_STRENGTH:g}, by divergence", by,
-         "divergence = under | reward = objective | mean = mean (3) | KL = kl (2)"),
+        ("Length: the reward log(T / 64), alone and as a penalty", result["length"],
+         "for = objective | method | setting | its reward = reward (3) | tokens = tokens (1) | "
+         "KL = kl (2)"),
+        ("On other bases than the scorer's", result["transfer"],
+         "scorer = objective | base | method | setting | reward = reward (3) | KL = kl (2) | "
+         "gain = gain (+3) | less the gain at home = more (+3)"),
+        (f"Two objectives, weights of {' and '.join(PAIR)}, over trainings",
+         sorted(result["two"], key=lambda p: (p["method"], p["weights"])),
+         "method | weights | helpful = helpful 3 | humorous = humorous 3 | w r = weighted (3) | "
+         + j),
+        ("Two objectives: mean J over the weights, over trainings", result["over"],
+         "method | J = worth (3) | "
+         + " | ".join(f"less {x} = less {x} (+3)" for x in ("MOD", "soup", "CD", "MAVIS"))),
+        ("Scorers: correlation with held-out rewards by quarter of the answer", result["scorers"],
+         f"method | objective | seed | steps | {shares}"),
         ("MAVIS: its policies, iteration by iteration (0: the reference)", result["mavis"],
-         "objective | iteration | reward = reward 3 | KL = kl 2 | J = value 3 | "
-         "standard error = error 3"),
-        (f"Two objectives, weights of {' and '.join(PAIR)}",
-         sorted(result["two"], key=lambda p: (p["method"], p["setting"])),
-         "method | weights = setting | helpful = helpful 3 | humorous = humorous 3 | "
-         "w r = weighted (3) | KL = kl (2) | J = worth (3)"),
-        ("MAVIS less each other method, means over their common weights", result["differences"],
-         "method = against | weights | J = worth (+3) | w r = weighted (+3) | KL = kl (+2)"),
+         "objective | seed | iteration | reward = reward 3 | KL = kl 2 | J = value 3 | "
+         "standard error = error 3 | kept"),
+        ("Policies", result["policies"],
+         "weights | seed | first loss = first_loss 3 | last loss = loss 3 | "
+         "least possible = least_loss 3"),
     ]  # fmt: skip
     return _document("Value guidance: reward against KL", result, sections)
 

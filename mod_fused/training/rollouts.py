@@ -108,6 +108,8 @@ def _with_block(
     log_ratios = F.pad(rows.log_ratios, (0, max_new_tokens))
     still = torch.zeros_like(going_on)
     for index in going_on.nonzero()[:, 0].split(batch_size):
+        if not len(index):  # all have ended
+            break
         out = generate(
             ensemble,
             input_ids=rows.ids[index],
