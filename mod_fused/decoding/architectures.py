@@ -48,6 +48,12 @@ _NO_CACHED_BATCH: Mapping[str, str] = MappingProxyType(
 # Models that read their prompt differently without a cache.
 _NO_RECOMPUTING: Mapping[str, str] = MappingProxyType({"cpmant": "it reads its prompt both ways"})
 
+# Models that read the tokens of one call otherwise than token by token, or keep the logits of the
+# last token whatever they are asked for.
+_NO_SINGLE_PASS = frozenset(
+    (*_NO_RECOMPUTING, "bamba", "falcon_h1", "nemotron_h", "xlnet", "zamba", "zamba2")
+)
+
 # Models whose cache rows cannot be selected with the methods that transformers offers.
 _NO_SELECTION: Mapping[str, str] = MappingProxyType(
     {
@@ -278,6 +284,14 @@ def _rope_switch(model: Any) -> int | None:
         if "dynamic" in str(p.get("rope_type")) or p.get("rope_type") == "longrope"
     ]
     return min(switches, default=None)
+
+
+def reads_in_one_pass(model: Any, length: int) -> bool:
+    """Whether one pass over `length` tokens gives every token the logits that it gets when it is
+    read by itself, after those before it."""
+    switch = _rope_switch(model)
+    kind = text_config(model).model_type
+    return kind not in _NO_SINGLE_PASS and (switch is None or length <= switch)
 
 
 def cache_name(model: Any) -> str:

@@ -40,13 +40,17 @@ _INVALID = FINISH_REASONS.index("invalid")
 
 
 def check_candidates(
-    options: dict[str, Any], resample_below: Any, value_weights: Any, **refused: Any
+    options: dict[str, Any],
+    resample_below: Any,
+    value_fn: Any,
+    value_weights: Any,
+    **refused: Any,
 ) -> float:
     """The threshold, a share of N, 0 for None. Refuse what cannot go with num_candidates.
 
     Args:
         options: of `mod_fused.sample`, as they were given.
-        resample_below: as in `mod_fused.generate`; so are value_weights.
+        resample_below: as in `mod_fused.generate`; so are value_fn and value_weights.
         **refused: arguments of `generate` that must be None.
 
     Raises:
@@ -55,6 +59,8 @@ def check_candidates(
     for name, value in refused.items():
         if value is not None:
             raise ValueError(f"num_candidates cannot be combined with {name}")
+    if not getattr(value_fn, "of_prefixes", True):
+        raise ValueError("num_candidates needs values of prefixes, got values of single tokens")
     if isinstance(value_weights, ValueWeighting):
         raise ValueError(
             "num_candidates needs value_weights that are numbers: weights chosen at each step "
@@ -108,7 +114,7 @@ class Candidates:
         if step + 1 == self._limits.max_new_tokens:
             return None
         count, invalid = self._count, reasons == _INVALID
-        found = self._weighed(totals, ~invalid)
+        found = self._weighed(sequences, lengths, totals, ~invalid)
         going = (reasons == 0).view(-1, count).any(1)
         low = going & (found.effective_sample_size < self._least_size)
         if not bool(low.any()):
@@ -124,12 +130,26 @@ class Candidates:
         self._carried = torch.where(each, carried, self._carried)[rows]
         return rows
 
-    def finish(self, totals: Totals, valid: Tensor) -> tuple[dict[str, Any], Tensor]:
+    def finish(
+        self, sequences: Tensor, lengths: Tensor, totals: Totals, valid: Tensor
+    ) -> tuple[dict[str, Any], Tensor]:
         """The fields of `GenerateOutput` about all candidates, and the rows to return."""
-        found = self._weighed(totals, valid)
+        found = self._weighed(sequences, lengths, totals, valid)
         rows = choose(found.weights, self._seeds, self._first, self._limits.returned)
         return {**found._asdict(), "resamplings": self._times}, rows
 
-    def _weighed(self, totals: Totals, valid: Tensor) -> Weighed:
-        totals = totals._replace(proposal=totals.proposal + self._carried)
+    def _weighed(
+        self, sequences: Tensor, lengths: Tensor, totals: Totals, valid: Tensor
+    ) -> Weighed:
+        # The models' last bits differ between rows, and near the pole of (f')^-1 they would show:
+        # equal responses have the totals of the first of them.
+        by_prompt = torch.cat([sequences, lengths[:, None]], 1).view(
+            -1, self._count, 1, sequences.shape[1] + 1
+        )
+        equal = (by_prompt == by_prompt.transpose(1, 2)).all(-1)
+        start = torch.arange(0, len(sequences), self._count, device=sequences.device)
+        first = (start[:, None] + equal.byte().argmax(2)).flatten()
+        values = None if totals.values is None else totals.values[first]
+        proposal = totals.proposal[first] + self._carried
+        totals = Totals(totals.models[first], proposal, values)
         return weigh(self._options, totals, valid, self._count, self._has_reference)

@@ -301,6 +301,7 @@ def generate(
             threshold = check_candidates(
                 options,
                 resample_below,
+                value_fn,
                 value_weights,
                 resample_fn=resample_fn,
                 streamer=streamer,
@@ -347,6 +348,8 @@ def generate(
         if candidates is None:
             return responses.output(mask, options["seed"])
         assert responses.totals is not None
-        found, rows = candidates.finish(responses.totals, responses.valid)
+        found, rows = candidates.finish(
+            responses.sequences, responses.lengths, responses.totals, responses.valid
+        )
         responses.select(rows)
         return replace(responses.output(mask, options["seed"][rows]), **found)

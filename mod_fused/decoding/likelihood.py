@@ -56,6 +56,7 @@ class Likelihood(NamedTuple):
     model_logprobs: Tensor | None
 
 
+@torch.no_grad()
 def loglikelihood(
     ensemble: Ensemble,
     prompts: Prompts | None = None,
@@ -88,15 +89,18 @@ def loglikelihood(
 ) -> Likelihood:
     """log pi* of given responses, token by token, as `generate` would have drawn them.
 
-    Each language model reads prompt and response in one pass, whose logits [B, T, V] are all held;
-    a plain callable is called for each token, as in `generate`. Values are asked token by token.
+    A language model reads prompt and response in one pass, whose logits [B, T, V] are all held. A
+    plain callable is called for each token, as in `generate`; so are models of which one pass would
+    give other logits (LongRoPE and dynamic rotary positions beyond their switch, CPM-Ant) or those
+    of the last token alone (Bamba, Falcon-H1, Nemotron-H, XLNet, Zamba). Values are asked token by
+    token.
 
     Args:
         ensemble: the models; B prompts are read together.
         prompts, input_ids, attention_mask, add_special_tokens: as in `generate`.
-        responses: B strings, which the first tokenizer reads as the continuation of a text, without
-            special tokens; or B lists of token ids; or int64 [B, T]. The end-of-sequence token
-            counts where it is given.
+        responses: a list of B strings, which the first tokenizer reads as the continuation of a
+            text, without special tokens; or B lists of token ids; or int64 [B, T]. The
+            end-of-sequence token counts where it is given.
         lengths: [B], how many tokens of int64 [B, T] belong to each response; None: all. With the
             output of `generate`: responses=out.tokens, lengths=out.lengths.
         plausibility: as in `mod_fused.sample`: nothing is excluded unless asked. `generate` does so
@@ -109,7 +113,8 @@ def loglikelihood(
 
     Raises:
         TypeError, ValueError: before any model runs, as in `generate`, and for responses that are
-            empty, hold ids outside the vocabulary, or are not one for each prompt.
+            empty, hold ids outside the vocabulary, or are not one for each prompt. (What depends on
+            the width of a plain callable's logits is checked after its first call.)
     """
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be a mod_fused.Ensemble, got {type(ensemble).__name__}")
@@ -126,7 +131,9 @@ def loglikelihood(
         add_special_tokens=add_special_tokens,
     )
     batch, device = len(ids[0]), ids[0].device
-    tokens, counts = _tokens(responses, lengths, batch, ensemble, limits.pad_token_id)
+    known = ensemble.vocab_size if vocab_size is None else vocab_size
+    tokens, counts = _tokens(responses, lengths, batch, ensemble.tokenizer, limits.pad_token_id)
+    _check_ids(tokens, known)
     tokens, counts = tokens.to(device), counts.to(device)
     weighting = value_weights if isinstance(value_weights, ValueWeighting) else None
     num_values = partial(value_count, value_fn)
@@ -169,9 +176,11 @@ def loglikelihood(
             given |= weighed(weighting, reference, policies, given, options)
         given |= {"prefix_logprobs": history, "mixture_prefix_logprobs": own}
         log_p = log_probs(reference, policies, **options, **given)
+        if known is None and step == 0:
+            _check_ids(tokens, log_p.shape[1])
         token, inside = tokens[:, step], step < counts
         here = torch.where(inside, _picked(log_p, token), 0.0)
-        greedy = (log_p.argmax(-1) == token) | ~inside
+        greedy = (log_p.argmax(-1) == token) & ~here.isnan() | ~inside
         columns = [here, greedy]
         if return_model_logprobs or history is not None:
             models = [*([] if reference is None else [reference]), *policies]
@@ -204,37 +213,55 @@ def _of_models(
 
 
 def _tokens(
-    responses: Responses, lengths: Any, batch: int, ensemble: Ensemble, pad: int
+    responses: Responses, lengths: Any, batch: int, tokenizer: Any, pad: int
 ) -> tuple[Tensor, Tensor]:
     """The responses as int64 [B, T], with `pad` behind their ends, and their lengths int64 [B]."""
+    if isinstance(responses, str):
+        raise TypeError(f"responses must be a list of B = {batch} responses, got one string")
     if isinstance(responses, Tensor):
         shapes = {"[B, T]": [batch, responses.shape[-1] if responses.ndim else 0]}
         tokens = check_tensor("responses", responses, (torch.int64,), responses.device, shapes)
-        counts = torch.as_tensor(tokens.shape[1] if lengths is None else lengths).cpu()
-        rows = [row[:n].tolist() for row, n in zip(tokens, counts.expand(batch), strict=True)]
+        room = tokens.shape[1]
+        counts = [room] * batch if lengths is None else plain(lengths)
+        counts = counts.tolist() if isinstance(counts, Tensor) else counts
+        if not isinstance(counts, list) or len(counts) != batch:
+            raise ValueError(f"lengths must be B = {batch} whole numbers, got {lengths!r}")
+        counts = [count("lengths", n, 0) for n in counts]
+        if max(counts) > room:
+            raise ValueError(f"lengths must be at most T = {room}, got {max(counts)}")
+        rows = [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)]
     else:
         if lengths is not None:
             raise ValueError("lengths go with responses int64 [B, T]; a list has its own")
-        rows = [_ids(response, ensemble) for response in responses]
+        rows = [_ids(response, tokenizer) for response in responses]
     if len(rows) != batch:
         raise ValueError(f"responses must be B = {batch}, one for each prompt, got {len(rows)}")
-    limit = ensemble.vocab_size
-    for i, row in enumerate(rows):
-        if not row:
-            raise ValueError(f"responses[{i}] has no token")
-        bad = [t for t in row if t < 0 or (limit is not None and t >= limit)]
-        if bad:
-            raise ValueError(f"responses[{i}] holds the id {bad[0]}, expected 0 to {limit} - 1")
+    if [] in rows:
+        raise ValueError(f"responses[{rows.index([])}] has no token")
     filled = torch.full((batch, max(map(len, rows))), pad, dtype=torch.int64, device="cpu")
     for filling, row in zip(filled, rows, strict=True):
         filling[: len(row)] = torch.tensor(row, dtype=torch.int64, device="cpu")
     return filled, torch.tensor([len(row) for row in rows], dtype=torch.int64, device="cpu")
 
 
-def _ids(response: Any, ensemble: Ensemble) -> list[int]:
+def _check_ids(tokens: Tensor, vocab_size: int | None) -> None:
+    low, high = (int(x) for x in torch.aminmax(tokens))
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        bad = low if low < 0 else high
+        expected = "0 or more" if vocab_size is None else f"0 to {vocab_size - 1}"
+        raise ValueError(f"responses hold the id {bad}, expected {expected}")
+
+
+def _ids(response: Any, tokenizer: Any) -> list[int]:
     """The token ids of a response, a string or the ids themselves."""
     if isinstance(response, str):
-        if ensemble.tokenizer is None:
+        if tokenizer is None:
             raise ValueError("responses of text need a tokenizer: pass tokenizers to Ensemble")
-        return encode_text(response, ensemble.tokenizer, add_special_tokens=False)
-    return [count("a token id of responses", token, 0) for token in plain(response)]
+        return encode_text(response, tokenizer, add_special_tokens=False)
+    ids = plain(response)
+    ids = ids.tolist() if isinstance(ids, Tensor) else ids
+    if not isinstance(ids, list):
+        raise TypeError(
+            f"a response must be a string or a list of token ids, got {type(response).__name__}"
+        )
+    return [count("a token id of responses", token, 0) for token in ids]

@@ -203,12 +203,23 @@ class CausalLMState(CallableState):
 
     def read(self, responses: Tensor) -> Iterator[Tensor]:
         unread = responses[:, :-1].to(self.sequences.device)
+        length = (
+            self.sequences.shape[1] + unread.shape[1] + architectures.virtual_tokens(self.model)
+        )
+        if not architectures.reads_in_one_pass(self.model, length):
+            yield from super().read(responses)
+            return
         self.sequences = torch.cat([self.sequences, unread], dim=1)
         if self.attention_mask is not None:
             ones = torch.ones_like(unread).to(self.attention_mask)
             self.attention_mask = torch.cat([self.attention_mask, ones], dim=1)
         self.keep = responses.shape[1]
         logits = self.forward_all()
+        if logits.shape[1] != self.keep:
+            raise ValueError(
+                f"{self.label} ({type(self.model).__name__}) gives logits of {logits.shape[1]} of "
+                f"the {self.keep} tokens that it was asked for"
+            )
         for step in range(self.keep):
             yield logits[:, step].to(self.home)
 

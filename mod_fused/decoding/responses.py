@@ -164,6 +164,11 @@ class Responses:
         return 0 if by_model is None else by_model.shape[-1]
 
     @property
+    def lengths(self) -> Tensor:
+        """How many tokens each response has so far, int64 [B]."""
+        return self._lengths
+
+    @property
     def ended(self) -> Tensor:
         """Which responses have ended, bool [B]."""
         return self._reason != _RUNNING

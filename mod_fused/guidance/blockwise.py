@@ -124,7 +124,7 @@ def blockwise_best_of_k(
         k, block_length = _at_least_one("k", k), _at_least_one("block_length", block_length)
         if not callable(score_fn):
             raise TypeError(f"score_fn must be a function, got {type(score_fn).__name__}")
-        for name in ("resample_fn", "num_return_sequences"):
+        for name in ("resample_fn", "num_return_sequences", "num_candidates", "num_beams"):
             if name in options:
                 raise TypeError(f"{name} is set here and cannot be passed on to generate")
         if not isinstance(ensemble, Ensemble):

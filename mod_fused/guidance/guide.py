@@ -50,6 +50,7 @@ class Guidance:
                 "a scalar scorer reads each token that it scores: say how many with candidates=K"
             )
         self.candidates = candidates
+        self.of_prefixes = True  # False: the values are of single tokens
 
     @classmethod
     def embedded(cls, objectives: Sequence[str] | None = None) -> Guidance:

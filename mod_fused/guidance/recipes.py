@@ -114,12 +114,12 @@ def pad(
     """PAD (arXiv 2410.04070): pi_ref(z) exp(beta r(z)) over the reference's top tokens, with the
     reward r(z) = sum_k w_k (log pi_k(z) - log pi_0(z)) of language models.
 
-    The values are logits: under reverse KL what they lack to log-probabilities cancels. Other
-    divergences, too, do not see it with the exact normalizer.
+    The values are logits: what they lack to log-probabilities is the same for all tokens of a step
+    and cancels. They are rewards of single tokens, so `num_candidates`, which takes the last value
+    for that of the whole response, is refused.
 
     Args:
-        reward_models: K causal language models pi_k, one for each preference; or one that has read
-            the preference in its own prompt.
+        reward_models: K causal language models pi_k, one for each preference.
         reward_reference: pi_0, the model that they were tuned from.
         weights: w, [K], of the person.
         beta: the strength.
@@ -134,8 +134,9 @@ def pad(
             f"got {len(weights)}"
         )
     strengths = [beta * w for w in weights]
-    scorers = [*reward_models, reward_reference]
-    return controlled_decoding(scorers, [*strengths, -sum(strengths)], candidates=candidates)
+    guide = Guidance([*reward_models, reward_reference], candidates=candidates)
+    guide.of_prefixes = False
+    return {"value_fn": guide, "value_weights": [*strengths, -sum(strengths)]}
 
 
 def mavis(

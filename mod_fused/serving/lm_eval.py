@@ -8,18 +8,21 @@ The command is the harness's own, which does not know this model until the modul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_generated_text
 
+from ..call.checks import check_mixture
 from ..decoding.ensemble import Ensemble
 from ..decoding.generate import generate
 from ..decoding.likelihood import loglikelihood
 from ..decoding.prompts import encode_text, padded
+from ..torch_kernels.philox import split_mix
 
 #: The harness's arguments of a generation and ours.
 _DRAWING = {"do_sample", "temperature", "top_k", "top_p", "min_p"}
@@ -39,11 +42,13 @@ class ModFusedLM(TemplateLM):
         batch_size: rows at a time, a whole number.
         max_length: the most tokens of context and answer; None: of the models' positions, or 2048.
         max_gen_toks: the most tokens of an answer, where a task does not say.
-        seed: of the answers that are drawn.
+        seed: of the answers that are drawn; request n of a call has SplitMix64(seed + n), whatever
+            batch_size is.
         device, dtype, others: as in `Ensemble.from_pretrained`.
 
     Raises:
-        ValueError: a batch size that is no whole number, or not one weight per policy.
+        ValueError: a batch size that is no whole number, or options that `mod_fused.sample` would
+            refuse.
         TypeError, OSError: as `Ensemble.from_pretrained`.
     """
 
@@ -72,15 +77,16 @@ class ModFusedLM(TemplateLM):
         if not str(batch_size).isdecimal() or int(batch_size) < 1 or max_batch_size is not None:
             raise ValueError(f"batch_size must be a whole number of rows, got {batch_size!r}")
         self.batch_size = int(batch_size)
+        weights = [1 / len(policies)] * len(policies) if weights is None else weights
+        logits = torch.empty(1, 2, device="meta")
+        check_mixture(
+            None if pretrained is None else logits, [logits] * len(policies), weights, divergence,
+            normalizer, plausibility=plausibility, plausibility_tensor=plausibility_tensor,
+        )  # fmt: skip
         self.ensemble = Ensemble.from_pretrained(
             pretrained, policies, device=device, dtype=dtype, **kwargs
         )
         self.tokenizer = self.ensemble.tokenizer
-        weights = [1 / len(policies)] * len(policies) if weights is None else weights
-        if len(weights) != len(policies):
-            raise ValueError(
-                f"weights must be {len(policies)} numbers, one per policy, got {len(weights)}"
-            )
         self.mixture: dict[str, Any] = {
             "weights": list(weights), "divergence": divergence, "normalizer": normalizer,
             "sequence_history": sequence_history, "plausibility": plausibility,
@@ -139,22 +145,33 @@ class ModFusedLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         """log pi* of each (key, context, continuation), and whether it is the greedy answer."""
-        order = Collator(requests, sort_fn=lambda r: (-len(r[1]) - len(r[2]), tuple(r[1] + r[2])))
-        found = []
-        for batch in order.get_batched(n=self.batch_size):
-            contexts = [c[-max(1, self.max_length + 1 - len(y)) :] for _, c, y in batch]
+        rows = [(c[-max(1, self.max_length + 1 - len(y)) :], y) for _, c, y in requests]
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
+        for batch in self._batches(rows):
             out = loglikelihood(
                 self.ensemble,
-                responses=[y for _, _, y in batch],
-                **self._inputs(contexts),
+                responses=[rows[i][1] for i in batch],
+                **self._inputs([rows[i][0] for i in batch]),
                 **self.mixture,
             )
             pairs = zip(out.totals.tolist(), out.greedy.all(1).tolist(), strict=True)
-            for (key, _, _), pair in zip(batch, pairs, strict=True):
-                found.append(pair)
-                if key is not None:
-                    self.cache_hook.add_partial("loglikelihood", key, pair)
-        return order.get_original(found)
+            for i, pair in zip(batch, pairs, strict=True):
+                found[i] = pair
+                if requests[i][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], pair)
+        return found
+
+    def _batches(self, rows: Sequence[tuple[list[int], list[int]]]) -> Iterator[list[int]]:
+        """Indices of rows of about equal length, that fit into max_length when they are padded."""
+        batch: list[int] = []
+        for i in sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i]))):
+            longest = [max(len(rows[j][part]) for j in (*batch, i)) for part in (0, 1)]
+            if batch and (len(batch) == self.batch_size or sum(longest) > self.max_length + 1):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """log pi* of whole documents, window by window."""
@@ -182,8 +199,9 @@ class ModFusedLM(TemplateLM):
         Raises:
             ValueError: arguments of a generation that the decoder does not have, by name.
         """
+        seeds = split_mix(self.seed, len(requests), torch.device("cpu")).tolist()
         order = Collator(
-            [request.args for request in requests],
+            [(*request.args, seed) for request, seed in zip(requests, seeds, strict=True)],
             sort_fn=lambda x: -len(self.tok_encode(x[0])),
             group_fn=lambda x: x[1],
             group_by="gen_kwargs",
@@ -191,7 +209,8 @@ class ModFusedLM(TemplateLM):
         found = []
         for batch in order.get_batched(n=self.batch_size):
             options: dict[str, Any] = dict(normalize_gen_kwargs(batch[0][1], self.max_gen_toks))
-            until, length = options.pop("until"), options.pop("max_gen_toks")
+            until = [text for text in options.pop("until") if text]
+            length = options.pop("max_gen_toks")
             if unknown := options.keys() - _DRAWING:
                 raise ValueError(f"unknown arguments of a generation: {', '.join(sorted(unknown))}")
             room = self.max_length - length
@@ -201,16 +220,16 @@ class ModFusedLM(TemplateLM):
                 )
             out = generate(
                 self.ensemble,
-                **self._inputs([self.tok_encode(context)[-room:] for context, _ in batch]),
+                **self._inputs([self.tok_encode(context)[-room:] for context, _, _ in batch]),
                 max_new_tokens=length,
                 stop_strings=until or None,
-                seed=self.seed,
+                seed=[seed for _, _, seed in batch],
                 **self.mixture | options,
             )
             for request, text in zip(batch, out.texts or (), strict=True):
                 answer = postprocess_generated_text(text, until, None)
                 found.append(answer)
-                self.cache_hook.add_partial("generate_until", request, answer)
+                self.cache_hook.add_partial("generate_until", request[:2], answer)
         return order.get_original(found)
 
 

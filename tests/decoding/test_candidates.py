@@ -18,7 +18,7 @@ from whole_answers import TABLES, TREE, brute_force, proposal
 from mod_fused import Ensemble, GenerateOutput, generate
 from mod_fused.decoding import steps
 from mod_fused.decoding.totals import Totals
-from mod_fused.guidance import Guidance, prefix_score
+from mod_fused.guidance import Guidance, pad, prefix_score
 
 W = np.array(tree.W)
 
@@ -370,3 +370,24 @@ def test_what_is_no_resample_fn_is_refused_before_a_model_runs() -> None:
         generate(Ensemble([never] * 3), num_candidates=2, resample_below=True, **options)
     with pytest.raises(ValueError, match="num_candidates cannot be combined with resample_fn"):
         generate(Ensemble([never] * 3), num_candidates=2, resample_fn=Recorder(), **options)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha:0.5", "jeffrey", "reverse_kl"])
+def test_equal_responses_weigh_the_same(divergence: str) -> None:
+    """Scorers' last bits differ from row to row, and near the pole of (f')^-1 they would show."""
+    guide = Guidance([tiny.llama_value(3), tiny.gpt2(4, eos=None)], candidates=6)
+    for prompt in tiny.PROMPTS:
+        out = generate(
+            tiny.three_models(), prompt, weights=[0.5, 0.4], divergence=divergence, value_fn=guide,
+            top_k=1, num_candidates=5, seed=1, max_new_tokens=8,
+        )  # fmt: skip
+        torch.testing.assert_close(
+            out.weights, torch.full_like(out.weights, 0.2), atol=1e-9, rtol=0
+        )
+
+
+def test_values_of_single_tokens_are_refused() -> None:
+    models = [tiny.llama(1, eos=None), tiny.llama(2, eos=None)]
+    rewards = pad(models[:1], models[1], [1.0], beta=1.0)
+    with pytest.raises(ValueError, match="needs values of prefixes, got values of single tokens"):
+        generate(tiny.three_models(), "it", weights=[0.5, 0.4], num_candidates=2, **rewards)

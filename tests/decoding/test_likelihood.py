@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny_models as tiny
 import torch
+from small_models import small_model
 
 import mod_fused
 from mod_fused import Ensemble, generate, loglikelihood
@@ -15,6 +16,7 @@ from mod_fused.guidance import Guidance, robust
 PROMPTS = tiny.PROMPTS
 RESPONSES = [[3, 4, 5, 6, 7], [8], [9, 3, 9]]
 LENGTHS = [5, 1, 3]
+TOKENS = {"responses": torch.full((3, 2), 4)}
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +168,49 @@ def test_text_is_read_as_a_continuation(ensemble: Ensemble) -> None:
     assert torch.equal(text.logprobs, ids.logprobs)
 
 
+def test_a_step_that_is_invalid_is_not_greedy() -> None:
+    def broken(tokens: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(tokens), tiny.V), torch.nan)
+
+    models = Ensemble([tiny.bigram(0), broken])
+    found = loglikelihood(
+        models, input_ids=torch.tensor([[5]]), responses=[[0]], weights=[0.5], use_cache=False
+    )
+    assert found.totals.isnan().all() and not found.greedy.any()
+    with pytest.raises(ValueError, match=f"hold the id {tiny.V}, expected 0 to {tiny.V - 1}"):
+        loglikelihood(models, input_ids=torch.tensor([[5]]), responses=[[tiny.V]], weights=[0.5])
+
+
+@pytest.mark.parametrize(
+    "name", ["cpmant", "bamba", "zamba2", "phi3 (LongRoPE)", "llama (dynamic RoPE)", "xlnet"]
+)
+def test_models_that_one_pass_would_change_read_token_by_token(name: str) -> None:
+    policy = small_model(name, 0)
+    pair = Ensemble([None, policy])
+    options: dict[str, Any] = {"weights": [1.0], "input_ids": torch.arange(3, 9)[None]}
+    out = generate(pair, seed=2, max_new_tokens=12, eos_token_id=[], **options)
+    found = loglikelihood(pair, responses=out.tokens, **options)
+    torch.testing.assert_close(found.logprobs, out.logprobs, atol=2e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
         ({"responses": [[3]]}, ValueError, "responses must be B = 3, one for each prompt, got 1"),
         ({"responses": [[3], [], [4]]}, ValueError, r"responses\[1\] has no token"),
-        ({"responses": [[3], [4], [tiny.V + 9]]}, ValueError, r"responses\[2\] holds the id"),
+        (
+            {"responses": [[3], [4], [tiny.V + 9]]},
+            ValueError,
+            f"hold the id {tiny.V + 9}, expected",
+        ),
+        ({"responses": [[3], [4], [9]], "vocab_size": 9}, ValueError, "id 9, expected 0 to 8"),
+        ({"responses": "fox"}, TypeError, "a list of B = 3 responses, got one string"),
+        ({"responses": [3, 4, 5]}, TypeError, "a string or a list of token ids, got int"),
+        (TOKENS | {"lengths": [-1, 1, 1]}, ValueError, "lengths must be at least 0, got -1"),
+        (TOKENS | {"lengths": [3, 1, 1]}, ValueError, "lengths must be at most T = 2, got 3"),
+        (TOKENS | {"lengths": [True, 1, 1]}, TypeError, "lengths must be an int, got bool"),
+        (TOKENS | {"lengths": [1, 1]}, ValueError, "lengths must be B = 3 whole numbers"),
+        (TOKENS | {"lengths": 2}, ValueError, "lengths must be B = 3 whole numbers, got 2"),
         ({"responses": [[3], [4], [-1]]}, ValueError, "a token id of responses must be at least 0"),
         ({"responses": torch.zeros(3, 2)}, TypeError, "responses must be int64, got torch.float32"),
         (

@@ -357,8 +357,8 @@ def test_a_transformers_streamer_gets_the_prompt_the_chosen_tokens_and_one_end(
         ({"input_ids": torch.full((2, 1), 3)}, ValueError, 0),
         ({"k": 0}, ValueError, 0),
         ({"top_p": 2.0}, ValueError, 0),
-        ({"num_candidates": 2}, ValueError, 0),
-        ({"num_beams": 2}, ValueError, 0),
+        ({"num_candidates": 2}, TypeError, 0),
+        ({"num_beams": 2}, TypeError, 0),
     ],
 )
 def test_the_end_of_a_stream_comes_once_whatever_is_raised(
@@ -420,6 +420,8 @@ def test_scores_of_another_kind_are_refused(
         ({"streamer": 3}, TypeError, "streamer must be a callable"),
         ({"resample_fn": print}, TypeError, "resample_fn is set here"),
         ({"num_return_sequences": 2}, TypeError, "num_return_sequences is set here"),
+        ({"num_candidates": 2}, TypeError, "num_candidates is set here"),
+        ({"num_beams": 2}, TypeError, "num_beams is set here"),
         ({"temperature": -1.0}, ValueError, "temperature"),
         ({"weights": [1.0, 1.0]}, ValueError, "weights"),
         ({"beams": 3}, TypeError, "beams"),

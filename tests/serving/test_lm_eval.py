@@ -9,6 +9,7 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from transformers.utils import logging
 
@@ -123,9 +124,31 @@ def test_a_mixture_is_scored_as_loglikelihood_scores_it(tasks: Path) -> None:
             assert total == pytest.approx(float(alone.totals[0]), abs=2e-3)  # or both -inf
 
 
+def test_draws_of_one_document_differ_and_do_not_depend_on_the_batch(tasks: Path) -> None:
+    kwargs = {"until": [""], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
+    requests = [
+        Instance(request_type="generate_until", doc={}, arguments=(PROMPTS[0], kwargs), idx=0)
+        for _ in range(6)
+    ]
+    said = [ours([0.5, 0.5], batch_size=size).generate_until(requests) for size in (1, 4)]
+    assert said[0] == said[1] and len(set(said[0])) == 6
+
+
+def test_rows_that_fit_alone_fit_in_a_batch(tasks: Path) -> None:
+    model = ours([0.5, 0.5], max_length=48)
+    rows = [(None, [5] * 44, [7] * 3), (None, [6] * 4, [8] * 40), (None, [9] * 60, [3] * 2)]
+    alone = model._loglikelihood_tokens(rows)
+    model.batch_size = 3
+    torch.testing.assert_close(
+        torch.tensor(model._loglikelihood_tokens(rows)), torch.tensor(alone), atol=1e-3, rtol=0
+    )
+
+
 def test_bad_arguments_are_refused(tasks: Path) -> None:
     for weights, options, message in (
-        ([0.5], {}, "weights must be 2 numbers, one per policy, got 1"),
+        ([0.5], {}, r"weights must have shape \[2\]"),
+        ([0.5, 0.5], {"divergence": "nope"}, "nope"),
+        ([0.5, 0.5], {"plausibility": 3.0}, "plausibility"),
         (
             [0.5, 0.5],
             {"batch_size": "auto"},
