@@ -246,7 +246,7 @@ def test_numbers_depend_on_names_alone():
 
 
 def test_a_number_that_nobody_registered_is_refused():
-    packed = [REF, *POLICIES], [None] * 6, [1, 40, 0, 1, 10**6], [0.0, 1.0, 0.5, 0.4]
+    packed = [REF, *POLICIES], [None] * 7, [1, 40, 0, 1, 10**6], [0.0, 1.0, 0.5, 0.4]
     with pytest.raises(ValueError, match="1000000 belongs to none that is registered"):
         torch.ops.mod_fused.log_probs_torch(*packed)
 
