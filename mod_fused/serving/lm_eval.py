@@ -21,6 +21,7 @@ from ..call.checks import check_mixture
 from ..decoding.ensemble import Ensemble
 from ..decoding.generate import generate
 from ..decoding.likelihood import loglikelihood
+from ..decoding.options import support_cut
 from ..decoding.prompts import encode_text, padded
 from ..torch_kernels.philox import split_mix
 
@@ -36,9 +37,11 @@ class ModFusedLM(TemplateLM):
         pretrained: folder or hub name of the reference; None for reverse KL without one.
         policies: folders or hub names of the policies.
         weights: one number for each policy; None: equal weights that sum to one.
-        divergence, normalizer, sequence_history, plausibility, plausibility_tensor, backend: as in
+        divergence, normalizer, sequence_history, plausibility_tensor, backend: as in
             `mod_fused.loglikelihood`, for answers that are given and for those that are drawn. In
             a document longer than max_length the history begins anew with each window.
+        plausibility: the same; "auto" cuts the support of answers that are drawn as
+            `mod_fused.generate` does, and scores those that are given without a cut.
         batch_size: rows at a time, a whole number.
         max_length: the most tokens of context and answer; None: of the models' positions, or 2048.
         max_gen_toks: the most tokens of an answer, where a task does not say.
@@ -61,7 +64,7 @@ class ModFusedLM(TemplateLM):
         divergence: str = "reverse_kl",
         normalizer: str = "exact",
         sequence_history: bool = False,
-        plausibility: float | None = None,
+        plausibility: float | str | None = "auto",
         plausibility_tensor: int = 0,
         backend: str | None = None,
         batch_size: int | str = 1,
@@ -81,7 +84,8 @@ class ModFusedLM(TemplateLM):
         logits = torch.empty(1, 2, device="meta")
         check_mixture(
             None if pretrained is None else logits, [logits] * len(policies), weights, divergence,
-            normalizer, plausibility=plausibility, plausibility_tensor=plausibility_tensor,
+            normalizer, plausibility=support_cut(plausibility, divergence),
+            plausibility_tensor=plausibility_tensor,
         )  # fmt: skip
         self.ensemble = Ensemble.from_pretrained(
             pretrained, policies, device=device, dtype=dtype, **kwargs
@@ -89,9 +93,11 @@ class ModFusedLM(TemplateLM):
         self.tokenizer = self.ensemble.tokenizer
         self.mixture: dict[str, Any] = {
             "weights": list(weights), "divergence": divergence, "normalizer": normalizer,
-            "sequence_history": sequence_history, "plausibility": plausibility,
-            "plausibility_tensor": plausibility_tensor, "backend": backend,
+            "sequence_history": sequence_history, "plausibility_tensor": plausibility_tensor,
+            "backend": backend,
         }  # fmt: skip
+        self.cut_of_drawn = plausibility
+        self.cut_of_given = None if isinstance(plausibility, str) else plausibility
         self.max_length = max_length or self._positions()
         self.max_gen_toks, self.seed = max_gen_toks, seed
         self._device = self.ensemble.device
@@ -151,6 +157,7 @@ class ModFusedLM(TemplateLM):
             out = loglikelihood(
                 self.ensemble,
                 responses=[rows[i][1] for i in batch],
+                plausibility=self.cut_of_given,
                 **self._inputs([rows[i][0] for i in batch]),
                 **self.mixture,
             )
@@ -222,6 +229,7 @@ class ModFusedLM(TemplateLM):
                 self.ensemble,
                 **self._inputs([self.tok_encode(context)[-room:] for context, _, _ in batch]),
                 max_new_tokens=length,
+                plausibility=self.cut_of_drawn,
                 stop_strings=until or None,
                 seed=[seed for _, _, seed in batch],
                 **self.mixture | options,

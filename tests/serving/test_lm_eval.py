@@ -134,6 +134,28 @@ def test_draws_of_one_document_differ_and_do_not_depend_on_the_batch(tasks: Path
     assert said[0] == said[1] and len(set(said[0])) == 6
 
 
+def test_answers_that_are_drawn_are_cut_as_those_of_generate(tasks: Path) -> None:
+    kwargs = {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1.0}
+    requests = [
+        Instance(request_type="generate_until", doc={}, arguments=(p, kwargs), idx=0)
+        for p in PROMPTS
+    ]
+    said = {
+        cut: ours([0.7, 0.7], divergence="jsd", plausibility=cut, batch_size=6).generate_until(
+            requests
+        )
+        for cut in ("auto", None, 0.5)
+    }
+    models = mod_fused.Ensemble.embedded(POLICIES, dtype="float32")
+    options: dict[str, Any] = {"weights": [0.7, 0.7], "divergence": "jsd", "max_new_tokens": 20}
+    for cut, texts in said.items():
+        # Row b of a call with one seed has SplitMix64(seed + b), as request b has.
+        assert (
+            texts == mod_fused.generate(models, PROMPTS, seed=0, plausibility=cut, **options).texts
+        )
+    assert len({str(texts) for texts in said.values()}) == 3
+
+
 def test_rows_that_fit_alone_fit_in_a_batch(tasks: Path) -> None:
     model = ours([0.5, 0.5], max_length=48)
     rows = [(None, [5] * 44, [7] * 3), (None, [6] * 4, [8] * 40), (None, [9] * 60, [3] * 2)]
