@@ -100,7 +100,9 @@ def _contest(arrival: Array, mass: Array, first: int) -> Contest:
 
 def oracle_kept(drawing: DrawArguments) -> Kept:
     def log_kept(log_pi: Tensor, settings: dict[str, Any]) -> Array:
-        of_row = {name: x[0] if isinstance(x, Tensor) else x for name, x in settings.items()}
+        of_row: dict[str, Any] = {
+            name: x[0] if isinstance(x, Tensor) else x for name, x in settings.items()
+        }
         return reference.filtered_log_probs(log_pi, **of_row)
 
     return log_kept

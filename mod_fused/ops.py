@@ -117,9 +117,10 @@ def sample(
         pi*(s) = pi_ref(s) (f')^-1(u(s) - Z),      Z such that sum_s pi*(s) = 1
 
     Then mask, bias, temperature, top-k, top-p and min-p apply in this order; each renormalises
-    before the next. No gradient flows: inputs are detached. There are B rows, M policies (at most 8),
-    V = `vocab_size` token ids and J value tensors. Numbers and lists of numbers may be NumPy's. An
-    argument that is scalar or [B], except the seed, may be a tensor [] too, which all rows share.
+    before the next. No gradient flows: inputs are detached. There are B rows, M policies (at most
+    8), V = `vocab_size` token ids and J value tensors. Numbers and lists of numbers may be NumPy's.
+    An argument that is scalar or [B], except the seed, may be a tensor [] too, which all rows
+    share.
 
     Args:
         ref_logits: [B, V0] float32, float16 or bfloat16, contiguous in the last dimension. None

@@ -26,9 +26,7 @@ def check_bias(
             )
         return bias.expand(batch, -1)
     if bias.dim() not in (1, 2):
-        raise ValueError(
-            f"bias must have shape [B, K] or [K] with bias_ids, got {shape_of(bias)}"
-        )
+        raise ValueError(f"bias must have shape [B, K] or [K] with bias_ids, got {shape_of(bias)}")
     width = bias.shape[-1]
     shapes = {"[B, K]": [batch, width], "[K]": [width]}
     bias = check_tensor("bias", bias, LOGIT_DTYPES, device, shapes)
