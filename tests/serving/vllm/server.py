@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from mod_fused import world
 
@@ -77,6 +79,10 @@ class Server:
         ready.wait(timeout=300)
         if self.process.poll() is not None or not ready.is_set():
             raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-3000:]}")
+        with requests.Session() as session:  # it listens a moment after its word
+            retries = Retry(connect=20, backoff_factor=0.1, backoff_max=1)
+            session.mount(self.url, HTTPAdapter(max_retries=retries))
+            session.get(f"{self.url}/health", timeout=60).raise_for_status()
 
     def _copy(self, process: subprocess.Popen[str], ready: threading.Event) -> None:
         assert process.stdout is not None
