@@ -33,7 +33,7 @@ class Soak:
         self.server = server
         self.counts: collections.Counter[str] = collections.Counter()
         self.answers: dict[int, list[int]] = {}
-        self.memory: list[int] = []  # bytes of the engine's processes after each request
+        self.memory: list[int] = []  # bytes of the engine's processes after every tenth request
         self.engine = server.workers()
 
     async def run(self, given: list[Case]) -> None:
@@ -42,7 +42,9 @@ class Soak:
         kinds = [draw.random() for _ in given]
         room = asyncio.Semaphore(AT_ONCE)
         timeout = aiohttp.ClientTimeout(total=300)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
+        # A connection of its own for each: uvicorn may close an idle one just as it is used again.
+        connections = aiohttp.TCPConnector(force_close=True)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connections) as session:
 
             async def one(index: int, case: Case) -> None:
                 async with room:
@@ -53,7 +55,8 @@ class Soak:
                         await self.cancelled(session, case, chance)
                     else:
                         await self.answered(session, index, case, chance)
-                    self.memory.append(self.used())
+                    if not index % 10:
+                        self.memory.append(self.used())
 
             await asyncio.gather(*(one(i, case) for i, case in enumerate(given)))
 
