@@ -342,7 +342,7 @@ def generate(
                 streamer=streamer,
                 prefix_logprobs=prefix_logprobs,
                 mixture_prefix_logprobs=mixture_prefix_logprobs,
-                max_time=max_time,
+                max_time=True if stopping.timed else None,
             )
         options = ready_options(ensemble, options, num_values, limits, batch, device)
         automatic = isinstance(plausibility, str)

@@ -35,6 +35,12 @@ class Stopping:
         """Whether anything can end a row here."""
         return bool(self._criteria) or self._max_time is not None
 
+    @property
+    def timed(self) -> bool:
+        """Whether the clock may end a row."""
+        limits = (_name(criterion) == "MaxTimeCriteria" for criterion in self._criteria)
+        return self._max_time is not None or any(limits)
+
     def met(self, sequences: Tensor, scores: tuple[Tensor, ...] | None) -> Tensor:
         """Which rows meet a criterion, bool [B], given sequences int64 [B, n + steps]."""
         rows, device = len(sequences), sequences.device
