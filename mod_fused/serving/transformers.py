@@ -225,11 +225,11 @@ def _outputs(config: Any) -> dict[str, Any]:
 def _check_inputs(input_ids: Tensor, mask: Tensor | None, model_kwargs: dict[str, Any]) -> None:
     """Refuse what the models would have to be given beside token ids and mask."""
     for name, value in model_kwargs.items():
-        if value is None or name in _PREPARED:
+        if _is_absent(value) or name in _PREPARED:
             continue
         if name in _CACHES:
             layers = getattr(value, "layers", None)
-            if layers is None or any(_holds_tensors(layer) for layer in layers):
+            if layers is None or any(map(_is_filled, layers)):
                 raise ValueError(f"custom_generate begins with empty caches, got {name}")
         elif name == "position_ids":
             shown = torch.ones_like(input_ids) if mask is None else mask
@@ -240,11 +240,16 @@ def _check_inputs(input_ids: Tensor, mask: Tensor | None, model_kwargs: dict[str
             raise ValueError(f"custom_generate gives models token ids alone, got {name}")
 
 
-def _holds_tensors(layer: Any) -> bool:
-    """Whether a layer's cache has been written to: then its keys, values or states are tensors."""
-    values = list(vars(layer).values())
-    values += [y for x in values if isinstance(x, dict) for y in x.values()]
-    return any(isinstance(x, Tensor) for x in values)
+def _is_filled(layer: Any) -> bool:
+    """Whether a layer's cache has been written to. (Flags say it differently in every version.)"""
+    states = [getattr(layer, name, None) for name in ("keys", "conv_states", "recurrent_states")]
+    each = [y for x in states for y in (x.values() if isinstance(x, dict) else [x])]
+    return any(isinstance(x, Tensor) and x.numel() for x in each)
+
+
+def _is_absent(value: Any) -> bool:
+    """None, or a record that holds nothing else, as of images that are not there."""
+    return value is None or (isinstance(value, dict) and all(map(_is_absent, value.values())))
 
 
 def _prompts(ids: Tensor, mask: Tensor | None, copies: int) -> tuple[Tensor, Tensor | None]:
