@@ -199,15 +199,15 @@ def _arguments_of_generate(input_ids: Tensor) -> dict[str, Any]:
 
 def _check_call(config: Any, called_with: dict[str, Any]) -> None:
     """Refuse other ways of decoding."""
+    for name, value in called_with.items():
+        if value and name != "streamer":
+            raise ValueError(f"custom_generate cannot be combined with {name}")
     check_config(config)
     if config.num_beams not in (None, 1):
         raise ValueError(
             f"custom_generate has no beams, got num_beams = {config.num_beams}: "
             "mod_fused.generate has them"
         )
-    for name, value in called_with.items():
-        if value and name != "streamer":
-            raise ValueError(f"custom_generate cannot be combined with {name}")
 
 
 def _padding(config: Any) -> int | None:

@@ -18,9 +18,9 @@ PAD, FOX, DOG = (tiny.VOCAB[word] for word in ("a", "fox", "dog"))
 def corner() -> tuple[Ensemble, Any, Any]:
     """A reference and a policy, the policy, and the prompts as it reads them."""
     tokenizer = tiny.tokenizer(pad_token="a", padding_side="left")
-    policy = tiny.gpt2(1)
+    policy = tiny.vivid(tiny.llama(0), 0)
     batch = tokenizer(tiny.PROMPTS, return_tensors="pt", padding=True)
-    return Ensemble([tiny.llama(0), policy], tokenizer), policy, batch
+    return Ensemble([tiny.gpt2(1), policy], tokenizer), policy, batch
 
 
 def config_of(**fields: Any) -> GenerationConfig:
@@ -31,14 +31,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nothing": {"max_new_tokens": None},
     "max_length": {"max_new_tokens": None, "max_length": 14},
     "max_new_tokens before max_length": {"max_length": 10},
-    "min_new_tokens": {"min_new_tokens": 7, "eos_token_id": [6, 21]},
-    "min_length": {"min_length": 19, "eos_token_id": [6, 21]},
+    "min_new_tokens": {"min_new_tokens": 7, "eos_token_id": [0, 21]},
+    "min_length": {"min_length": 19, "eos_token_id": [0, 21]},
     "min_new_tokens before min_length": {"min_new_tokens": 2, "min_length": 20},
-    "eos_token_id": {"eos_token_id": [FOX, DOG]},
+    "eos_token_id": {"eos_token_id": [20, 21]},
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
     "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
-    "bad_words_ids": {"bad_words_ids": [[FOX], [4, 5], [tiny.EOS]]},
-    "suppress_tokens": {"suppress_tokens": [3, FOX, 12, 15]},
+    "bad_words_ids": {"bad_words_ids": [[FOX], [5, 20], [tiny.EOS]]},
+    "suppress_tokens": {"suppress_tokens": [5, FOX, 12, 15]},
     "begin_suppress_tokens": {"begin_suppress_tokens": list(range(12))},
     "forced_eos_token_id": {"forced_eos_token_id": DOG, "min_new_tokens": 12},
     "num_beams": {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True},

@@ -18,9 +18,9 @@ PAD = tiny.VOCAB["a"]
 @pytest.fixture(scope="module")
 def corner() -> tuple[Ensemble, Any, Any]:
     tokenizer = tiny.tokenizer(pad_token="a", padding_side="left")
-    policy = tiny.gpt2(1)
+    policy = tiny.vivid(tiny.llama(0), 0)
     batch = tokenizer(tiny.PROMPTS, return_tensors="pt", padding=True)
-    return Ensemble([tiny.llama(0), policy], tokenizer), policy, batch
+    return Ensemble([tiny.gpt2(1), policy], tokenizer), policy, batch
 
 
 def draw(ensemble: Ensemble, **options: Any) -> Any:
