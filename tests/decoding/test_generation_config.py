@@ -40,7 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bad_words_ids": {"bad_words_ids": [[FOX], [5, 20], [tiny.EOS]]},
     "suppress_tokens": {"suppress_tokens": [5, FOX, 12, 15]},
     "begin_suppress_tokens": {"begin_suppress_tokens": list(range(12))},
-    "forced_eos_token_id": {"forced_eos_token_id": DOG, "min_new_tokens": 12},
+    "forced_eos_token_id": {"forced_eos_token_id": tiny.EOS, "min_new_tokens": 12},
     "num_beams": {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True},
     "num_return_sequences": {"num_beams": 3, "num_return_sequences": 2, "min_new_tokens": 4},
     "unused": {"renormalize_logits": True, "use_cache": False, "typical_p": 1.0, "top_p": 0.5},

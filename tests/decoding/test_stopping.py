@@ -81,10 +81,14 @@ def test_one_bool_ends_all_rows_and_an_end_of_sequence_keeps_its_reason(
 ) -> None:
     free = draw(corner[0])
     eos, width = int(free.tokens[1, 1]), free.sequences.shape[1] - 6
-    out = draw(
-        corner[0], stopping_criteria=[lambda ids, _: ids.shape[1] == width], eos_token_id=eos
-    )
-    assert out.tokens.shape[1] == 2
+    widths: list[int] = []
+
+    def two_tokens(input_ids: torch.Tensor, scores: Any) -> bool:
+        widths.append(input_ids.shape[1])
+        return input_ids.shape[1] == width
+
+    out = draw(corner[0], stopping_criteria=[two_tokens], eos_token_id=eos)
+    assert out.tokens.shape[1] == 2 and widths == [width - 1, width]  # and no step more
     assert [r == "eos" for r in out.finish_reasons] == out.tokens.eq(eos).any(1).tolist()
     assert set(out.finish_reasons) == {"eos", "stopping_criteria"}
 
