@@ -28,11 +28,11 @@ from .options import (
 )
 from .prompts import Prompts
 from .responses import FINISH_REASONS, GenerateOutput, Responses
-from .scores import Scores
+from .scores import check_scores
 from .steps import draw_all
 from .stopping import StoppingCriterion, check_stopping
 from .streaming import streaming
-from .totals import Resampler
+from .totals import Resampler, check_resample_fn
 from .values import ValueFunction, ValueGuide, ValueWeighting, value_count, value_source
 
 __all__ = ["FINISH_REASONS", "GenerateOutput", "generate"]
@@ -272,7 +272,7 @@ def generate(
             },
         )
         stopping = check_stopping(stopping_criteria, max_time, output_scores)
-        scores = Scores(output_scores, output_logits)
+        scores = check_scores(output_scores, output_logits, resample_fn, num_candidates)
         copies = num_return_sequences if searching is None else searching.num_beams
         limits = check_limits(
             ensemble,
@@ -290,18 +290,7 @@ def generate(
             raise ValueError("value_weights were given without value_fn")
         if resample_below is not None and num_candidates is None:
             raise ValueError("resample_below was given without num_candidates")
-        if resample_fn is not None and not (callable(resample_fn) or asks_totals):
-            raise TypeError(
-                "resample_fn must be a function (step, sequences, lengths, reasons) or have "
-                f"resample(), got {type(resample_fn).__name__}"
-            )
-        if resample_fn is not None and stream.active:
-            raise ValueError("a streamer cannot take back the tokens that resample_fn drops")
-        if (resample_fn is not None or num_candidates is not None) and scores.active:
-            raise ValueError(
-                "output_scores and output_logits go by row: they cannot be combined with "
-                "resample_fn or num_candidates"
-            )
+        check_resample_fn(resample_fn, stream.active)
 
         ids, masks = ensemble.encode(
             prompts,
@@ -311,7 +300,10 @@ def generate(
             add_special_tokens=add_special_tokens,
         )
         batch, device, copies = len(ids[0]), ids[0].device, limits.copies
-        check_decoding(ensemble.present, ids, copies, limits.max_new_tokens, use_cache)
+        length = limits.max_new_tokens
+        check_decoding(
+            ensemble.present, ids, copies, length, use_cache, output_scores + output_logits
+        )
         num_values = partial(value_count, value_fn)
         weighting = value_weights if isinstance(value_weights, ValueWeighting) else None
         if weighting is not None:
@@ -354,7 +346,7 @@ def generate(
             *prefixes, sequence_history, options, (batch, len(ids)), copies, device
         )
 
-        running: dict[str, Any] = {"max_new_tokens": limits.max_new_tokens, "use_cache": use_cache}
+        running: dict[str, Any] = {"max_new_tokens": length, "use_cache": use_cache}
         state = ensemble.start(ids, masks, **running)
         has_reference = ensemble.models[0] is not None
         values = value_source(value_fn, ids[0], masks[0], vocab_size, has_reference, **running)
@@ -379,7 +371,7 @@ def generate(
             candidates = Candidates(options, limits, has_reference, threshold)
             resample_fn = candidates if threshold else None
         excluding = Masks(mask_fn, limits, options, automatic)
-        length, functions = limits.max_new_tokens, (excluding, resample_fn)
+        functions = excluding, resample_fn
         draw_all(length, state, values, responses, options, stream, *functions, beams, weighting)
         if beams is not None:
             return beams.output(masks[0])

@@ -72,6 +72,8 @@ def configured(function: Callable[P, R]) -> Callable[P, R]:
             if given.get("streamer") is not None:
                 given["streamer"] = stream
             config = given.pop("generation_config")
+            if given.get("do_sample", False) is None:  # None leaves it to the config
+                del given["do_sample"]
             return function(**{**given, **arguments_of(config, given)})  # type: ignore[call-arg]
 
     return call

@@ -22,6 +22,12 @@ class ProcessorMasks(NamedTuple):
     processors: Sequence[Callable[[Tensor, Tensor], Tensor]]  # they only set scores to -inf
     mask_fn: MaskFunction | None  # the caller's, which goes with them
 
+    @property
+    def constrained(self) -> bool:
+        """Whether one asks a function of the caller's, as a mask_fn is."""
+        names = [type(processor).__name__ for processor in self.processors]
+        return "PrefixConstrainedLogitsProcessor" in names
+
 
 class Masks:
     """The masks of one decode.
@@ -43,6 +49,7 @@ class Masks:
         if not isinstance(mask_fn, ProcessorMasks):
             mask_fn = ProcessorMasks((), mask_fn)
         self._processors, self._mask_fn = mask_fn
+        self._constrained = mask_fn.constrained
         self._limits, self._options = limits, options
         self._automatic_cut = automatic_cut and options["plausibility"] is not None
 
@@ -65,7 +72,7 @@ class Masks:
         if own is not None and theirs is not None:
             given["mask"] = own & unpacked(theirs, own)
         if self._automatic_cut:
-            if theirs is not None or candidates:
+            if theirs is not None or self._constrained or candidates:
                 given["plausibility"] = None
             elif own is not None:
                 given["plausibility"] = self._cut_among(own, models)

@@ -30,11 +30,6 @@ class Scores:
         self.scores: list[Tensor] | None = [] if output_scores else None
         self.logits: list[Tensor] | None = [] if output_logits else None
 
-    @property
-    def active(self) -> bool:
-        """Whether anything is asked for."""
-        return self.scores is not None or self.logits is not None
-
     def add(
         self,
         reference: Tensor | None,
@@ -44,13 +39,30 @@ class Scores:
     ) -> None:
         """Compute and keep those of a step, given the arguments of `mod_fused.log_probs`, and mask,
         temperature, top_k, top_p and min_p of `mod_fused.sample`."""
-        if not self.active:
+        if self.scores is None and self.logits is None:
             return
         log_p = log_probs(reference, policies, **mixing)
         if self.logits is not None:
             self.logits.append(log_p)
         if self.scores is not None:
             self.scores.append(drawn_from(log_p, **drawing))
+
+
+def check_scores(
+    output_scores: bool, output_logits: bool, resample_fn: Any, num_candidates: Any
+) -> Scores:
+    """These arguments of `generate`, checked.
+
+    Raises:
+        ValueError: for distributions of rows that are chosen anew.
+    """
+    for name, other in {"resample_fn": resample_fn, "num_candidates": num_candidates}.items():
+        if other is not None and (output_scores or output_logits):
+            raise ValueError(
+                "output_scores and output_logits are by row, and cannot be combined with "
+                f"{name}, which chooses among rows"
+            )
+    return Scores(output_scores, output_logits)
 
 
 def drawn_from(log_p: Tensor, **drawing: Any) -> Tensor:

@@ -98,6 +98,7 @@ def test_what_the_call_says_itself_wins(corner: tuple[Ensemble, Any, Any]) -> No
     )
     ids = torch.tensor([[3, 7], [9, 5]])
     own: dict[str, Any] = {
+        "do_sample": None,  # says nothing
         "temperature": 1.0,  # the default: it counts all the same
         "top_k": 0,
         "max_new_tokens": 3,

@@ -164,6 +164,23 @@ def test_rows_are_drawn_as_mod_fused_draws_them(setting: Setting, options: dict[
     assert not torch.equal(found, setting.mixed(**how | {"seed": [1, 2, 3]}))
 
 
+def test_a_prefix_constraint_is_a_mask(setting: Setting) -> None:
+    how: dict[str, Any] = {"weights": [0.5], "divergence": "jsd", "seed": 5, "max_new_tokens": 9}
+    how |= {"top_k": 0, "pad_token_id": PAD, "eos_token_id": tiny.EOS}
+
+    def mask(step: int, sequences: torch.Tensor) -> torch.Tensor:
+        allowed = torch.zeros(3, tiny.V, dtype=torch.bool)
+        for row, ids in enumerate(sequences):
+            allowed[row, even_tokens(row, ids)] = True
+        return allowed
+
+    expected = generate(setting.ensemble, tiny.PROMPTS, mask_fn=mask, **how).sequences
+    found = setting.mixed(**how, prefix_allowed_tokens_fn=even_tokens, do_sample=True)
+    assert torch.equal(found, expected)
+    both = setting.mixed(**how, mask_fn=mask, suppress_tokens=[FOX, DOG], do_sample=True)
+    assert not torch.isin(both[:, 12:], torch.tensor([FOX, DOG])).any()
+
+
 def test_without_a_seed_torchs_generator_decides(setting: Setting) -> None:
     how: dict[str, Any] = {"do_sample": True, "max_new_tokens": 8, "top_k": 0, "weights": [0.5]}
     torch.manual_seed(1)
