@@ -119,16 +119,15 @@ def arguments_of(config: Any, given: dict[str, Any]) -> dict[str, Any]:
 
     searching = value("num_beams") not in (None, 1)
     names = [*_SAME, *(_SAMPLING if value("do_sample") else ()), *(_SEARCHING if searching else ())]
-    names = [name for name in names if name not in given]
     added = {name: found for name in names if (found := value(name)) is not None}
-    added.setdefault("do_sample", value("do_sample"))
+    added["do_sample"] = value("do_sample")
 
     encoding = ("prompts", "input_ids", "attention_mask", "add_special_tokens")
     ids = ensemble.encode(**{name: given[name] for name in encoding if name in given})[0][0]
     added |= _lengths(config, given, ids.shape[1])
     eos = value("eos_token_id")
     ends = ensemble.eos_token_ids if eos is None else eos_ids(eos)
-    longest = ids.shape[1] + (added | given)["max_new_tokens"]
+    longest = ids.shape[1] + count("max_new_tokens", (added | given)["max_new_tokens"], 1)
     if processors := _processors(config, ids, longest, ends):
         added["mask_fn"] = ProcessorMasks(processors, given.get("mask_fn"))
     return added
