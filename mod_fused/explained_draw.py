@@ -12,7 +12,7 @@ from torch import Tensor
 from . import reference
 from .call.arguments import DrawArguments
 from .torch_kernels import philox
-from .torch_kernels.filters import kept, scaled_key
+from .torch_kernels.filters import biased, kept, scaled_key
 from .torch_kernels.parameters import row_scalar
 
 Array = np.ndarray
@@ -50,7 +50,7 @@ def drawn(drawing: DrawArguments, log_pi: Tensor, log_kept: Kept, arrivals: Arri
     }
     off = {"mask": None, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     wanted = {"mask": drawing.mask, **settings}
-    so_far: dict[str, Any] = {"temperature": settings["temperature"]}
+    so_far: dict[str, Any] = {"temperature": settings["temperature"], "bias": drawing.bias}
     scores, filters = log_kept(log_pi, so_far), {}
     for name, value in off.items():
         if wanted[name] is value or (name != "mask" and wanted[name] == value):
@@ -67,7 +67,9 @@ def drawn(drawing: DrawArguments, log_pi: Tensor, log_kept: Kept, arrivals: Arri
     if np.isnan(scores).any():
         return {}
     if settings["temperature"] == 0:
-        return {"filters": filters, "winner": int(np.argmax(scores)), "proposal_logprob": 0.0}
+        token = int(np.argmax(scores))
+        found = {"filters": filters, "winner": token, "proposal_logprob": 0.0}
+        return found | _bias(drawing, token)
     p = np.exp(scores)
     tiles = np.add.reduceat(p, np.arange(0, len(p), philox.TILE))
     seed, position = int(drawing.seed), int(drawing.position)
@@ -77,7 +79,12 @@ def drawn(drawing: DrawArguments, log_pi: Tensor, log_kept: Kept, arrivals: Arri
     ids = first + np.arange(len(inside))
     race = _contest(arrivals(seed, position, ids, 1), inside, first)
     found = {"filters": filters, "tile": tile, "race": race, "winner": race.winner}
+    found |= _bias(drawing, race.winner)
     return found | {"proposal_logprob": float(scores[race.winner])}
+
+
+def _bias(drawing: DrawArguments, token: int) -> dict[str, float]:
+    return {} if drawing.bias is None else {"bias": float(drawing.bias[0, token])}
 
 
 def _contest(arrival: Array, mass: Array, first: int) -> Contest:
@@ -93,10 +100,10 @@ def _contest(arrival: Array, mass: Array, first: int) -> Contest:
 
 def oracle_kept(drawing: DrawArguments) -> Kept:
     def log_kept(log_pi: Tensor, settings: dict[str, Any]) -> Array:
-        mask = settings.get("mask")
-        return reference.filtered_log_probs(
-            log_pi, **(settings | {"mask": None if mask is None else mask[0]})
-        )
+        of_row: dict[str, Any] = {
+            name: x[0] if isinstance(x, Tensor) else x for name, x in settings.items()
+        }
+        return reference.filtered_log_probs(log_pi, **of_row)
 
     return log_kept
 
@@ -110,10 +117,13 @@ def torch_kept(drawing: DrawArguments) -> Kept:
 
     def log_kept(log_pi: Tensor, settings: dict[str, Any]) -> Array:
         key = log_pi[None].clone()
+        level = key.max(1).values
         if settings.get("mask") is not None:
             key[
                 0, ~torch.from_numpy(reference.unpack_mask(settings["mask"][0], len(log_pi)))
             ] = -torch.inf
+        if settings["bias"] is not None:
+            key = biased(key[:, None], settings["bias"], level)[0][:, 0]
         cpu, one = torch.device("cpu"), slice(0, 1)
         t = row_scalar(settings["temperature"], one, cpu, torch.float32)
         k = row_scalar(settings.get("top_k", 0), one, cpu, torch.int64)

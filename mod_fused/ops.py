@@ -100,6 +100,8 @@ def sample(
     top_p: float | Sequence[float] | Tensor | None = None,
     min_p: float | Sequence[float] | Tensor | None = None,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_ids: Tensor | None = None,
     seed: int | Sequence[int] | Tensor | None = None,
     position: int | Sequence[int] | Tensor = 0,
     return_model_logprobs: bool = False,
@@ -114,10 +116,11 @@ def sample(
         u(s)   = sum_i w_i f'(pi_i(s) / pi_ref(s)) + sum_j v_j V_j(s)
         pi*(s) = pi_ref(s) (f')^-1(u(s) - Z),      Z such that sum_s pi*(s) = 1
 
-    Then mask, temperature, top-k, top-p and min-p apply in this order; each renormalises before
-    the next. No gradient flows: inputs are detached. There are B rows, M policies (at most 8),
-    V = `vocab_size` token ids and J value tensors. Numbers and lists of numbers may be NumPy's. An
-    argument that is scalar or [B], except the seed, may be a tensor [] too, which all rows share.
+    Then mask, bias, temperature, top-k, top-p and min-p apply in this order; each renormalises
+    before the next. No gradient flows: inputs are detached. There are B rows, M policies (at most
+    8), V = `vocab_size` token ids and J value tensors. Numbers and lists of numbers may be NumPy's.
+    An argument that is scalar or [B], except the seed, may be a tensor [] too, which all rows
+    share.
 
     Args:
         ref_logits: [B, V0] float32, float16 or bfloat16, contiguous in the last dimension. None
@@ -161,13 +164,19 @@ def sample(
             one.
         mask: bool [B, V], True = allowed, or packed int32 [B, ceil(V/32)], bit s % 32 of word s //
             32.
+        bias: float32, float16 or bfloat16 [B, V], or [V] for all rows, contiguous in the last
+            dimension: added to log pi*, in nats, for penalties and logit biases. It acts after Z
+            and changes neither pi* nor `logprobs`. -inf excludes a token; no bias brings back a
+            token that is excluded.
+        bias_ids: int64 of the shape of `bias`, which is [B, K] or [K] then: the tokens that it is
+            for, unique in a row, -1 for padding. Other tokens have a bias of 0.
         seed: an int (row b uses SplitMix64(seed + b)), int64 [B] (one each, independent of the
             batch), or None (drawn with torch.randint on the device).
         position: tokens of the response before this one, int or int64 [B]; equal (seed, position)
             draws equal noise.
         return_model_logprobs: also return each model's log-probability of the token.
         return_proposal_logprobs: also return the log of the probability with which the token was
-            drawn, after mask, temperature and filters: what importance weights divide by.
+            drawn, after mask, bias, temperature and filters: what importance weights divide by.
         backend: None for the fastest available; see `backends`.
         out: a `Sample` that the call fills and returns. Its tensors are contiguous, of the result's
             shapes and dtypes, on the logits' device, and share no memory with other arguments.
@@ -180,14 +189,14 @@ def sample(
             allocates one for each call. The torch and cpu backends use no workspace and leave it as
             it is. A call on a GPU allocates nothing, and can be captured in a CUDA graph, when it
             is given `out`, `workspace`, and tensors or single numbers for everything that goes by
-            row (weights for all rows may be a list). Candidates (`value_ids`) allocate even then,
-            and so do seed=None, which draws seeds, and lists per row, which are copied to the
+            row (weights for all rows may be a list). `value_ids` and `bias_ids` allocate even
+            then, and so do seed=None, which draws seeds, and lists per row, which are copied to the
             device. A list per row is refused while a graph is captured.
 
     Returns:
         `Sample`, which is `out` where that is given. A row is invalid if a tensor that counts holds
-        NaN or +inf, if an id is out of range, if support and mask leave no token, or if a parameter
-        in a tensor is bad. An invalid row disturbs no other.
+        NaN or +inf, if an id is out of range or twice among `bias_ids`, if support, mask and bias
+        leave no token, or if a parameter in a tensor is bad. An invalid row disturbs no other.
 
     Raises:
         ValueError: wrong shapes, devices, names, or numbers out of range.
@@ -216,6 +225,8 @@ def sample(
         top_p,
         min_p,
         mask,
+        bias,
+        bias_ids,
         seed,
         position,
         return_model_logprobs,
@@ -229,7 +240,7 @@ def sample(
         outputs = *registration.sample[name](*pack(mixing, drawing)), None
     else:
         if workspace is not None:
-            workspace = check_workspace(mixing, any(drawing.filters()), workspace)
+            workspace = check_workspace(mixing, drawing.needs_keys(), workspace)
         outputs = new_outputs(mixing, drawing) if out is None else check_out(mixing, drawing, out)
         registration.sample_out[name](*pack(mixing, drawing), *outputs, workspace)
     if out is not None:

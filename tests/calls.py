@@ -74,6 +74,8 @@ DRAWS: dict[str, dict[str, Any]] = {
     },
     "packed": {"seed": [1, 2, 3], "mask": torch.full((B, 35), -1, dtype=torch.int32)},
     "greedy": {"seed": 1, "temperature": 0.0, "return_proposal_logprobs": True},
+    "bias": {"seed": 1, "bias": normal(8, B, V), "return_proposal_logprobs": True},
+    "sparse_bias": {"seed": 1, "bias": normal(9, 4).half(), "bias_ids": IDS[0], "top_k": 20},
 }  # fmt: skip
 
 

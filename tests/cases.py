@@ -124,3 +124,22 @@ def assert_proposal_logprobs_are_the_oracle_s(
     for b, (token, got) in enumerate(at):
         expected = filtered(log_p, b, **filters)[token]
         np.testing.assert_allclose(got, expected, rtol=0, atol=bound, err_msg=f"row {b}")
+
+
+def assert_only_these_rows_are_invalid(
+    op: Any, bad: set[int], args: Any, clean_args: Any, clean_kwargs: Any = None, **kwargs: Any
+) -> None:
+    """Both functions flag the rows `bad`; the others equal those of the clean call."""
+    count = len(args[1][0] if args[0] is None else args[0])
+    seed = torch.arange(count) + 10
+    asked = {"return_model_logprobs": True, "return_proposal_logprobs": True}
+    drawn = op.sample(*args, seed=seed, **asked, **kwargs)
+    assert drawn.valid.tolist() == [b not in bad for b in range(count)]
+    rows = list(bad)
+    assert (drawn.tokens[rows] == 0).all()
+    assert drawn.logprobs[rows].isnan().all() and drawn.model_logprobs[rows].isnan().all()
+    assert drawn.proposal_logprobs[rows].isnan().all()
+    good = [b for b in range(count) if b not in bad]
+    clean = op.sample(*clean_args, seed=seed, **(kwargs if clean_kwargs is None else clean_kwargs))
+    assert torch.equal(drawn.tokens[good], clean.tokens[good])
+    assert (drawn.logprobs[good] - clean.logprobs[good]).abs().max() <= 1e-5

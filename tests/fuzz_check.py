@@ -21,7 +21,7 @@ MAX_TV = 5e-5
 ULP = 2.0**-23
 #: Compared with the C++ backend.
 OTHERS = ("torch", "triton") if backends()["triton"] == "available" else ("torch",)
-DRAW_FILTERS = ("temperature", "top_k", "top_p", "min_p", "mask")
+DRAW_FILTERS = ("temperature", "top_k", "top_p", "min_p", "mask", "bias")
 #: Asked of every draw.
 ASKED = {"return_model_logprobs": True, "return_proposal_logprobs": True}
 
@@ -33,7 +33,8 @@ def check(
     happened. `wild` numbers are judged by the oracle alone, and only the validity of draws."""
     events = Counter(calls=1)
     log_p, drawn = _both_thread_counts(args, mixture, draw)
-    _check_invariants(log_p, drawn, draw.get("mask"), not wild, _unit(args, mixture))
+    draw_of_oracle = {**draw, "bias": _dense_bias(draw, *log_p.shape)}
+    _check_invariants(log_p, drawn, draw_of_oracle, not wild, _unit(args, mixture))
     if wild:
         events += _judge_rows(args, mixture, "cpu", log_p)
     for backend in OTHERS:
@@ -45,8 +46,26 @@ def check(
             assert torch.equal(drawn.valid & both, other.valid & both), f"{backend}: other draws"
             continue
         events += _compare_log_probs(args, mixture, log_p, log_q)
-        events += _compare_draws(args, mixture, draw, log_p, log_q, drawn, other)
+        events += _compare_draws(args, mixture, draw_of_oracle, log_p, log_q, drawn, other)
     return events
+
+
+def _dense_bias(draw: Any, rows: int, vocab: int) -> torch.Tensor | None:
+    """The bias [rows, vocab] token by token; NaN for a row whose ids are bad."""
+    if "bias" not in draw:
+        return None
+    if "bias_ids" not in draw:
+        return draw["bias"].float().expand(rows, vocab)
+    dense = torch.zeros(rows, vocab)
+    for b, ids in enumerate(draw["bias_ids"].tolist()):
+        listed = [token for token in ids if token != -1]
+        if len(set(listed)) < len(listed) or not all(0 <= token < vocab for token in listed):
+            dense[b] = math.nan
+            continue
+        for token, x in zip(ids, draw["bias"][b].tolist(), strict=True):
+            if token != -1:
+                dense[b, token] = x
+    return dense
 
 
 def _judge_rows(args: Any, mixture: Any, backend: str, got: torch.Tensor) -> Counter[str]:
@@ -92,7 +111,7 @@ def _unit(args: Any, mixture: Any) -> Array:
 
 
 def _check_invariants(
-    log_p: torch.Tensor, drawn: Any, mask: Any, compare: bool, unit: Array
+    log_p: torch.Tensor, drawn: Any, draw: Any, compare: bool, unit: Array
 ) -> None:
     rows = log_p.isnan()
     assert torch.equal(rows.any(1), rows.all(1)), "NaN inside a row"
@@ -106,8 +125,14 @@ def _check_invariants(
     assert (proposal.isfinite() & (proposal <= 0.0)).all(), proposal
     assert bad[invalid].all(), "a token from a row without log-probabilities"
     assert drawn.logprobs[drawn.valid].isfinite().all(), drawn.logprobs
+    mask, bias = draw["mask"], draw["bias"]
+    if bias is not None:
+        readable = (bias < math.inf).all(1)
+        assert bad[~readable].all(), "a token from a bias with NaN or +inf"
     for b in torch.nonzero(drawn.valid).flatten().tolist():
         token = drawn.tokens[b].item()
+        if bias is not None:
+            assert bias[b, token] > -math.inf, f"row {b}: the bias excludes token {token}"
         assert log_p[b, token] > -math.inf, f"row {b}: token {token} is off the support"
         if mask is not None:
             allowed = reference.unpack_mask(mask[b], vocab)
@@ -281,6 +306,8 @@ def _compare_draws(
             filters = {name: _of_row(draw[name], b) for name in DRAW_FILTERS}
             at = np.isfinite(x[b]) & np.isfinite(y[b])
             slack = 1e-4 + 4.0 * np.abs(x[b] - y[b])[at].max(initial=0.0)
+            if filters["bias"] is not None:  # the biased keys, too, are rounded, from the largest
+                slack += 8.0 * ULP * np.ptp(x[b][at]) if at.any() else 0.0
             assert _could_win(token, [x[b], y[b]], filters, noise, slack), (
                 f"row {b}: token {token}, torch draws {other.tokens[b].item()}"
             )
@@ -332,7 +359,7 @@ def _could_win(
     temperature = float(np.float32(filters["temperature"]))
     for log_p in log_ps:
         if temperature == 0.0:
-            final = reference.filtered_log_probs(log_p, mask=filters["mask"])
+            final = reference.filtered_log_probs(log_p, mask=filters["mask"], bias=filters["bias"])
             if final[token] >= final.max() - slack - 1e-6 * abs(final.max()):
                 return True
             continue
@@ -352,10 +379,8 @@ def _moved_cuts(log_p: Array, filters: dict[str, Any], change: float, slack: flo
         moved["min_p"] = min(1.0, filters["min_p"] * (1.0 - change))
         top_k = int(filters["top_k"])
         if top_k:
-            allowed = log_p
-            if filters["mask"] is not None:
-                mask = reference.unpack_mask(filters["mask"], len(log_p))
-                allowed = np.where(mask, log_p, -np.inf)
+            given = {name: filters[name] for name in ("mask", "bias")}
+            allowed = reference.filtered_log_probs(log_p, **given)
             kth = np.sort(allowed)[-min(top_k, len(log_p))]
             cut = kth - math.copysign(slack, change) if np.isfinite(kth) else kth
             moved["top_k"] = max(1, int((allowed >= cut).sum()))

@@ -75,6 +75,10 @@ class Case:
     top_p: Parameter = ("number", (1.0,))
     min_p: Parameter = ("number", (0.0,))
     mask: str = "none"
+    bias: str = "none"
+    bias_scale: float = 1.0
+    bias_specials: tuple[tuple[int, int, float], ...] = ()  # (row, column, bias)
+    bias_bad_id: int = 0  # added to one id
     seed: int = 0
     per_row_seeds: bool = False
     position: int = 0
@@ -83,6 +87,10 @@ class Case:
 # Cases that failed once, or that nothing else reaches; always run first.
 CORPUS = (
     Case(),
+    # The largest bias is that of a token off the support.
+    Case(
+        vocab=50, specials=((0, 0, 7, -INF),), bias="dense float32", bias_specials=((0, 7, 1e30),)
+    ),
     Case(vocab=1, policies=0, values=1, weights=()),
     # No term at all: no reference, all weights zero.
     Case(reference=False, weights=(0.0,), weights_form="tensor"),
@@ -255,6 +263,32 @@ def mask_of(case: Case, rng: np.random.Generator) -> torch.Tensor | None:
     return mask
 
 
+def bias_of(case: Case, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    if case.bias == "none":
+        return {}
+    form, _, dtype = case.bias.partition(" ")
+    width = min(9, case.vocab) if form == "sparse" else case.vocab
+    bias = rng.normal(size=(case.batch, width)) * case.bias_scale
+    if case.quantum:
+        bias = np.round(bias / case.quantum) * case.quantum
+    for row, column, x in case.bias_specials:
+        if case.batch:
+            bias[row % case.batch, column % width] = x
+    padded = torch.full((case.batch, width + 3), NAN, dtype=DTYPES[dtype])
+    padded[:, 1 : width + 1] = torch.from_numpy(bias)
+    made = {"bias": padded[:, 1 : width + 1]}
+    if form == "shared" and case.batch:
+        made["bias"] = made["bias"][0]
+    if form == "sparse":
+        rows = [rng.permutation(case.vocab)[:width] for _ in range(case.batch)]
+        ids = torch.from_numpy(np.array(rows, dtype=np.int64).reshape(case.batch, width))
+        ids[:, 1::4] = -1
+        if case.bias_bad_id and case.batch:
+            ids[-1, -1] += case.bias_bad_id
+        made["bias_ids"] = ids.t().contiguous().t()
+    return made
+
+
 def _near(logits: list[torch.Tensor], case: Case) -> bool:
     """Whether log-ratios stay inside the range of float32, which the oracle's own mass lacks."""
     scales = case.scales or (1.0,)
@@ -322,6 +356,7 @@ def build(case: Case) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
         "top_p": parameter(case.top_p, case.batch, float),
         "min_p": parameter(case.min_p, case.batch, float),
         "mask": mask_of(case, rng),
+        **bias_of(case, rng),
         "seed": case.seed,
         "position": case.position,
     }
@@ -364,6 +399,11 @@ def cases(draw: Any, wild: bool | None = None) -> Case:
     )  # fmt: skip
     scale = pick(1.0, 0.5, 1.7, 0.01, *([2e-38, 1e-30, 1e30, 3e38] if wild else []))
     often_few = st.one_of(st.just(()), st.lists(special, max_size=5).map(tuple))
+
+    bias_special = st.tuples(
+        st.integers(0, 4), st.integers(0, 2999),
+        pick(*[100.0, -100.0, 1e4, -1e4, 1e30, -1e30, 3e38, -3e38, -INF] * 4, NAN, INF),
+    )  # fmt: skip
 
     def option(good: list[float], bad: list[float], dtypes: tuple[str, ...]) -> Parameter:
         chosen = one(pick("off", "off", "number", "list", *dtypes))
@@ -416,6 +456,14 @@ def cases(draw: Any, wild: bool | None = None) -> Case:
         top_p=option([1.0, 0.9, 0.5, 0.1, 1e-6, 0.999999], [0.0, -1.0, 1.5, NAN], floats),
         min_p=option([0.0, 0.05, 0.5, 1.0, 1e-6, 1e-30], [-0.1, 1.1, NAN], floats),
         mask=one(pick("none", "none", "bool", "strided", "packed", "packed_strided", "empty_row")),
+        bias=one(
+            pick(
+                *["none"] * 4, *(f"{f} {d}" for f in ("dense", "shared", "sparse") for d in DTYPES)
+            )
+        ),
+        bias_scale=one(pick(1.0, 0.0, 0.1, 10.0, 1000.0, *magnitudes)),
+        bias_specials=one(st.one_of(st.just(()), st.lists(bias_special, max_size=4).map(tuple))),
+        bias_bad_id=one(pick(*[0] * 8, -5, 3000, 2**62)),
         seed=one(st.one_of(st.integers(0, 100), st.integers(-(2**63), 2**64 - 1))),
         per_row_seeds=one(st.booleans()),
         position=one(st.one_of(st.integers(0, 10), st.integers(0, 2**63 - 1))),

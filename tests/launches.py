@@ -11,7 +11,7 @@ from mod_fused.call.checks import check_draw, check_mixture
 from mod_fused.call.outputs import new_outputs
 
 DRAW = (
-    "temperature", "top_k", "top_p", "min_p", "mask", "return_model_logprobs",
+    "temperature", "top_k", "top_p", "min_p", "mask", "bias", "return_model_logprobs",
     "return_proposal_logprobs",
 )  # fmt: skip
 

@@ -57,7 +57,16 @@ CASES: dict[str, dict[str, Any]] = {
     "filters": {"divergence": "jsd", "temperature": 0.8, "top_k": 60, "top_p": 0.9, "min_p": 0.02},
     "mask": {"divergence": "jeffrey", "mask": torch.arange(V).expand(B, V) % 3 == 0},
     "greedy": {"divergence": "jsd", "temperature": 0.0},
+    "bias": {
+        "divergence": "jsd",
+        "bias": torch.randn(B, V, generator=GENERATOR),
+        "mask": torch.arange(V).expand(B, V) % 3 == 0,
+        "top_p": 0.99,
+    },
+    "sparse bias": {"bias": torch.tensor([4.0, -2.0]), "bias_ids": torch.tensor([7, V - 1])},
 }
+
+LOG_LINEAR = ("reverse_kl", "sparse bias")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -78,11 +87,11 @@ def test_its_numbers_are_the_oracles_and_its_token_is_that_of_sample(op: Any, ca
         "excess_deficit",
     ):  # fmt: skip
         theirs = getattr(expected, name)
-        assert (theirs is None) == (case == "reverse_kl"), name
+        assert (theirs is None) == (case in LOG_LINEAR), name
         assert getattr(found, name) == (
             theirs if theirs is None else pytest.approx(theirs, **close)
         )
-    assert (found.lower is None) == (case in ("reverse_kl", "zero"))
+    assert (found.lower is None) == (case in (*LOG_LINEAR, "zero"))
     if found.lower is not None:
         assert found.lower <= expected.tau <= found.upper
         assert op.backend == "cpu" or found.evaluations > 0
@@ -93,6 +102,9 @@ def test_its_numbers_are_the_oracles_and_its_token_is_that_of_sample(op: Any, ca
         assert (mine is None) == (theirs is None) == (case == "greedy")
         if mine is not None:
             assert mine == pytest.approx(theirs, rel=1e-4)
+    assert (found.bias is None) == ("bias" not in arguments) and found.bias == expected.bias
+    if case == "bias":
+        assert found.bias == arguments["bias"][1, found.token]
     assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
     assert found.proposal_logprob == pytest.approx(expected.proposal_logprob, abs=1e-4)
 
@@ -132,6 +144,7 @@ def test_the_race_shows_its_margin() -> None:
     [
         ({"logit": torch.inf}, "logit"),
         ({"mask": torch.zeros(B, V, dtype=torch.bool)}, "mask"),
+        ({"bias": torch.full((V,), -torch.inf)}, "bias"),
         ({"temperature": torch.tensor([1.0, -1.0])}, "parameter"),
     ],
 )

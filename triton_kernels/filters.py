@@ -1,5 +1,5 @@
-"""The second launch, where top-k, top-p or min-p are on: for each row one program finds the least
-key that the filters keep, by counting, and draws."""
+"""The second launch, where a bias, top-k, top-p or min-p are on: for each row one program adds the
+bias, finds the least key that the filters keep, by counting, and draws."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import triton.language as tl
 from .constants import INFINITY, TILE
 from .draw import store_draw, store_proposal, winner_tile, winner_token
 from .elementary import exp
+from .keys import key_tile
 from .parameters import (
     good_parameters,
     inverse_temperature,
@@ -117,6 +118,42 @@ def weighted_rank(
 
 
 @triton.jit
+def block_at(begin, vocab, variant: tl.constexpr):
+    """The tiles of a block from tile `begin` on, their tokens, and which of these there are."""
+    tile = begin + tl.arange(0, variant.filter_block // TILE)
+    offsets = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    return tile, offsets, offsets < vocab
+
+
+@triton.jit
+def add_bias(drawing, state, fields, keys, row, vocab, tiles, variant: tl.constexpr):
+    """Add the bias to a row's keys, up to a constant, and store the tiles' peaks. Returns whether
+    the bias holds neither NaN nor +inf."""
+    ROWS: tl.constexpr = variant.filter_block // TILE
+    biases = drawing.bias + row.to(tl.int64) * drawing.bias_stride
+    level = tl.load(state + LEVEL).to(tl.float32)
+    highest = tl.full([], float("-inf"), tl.float32)
+    unreadable = tl.zeros([], tl.int32)
+    for begin in range(0, tiles, ROWS):
+        _, offsets, inside = block_at(begin, vocab, variant)
+        key = tl.load(keys + offsets, mask=inside, other=-INFINITY, cache_modifier=".cg")
+        bias = tl.load(biases + offsets, mask=inside, other=0.0).to(tl.float32)
+        unreadable += tl.sum(tl.sum(((bias < INFINITY) == 0).to(tl.int32), 1), 0)
+        left = tl.where((key > -INFINITY) & (bias < INFINITY), bias, -INFINITY)
+        highest = tl.maximum(highest, tl.max(tl.max(left, 1), 0))
+    for begin in range(0, tiles, ROWS):
+        tile, offsets, inside = block_at(begin, vocab, variant)
+        key = tl.load(keys + offsets, mask=inside, other=-INFINITY, cache_modifier=".cg")
+        bias = tl.load(biases + offsets, mask=inside, other=0.0).to(tl.float32)
+        # Both are measured from their largest, so that neither rounds the other away.
+        key = tl.where(key > -INFINITY, (key - level) + (bias - highest), -INFINITY)
+        tl.store(keys + offsets, key, mask=inside)
+        tl.store(fields + DRAW_PEAK * variant.tiles + tile, tl.max(key, 1), mask=tile < tiles)
+    tl.debug_barrier()
+    return unreadable == 0
+
+
+@triton.jit
 def kept_mass(key, peak, beta, least, log_min_p):
     scaled = (tl.where(key > -INFINITY, key, peak) - peak) * beta
     kept = (key > -INFINITY) & (key >= least) & (scaled >= log_min_p)
@@ -147,7 +184,10 @@ def filter_kernel(
     keys = work.keys + row.to(tl.int64) * mixing.vocab
     temperature = temperature_of(drawing, row)
     beta = inverse_temperature(temperature)
-    if variant.mask or variant.tempered:
+    readable = tl.full([], True, tl.int1)
+    if variant.bias:
+        readable = add_bias(drawing, state, fields, keys, row, mixing.vocab, tiles, variant)
+    if variant.mask or variant.tempered or variant.bias:
         peaks = tile_field(fields, DRAW_PEAK, tiles, variant, float("-inf"))
     else:
         peaks = tile_field(fields, KEY_PEAK, tiles, variant, float("-inf"))
@@ -155,6 +195,7 @@ def filter_kernel(
     valid = (
         (tl.load(state + VALID) > 0.0)
         & (tl.abs(peak) < INFINITY)
+        & readable
         & good_parameters(mixing, drawing, row, variant)
     )
     peak = tl.where(valid, peak, 0.0)
@@ -182,11 +223,8 @@ def filter_kernel(
         log_min_p = tl.where(min_p > 0.0, tl.log(tl.where(min_p > 0.0, min_p, 1.0)), log_min_p)
 
     for begin in range(0, tiles, ROWS):
-        tile = begin + tl.arange(0, ROWS)
-        offsets = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        key = tl.load(
-            keys + offsets, mask=offsets < mixing.vocab, other=-INFINITY, cache_modifier=".cg"
-        )
+        tile, offsets, inside = block_at(begin, mixing.vocab, variant)
+        key = tl.load(keys + offsets, mask=inside, other=-INFINITY, cache_modifier=".cg")
         tl.store(
             fields + DRAW_SUM * variant.tiles + tile,
             tl.sum(kept_mass(key, peak, beta, least, log_min_p), 1),
@@ -214,7 +252,11 @@ def filter_kernel(
         own_position,
     )
     valid = valid & found & inside
-    logprob = token_key - tl.load(state + LEVEL) - tl.load(state + MIX_LOG_NORM)
+    own_key = token_key
+    if variant.bias:
+        unbiased, _ = key_tile(mixing, state, model_fields, row, tile, tiles, variant)
+        own_key = tl.sum(tl.where(offsets == token, unbiased, 0.0), 0)
+    logprob = own_key - tl.load(state + LEVEL) - tl.load(state + MIX_LOG_NORM)
     store_draw(mixing, drawing, state, model_fields, row, token, logprob, valid, tiles, variant)
     if variant.proposal_logprobs:
         store_proposal(drawing, row, valid, token_key, peak, mass, temperature)

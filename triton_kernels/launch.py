@@ -57,6 +57,7 @@ class Variant(NamedTuple):
     draw: bool  # draw in the mixture kernel
     mask: bool
     packed_mask: bool
+    bias: bool
     tempered: bool  # some temperature is not 1
     top_k: bool
     top_p: bool
@@ -96,13 +97,13 @@ def variant_of(
         stieltjes = divergence.excess is not None
         evaluations = SECULAR_EVALUATIONS if stieltjes else NEWTON_EVALUATIONS
     mask = tempered = top_k = top_p = min_p = False
-    packed = False
+    packed = filters = False
     if drawing is not None:
         mask = drawing.mask is not None
         packed = drawing.mask is not None and drawing.mask.dtype == torch.int32
         tempered = isinstance(drawing.temperature, Tensor) or drawing.temperature != 1.0
         top_k, top_p, min_p = drawing.filters()
-    filters = top_k or top_p or min_p
+        filters = drawing.needs_keys()
     finish = drawing is None
     return Variant(
         models=mixing.model_count(),
@@ -121,6 +122,7 @@ def variant_of(
         draw=drawing is not None and not filters,
         mask=mask,
         packed_mask=packed,
+        bias=drawing is not None and drawing.bias is not None,
         tempered=tempered,
         top_k=top_k,
         top_p=top_p,

@@ -64,6 +64,8 @@ class Drawing(NamedTuple):
     min_p_stride: int = 0
     mask: Tensor | None = None
     mask_strides: tuple[int, int] = (0, 0)
+    bias: Tensor | None = None
+    bias_stride: int = 0
     seed_pointer: Tensor | None = None
     seed_stride: int = 0
     position_pointer: Tensor | None = None
@@ -160,6 +162,8 @@ def drawing_of(drawing: DrawArguments, outputs: Outputs) -> Drawing:
         **fields,
         mask=mask.view(torch.int8) if mask is not None and mask.dtype == torch.bool else mask,
         mask_strides=_strides(mask, 2),
+        bias=drawing.bias,
+        bias_stride=0 if drawing.bias is None else drawing.bias.stride(0),
         tokens=tokens,
         logprobs=logprobs,
         valid=valid.view(torch.int8),

@@ -33,7 +33,7 @@ void run(const Request& request) {
   };
   const auto run_rows = [&](int64_t begin, int64_t end, const TileRunner& run_tiles) {
     Scratch& scratch = thread_scratch();
-    scratch.reserve(tiles, request.models, whole_row);
+    scratch.reserve(tiles, request.models, whole_row, request.bias.data != nullptr);
     for (int64_t b = begin; b < end; ++b) Row(request, b, scratch, run_tiles).run();
   };
 

@@ -77,7 +77,7 @@ struct Packed {
 
 // Slots of the mixture, then those of the draw.
 enum TensorSlot { kWeights, kValues, kValueIds, kValueWeights, kPrefix, kOwnPrefix, kPlausibilities, kMixtureTensors,
-                  kMask = kMixtureTensors, kTemperatures, kTopKs, kTopPs, kMinPs, kSeeds, kPositions, kDrawTensors };
+                  kMask = kMixtureTensors, kBias, kTemperatures, kTopKs, kTopPs, kMinPs, kSeeds, kPositions, kDrawTensors };
 enum IntegerSlot { kReference, kVocab, kPlausibilityTensor, kExact, kDivergence, kMixtureIntegers,
                    kTopK = kMixtureIntegers, kSeed, kPosition, kModelLogprobs, kProposalLogprobs, kDrawIntegers };
 enum NumberSlot { kPlausibility, kAlpha, kMixtureNumbers, kTemperature = kMixtureNumbers, kTopP, kMinP, kDrawNumbers };
@@ -222,7 +222,8 @@ Request drawing(const Packed& packed) {
     for (int64_t b = 0; b < request.rows; ++b)
       request.seeds.entries.push_back(split_mix((uint64_t)packed.integers[kSeed] + (uint64_t)b));
   }
-  request.filters = request.mask.data != nullptr;
+  if (const Pointer bias = packed.tensor(kBias)) request.bias = rows_of(*bias);
+  request.filters = request.mask.data != nullptr || request.bias.data != nullptr;
   for (int64_t k : request.top_k.entries) request.filters |= k > 0;
   for (double p : request.top_p.entries) request.filters |= p < 1.0;
   for (float p : request.min_p.entries) request.filters |= p > 0.0f;

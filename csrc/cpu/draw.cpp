@@ -15,10 +15,12 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 bool Row::draw_from_keys() {
   const float* keys = scratch_.keys();
+  const float* unbiased = request_.bias.data ? scratch_.unbiased.data() : keys;
   for_tiles([&](int64_t tile) {
     if (request_.mask.data) apply_mask(tile);
     scratch_.mixes[tile].peak = loops_.filters.peak(keys + tile * kTile, tile_size(tile));
   });
+  if (request_.bias.data && !add_bias()) return false;
   float peak = -kInfinity;
   for (const TileMix& mix : scratch_.mixes) peak = std::max(peak, mix.peak);
   if (!(std::fabs(peak) < kInfinity)) return false;
@@ -26,7 +28,7 @@ bool Row::draw_from_keys() {
     int64_t tile = 0;
     while (scratch_.mixes[tile].peak != peak) ++tile;
     token_ = std::find(keys + tile * kTile, keys + request_.vocab, peak) - keys;  // the first of equal keys
-    token_key_ = peak;
+    token_key_ = unbiased[token_];
     return true;
   }
   const float beta = inverse_temperature();
@@ -44,8 +46,8 @@ bool Row::draw_from_keys() {
     scratch_.masses[tile] = kept ? token_masses(tile, mass) : 0.0f;
   });
   if (!race(token_masses)) return false;
-  token_key_ = keys[token_];
-  propose((token_key_ - peak) * beta);
+  token_key_ = unbiased[token_];
+  propose(((double)keys[token_] - peak) * beta);
   return true;
 }
 

@@ -1,4 +1,4 @@
-// Mask, top-k and top-p on keys: the least key that each keeps.
+// Mask and bias on keys; top-k and top-p: the least key that each keeps.
 
 #include <algorithm>
 #include <cmath>
@@ -33,6 +33,33 @@ void Row::apply_mask(int64_t tile) const {
   } else {
     for (int i = 0; i < n; ++i) key[i] = mask.allows(b_, begin + i) ? key[i] : -kInfinity;
   }
+}
+
+bool Row::add_bias() {
+  const Source bias = request_.bias.row(b_, 1.0f);
+  for_tiles([&](int64_t tile) {
+    alignas(64) float x[kTile];
+    const int n = tile_size(tile);
+    loops_.load(bias, tile * kTile, n, x);
+    scratch_.slopes[tile] = loops_.filters.highest_bias(scratch_.keys() + tile * kTile, x, n);
+  });
+  float highest = -kInfinity;
+  for (float of_tile : scratch_.slopes) {
+    if (std::isnan(of_tile)) return false;
+    highest = std::max(highest, of_tile);
+  }
+  if (highest == -kInfinity) return false;  // no token is left
+  for_tiles([&](int64_t tile) {
+    alignas(64) float x[kTile];
+    const int64_t begin = tile * kTile;
+    const int n = tile_size(tile);
+    float* key = scratch_.keys() + begin;
+    std::copy(key, key + n, scratch_.unbiased.data() + begin);
+    loops_.load(bias, begin, n, x);
+    loops_.filters.add_bias(x, n, (float)level_, highest, key);
+    scratch_.mixes[tile].peak = loops_.filters.peak(key, n);
+  });
+  return true;
 }
 
 void Row::collect(float least) {

@@ -79,7 +79,8 @@ struct Request {
   PerRow<int64_t> top_k, position;
   PerRow<uint64_t> seeds;  // one per row
   Mask mask;
-  bool filters = false;  // some row has a mask, top-k, top-p or min-p, or the call wants log pi* of all tokens
+  Rows bias;             // data null: none
+  bool filters = false;  // some row has a mask, bias, top-k, top-p or min-p
   bool model_logprobs = false, proposal_logprobs = false;
 
   bool log_linear() const { return divergence == kReverseKL; }

@@ -13,7 +13,7 @@ constexpr std::align_val_t kAlignment{64};
 constexpr double kLeastSum = 1e-20;  // below it, what float32 cuts off could show
 }  // namespace
 
-void Scratch::reserve(int64_t tiles, int models, bool per_token) {
+void Scratch::reserve(int64_t tiles, int models, bool per_token, bool biased) {
   logit_sums.resize((size_t)(tiles * models));
   mixes.resize((size_t)tiles);
   deficits.resize((size_t)tiles);
@@ -22,6 +22,7 @@ void Scratch::reserve(int64_t tiles, int models, bool per_token) {
   masses.resize((size_t)tiles);
   counts.resize((size_t)tiles);
   weights.resize((size_t)tiles);
+  if (biased) unbiased.resize((size_t)(tiles * kTile));
   const int64_t needed = per_token ? tiles * kTile : 0;
   if (needed > capacity_) {
     ::operator delete(first_, kAlignment);

@@ -14,7 +14,7 @@ namespace mod_fused {
 constexpr double kFarLevel = 128.0;
 constexpr double kSmallestLogRatio = -80.0;  // smaller log-ratios count as this
 
-// Memory of a row: two floats per vocabulary entry and a few per tile. A thread keeps it between calls.
+// Memory of a row: two floats per vocabulary entry, a third with a bias, and a few per tile. A thread keeps it between calls.
 struct Scratch {
   // The two floats per entry, by the names of their contents. First they hold p and u (before that Q, see divergence.h), later
   // the keys and, for the filters, the candidates among the keys.
@@ -30,8 +30,9 @@ struct Scratch {
   std::vector<float> masses;           // for the race
   std::vector<int> counts;             // how many candidates
   std::vector<int64_t> weights;        // for top-p
+  std::vector<float> unbiased;         // the keys before the bias
 
-  void reserve(int64_t tiles, int models, bool per_token);
+  void reserve(int64_t tiles, int models, bool per_token, bool biased);
   Scratch() = default;
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -137,6 +138,7 @@ class Row {
 
   // filters.cpp
   void apply_mask(int64_t tile) const;
+  bool add_bias();                           // to the keys, whose peaks it stores; false if it is NaN or +inf
   float top_k_cut(float peak);               // the least key that top-k keeps; -inf keeps all
   float top_p_cut(float peak, float least);  // the least key that top-p keeps, of the keys >= least
   void collect(float least);                 // makes the keys >= least candidates
@@ -166,7 +168,7 @@ class Row {
   bool sampling() const { return request_.log_probs == nullptr; }
   // Finite for the smallest temperatures too, so that 0 times it is 0; 1 for temperature 0.
   float inverse_temperature() const { return temperature_ > 1e-38f ? 1.0f / temperature_ : temperature_ > 0.0f ? 1e38f : 1.0f; }
-  bool filters() const { return request_.mask.data || top_k_ > 0 || top_p_ < 1.0 || min_p_ > 0.0f; }
+  bool filters() const { return request_.mask.data || request_.bias.data || top_k_ > 0 || top_p_ < 1.0 || min_p_ > 0.0f; }
 
   const Request& request_;
   const int64_t b_;

@@ -97,6 +97,10 @@ struct FilterLoops {
   // Set the keys that the mask forbids to -inf.
   void (*mask_bytes)(const uint8_t* allowed, int n, float* key);
   void (*mask_bits)(const int32_t* words, int n, float* key);
+  // The highest bias of a token whose key is not -inf; NaN if some bias is NaN or +inf.
+  float (*highest_bias)(const float* key, const float* bias, int n);
+  // key = (key - level) + (bias - highest), so that neither rounds the other away; -inf stays.
+  void (*add_bias)(const float* bias, int n, float level, float highest, float* key);
   // Writes the peaks of the tile's groups, at most kGroups; returns how many.
   int (*group_peaks)(const float* key, int n, float* out);
   // Copies the keys >= least in their order and returns how many; `out` needs room for n.

@@ -35,6 +35,23 @@ void mask_bits(const int32_t* __restrict words, int n, float* __restrict key) {
   }
 }
 
+float highest_bias(const float* __restrict key, const float* __restrict bias, int n) {
+  float highest = -kInfinity;
+  int broken = 0;
+#pragma omp simd reduction(max : highest) reduction(| : broken)
+  for (int i = 0; i < n; ++i) {
+    const float x = key[i] > -kInfinity ? bias[i] : -kInfinity;
+    highest = x > highest ? x : highest;
+    broken |= bias[i] < kInfinity ? 0 : 1;
+  }
+  return broken ? NAN : highest;
+}
+
+void add_bias(const float* __restrict bias, int n, float level, float highest, float* __restrict key) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) key[i] = key[i] > -kInfinity ? (key[i] - level) + (bias[i] - highest) : -kInfinity;
+}
+
 // Members of a group are kGroups apart, so that the inner loop runs over neighbours.
 int group_peaks(const float* __restrict key, int n, float* __restrict out) {
   const int groups = n < kGroups ? n : kGroups;
@@ -140,6 +157,5 @@ void normalised(const float* __restrict key, int n, double level, double log_nor
   for (int i = 0; i < n; ++i) out[i] = (float)(key[i] - level - log_norm);
 }
 
-constexpr FilterLoops kFilters = {peak_of, least_of, mask_bytes, mask_bits,  group_peaks,
-                                  above,   pick,       spread,     buckets,    fixed_mass,
-                                  fixed_masses, kept_masses};
+constexpr FilterLoops kFilters = {peak_of, least_of, mask_bytes, mask_bits, highest_bias, add_bias,  group_peaks,
+                                  above,   pick,     spread,     buckets,   fixed_mass,   fixed_masses, kept_masses};

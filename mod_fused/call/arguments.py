@@ -58,6 +58,7 @@ class DrawArguments(NamedTuple):
     top_p: float | Tensor  # float32 or float64 [B]; 1: off
     min_p: float | Tensor  # float32 or float64 [B]; 0: off
     mask: Tensor | None  # bool [B, V] or packed int32 [B, ceil(V / 32)]
+    bias: Tensor | None  # [B, V], dense; NaN or +inf makes a row invalid
     seed: int | Tensor  # a number: SplitMix64 makes the rows' seeds of it; int64 [B]
     position: int | Tensor  # int64 [B]
     return_model_logprobs: bool
@@ -70,3 +71,7 @@ class DrawArguments(NamedTuple):
             isinstance(self.top_p, Tensor) or self.top_p < 1.0,
             isinstance(self.min_p, Tensor) or self.min_p > 0.0,
         )
+
+    def needs_keys(self) -> bool:
+        """Whether the draw looks at all of a row's tokens once more, after their log pi*."""
+        return self.bias is not None or any(self.filters())

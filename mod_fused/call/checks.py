@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..divergence import Divergence, ReverseKL, get_divergence, is_built_in
 from .arguments import DrawArguments, MixtureArguments
+from .bias import check_bias
 from .fields import (
     FLOATS,
     LOGIT_DTYPES,
@@ -227,6 +228,8 @@ def check_draw(
     top_p: object = None,
     min_p: object = None,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_ids: Tensor | None = None,
     seed: object = None,
     position: object = 0,
     return_model_logprobs: bool = False,
@@ -255,6 +258,9 @@ def check_draw(
         row_parameter("top_p", top_p, 1.0, batch, device, _is_top_p, "in (0, 1]"),
         row_parameter("min_p", min_p, 0.0, batch, device, _is_share, "in [0, 1]"),
         mask,
+        None
+        if bias is None and bias_ids is None
+        else check_bias(bias, bias_ids, batch, mixing.vocab_size, device),
         _check_seed(seed, batch, device),
         row_parameter("position", position, 0, batch, device, _is_position, "in [0, 2^63)", int),
         bool(return_model_logprobs),

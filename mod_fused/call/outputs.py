@@ -16,15 +16,15 @@ class Sample(NamedTuple):
 
     Attributes:
         tokens: int64 [B], the drawn ids; 0 where the row is invalid.
-        logprobs: float32 [B], log pi*(token) before mask, temperature and filters, in nats; NaN
-            where invalid.
+        logprobs: float32 [B], log pi*(token) before mask, bias, temperature and filters, in
+            nats; NaN where invalid.
         valid: bool [B], whether the row's inputs allowed a draw.
         model_logprobs: float32 [B, M+1], each model's own log-probability of the token, reference
             first (M columns without a reference); None unless asked for. Add it to
             `prefix_logprobs` after each token.
         proposal_logprobs: float32 [B], the log of the probability with which the token was drawn,
-            after mask, temperature, top-k, top-p and min-p, in nats: `logprobs` where all of them
-            are off, 0 at temperature 0; NaN where invalid. None unless asked for.
+            after mask, bias, temperature, top-k, top-p and min-p, in nats: `logprobs` where all of
+            them are off, 0 at temperature 0; NaN where invalid. None unless asked for.
     """
 
     tokens: Tensor

@@ -88,7 +88,7 @@ class Ensemble:
             t if m is not None else None for m, t in zip(models, tokenizers, strict=True)
         ]
         # How many ids all tokenizers have, where some have added tokens; None where all are alike.
-        self.common_ids = _common_ids(self.tokenizers) if check_tokenizers else None
+        self.common_ids = common_ids(self.tokenizers) if check_tokenizers else None
 
     @classmethod
     def from_pretrained(
@@ -291,7 +291,7 @@ def _label(index: int) -> str:
     return "the reference" if index == 0 else f"policy {index}"
 
 
-def _common_ids(tokenizers: Sequence[Any]) -> int | None:
+def common_ids(tokenizers: Sequence[Any]) -> int | None:
     """Refuse tokenizers that give one id to different tokens. Embeddings may be padded.
 
     Tokens added behind the smallest vocabulary are no difference: they are never drawn.

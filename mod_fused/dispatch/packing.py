@@ -59,11 +59,14 @@ def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Pack
     integers: list[Any] = [int(ref is not None), vocab, plausible, exact, number_of(divergence)]
     numbers: list[Any] = [plausibility if c else 0.0, alpha_of(divergence)]
     if drawing is not None:
-        temperature, top_k, top_p, min_p, mask, seed, position, of_models, of_proposal = drawing
+        (
+            temperature, top_k, top_p, min_p, mask, bias, seed, position, of_models, of_proposal,
+        ) = drawing  # fmt: skip
         t, p, m = type(temperature) is float, type(top_p) is float, type(min_p) is float
         k, s, n = type(top_k) is int, type(seed) is int, type(position) is int
-        tensors += (mask, None if t else temperature, None if k else top_k, None if p else top_p)
-        tensors += (None if m else min_p, None if s else seed, None if n else position)
+        tensors += (mask, bias, None if t else temperature, None if k else top_k)
+        tensors += (None if p else top_p, None if m else min_p)
+        tensors += (None if s else seed, None if n else position)
         integers += (top_k if k else 0, seed if s else 0, position if n else 0)
         integers += (int(of_models), int(of_proposal))
         numbers += (temperature if t else 0.0, top_p if p else 0.0, min_p if m else 0.0)
@@ -87,7 +90,7 @@ def unpack(
     plausibility, alpha = numbers[:_NUMBERS]
     slots, drawing = _NUMBERS, None
     if len(tensors) > _TENSORS:
-        mask, temperature, top_k, top_p, min_p, seed, position = tensors[_TENSORS:]
+        mask, bias, temperature, top_k, top_p, min_p, seed, position = tensors[_TENSORS:]
         k, seed_number, position_number, of_models, of_proposal = integers[_INTEGERS:]
         slots += 3
         t, p, least = numbers[_NUMBERS:slots]
@@ -97,6 +100,7 @@ def unpack(
             p if top_p is None else top_p,
             least if min_p is None else min_p,
             mask,
+            bias,
             seed_number if seed is None else seed,
             position_number if position is None else position,
             bool(of_models),

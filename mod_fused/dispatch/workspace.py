@@ -55,14 +55,14 @@ def workspace_size(batch: int, vocab_size: int, policies: int = 2, *, filters: b
     most so many rows, token ids and policies.
 
     It does not cover candidates: the op turns `values` with `value_ids` into float32 [J, B, V],
-    which it allocates with torch.
+    and `bias` with `bias_ids` into float32 [B, V], which it allocates with torch.
 
     Args:
         batch: B, the most rows of a call.
         vocab_size: V, the most token ids.
         policies: M, the most policies; room for a reference model is included.
-        filters: whether calls may have top-k, top-p or min-p: they need 4 B V bytes more, a
-            float32 per token.
+        filters: whether calls may have a bias, top-k, top-p or min-p: they need 4 B V bytes more,
+            a float32 per token.
 
     Returns:
         The bytes; 0 where triton is not installed: the other backends need no workspace.

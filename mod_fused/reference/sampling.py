@@ -109,6 +109,7 @@ def filtered_log_probs(
     log_probs: Any,
     *,
     mask: Any = None,
+    bias: Any = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -116,10 +117,10 @@ def filtered_log_probs(
 ) -> Array:
     """log of the distribution that is drawn from, float64 [V], given log pi* [V] of one row.
 
-    Mask, temperature, top-k, top-p and min-p apply in this order, each to what the one before
-    kept. Ties are kept together. Temperature 0 puts everything on the argmax, lowest id
-    first. All NaN for an invalid row: NaN log pi*, nothing left after the mask, or a parameter out
-    of range.
+    Mask, bias [V], temperature, top-k, top-p and min-p apply in this order, each to what the one
+    before kept. Ties are kept together. Temperature 0 puts everything on the argmax, lowest id
+    first. All NaN for an invalid row: NaN log pi*, NaN or +inf in the bias, nothing left after mask
+    and bias, or a parameter out of range.
     """
     scores = to_float64(log_probs).copy()
     temperature, top_k = float(temperature), int(top_k or len(scores))
@@ -127,6 +128,13 @@ def filtered_log_probs(
     parameters_ok = temperature >= 0 and top_k > 0 and 0 < top_p <= 1 and 0 <= min_p <= 1
     if mask is not None:
         scores[~unpack_mask(mask, len(scores))] = -np.inf
+    if bias is not None:
+        bias = to_float64(bias)
+        parameters_ok &= bool((bias < np.inf).all())
+        # A bias of 1e30 would round log pi* away: measure it from the largest that counts.
+        left = (scores > -np.inf) & (bias > -np.inf)
+        highest = bias[left].max() if left.any() else 0.0
+        scores = np.where(left, scores + (np.where(left, bias, 0.0) - highest), -np.inf)
     if not parameters_ok or np.isnan(scores).any() or scores.max() == -np.inf:
         return np.full(len(scores), np.nan)
     if temperature == 0:

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from ..call.arguments import DrawArguments
 from . import philox
-from .filters import allowed, kept, scaled_key
+from .filters import allowed, biased, kept, scaled_key
 from .parameters import row_scalar
 from .philox import TILE
 
 
 def draw(
-    drawing: DrawArguments, rows: slice, batch: int, key: Tensor, vocab_size: int
+    drawing: DrawArguments, rows: slice, batch: int, key: Tensor, level: Tensor, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one token a row.
 
@@ -22,6 +22,7 @@ def draw(
         rows: which rows of the batch these are.
         batch: B, the number of rows of the whole batch.
         key: float32 [b, T, TILE], log pi* up to a constant of the row, -inf where it is 0.
+        level: float32 [b], the largest key.
         vocab_size: V; entries from V on are padding.
 
     Returns:
@@ -40,6 +41,9 @@ def draw(
 
     if drawing.mask is not None:
         key = torch.where(allowed(drawing.mask[rows], key, vocab_size), key, -torch.inf)
+    if drawing.bias is not None:
+        key, readable = biased(key, drawing.bias[rows], level)
+        valid = valid & readable
     flat = key.flatten(1)
     peak, greedy = flat.max(1)  # the first of equal keys
     valid = valid & peak.isfinite()

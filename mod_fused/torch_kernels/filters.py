@@ -1,4 +1,4 @@
-"""Mask, temperature, top-k, top-p and min-p in torch (design §4)."""
+"""Mask, bias, temperature, top-k, top-p and min-p in torch (design §4)."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ def allowed(mask: Tensor, key: Tensor, vocab_size: int) -> Tensor:
         mask = ((mask[:, :, None] >> bits) & 1).bool().flatten(1)[:, :vocab_size]
     padding = key.shape[1] * key.shape[2] - vocab_size
     return torch.nn.functional.pad(mask, (0, padding)).view_as(key)
+
+
+def biased(key: Tensor, bias: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """key + bias up to a constant of the row, and which rows [b] of the bias are readable.
+
+    `key` is [b, T, TILE], -inf where a token is excluded; `bias` [b, V]; `level` [b], the row's
+    largest key without the mask.
+    """
+    padded = torch.nn.functional.pad(bias.float(), (0, key[0].numel() - bias.shape[1]))
+    padded, left = padded.view_as(key), key > -torch.inf
+    highest = torch.where(left, padded, -torch.inf).amax((-2, -1), keepdim=True)
+    # Both are measured from their largest, so that neither rounds the other away.
+    total = (key - level[:, None, None]) + (padded - highest)
+    return torch.where(left, total, -torch.inf), (bias < torch.inf).all(1)
 
 
 def kept(

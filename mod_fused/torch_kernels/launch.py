@@ -38,7 +38,9 @@ def sample_out(
     count = tokens.shape[0]
     for rows in _chunks(count, mixing.vocab_size):
         mixture = mix(mixing, rows)
-        token, proposal, drawn = draw(drawing, rows, count, mixture.key, mixing.vocab_size)
+        token, proposal, drawn = draw(
+            drawing, rows, count, mixture.key, mixture.level, mixing.vocab_size
+        )
         ok = mixture.valid & drawn
         token = torch.where(ok, token, 0)
         tokens[rows] = token

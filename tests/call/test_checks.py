@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BARRIERS, DIVERGENCES, assert_tokens_are_the_oracle_s, check, logits, normal
+from cases import (
+    BARRIERS,
+    DIVERGENCES,
+    assert_only_these_rows_are_invalid,
+    assert_tokens_are_the_oracle_s,
+    check,
+    logits,
+    normal,
+)
 
 from mod_fused import reference
 from mod_fused.call import checks
@@ -21,22 +29,6 @@ pytestmark = pytest.mark.sanitized
 
 INF, NAN = math.inf, math.nan
 B, V = 5, 1100  # of most inputs below
-
-
-def assert_only_these_rows_are_invalid(op, bad, args, clean_args, clean_kwargs=None, **kwargs):
-    """Both functions flag the rows `bad`; the others equal those of the clean call."""
-    seed = torch.arange(B) + 10
-    asked = {"return_model_logprobs": True, "return_proposal_logprobs": True}
-    drawn = op.sample(*args, seed=seed, **asked, **kwargs)
-    assert drawn.valid.tolist() == [b not in bad for b in range(B)]
-    rows = list(bad)
-    assert (drawn.tokens[rows] == 0).all()
-    assert drawn.logprobs[rows].isnan().all() and drawn.model_logprobs[rows].isnan().all()
-    assert drawn.proposal_logprobs[rows].isnan().all()
-    good = [b for b in range(B) if b not in bad]
-    clean = op.sample(*clean_args, seed=seed, **(kwargs if clean_kwargs is None else clean_kwargs))
-    assert torch.equal(drawn.tokens[good], clean.tokens[good])
-    assert (drawn.logprobs[good] - clean.logprobs[good]).abs().max() <= 1e-5
 
 
 @pytest.fixture(params=DIVERGENCES)

@@ -293,8 +293,9 @@ def test_triton_launches_allocate_one_buffer_or_with_a_workspace_nothing():
     mixing = check_mixture(ref, policies, weights, divergence="jsd")
     row = torch.ones(B)
     mask = torch.ones(B, V, dtype=torch.bool)
-    draws = [(0.7, 40, 0.9, 0.1, None, 5, 3, True, True)]
-    draws += [(row, row.long(), row, row, mask, row.long(), row.long(), False, False)]
+    draws = [(0.7, 40, 0.9, 0.1, None, None, None, 5, 3, True, True)]
+    of_rows = (row, row.long(), row, row, mask, torch.ones(B, V), None, row.long(), row.long())
+    draws += [(*of_rows, False, False)]
     workspace = torch.zeros(workspace_size(B, V, M), dtype=torch.uint8)
     for draw in draws:
         drawing = check_draw(mixing, *draw)

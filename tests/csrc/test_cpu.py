@@ -373,7 +373,7 @@ PACKED = {
         {"logits": [ROW] * 10},
         {"logits": [ROW] * 2},
         {"tensors": [], "integers": []},
-        {"tensors": [None] * 14},
+        {"tensors": [None] * 15},
         {"integers": [1, 4, 0, 1, 5]},  # no such divergence
         {"integers": [1, 4, 0, 1, -1]},
         {"numbers": []},

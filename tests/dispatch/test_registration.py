@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import DRAWS, MIXTURES, POLICIES, REF, WEIGHTS, B, Recorder, V
+from calls import DRAWS, IDS, MIXTURES, POLICIES, REF, WEIGHTS, B, Recorder, V
 from cases import normal
 
 import mod_fused
@@ -72,6 +72,7 @@ def test_fake_tensors_have_the_shapes_and_dtypes_of_the_real_ones(op, function, 
 def test_compile_fullgraph_draws_the_same_tokens(op, mixture):
     args, kwargs = MIXTURES[mixture]
     draws = {n: x for n, x in DRAWS["tensors"].items() if n != "mask"}
+    draws |= {"bias": normal(8, B, 4), "bias_ids": IDS - (IDS == 1099) * 300}
 
     def step(ref: torch.Tensor, policies: Any, position: torch.Tensor) -> Any:
         rest = {**kwargs, **draws, "position": position}

@@ -49,6 +49,19 @@ def candidates(b: int, v: int) -> Arguments:
     return {"values": cases.normal(5, 1, b, 20), "value_ids": ids}, {}
 
 
+def sparse_bias(b: int, v: int) -> dict[str, Any]:
+    ids = torch.arange(20).expand(b, 20) * (v // 21) + torch.arange(b)[:, None]
+    return {"bias": 5.0 * cases.normal(9, b, 20), "bias_ids": ids}
+
+
+def drawn_by(drawing: dict[str, Any], b: int, v: int) -> dict[str, Any]:
+    """The draw's arguments with a sparse bias as [B, V], which the oracle takes."""
+    if "bias_ids" not in drawing:
+        return drawing
+    bias = torch.zeros(b, v).scatter(1, drawing["bias_ids"], drawing["bias"])
+    return {"bias": bias}
+
+
 #: What is asked of the op besides the mixture of two policies; [B, V] to arguments.
 FEATURES: dict[str, Callable[[int, int], Arguments]] = {
     "plain": lambda b, v: ({}, {}),
@@ -56,6 +69,12 @@ FEATURES: dict[str, Callable[[int, int], Arguments]] = {
     "temperature": lambda b, v: ({}, {"temperature": 0.7}),
     "mask": lambda b, v: ({}, {"mask": cases.normal(3, b, v) > 0.0}),
     "packed mask": lambda b, v: ({}, {"mask": packed(cases.normal(3, b, v) > 0.0)}),
+    "bias": lambda b, v: ({}, {"bias": 3.0 * cases.normal(8, b, v)}),
+    "sparse bias": lambda b, v: ({}, sparse_bias(b, v)),
+    "bias, filters": lambda b, v: (
+        {},
+        {"bias": 3.0 * cases.normal(8, b, v), "top_k": 50, "top_p": 0.9, "temperature": 0.8},
+    ),
     "top_k": lambda b, v: ({}, {"top_k": 50}),
     "top_p": lambda b, v: ({}, {"top_p": 0.9}),
     "min_p": lambda b, v: ({}, {"min_p": 0.05}),
@@ -115,7 +134,8 @@ def test_log_probs_and_tokens_are_the_oracle_s(gpu, backend, divergence, dtype, 
     drawn = mod_fused.sample(*arguments, **options, return_model_logprobs=True)
     valid, tokens = drawn.valid.cpu().numpy(), drawn.tokens.cpu()
     assert (valid == ~np.isnan(expected).any(axis=1)).all()
-    cases.assert_tokens_are_the_oracle_s(tokens, expected, seeds, positions, **drawing)
+    filters = drawn_by(drawing, b, v)
+    cases.assert_tokens_are_the_oracle_s(tokens, expected, seeds, positions, **filters)
     at = expected[np.arange(b), tokens.numpy()]
     assert np.abs(drawn.logprobs.cpu().numpy() - at)[valid].max(initial=0.0) <= 1e-4
 

@@ -46,6 +46,7 @@ def call(name: str, device: torch.device, batch: int, vocab: int) -> None:
     elif name == "filters":
         mask = torch.ones(batch, vocab, dtype=torch.bool, device=device)
         filters = {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "temperature": 0.8, "mask": mask}
+        filters["bias"] = torch.zeros(batch, vocab, device=device)
         mod_fused.sample(*arguments, divergence="jsd", seed=2, backend="triton", **filters)
     else:
         options = {"divergence": name, "return_model_logprobs": True}

@@ -36,6 +36,8 @@ CALLS: dict[str, dict[str, Any]] = {
         "temperature": 0.7,
         "mask": torch.empty((1, 128256), dtype=torch.bool, device="meta"),
     },
+    "reverse_kl-bias": {"bias": torch.empty(128256, device="meta")},
+    "jsd-bias": {"divergence": "jsd", "top_p": 0.9, "bias": torch.empty(128256, device="meta")},
     "reverse_kl-filters": {"top_k": 50, "top_p": 0.9, "min_p": 0.1},
     "reverse_kl-log_probs": {"op": "log_probs"},
     "forward_kl": {"divergence": "forward_kl"},

@@ -1,0 +1,25 @@
+"""Multi-objective decoding inside vLLM: the reference and the policies as one model of one engine.
+
+    vllm serve REFERENCE --hf-overrides \
+        '{"architectures": ["ModFusedForCausalLM"], "mod_fused_policies": ["A", "B"]}'
+
+config.py checks what the engine was started with, requests.py what a request asks for; model.py
+runs the models, slots.py keeps what must last from step to step, step.py mixes and draws;
+runner_v1.py and runner_v2.py put that into vLLM's two model runners, worker.py into its worker.
+"""
+
+from __future__ import annotations
+
+ARCHITECTURE = "ModFusedForCausalLM"
+
+
+def register() -> None:
+    """Make the architecture known to vLLM: the entry point of the group vllm.general_plugins, which
+    runs in every process of vLLM. It changes nothing for other architectures."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from .config import ModFusedConfig
+
+    MODELS_CONFIG_MAP[ARCHITECTURE] = ModFusedConfig
+    ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")

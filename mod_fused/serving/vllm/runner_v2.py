@@ -1,0 +1,134 @@
+"""Model Runner V2 of vLLM, its default on GPUs: the model's state, and the sampler it hands over.
+
+Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+from .config import settings_of
+from .slots import Slots, seed_of
+from .step import Batch, bias_of, with_models
+
+
+class ModFusedState(DefaultModelState):
+    """The state of requests, which tells the sampler who has which slot."""
+
+    def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, None]:
+        """vLLM's own sampler, its draw replaced."""
+        own = ModFusedSampler.__new__(ModFusedSampler)
+        own.__dict__.update(sampler.__dict__)
+        settings = settings_of(self.model_config)
+        own.prepare(
+            self.model.step,
+            Slots(self.max_num_reqs, settings, self.device, seed_of(self.vllm_config)),
+        )
+        self._slots = own.slots
+        return own, None
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        """A request enters slot `req_index`."""
+        super().add_request(req_index, new_req_data)
+        self._slots.add(new_req_data.req_id, req_index, new_req_data.sampling_params)
+
+    def remove_request(self, req_id: str) -> None:
+        """A request has ended or was preempted."""
+        super().remove_request(req_id)
+        self._slots.remove(req_id)
+
+    def apply_staged_writes(self) -> None:
+        """Bring the tables on the device up to date."""
+        super().apply_staged_writes()
+        self._slots.write()
+
+
+class ModFusedSampler(Sampler):
+    """vLLM's sampler with the draw replaced: masks, biases and penalties are its own."""
+
+    slots: Slots
+
+    def prepare(self, step: Any, slots: Slots) -> None:
+        """What the base class does not have. Its own fields are copied from a finished sampler."""
+        self._step, self.slots = step, slots
+        self._models: tuple[Tensor, list[bool]] | None = None
+        # `sample` returns log pi* for the logits, of which no softmax is taken.
+        self.logprobs_mode = "processed_logits"
+
+    def __call__(self, logits: Tensor, input_batch: Any) -> SamplerOutput:
+        """Draw a token in every row of the batch; `logits` is the carrier of `Step.publish`."""
+        self._models = None
+        output = super().__call__(logits, input_batch)
+        if self._models is not None and output.logprobs_tensors is not None:
+            found, rows = self._models
+            wanted = torch.tensor(rows, pin_memory=found.is_cuda)
+            output.logprobs_tensors = with_models(
+                output.logprobs_tensors,
+                found,
+                wanted.to(found.device, non_blocking=True),
+                self._step.width,
+            )
+        return output
+
+    def sample(
+        self,
+        logits: Tensor,
+        expanded_idx_mapping: Tensor,
+        idx_mapping: Tensor,
+        idx_mapping_np: np.ndarray,
+        pos: Tensor,
+        input_ids: Tensor,
+        expanded_local_pos: Tensor,
+        seq_lens_upper_bound_np: np.ndarray,
+        return_logprobs: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [B], and log pi* [B, W] where it is asked for."""
+        slots = idx_mapping_np.tolist()
+        on_device = expanded_idx_mapping.long()
+        states = self.req_states
+        length = pos.long() + 1
+        prompts = states.prompt_len.np[idx_mapping_np]
+        batch = Batch(
+            slots,
+            on_device,
+            (seq_lens_upper_bound_np[: len(slots)] - prompts).tolist(),
+            length - states.prompt_len.gpu[on_device].long(),
+            length >= states.prefill_len.gpu[on_device].long(),
+        )
+        calls = self._step.calls(self.slots, batch)
+        params = [self.slots.params[slot] for slot in slots]
+
+        scaled = any(p.repetition_penalty != 1.0 for p in params)
+        log_pi = self._step.log_pi(calls) if return_logprobs or scaled else None
+        bias = None
+        if any(self.slots.processed(slot) for slot in slots):
+            context = LogitsContext(
+                expanded_idx_mapping=expanded_idx_mapping,
+                idx_mapping=idx_mapping,
+                idx_mapping_np=idx_mapping_np,
+                expanded_local_pos=expanded_local_pos,
+                input_ids=input_ids,
+                pos=pos,
+                seq_lens_upper_bound_np=seq_lens_upper_bound_np,
+            )
+            bias = bias_of(logits, log_pi if scaled else None, lambda x: self._process(x, context))
+        models = [self.slots.arguments[slot].model_logprobs for slot in slots]
+        drawn = self._step.draw(self.slots, batch, calls, bias, any(models))
+        if drawn.models is not None:
+            self._models = drawn.models, models
+        return drawn.tokens, logits if log_pi is None else log_pi
+
+    def _process(self, logits: Tensor, context: LogitsContext) -> Tensor:
+        """vLLM's own biases, penalties and banned words."""
+        for processor in self.logits_processors:
+            logits = processor.apply(logits, context)
+        self.thinking_budget_state.apply(logits, context)
+        return logits
