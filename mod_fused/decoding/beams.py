@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call.fields import check_tensor, number
+from ..call.fields import number
 from ..call.outputs import Sample
 from ..ops import log_probs
-from ..torch_kernels.filters import allowed
+from .masks import unpacked
 from .options import Limits, count, plain
 from .responses import GenerateOutput, Responses
+from .stopping import Stopping
 from .streaming import Stream
 
 #: What a deterministic search has no use for, and the values that say nothing.
@@ -30,6 +31,8 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "streamer": (None,),
     "resample_fn": (None,),
     "num_candidates": (None,),
+    "output_scores": (False,),
+    "output_logits": (False,),
 }
 _PENALTY_RANGE = 60.0  # nats: a length to the power of the penalty stays in the range of float32
 
@@ -135,6 +138,7 @@ class Beams:
         self._improving = torch.ones_like(self._first, dtype=torch.bool)
         # In the place of a hypothesis that is not found stands an invalid response.
         self._found = responses.taken(torch.arange(rows, dtype=torch.int64, device=device))
+        self._found.stopping = Stopping()
         columns = responses.model_columns
         nan = torch.full((rows, columns), math.nan, dtype=torch.float32, device=device)
         none = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -250,14 +254,7 @@ def _masked(logs: Tensor, mask: Tensor | None) -> Tensor:
     logs = logs.nan_to_num(nan=-math.inf, neginf=-math.inf)
     if mask is None:
         return logs
-    rows, width = logs.shape
-    words = (width + 31) // 32
-    if isinstance(mask, Tensor) and mask.dtype == torch.int32:
-        shapes = {"[B, ceil(V / 32)]": [rows, words]}
-    else:
-        shapes = {"[B, V]": [rows, width]}
-    mask = check_tensor("mask", mask, (torch.bool, torch.int32), logs.device, shapes)
-    return logs.masked_fill(~allowed(mask, logs[:, None], width)[:, 0], -math.inf)
+    return logs.masked_fill(~unpacked(mask, logs), -math.inf)
 
 
 def _largest(logs: Tensor, number: int) -> Tensor:
