@@ -33,7 +33,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "max_new_tokens before max_length": {"max_length": 10},
     "min_new_tokens": {"min_new_tokens": 7, "eos_token_id": [0, 21]},
     "min_length": {"min_length": 19, "eos_token_id": [0, 21]},
-    "min_new_tokens before min_length": {"min_new_tokens": 2, "min_length": 20},
+    "min_new_tokens before min_length": {
+        **{"min_new_tokens": 1, "min_length": 20, "eos_token_id": [0, 21]},
+    },
     "eos_token_id": {"eos_token_id": [20, 21]},
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
     "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},

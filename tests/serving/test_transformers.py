@@ -36,6 +36,8 @@ class Setting:
         self.tokenizer = tiny.tokenizer(pad_token="a", padding_side="left")
         self.reference = tiny.vivid(tiny.gpt2(1), 1)
         self.policy = tiny.vivid(tiny.llama(0), 0)
+        for model in (self.reference, self.policy):
+            model.generation_config.pad_token_id = None
         self.ensemble = Ensemble([self.reference, self.policy], self.tokenizer)
         self.batch = dict(self.tokenizer(tiny.PROMPTS, return_tensors="pt", padding=True))
 
@@ -79,7 +81,7 @@ GREEDY: dict[str, dict[str, Any]] = {
     "max_time": {"max_time": 0.0},
     "use_cache": {"use_cache": False},
     "renormalize_logits": {"renormalize_logits": True},
-    "no padding id": {"pad_token_id": None, "eos_token_id": [0, 21]},
+    "no padding id": {"pad_token_id": None, "eos_token_id": [21, 0]},
     "generation_config": {
         "generation_config": GenerationConfig(max_new_tokens=5, suppress_tokens=[5], top_k=3)
     },
@@ -94,6 +96,21 @@ def test_greedy_at_a_corner_is_the_policys_own_generate(
     expected = setting.own(**options)
     found = setting.mixed(**options)
     assert torch.equal(found, expected) and found.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_models_get_one_token_a_step_or_the_whole(setting: Setting, use_cache: bool) -> None:
+    widths: list[int] = []
+
+    def seen(model: Any, arguments: Any, given: dict[str, Any]) -> None:
+        widths.append(given["input_ids"].shape[1])
+
+    hook = setting.reference.register_forward_pre_hook(seen, with_kwargs=True)
+    try:
+        setting.mixed(use_cache=use_cache, max_new_tokens=3, do_sample=False, weights=[0.5])
+    finally:
+        hook.remove()
+    assert widths == ([12, 1, 1] if use_cache else [12, 13, 14])
 
 
 def test_scores_and_logits_give_the_policys_transition_scores(setting: Setting) -> None:
