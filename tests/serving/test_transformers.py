@@ -384,25 +384,19 @@ def test_a_row_without_anything_to_draw_is_an_error(setting: Setting) -> None:
         setting.mixed(policies=[broken], do_sample=False, max_new_tokens=3)
 
 
-def test_a_model_of_recurrent_states_hands_over_an_empty_cache(setting: Setting) -> None:
-    reference, policy = (small_model("qwen3_next", seed) for seed in (1, 2))
+@pytest.mark.parametrize("kind", ["qwen3_next", "mistral", "qwen2_vl (text alone)"])
+def test_what_transformers_prepares_for_other_kinds_of_models_is_no_obstacle(kind: str) -> None:
+    # Recurrent states, windows, and a record of images where there are none.
+    reference, policy = (small_model(kind, seed) for seed in (1, 2))
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6}
-    options["input_ids"] = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])
-    expected = policy.generate(**options)
-    found = reference.generate(
-        **options, custom_generate=custom_generate, policies=[policy], weights=[1.0]
-    )
-    assert torch.equal(found, expected)
-    used = reference.generate(**options, return_dict_in_generate=True)
+    options |= {"policies": [policy], "weights": [1.0], "custom_generate": custom_generate}
+    ids = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])
+    expected = policy.generate(ids, do_sample=False, max_new_tokens=6)
+    assert torch.equal(reference.generate(ids, **options), expected)
+    used = reference.generate(ids, max_new_tokens=6, return_dict_in_generate=True)
     cache = used.past_key_values if "past_key_values" in used else used.cache
     with pytest.raises(ValueError, match="begins with empty caches"):
-        reference.generate(
-            **options | {"input_ids": used.sequences},
-            past_key_values=cache,
-            custom_generate=custom_generate,
-            policies=[policy],
-            weights=[1.0],
-        )
+        reference.generate(used.sequences, **options, past_key_values=cache)
 
 
 def test_an_adapted_reference_counts_with_its_adapter(setting: Setting) -> None:
