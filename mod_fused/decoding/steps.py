@@ -18,9 +18,6 @@ from .streaming import Stream
 from .totals import Resampler
 from .values import ValueSource, ValueWeighting, weighed
 
-#: Arguments of a step that say how a token is drawn from pi*, and do not change pi*.
-_REWEIGHING = ("mask", "bias", "bias_ids")
-
 
 def draw_all(
     max_new_tokens: int,
@@ -73,8 +70,8 @@ def draw_all(
             return_model_logprobs=responses.wants_model_logprobs,
             return_proposal_logprobs=responses.totals is not None,
         )
-        reweighing = {name: given.pop(name) for name in _REWEIGHING if name in given}
-        responses.scores.add(reference, policies, mixing | given, drawing | reweighing)
+        mask = {"mask": given.pop("mask")}
+        responses.scores.add(reference, policies, mixing | given, drawing | mask)
         responses.add(drawn, stream, given)
         if resample_fn is not None:
             parents = responses.resample(resample_fn)

@@ -11,7 +11,6 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 from mod_fused import Ensemble, generate, log_probs
-from mod_fused.decoding.scores import drawn_from
 
 IDS = torch.tensor([[3, 4, 5], [7, 8, 9]])
 
@@ -60,21 +59,6 @@ def test_scores_are_filtered_as_transformers_filters_and_logits_are_log_pi() -> 
             theirs = warped(log_p.masked_fill(~mask[row], -torch.inf), **each)
             torch.testing.assert_close(out.scores[step][row], theirs, atol=1e-5, rtol=0)
             assert out.scores[step][row, response[step]] > -torch.inf
-
-
-def test_a_bias_is_transformers_own_sequence_bias() -> None:
-    log_p = torch.randn(2, 30, generator=torch.Generator().manual_seed(0)).log_softmax(1)
-    bias = {(3,): 4.0, (7,): -2.0, (9,): -torch.inf}
-    theirs = logits_process.SequenceBiasLogitsProcessor(bias)(IDS, log_p)
-    options: dict[str, Any] = {"temperature": 0.8, "top_k": 6, "top_p": 0.9}
-    sparse = torch.tensor([[token for (token,) in bias]] * 2)
-    found = drawn_from(
-        log_p, **options, bias=torch.tensor([[*bias.values()]] * 2), bias_ids=sparse,
-        mask=None, min_p=None,
-    )  # fmt: skip
-    for row in range(2):
-        expected = warped(theirs[row], **options)
-        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=0)
 
 
 def test_greedy_rows_have_no_filters_as_in_transformers() -> None:
