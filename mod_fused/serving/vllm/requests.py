@@ -6,7 +6,6 @@ in the frontend's process.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -153,10 +152,15 @@ def check(params: SamplingParams, settings: Settings) -> Arguments:
     for name in ("prompt_logprobs", "prompt_logprob_token_ids", "trace_decode_token_ids"):
         if getattr(params, name, None) is not None:
             raise ValueError(f"{name} is not supported by mod_fused inside vLLM")
-    if not all(math.isfinite(x) for x in (params.logit_bias or {}).values()):
+    if not all(abs(x) <= 3.4e38 for x in (params.logit_bias or {}).values()):
         raise ValueError(f"logit_bias must be finite, got {params.logit_bias}")
-    if params.seed is not None and not -(2**63) <= params.seed < 2**63:
-        raise ValueError(f"seed must fit into 64 bits, got {params.seed}")
+    repetition = params.repetition_detection
+    for name, value in {"top_k": params.top_k, **(vars(repetition) if repetition else {})}.items():
+        if value >= 2**63:  # the message to the engine has no room for it
+            raise ValueError(f"{name} must fit into 64 bits, got {value}")
+    # The children of a request have its seed and the next ones.
+    if params.seed is not None and not -(2**63) <= params.seed <= 2**63 - params.n:
+        raise ValueError(f"seed to seed + n - 1 must fit into 64 bits, got seed = {params.seed}")
     models = settings.policies + 1
     if found.model_logprobs and (params.logprobs is None or 0 <= params.logprobs < models):
         raise ValueError(
