@@ -151,6 +151,7 @@ class Beams:
         policies: Sequence[Tensor],
         *,
         mask: Tensor | None,
+        bias: Tensor | None,
         **mixing: Any,
     ) -> Tensor:
         """Extend the beams by a token.
@@ -159,12 +160,16 @@ class Beams:
             reference: logits [B K, V_0], or None.
             policies: logits [B K, V_i] of each.
             mask: as in `mod_fused.sample`, [B K, ...]. What is left is not normalised anew.
+            bias: as in `mod_fused.sample`, added to the beams' scores.
             **mixing: options of `mod_fused.log_probs`.
 
         Returns:
             int64 [B K]: for each beam the row that it goes on from.
         """
-        logs = _masked(log_probs(reference, policies, **mixing), mask)
+        plain_logs = log_probs(reference, policies, **mixing)
+        logs = _masked(plain_logs, mask)
+        if bias is not None:
+            logs = logs + bias
         models = [*([] if reference is None else [reference]), *policies]
         scores, parents, tokens = self._best(logs)
         candidates = self.responses.taken(parents)
@@ -178,7 +183,8 @@ class Beams:
             ]
             of_models = torch.stack(each, dim=1)
         valid = (scores > -math.inf).flatten()
-        candidates.add(Sample(tokens, logs[parents, tokens], valid, of_models), Stream())
+        own = torch.where(valid, plain_logs[parents, tokens], -math.inf)
+        candidates.add(Sample(tokens, own, valid, of_models), Stream())
         self._step += 1
         ended = candidates.ended.view(scores.shape)
         if self._step == self._max_new_tokens:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from .beams import Beams, check_beams
 from .candidates import Candidates, check_candidates
 from .ensemble import Ensemble
 from .generation_config import configured
-from .masks import MaskFunction, Masks, ProcessorMasks
+from .masks import MaskFunction, Masks, ProcessorMasks, bad_words_of
 from .memory import check_decoding
 from .options import (
     check_limits,
@@ -26,6 +26,7 @@ from .options import (
     ready_options,
     support_cut,
 )
+from .penalties import Penalties
 from .prompts import Prompts
 from .responses import FINISH_REASONS, GenerateOutput, Responses
 from .scores import check_scores
@@ -65,6 +66,9 @@ def generate(
     | ValueWeighting
     | None = None,
     mask_fn: MaskFunction | ProcessorMasks | None = None,
+    bad_words_ids: Sequence[Sequence[int]] | None = None,
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None = None,
+    repetition_penalty: float | Sequence[float] | Tensor = 1.0,
     resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | Resampler | None = None,
     max_new_tokens: int = 20,
     min_new_tokens: int | None = None,
@@ -145,6 +149,15 @@ def generate(
             which chooses them at each step, such as `mod_fused.guidance.WorstCaseWeights`.
         mask_fn: `mask_fn(step, sequences)` returns the tokens allowed next: bool [B, V], or packed
             int32 [B, ceil(V/32)].
+        bad_words_ids: forbidden sequences of token ids: the last token of one is excluded where the
+            prompt and the response so far end with the others. As in transformers, a lone
+            end-of-sequence id forbids nothing.
+        logit_bias: {token id: finite number}, or a list of B: added to log pi* before temperature.
+            Rows that have one are not cut by plausibility="auto". Refused with num_candidates.
+        repetition_penalty: above 0, one number or [B]: log pi* of each token that the first model's
+            prompt or the response so far holds is multiplied by it, which makes these less likely
+            above 1. (transformers and vLLM treat unnormalised logits so; log pi* has no sign to
+            divide by.) logit_bias is added to the result. Refused with num_candidates.
         resample_fn: `resample_fn(step, sequences, lengths, reasons)`, called after each step, with
             sequences int64 [B, n + step + 1], lengths int64 [B] of the responses, and reasons int64
             [B], indices into FINISH_REASONS, 0 for rows that go on. It returns the rows to go on
@@ -324,6 +337,9 @@ def generate(
             "position": position,
             "backend": backend,
         }
+        highest = ensemble.vocab_size if vocab_size is None else vocab_size
+        penalties = Penalties(logit_bias, repetition_penalty, batch, copies, highest, device)
+        bad_words = bad_words_of(bad_words_ids, limits.eos_token_ids, highest, device)
         if num_candidates is not None:
             threshold = check_candidates(
                 options,
@@ -335,11 +351,15 @@ def generate(
                 prefix_logprobs=prefix_logprobs,
                 mixture_prefix_logprobs=mixture_prefix_logprobs,
                 max_time=True if stopping.timed else None,
+                logit_bias=logit_bias,
+                repetition_penalty=penalties.repetition,
             )
         options = ready_options(ensemble, options, num_values, limits, batch, device)
         automatic = isinstance(plausibility, str)
         if automatic and weighting is None and options["plausibility"] is not None:
             options["plausibility"] = off_at_corners(options, value_fn is not None)
+        if automatic and options["plausibility"] is not None:
+            options["plausibility"] = penalties.cut(options["plausibility"])
         options["vocab_size"] = vocab_size
         prefixes = prefix_logprobs, mixture_prefix_logprobs
         history = first_history(
@@ -362,6 +382,7 @@ def generate(
             models=len(ids) if asks_totals or num_candidates is not None else 0,
             stopping=stopping,
             scores=scores,
+            mask=None if masks[0] is None else masks[0].repeat_interleave(copies, dim=0),
         )
         beams = None
         if searching is not None:
@@ -370,8 +391,8 @@ def generate(
         if num_candidates is not None:
             candidates = Candidates(options, limits, has_reference, threshold)
             resample_fn = candidates if threshold else None
-        excluding = Masks(mask_fn, limits, options, automatic)
-        functions = excluding, resample_fn
+        excluding = Masks(mask_fn, limits, options, automatic, bad_words)
+        functions = excluding, penalties, resample_fn
         draw_all(length, state, values, responses, options, stream, *functions, beams, weighting)
         if beams is not None:
             return beams.output(masks[0])

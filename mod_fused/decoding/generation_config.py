@@ -12,13 +12,14 @@ from torch import Tensor
 
 from .ensemble import Ensemble
 from .masks import ProcessorMasks
-from .options import count, eos_ids
+from .options import count
 from .streaming import streaming
 
 #: Arguments of the same name and meaning.
 _SAME = (
     "max_time", "stop_strings", "num_return_sequences", "num_beams", "eos_token_id",
-    "pad_token_id", "use_cache", "output_scores", "output_logits",
+    "pad_token_id", "use_cache", "output_scores", "output_logits", "bad_words_ids",
+    "repetition_penalty",
 )  # fmt: skip
 #: Those that transformers reads only where it samples, and only where it searches.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
@@ -26,7 +27,7 @@ _SEARCHING = ("length_penalty", "early_stopping")
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
 #: They become logits processors that only exclude tokens.
 _MASKING = (
-    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "forced_bos_token_id",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "forced_bos_token_id",
     "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
 )  # fmt: skip
 #: Without effect on a decoder of prompts whose log pi* sums to one: they name other forms of the
@@ -46,7 +47,6 @@ _OFF: dict[str, Any] = {
     "eta_cutoff": 0.0,
     "guidance_scale": 1.0,
     "num_beam_groups": 1,
-    "repetition_penalty": 1.0,
     "typical_p": 1.0,
 }
 _HANDLED = {*_SAME, *_SAMPLING, *_SEARCHING, *_LENGTHS, *_MASKING, *_WITHOUT_EFFECT, "do_sample"}
@@ -125,10 +125,8 @@ def arguments_of(config: Any, given: dict[str, Any]) -> dict[str, Any]:
     encoding = ("prompts", "input_ids", "attention_mask", "add_special_tokens")
     ids = ensemble.encode(**{name: given[name] for name in encoding if name in given})[0][0]
     added |= _lengths(config, given, ids.shape[1])
-    eos = value("eos_token_id")
-    ends = ensemble.eos_token_ids if eos is None else eos_ids(eos)
     longest = ids.shape[1] + count("max_new_tokens", (added | given)["max_new_tokens"], 1)
-    if processors := _processors(config, ids, longest, ends):
+    if processors := _processors(config, ids, longest):
         added["mask_fn"] = ProcessorMasks(processors, given.get("mask_fn"))
     return added
 
@@ -155,7 +153,7 @@ def _lengths(config: Any, given: dict[str, Any], width: int) -> dict[str, int]:
     return added
 
 
-def _processors(config: Any, prompts: Tensor, max_length: int, ends: list[int]) -> list[Any]:
+def _processors(config: Any, prompts: Tensor, max_length: int) -> list[Any]:
     """The logits processors that transformers makes of a config, those that exclude tokens, in its
     order."""
     from transformers.generation import logits_process
@@ -169,7 +167,6 @@ def _processors(config: Any, prompts: Tensor, max_length: int, ends: list[int]) 
         "encoder_no_repeat_ngram_size": lambda x: made.EncoderNoRepeatNGramLogitsProcessor(
             x, prompts
         ),
-        "bad_words_ids": lambda x: made.NoBadWordsLogitsProcessor(x, ends or None),
         "forced_bos_token_id": made.ForcedBOSTokenLogitsProcessor,
         "forced_eos_token_id": lambda x: made.ForcedEOSTokenLogitsProcessor(
             max_length, x, device=device

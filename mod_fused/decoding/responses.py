@@ -26,7 +26,7 @@ _RUNNING, _EOS, _STOP, _INVALID, _CRITERIA, _TIME = range(6)
 #: The attributes of `Responses` that are tensors with one entry per row.
 _BY_ROW = (
     "tokens", "history", "own_history", "_log_totals", "_last_values", "_sequences", "_lengths",
-    "_logprobs", "_model_logprobs", "_reason",
+    "_logprobs", "_model_logprobs", "_reason", "_padding",
 )  # fmt: skip
 
 
@@ -105,6 +105,7 @@ class Responses:
         columns: how many model log-probabilities to record; 0: none.
         history: log-probabilities of the responses before this call.
         models: how many models' log-probabilities of whole responses to sum; 0: no totals.
+        mask: int64 [B, n], 0 for the prompts' padding on the left; None: there is none.
         stopping: what else ends responses.
         scores: kept beside the responses, for the criteria and the output.
 
@@ -124,6 +125,7 @@ class Responses:
         columns: int,
         history: History,
         models: int = 0,
+        mask: Tensor | None = None,
         stopping: Stopping | None = None,
         scores: Scores | None = None,
     ) -> None:
@@ -138,6 +140,7 @@ class Responses:
         doubles: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self._log_totals = torch.zeros(shape, **doubles) if models else None
         self._last_values: Tensor | None = None
+        self._padding = None if mask is None else (mask == 0).sum(1)
         self.tokens: Tensor | None = None
         self.done = False
         self._step, self._width, self._pad = 0, prompts.shape[1], limits.pad_token_id
@@ -191,6 +194,14 @@ class Responses:
     def sequences(self) -> Tensor:
         """The prompts and the responses so far, int64 [B, n + steps]."""
         return self._sequences[:, : self._width + self._step]
+
+    @property
+    def read(self) -> Tensor:
+        """The sequences with -1 for the prompts' padding."""
+        if self._padding is None:
+            return self.sequences
+        places = torch.arange(self.sequences.shape[1], device=self._padding.device)
+        return self.sequences.masked_fill(places < self._padding[:, None], -1)
 
     def add(self, drawn: Sample, stream: Stream, given: dict[str, Any] | None = None) -> None:
         """Record a step, show it to the stream, and note which responses it ends. `given` may hold

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..call.checks import check_draw, check_mixture
 from ..ops import log_probs
-from ..torch_kernels.filters import allowed, kept, scaled_key
+from ..torch_kernels.filters import allowed, biased, kept, scaled_key
 from ..torch_kernels.parameters import row_scalar
 
 
@@ -38,7 +38,7 @@ class Scores:
         drawing: dict[str, Any],
     ) -> None:
         """Compute and keep those of a step, given the arguments of `mod_fused.log_probs`, and mask,
-        temperature, top_k, top_p and min_p of `mod_fused.sample`."""
+        bias, temperature, top_k, top_p and min_p of `mod_fused.sample`."""
         if self.scores is None and self.logits is None:
             return
         log_p = log_probs(reference, policies, **mixing)
@@ -67,11 +67,12 @@ def check_scores(
 
 def drawn_from(log_p: Tensor, **drawing: Any) -> Tensor:
     """Log of the probabilities with which tokens are drawn, float32 [B, V]: log pi* after mask,
-    temperature and filters, normalised. A row of temperature 0 has log pi* of what the mask leaves.
+    bias, temperature and filters, normalised. A row of temperature 0 has log pi* and bias of what
+    the mask leaves.
 
     Args:
         log_p: log pi*, float32 [B, V].
-        **drawing: mask, temperature, top_k, top_p and min_p of `mod_fused.sample`.
+        **drawing: mask, bias, temperature, top_k, top_p and min_p of `mod_fused.sample`.
     """
     given = check_draw(check_mixture(None, [log_p], [1.0]), **drawing, seed=0)
     (count, vocab), device = log_p.shape, log_p.device
@@ -83,6 +84,8 @@ def drawn_from(log_p: Tensor, **drawing: Any) -> Tensor:
     key = log_p
     if given.mask is not None:
         key = torch.where(allowed(given.mask, key[:, None], vocab)[:, 0], key, -torch.inf)
+    if given.bias is not None:
+        key = biased(key[:, None], given.bias, log_p.amax(1))[0][:, 0]
     peak = key.amax(1)
     scaled = scaled_key(key, peak, temperature)
     keep = kept(given, key, peak, scaled, temperature, top_k, top_p, min_p)

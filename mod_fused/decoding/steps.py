@@ -13,6 +13,7 @@ from ..ops import sample
 from .beams import Beams
 from .masks import Masks
 from .model_state import EnsembleState
+from .penalties import Penalties
 from .responses import Responses
 from .streaming import Stream
 from .totals import Resampler
@@ -27,6 +28,7 @@ def draw_all(
     options: dict[str, Any],
     stream: Stream,
     masks: Masks,
+    penalties: Penalties,
     resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | Resampler | None,
     beams: Beams | None,
     weighting: ValueWeighting | None,
@@ -55,7 +57,9 @@ def draw_all(
             "mixture_prefix_logprobs": responses.own_history,
         }
         models = [*([] if reference is None else [reference]), *policies]
-        given |= masks.step(step, so_far, models, "value_ids" in given)
+        read = responses.read
+        given |= masks.step(step, so_far, models, "value_ids" in given, read)
+        given["bias"] = penalties.step(read, reference, policies, mixing | given)
         if beams is not None:
             parents = beams.step(reference, policies, **mixing | given)
             responses = beams.responses
@@ -70,8 +74,8 @@ def draw_all(
             return_model_logprobs=responses.wants_model_logprobs,
             return_proposal_logprobs=responses.totals is not None,
         )
-        mask = {"mask": given.pop("mask")}
-        responses.scores.add(reference, policies, mixing | given, drawing | mask)
+        excluding = {name: given.pop(name) for name in ("mask", "bias")}
+        responses.scores.add(reference, policies, mixing | given, drawing | excluding)
         responses.add(drawn, stream, given)
         if resample_fn is not None:
             parents = responses.resample(resample_fn)

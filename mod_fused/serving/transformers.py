@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,7 @@ def custom_generate(
     | ValueWeighting
     | None = None,
     mask_fn: MaskFunction | None = None,
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None = None,
     resample_fn: Resampler | Any = None,
     num_candidates: int | None = None,
     resample_below: float | None = None,
@@ -152,6 +153,7 @@ def custom_generate(
             value_fn=value_fn,
             value_weights=value_weights,
             mask_fn=ProcessorMasks(masking, mask_fn) if masking else mask_fn,
+            logit_bias=logit_bias,
             resample_fn=resample_fn,
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             num_return_sequences=copies,

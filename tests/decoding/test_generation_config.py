@@ -156,7 +156,6 @@ REFUSED: dict[str, Any] = {
     "prefill_chunk_size": 4,
     "prompt_lookup_num_tokens": 3,
     "remove_invalid_values": True,
-    "repetition_penalty": 1.3,
     "sequence_bias": [[[3], 1.0]],
     "token_healing": True,
     "top_h": 0.4,

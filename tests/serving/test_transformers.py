@@ -275,7 +275,7 @@ def filled_cache() -> DynamicCache:
 SAMPLED: dict[str, Any] = {"do_sample": True, "top_k": 0}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_beams": 2}, "has no beams, got num_beams = 2"),
-    ({"repetition_penalty": 1.2}, "does not do: repetition_penalty=1.2"),
+    ({"repetition_penalty": 1.2}, "processor RepetitionPenaltyLogitsProcessor"),
     ({"typical_p": 0.5, "do_sample": True}, "does not do: typical_p=0.5"),
     ({"prompt_lookup_num_tokens": 2}, "does not do: .*prompt_lookup_num_tokens=2"),
     ({"output_hidden_states": True}, "does not do: output_hidden_states=True"),
