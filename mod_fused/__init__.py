@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .decoding.ensemble import Ensemble
     from .decoding.generate import GenerateOutput, generate
     from .decoding.likelihood import Likelihood, loglikelihood
+    from .serving.transformers import custom_generate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "ReverseKL",
     "Sample",
     "backends",
+    "custom_generate",
     "explain",
     "generate",
     "get_divergence",
@@ -58,6 +60,7 @@ _LAZY = {
     "Ensemble": "decoding.ensemble",
     "GenerateOutput": "decoding.generate",
     "Likelihood": "decoding.likelihood",
+    "custom_generate": "serving.transformers",
     "generate": "decoding.generate",
     "guidance": "guidance",
     "loglikelihood": "decoding.likelihood",

@@ -135,6 +135,17 @@ def bloom(seed: int, vocab_size: int = V, eos: int | None = EOS) -> BloomForCaus
     return _ready(BloomForCausalLM, config, seed, eos)
 
 
+def vivid(model: Any, seed: int) -> Any:
+    """The model with large weights of its own seed, the same under every version of transformers:
+    it says different tokens."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
 def bigram(seed: int, vocab_size: int = V) -> Any:
     """A step(tokens) -> logits without state: logits depend on the last token only."""
     table = 2.0 * torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(seed))

@@ -16,7 +16,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("architectures", "ensemble", "generate")
+TESTS = (
+    *("decoding/test_architectures.py", "decoding/test_ensemble.py", "decoding/test_generate.py"),
+    *("decoding/test_generation_config.py", "decoding/test_masks.py", "decoding/test_scores.py"),
+    *("decoding/test_stopping.py", "serving/test_transformers.py"),
+)
 
 
 def _installed(version: str) -> Path:
@@ -52,7 +56,7 @@ def main() -> int:
         path = os.pathsep.join([str(_installed(version)), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         run = [sys.executable, "-m", "pytest", "-q"]
-        tests = [f"tests/decoding/test_{name}.py" for name in TESTS]
+        tests = [f"tests/{name}" for name in TESTS]
         print(f"transformers {version}", flush=True)
         found = "import transformers; print(transformers.__version__)"
         done = subprocess.run(

@@ -58,6 +58,7 @@ def run_generate(args: argparse.Namespace) -> int:
         "top_k": args.top_k,
         "top_p": args.top_p,
         "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
         "seed": None if searching else args.seed,
         "return_model_logprobs": args.json,
     }
@@ -230,6 +231,13 @@ def add_options(commands: Any, mixture: argparse.ArgumentParser) -> None:
     generate.add_argument("--top-k", type=int, metavar="K")
     generate.add_argument("--top-p", type=float, metavar="P")
     generate.add_argument("--min-p", type=float, metavar="P")
+    generate.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="multiplies the log-probability of every token seen before (default: 1)",
+    )
     generate.add_argument(
         "--strength",
         type=options.numbers,

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call.fields import check_tensor, number
+from ..call.fields import number
 from ..call.outputs import Sample
 from ..ops import log_probs
-from ..torch_kernels.filters import allowed
+from .masks import unpacked
 from .options import Limits, count, plain
 from .responses import GenerateOutput, Responses
+from .stopping import Stopping
 from .streaming import Stream
 
 #: What a deterministic search has no use for, and the values that say nothing.
@@ -30,6 +31,8 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "streamer": (None,),
     "resample_fn": (None,),
     "num_candidates": (None,),
+    "output_scores": (False,),
+    "output_logits": (False,),
 }
 _PENALTY_RANGE = 60.0  # nats: a length to the power of the penalty stays in the range of float32
 
@@ -135,6 +138,7 @@ class Beams:
         self._improving = torch.ones_like(self._first, dtype=torch.bool)
         # In the place of a hypothesis that is not found stands an invalid response.
         self._found = responses.taken(torch.arange(rows, dtype=torch.int64, device=device))
+        self._found.stopping = Stopping()
         columns = responses.model_columns
         nan = torch.full((rows, columns), math.nan, dtype=torch.float32, device=device)
         none = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -147,6 +151,7 @@ class Beams:
         policies: Sequence[Tensor],
         *,
         mask: Tensor | None,
+        bias: Tensor | None,
         **mixing: Any,
     ) -> Tensor:
         """Extend the beams by a token.
@@ -155,12 +160,16 @@ class Beams:
             reference: logits [B K, V_0], or None.
             policies: logits [B K, V_i] of each.
             mask: as in `mod_fused.sample`, [B K, ...]. What is left is not normalised anew.
+            bias: as in `mod_fused.sample`, added to the beams' scores.
             **mixing: options of `mod_fused.log_probs`.
 
         Returns:
             int64 [B K]: for each beam the row that it goes on from.
         """
-        logs = _masked(log_probs(reference, policies, **mixing), mask)
+        plain_logs = log_probs(reference, policies, **mixing)
+        logs = _masked(plain_logs, mask)
+        if bias is not None:
+            logs = logs + bias
         models = [*([] if reference is None else [reference]), *policies]
         scores, parents, tokens = self._best(logs)
         candidates = self.responses.taken(parents)
@@ -174,7 +183,8 @@ class Beams:
             ]
             of_models = torch.stack(each, dim=1)
         valid = (scores > -math.inf).flatten()
-        candidates.add(Sample(tokens, logs[parents, tokens], valid, of_models), Stream())
+        own = torch.where(valid, plain_logs[parents, tokens], -math.inf)
+        candidates.add(Sample(tokens, own, valid, of_models), Stream())
         self._step += 1
         ended = candidates.ended.view(scores.shape)
         if self._step == self._max_new_tokens:
@@ -250,14 +260,7 @@ def _masked(logs: Tensor, mask: Tensor | None) -> Tensor:
     logs = logs.nan_to_num(nan=-math.inf, neginf=-math.inf)
     if mask is None:
         return logs
-    rows, width = logs.shape
-    words = (width + 31) // 32
-    if isinstance(mask, Tensor) and mask.dtype == torch.int32:
-        shapes = {"[B, ceil(V / 32)]": [rows, words]}
-    else:
-        shapes = {"[B, V]": [rows, width]}
-    mask = check_tensor("mask", mask, (torch.bool, torch.int32), logs.device, shapes)
-    return logs.masked_fill(~allowed(mask, logs[:, None], width)[:, 0], -math.inf)
+    return logs.masked_fill(~unpacked(mask, logs), -math.inf)
 
 
 def _largest(logs: Tensor, number: int) -> Tensor:

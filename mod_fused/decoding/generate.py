@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,8 @@ from .adapters import check_shared
 from .beams import Beams, check_beams
 from .candidates import Candidates, check_candidates
 from .ensemble import Ensemble
+from .generation_config import configured
+from .masks import MaskFunction, Masks, ProcessorMasks, bad_words_of
 from .memory import check_decoding
 from .options import (
     check_limits,
@@ -24,11 +26,14 @@ from .options import (
     ready_options,
     support_cut,
 )
+from .penalties import Penalties
 from .prompts import Prompts
 from .responses import FINISH_REASONS, GenerateOutput, Responses
+from .scores import check_scores
 from .steps import draw_all
+from .stopping import StoppingCriterion, check_stopping
 from .streaming import streaming
-from .totals import Resampler
+from .totals import Resampler, check_resample_fn
 from .values import ValueFunction, ValueGuide, ValueWeighting, value_count, value_source
 
 __all__ = ["FINISH_REASONS", "GenerateOutput", "generate"]
@@ -36,6 +41,7 @@ __all__ = ["FINISH_REASONS", "GenerateOutput", "generate"]
 
 # no_grad, not inference_mode: tensors made in inference mode could not enter a loss later.
 @torch.no_grad()
+@configured
 def generate(
     ensemble: Ensemble,
     prompts: Prompts | None = None,
@@ -59,9 +65,14 @@ def generate(
     | Tensor
     | ValueWeighting
     | None = None,
-    mask_fn: Callable[[int, Tensor], Tensor] | None = None,
+    mask_fn: MaskFunction | ProcessorMasks | None = None,
+    bad_words_ids: Sequence[Sequence[int]] | None = None,
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None = None,
+    repetition_penalty: float | Sequence[float] | Tensor = 1.0,
     resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | Resampler | None = None,
     max_new_tokens: int = 20,
+    min_new_tokens: int | None = None,
+    max_time: float | None = None,
     num_return_sequences: int = 1,
     num_candidates: int | None = None,
     resample_below: float | None = None,
@@ -78,8 +89,12 @@ def generate(
     eos_token_id: int | Sequence[int] | Tensor | None = None,
     pad_token_id: int | None = None,
     stop_strings: str | Sequence[str] | None = None,
+    stopping_criteria: Sequence[StoppingCriterion] | StoppingCriterion | None = None,
     streamer: Any = None,
     use_cache: bool = True,
+    generation_config: Any = None,
+    output_scores: bool = False,
+    output_logits: bool = False,
     return_model_logprobs: bool = False,
     backend: str | None = None,
 ) -> GenerateOutput:
@@ -134,6 +149,15 @@ def generate(
             which chooses them at each step, such as `mod_fused.guidance.WorstCaseWeights`.
         mask_fn: `mask_fn(step, sequences)` returns the tokens allowed next: bool [B, V], or packed
             int32 [B, ceil(V/32)].
+        bad_words_ids: forbidden sequences of token ids: the last token of one is excluded where the
+            prompt and the response so far end with the others. As in transformers, a lone
+            end-of-sequence id forbids nothing.
+        logit_bias: {token id: finite number}, or a list of B: added to log pi* before temperature.
+            Rows that have one are not cut by plausibility="auto". Refused with num_candidates.
+        repetition_penalty: above 0, one number or [B]: log pi* of each token that the first model's
+            prompt or the response so far holds is multiplied by it, which makes these less likely
+            above 1. (transformers and vLLM treat unnormalised logits so; log pi* has no sign to
+            divide by.) logit_bias is added to the result. Refused with num_candidates.
         resample_fn: `resample_fn(step, sequences, lengths, reasons)`, called after each step, with
             sequences int64 [B, n + step + 1], lengths int64 [B] of the responses, and reasons int64
             [B], indices into FINISH_REASONS, 0 for rows that go on. It returns the rows to go on
@@ -142,6 +166,10 @@ def generate(
             Or a `mod_fused.decoding.totals.Resampler`, which also gets the log-probabilities of the
             responses under every model and under what they were drawn from, and their values.
         max_new_tokens: the most tokens to draw per row.
+        min_new_tokens: end-of-sequence tokens are not drawn before so many others. Stop strings,
+            stopping_criteria and max_time end a row all the same, as in transformers.
+        max_time: seconds from the call on, after which no further step begins. The first token is
+            always drawn. Refused with num_candidates.
         num_return_sequences: K responses to each prompt, which is read once. There are B K rows:
             response k to prompt b is row b K + k. Parameters have one entry per prompt; functions
             get all rows. Response 0 has the prompt's seed, response k has
@@ -202,11 +230,21 @@ def generate(
         stop_strings: end a row after the first token with which its decoded response, special
             tokens included, holds one of them. Only the response of this call counts, decoded as
             the continuation of a text (see `GenerateOutput.texts`). Needs a tokenizer.
+        stopping_criteria: transformers' `StoppingCriteriaList`, or functions `(input_ids, scores)
+            -> bool [B]`, called after each token with int64 [B, n + step + 1], the first model's
+            prompts and the responses so far: True ends the row. scores are those of the output, a
+            tuple with a tensor for each step, or None without output_scores.
         streamer: `streamer(step, tokens)`, called after each step in which a row drew a token, with
             the tokens int64 [B] on the CPU; pad_token_id stands for rows that drew none (ended or
             invalid). Or a transformers streamer, for one row; its end() is called once, also when
             generate raises.
         use_cache: False recomputes the whole sequence at each step: for models without a KV cache.
+        generation_config: a transformers `GenerationConfig` for all that is not passed here. What
+            it leaves out has transformers' defaults: do_sample=False, top_k=50, 20 new tokens.
+            Lengths count the first model's prompts. What `generate` does not do is refused by name,
+            see docs/serving.md.
+        output_scores, output_logits: return `GenerateOutput.scores` and `logits`. Refused with
+            num_beams, num_candidates and resample_fn.
         return_model_logprobs: return log pi_ref and log pi_i of each token, which costs another
             sum over every model's vocabulary at each step.
 
@@ -242,8 +280,12 @@ def generate(
                 "streamer": streamer,
                 "resample_fn": resample_fn,
                 "num_candidates": num_candidates,
+                "output_scores": output_scores,
+                "output_logits": output_logits,
             },
         )
+        stopping = check_stopping(stopping_criteria, max_time, output_scores)
+        scores = check_scores(output_scores, output_logits, resample_fn, num_candidates)
         copies = num_return_sequences if searching is None else searching.num_beams
         limits = check_limits(
             ensemble,
@@ -253,6 +295,7 @@ def generate(
             eos_token_id,
             pad_token_id,
             stop_strings,
+            min_new_tokens,
         )
         vocab_size = check_vocab_size(vocab_size, ensemble)
         asks_totals = isinstance(resample_fn, Resampler)
@@ -260,13 +303,7 @@ def generate(
             raise ValueError("value_weights were given without value_fn")
         if resample_below is not None and num_candidates is None:
             raise ValueError("resample_below was given without num_candidates")
-        if resample_fn is not None and not (callable(resample_fn) or asks_totals):
-            raise TypeError(
-                "resample_fn must be a function (step, sequences, lengths, reasons) or have "
-                f"resample(), got {type(resample_fn).__name__}"
-            )
-        if resample_fn is not None and stream.active:
-            raise ValueError("a streamer cannot take back the tokens that resample_fn drops")
+        check_resample_fn(resample_fn, stream.active)
 
         ids, masks = ensemble.encode(
             prompts,
@@ -276,7 +313,10 @@ def generate(
             add_special_tokens=add_special_tokens,
         )
         batch, device, copies = len(ids[0]), ids[0].device, limits.copies
-        check_decoding(ensemble.present, ids, copies, limits.max_new_tokens, use_cache)
+        length = limits.max_new_tokens
+        check_decoding(
+            ensemble.present, ids, copies, length, use_cache, output_scores + output_logits
+        )
         num_values = partial(value_count, value_fn)
         weighting = value_weights if isinstance(value_weights, ValueWeighting) else None
         if weighting is not None:
@@ -297,6 +337,9 @@ def generate(
             "position": position,
             "backend": backend,
         }
+        highest = ensemble.vocab_size if vocab_size is None else vocab_size
+        penalties = Penalties(logit_bias, repetition_penalty, batch, copies, highest, device)
+        bad_words = bad_words_of(bad_words_ids, limits.eos_token_ids, highest, device)
         if num_candidates is not None:
             threshold = check_candidates(
                 options,
@@ -307,18 +350,23 @@ def generate(
                 streamer=streamer,
                 prefix_logprobs=prefix_logprobs,
                 mixture_prefix_logprobs=mixture_prefix_logprobs,
+                max_time=True if stopping.timed else None,
+                logit_bias=logit_bias,
+                repetition_penalty=penalties.repetition,
             )
         options = ready_options(ensemble, options, num_values, limits, batch, device)
         automatic = isinstance(plausibility, str)
         if automatic and weighting is None and options["plausibility"] is not None:
             options["plausibility"] = off_at_corners(options, value_fn is not None)
-        options |= {"vocab_size": vocab_size, "automatic_cut": automatic}
+        if automatic and options["plausibility"] is not None:
+            options["plausibility"] = penalties.cut(options["plausibility"])
+        options["vocab_size"] = vocab_size
         prefixes = prefix_logprobs, mixture_prefix_logprobs
         history = first_history(
             *prefixes, sequence_history, options, (batch, len(ids)), copies, device
         )
 
-        running: dict[str, Any] = {"max_new_tokens": limits.max_new_tokens, "use_cache": use_cache}
+        running: dict[str, Any] = {"max_new_tokens": length, "use_cache": use_cache}
         state = ensemble.start(ids, masks, **running)
         has_reference = ensemble.models[0] is not None
         values = value_source(value_fn, ids[0], masks[0], vocab_size, has_reference, **running)
@@ -332,6 +380,9 @@ def generate(
             columns=len(ids) if return_model_logprobs else 0,
             history=history,
             models=len(ids) if asks_totals or num_candidates is not None else 0,
+            stopping=stopping,
+            scores=scores,
+            mask=None if masks[0] is None else masks[0].repeat_interleave(copies, dim=0),
         )
         beams = None
         if searching is not None:
@@ -340,7 +391,8 @@ def generate(
         if num_candidates is not None:
             candidates = Candidates(options, limits, has_reference, threshold)
             resample_fn = candidates if threshold else None
-        length, functions = limits.max_new_tokens, (mask_fn, resample_fn)
+        excluding = Masks(mask_fn, limits, options, automatic, bad_words)
+        functions = excluding, penalties, resample_fn
         draw_all(length, state, values, responses, options, stream, *functions, beams, weighting)
         if beams is not None:
             return beams.output(masks[0])

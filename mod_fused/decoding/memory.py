@@ -4,6 +4,7 @@ refused before it runs.
     each language model   rows x tokens x sum over its layers of 2 x key heads x head size x bytes
                           rows x vocabulary x bytes                       the logits of one step
     the responses         rows x tokens x (8 + 4 + 4 x models) bytes      ids and log-probabilities
+    scores and logits     rows x new tokens x vocabulary x 4 bytes each    where they are asked for
 
 with tokens = prompt tokens + new tokens; a layer with a sliding window holds no more than the
 window. Weights and activations are left out, so that nothing that fits is refused.
@@ -27,6 +28,7 @@ def check_decoding(
     copies: int,
     max_new_tokens: int,
     use_cache: bool = True,
+    distributions: int = 0,
 ) -> None:
     """Refuse a decode that cannot fit.
 
@@ -36,13 +38,16 @@ def check_decoding(
         copies: responses to each prompt.
         max_new_tokens: the most tokens of a response.
         use_cache: whether the models keep KV caches.
+        distributions: how many of each step are kept, as scores and logits.
 
     Raises:
         ValueError: says how much memory it would take.
     """
     rows = len(input_ids[0]) * copies
     tokens = input_ids[0].shape[1] + max_new_tokens
-    needed = {input_ids[0].device: rows * tokens * (8 + 4 + 4 * len(models))}
+    vocab = min([embedded_ids(m) for m in models if is_transformers_model(m)], default=0)
+    kept = rows * max_new_tokens * vocab * 4 * distributions
+    needed = {input_ids[0].device: rows * tokens * (8 + 4 + 4 * len(models)) + kept}
     for model, ids in zip(models, input_ids, strict=True):
         # Models spread over several devices are not counted.
         if (

@@ -28,6 +28,7 @@ class Limits(NamedTuple):
     eos_token_ids: list[int]
     pad_token_id: int
     stop_strings: list[str]
+    min_new_tokens: int
 
 
 def plain(value: Any) -> Any:
@@ -47,19 +48,28 @@ def check_limits(
     eos_token_id: Any,
     pad_token_id: Any,
     stop_strings: Any,
+    min_new_tokens: Any = 0,
 ) -> Limits:
     """These arguments of `mod_fused.generate`, checked."""
-    eos_ids = ensemble.eos_token_ids if eos_token_id is None else _eos_ids(eos_token_id)
-    pad = ensemble.padding_id(eos_ids) if pad_token_id is None else pad_token_id
+    ends = ensemble.eos_token_ids if eos_token_id is None else eos_ids(eos_token_id)
+    pad = ensemble.padding_id(ends) if pad_token_id is None else pad_token_id
     returned = count("num_return_sequences", num_return_sequences, 1)
     drawn = returned if num_candidates is None else count("num_candidates", num_candidates, 1)
+    longest, shortest = count("max_new_tokens", max_new_tokens, 1), 0
+    if min_new_tokens is not None:
+        shortest = count("min_new_tokens", min_new_tokens, 0)
+    if shortest > longest:
+        raise ValueError(
+            f"min_new_tokens must be at most max_new_tokens = {longest}, got {shortest}"
+        )
     return Limits(
-        count("max_new_tokens", max_new_tokens, 1),
+        longest,
         drawn,
         returned,
-        eos_ids,
+        ends,
         count("pad_token_id", pad, 0, ensemble.vocab_size),
         _stop_strings(stop_strings, ensemble.tokenizer),
+        shortest,
     )
 
 
@@ -277,7 +287,8 @@ def count(name: str, value: Any, least: int, limit: int | None = None) -> int:
     return number
 
 
-def _eos_ids(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
+def eos_ids(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
+    """An eos_token_id of `generate`, one or several, as a list."""
     # A tensor without dimensions has __iter__, but cannot be iterated over.
     if not isinstance(eos_token_id, Iterable) or getattr(eos_token_id, "ndim", 1) == 0:
         eos_token_id = [count("eos_token_id", eos_token_id, 0)]

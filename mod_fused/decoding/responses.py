@@ -12,19 +12,21 @@ from torch import Tensor
 
 from ..call.outputs import Sample
 from .options import History, Limits
+from .scores import Scores
+from .stopping import Stopping
 from .streaming import Stream
 from .text import Decoder, StopStrings
 from .totals import Resampler, Totals
 from .values import values_of
 
 # Why a row ended, by code. A row that is still running after max_new_tokens ended by length.
-FINISH_REASONS = ("length", "eos", "stop", "invalid")
-_RUNNING, _EOS, _STOP, _INVALID = range(4)
+FINISH_REASONS = ("length", "eos", "stop", "invalid", "stopping_criteria", "max_time")
+_RUNNING, _EOS, _STOP, _INVALID, _CRITERIA, _TIME = range(6)
 
 #: The attributes of `Responses` that are tensors with one entry per row.
 _BY_ROW = (
     "tokens", "history", "own_history", "_log_totals", "_last_values", "_sequences", "_lengths",
-    "_logprobs", "_model_logprobs", "_reason",
+    "_logprobs", "_model_logprobs", "_reason", "_padding",
 )  # fmt: skip
 
 
@@ -38,8 +40,8 @@ class GenerateOutput:
             responses.
         tokens: int64 [B, T], the responses alone, with pad_token_id behind their ends.
         lengths: int64 [B], tokens in each response, its end-of-sequence token included.
-        finish_reasons: B strings: "eos", "stop" (a stop string), "length", or "invalid" (see
-            valid).
+        finish_reasons: B strings: "eos", "stop" (a stop string), "length", "stopping_criteria",
+            "max_time", or "invalid" (see valid).
         texts: B decoded responses without special tokens, a stop string included; None without a
             tokenizer. A response is decoded as the continuation of a text: the space in front of
             its first word is kept, so that prompt + text is one text.
@@ -68,6 +70,10 @@ class GenerateOutput:
             the Z of pi*(y) = pi_ref(y) (f')^-1(u(y) - Z), solved on the candidates; infinite where
             f' is beyond float64.
         resamplings: int64 [prompts], how often resample_below has resampled the candidates.
+        scores: T tensors float32 [B, V], log of the probabilities with which each token was drawn,
+            after mask, temperature and filters. None unless asked for. Rows that have ended have
+            some, too.
+        logits: T tensors float32 [B, V], log pi*, likewise.
     """
 
     sequences: Tensor
@@ -85,6 +91,8 @@ class GenerateOutput:
     effective_sample_size: Tensor | None = None
     log_normalizer: Tensor | None = None
     resamplings: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
 
 
 class Responses:
@@ -97,6 +105,9 @@ class Responses:
         columns: how many model log-probabilities to record; 0: none.
         history: log-probabilities of the responses before this call.
         models: how many models' log-probabilities of whole responses to sum; 0: no totals.
+        mask: int64 [B, n], 0 for the prompts' padding on the left; None: there is none.
+        stopping: what else ends responses.
+        scores: kept beside the responses, for the criteria and the output.
 
     Attributes:
         history, own_history: float64 [B, columns] and [B], log-probability of the response so far
@@ -114,7 +125,12 @@ class Responses:
         columns: int,
         history: History,
         models: int = 0,
+        mask: Tensor | None = None,
+        stopping: Stopping | None = None,
+        scores: Scores | None = None,
     ) -> None:
+        self.stopping = Stopping() if stopping is None else stopping
+        self.scores = Scores(False, False) if scores is None else scores
         room = len(prompts), limits.max_new_tokens
         batch, device = len(prompts), prompts.device
         floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
@@ -124,6 +140,7 @@ class Responses:
         doubles: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self._log_totals = torch.zeros(shape, **doubles) if models else None
         self._last_values: Tensor | None = None
+        self._padding = None if mask is None else (mask == 0).sum(1)
         self.tokens: Tensor | None = None
         self.done = False
         self._step, self._width, self._pad = 0, prompts.shape[1], limits.pad_token_id
@@ -178,6 +195,14 @@ class Responses:
         """The prompts and the responses so far, int64 [B, n + steps]."""
         return self._sequences[:, : self._width + self._step]
 
+    @property
+    def read(self) -> Tensor:
+        """The sequences with -1 for the prompts' padding."""
+        if self._padding is None:
+            return self.sequences
+        places = torch.arange(self.sequences.shape[1], device=self._padding.device)
+        return self.sequences.masked_fill(places < self._padding[:, None], -1)
+
     def add(self, drawn: Sample, stream: Stream, given: dict[str, Any] | None = None) -> None:
         """Record a step, show it to the stream, and note which responses it ends. `given` may hold
         the step's values and value_ids, as `mod_fused.sample` takes them."""
@@ -206,6 +231,14 @@ class Responses:
         else:
             self.done = bool((self._reason != _RUNNING).all())
         self._step += 1
+        if self.stopping.active:
+            scores = self.scores.scores
+            met = self.stopping.met(self.sequences, None if scores is None else tuple(scores))
+            running = self._reason == _RUNNING
+            self._reason = torch.where(running & met, _CRITERIA, self._reason)
+            if self.stopping.out_of_time():
+                self._reason = torch.where(running & ~met, _TIME, self._reason)
+            self.done = bool((self._reason != _RUNNING).all())
 
     def _add_up(self, drawn: Sample, kept: Tensor, values: Tensor | None) -> None:
         """Add a step to the totals of the rows that are kept."""
@@ -288,6 +321,8 @@ class Responses:
             seeds=seeds,
             attention_mask=torch.cat([mask, written], dim=1),
             sequences_scores=sequences_scores,
+            scores=_first(self.scores.scores, steps),
+            logits=_first(self.scores.logits, steps),
         )
 
     def _texts(self, tokens: Tensor) -> list[str] | None:
@@ -296,3 +331,7 @@ class Responses:
         decoder = Decoder(self._tokenizer)
         rows = zip(tokens.tolist(), self._lengths.tolist(), strict=True)
         return [decoder(row[:length]) for row, length in rows]
+
+
+def _first(tensors: list[Tensor] | None, steps: int) -> tuple[Tensor, ...] | None:
+    return None if tensors is None else tuple(tensors[:steps])

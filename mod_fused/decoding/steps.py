@@ -11,7 +11,9 @@ from torch import Tensor
 from ..call.fields import check_tensor
 from ..ops import sample
 from .beams import Beams
+from .masks import Masks
 from .model_state import EnsembleState
+from .penalties import Penalties
 from .responses import Responses
 from .streaming import Stream
 from .totals import Resampler
@@ -25,7 +27,8 @@ def draw_all(
     responses: Responses,
     options: dict[str, Any],
     stream: Stream,
-    mask_fn: Callable[[int, Tensor], Tensor] | None,
+    masks: Masks,
+    penalties: Penalties,
     resample_fn: Callable[[int, Tensor, Tensor, Tensor], Tensor | None] | Resampler | None,
     beams: Beams | None,
     weighting: ValueWeighting | None,
@@ -33,9 +36,9 @@ def draw_all(
     """Step by step run the models, draw and record, until all responses have ended; with beams,
     until their search has."""
     first_position = options.pop("position")
-    weights, automatic_cut = options.pop("value_weights"), options.pop("automatic_cut")
-    drawing = ("temperature", "top_k", "top_p", "min_p", "seed")
-    mixing = {name: value for name, value in options.items() if name not in drawing}
+    weights = options.pop("value_weights")
+    drawing = {name: options[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+    mixing = {name: x for name, x in options.items() if name not in drawing and name != "seed"}
     stream.begin(responses.sequences)
     parents = None
     for step in range(max_new_tokens):
@@ -50,12 +53,13 @@ def draw_all(
         else:
             given |= weighed(weighting, reference, policies, given, mixing)
         given |= {
-            "mask": None if mask_fn is None else mask_fn(step, so_far),
             "prefix_logprobs": responses.history,
             "mixture_prefix_logprobs": responses.own_history,
         }
-        if automatic_cut and (given["mask"] is not None or "value_ids" in given):
-            given["plausibility"] = None
+        models = [*([] if reference is None else [reference]), *policies]
+        read = responses.read
+        given |= masks.step(step, so_far, models, "value_ids" in given, read)
+        given["bias"] = penalties.step(read, reference, policies, mixing | given)
         if beams is not None:
             parents = beams.step(reference, policies, **mixing | given)
             responses = beams.responses
@@ -70,6 +74,8 @@ def draw_all(
             return_model_logprobs=responses.wants_model_logprobs,
             return_proposal_logprobs=responses.totals is not None,
         )
+        excluding = {name: given.pop(name) for name in ("mask", "bias")}
+        responses.scores.add(reference, policies, mixing | given, drawing | excluding)
         responses.add(drawn, stream, given)
         if resample_fn is not None:
             parents = responses.resample(resample_fn)

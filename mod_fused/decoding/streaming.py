@@ -36,14 +36,21 @@ class CallbackStream(Stream):
 
 
 class TransformersStream(Stream):
-    """Calls put(prompt), put(token) ..., end(), as transformers' own generate does."""
+    """Calls put(prompt), put(token) ..., end(), as transformers' own generate does.
+
+    Attributes:
+        prompt_is_shown: transformers has put the prompt into it, and so accepted its rows.
+    """
 
     active = True
 
     def __init__(self, streamer: Any) -> None:
         self.streamer = streamer
+        self.prompt_is_shown = False
 
     def begin(self, prompts: Tensor) -> None:
+        if self.prompt_is_shown:
+            return
         if len(prompts) != 1:
             raise ValueError(
                 f"a transformers streamer takes one row, got {len(prompts)}; pass a callable "

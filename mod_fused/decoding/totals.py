@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -34,3 +34,20 @@ class Resampler(Protocol):
     ) -> Tensor | None:
         """The rows to go on with, int64 [B], or None for all of them. See `generate`."""
         ...
+
+
+def check_resample_fn(resample_fn: Any, streaming: bool) -> None:
+    """Refuse what cannot resample, and to take back what a stream has shown.
+
+    Raises:
+        TypeError, ValueError: says so.
+    """
+    if resample_fn is None:
+        return
+    if not (callable(resample_fn) or isinstance(resample_fn, Resampler)):
+        raise TypeError(
+            "resample_fn must be a function (step, sequences, lengths, reasons) or have "
+            f"resample(), got {type(resample_fn).__name__}"
+        )
+    if streaming:
+        raise ValueError("a streamer cannot take back the tokens that resample_fn drops")

@@ -51,6 +51,7 @@ def keep_threads():
         (["generate", "--weights", "1", "nan", "0", "--prompt", "x"], "nan"),
         (["generate", "--weights", "-1,2,0", "--prompt", "x"], "--weights"),
         (["generate", "--prompt", "x", "--top-p", "2"], "top_p"),
+        (["generate", "--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty"),
         (["generate", "--prompt", "x", "--temperature", "-1"], "temperature"),
         (["generate", "--prompt", "x", "--temperature", "1e60"], "temperature"),
         (["generate", "--prompt", " "], "empty"),
@@ -210,6 +211,8 @@ def test_generate_passes_its_options_on(capsys):
         assert generated(capsys, *plain, *one_token)[0]["tokens"] == greedy["tokens"]
     assert generated(capsys, *plain, "--top-k", str(2**64))[0]["tokens"] == drawn["tokens"]
     assert generated(capsys, *plain, "--top-p", "1e-6")[0]["tokens"] == greedy["tokens"]
+    repeated = generated(capsys, *plain, "--greedy", "--repetition-penalty", "0.01")[0]
+    assert len(set(repeated["tokens"])) < len(set(greedy["tokens"]))
     others = [generated(capsys, "--prompt", QUESTION, "--seed", str(s))[0] for s in range(6, 10)]
     assert any(other["tokens"] != drawn["tokens"] for other in others)
 

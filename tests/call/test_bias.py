@@ -27,6 +27,7 @@ def test_nan_plus_infinity_and_nothing_left_invalidate_their_row_only(op, diverg
     clean = bias.clone()
     bias[0, 1099], bias[2, 0], bias[3] = NAN, INF, -INF
     bias[4, V // 2 :] = -INF  # what the support has left
+    policies[0][0, 1099] = ref[2, 0] = -INF  # of an excluded token, too
     args, mixture = (ref, policies, [0.5, 0.25]), {"divergence": divergence}
     assert_only_these_rows_are_invalid(
         op, {0, 2, 3, 4}, args, args, {**mixture, "bias": clean}, **mixture, bias=bias

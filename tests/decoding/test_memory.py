@@ -128,6 +128,18 @@ def test_each_device_has_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None
     assert asked["cpu"] == model + responses
 
 
+def test_kept_distributions_count_and_generate_says_how_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ensemble, asked = Ensemble([tiny.llama(0), tiny.llama(1)]), []
+    monkeypatch.setattr(memory, "check_memory", lambda n, what, device: asked.append(n))
+    options: dict[str, Any] = {"input_ids": torch.ones(3, 5, dtype=torch.int64), "weights": [0.5]}
+    for kept in ({}, {"output_scores": True}, {"output_scores": True, "output_logits": True}):
+        generate(ensemble, **options, max_new_tokens=10, **kept)
+    each = 3 * 10 * tiny.V * 4
+    assert [n - asked[0] for n in asked] == [0, each, 2 * each]
+
+
 def test_rows_that_cannot_fit_are_refused_before_a_model_runs() -> None:
     models = [tiny.llama(0), tiny.llama(1)]
     for model in models:

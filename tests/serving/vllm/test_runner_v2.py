@@ -1,4 +1,4 @@
-"""Model Runner V2, vLLM's default on GPUs: here through Triton's interpreter, in a run of its own."""
+"""Model Runner V2, vLLM's default on GPUs: here through Triton's interpreter, in its own run."""
 
 from __future__ import annotations
 
