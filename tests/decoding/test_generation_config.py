@@ -33,11 +33,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "max_new_tokens before max_length": {"max_length": 10},
     "min_new_tokens": {"min_new_tokens": 7, "eos_token_id": [0, 21]},
     "min_length": {"min_length": 19, "eos_token_id": [0, 21]},
-    "min_new_tokens before min_length": {"min_new_tokens": 2, "min_length": 20},
+    "min_new_tokens before min_length": {
+        **{"min_new_tokens": 1, "min_length": 20, "eos_token_id": [0, 21]},
+    },
     "eos_token_id": {"eos_token_id": [20, 21]},
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
     "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
-    "bad_words_ids": {"bad_words_ids": [[FOX], [5, 20], [tiny.EOS]]},
+    "bad_words_ids": {"bad_words_ids": [[FOX], [5, 20], [21]], "eos_token_id": 21},
     "suppress_tokens": {"suppress_tokens": [5, FOX, 12, 15]},
     "begin_suppress_tokens": {"begin_suppress_tokens": list(range(12))},
     "forced_eos_token_id": {"forced_eos_token_id": tiny.EOS, "min_new_tokens": 12},
@@ -93,9 +95,8 @@ def test_sampling_has_the_filters_of_the_config_and_transformers_default_top_k()
 
 
 def test_what_the_call_says_itself_wins(corner: tuple[Ensemble, Any, Any]) -> None:
-    config = config_of(
-        do_sample=True, temperature=0.3, top_k=2, max_length=9, min_length=30, eos_token_id=FOX
-    )
+    config = config_of(do_sample=True, temperature=0.3, top_k=2, min_p=0.2, eos_token_id=FOX)
+    config.max_length, config.min_length = 9, 30
     ids = torch.tensor([[3, 7], [9, 5]])
     own: dict[str, Any] = {
         "do_sample": None,  # says nothing
@@ -112,7 +113,7 @@ def test_what_the_call_says_itself_wins(corner: tuple[Ensemble, Any, Any]) -> No
     without_both = torch.ones(2, tiny.V, dtype=torch.bool)
     without_both[:, [4, 5]] = False
     own["mask_fn"] = lambda step, sequences: without_both
-    expected = generate(corner[0], **options, **own)
+    expected = generate(corner[0], **options, **own, min_p=0.2)
     assert torch.equal(out.tokens, expected.tokens) and out.tokens.shape == (2, 3)
     for mine, theirs in zip(out.scores, expected.scores, strict=True):
         assert torch.equal(mine, theirs)

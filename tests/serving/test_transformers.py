@@ -36,6 +36,8 @@ class Setting:
         self.tokenizer = tiny.tokenizer(pad_token="a", padding_side="left")
         self.reference = tiny.vivid(tiny.gpt2(1), 1)
         self.policy = tiny.vivid(tiny.llama(0), 0)
+        for model in (self.reference, self.policy):
+            model.generation_config.pad_token_id = None
         self.ensemble = Ensemble([self.reference, self.policy], self.tokenizer)
         self.batch = dict(self.tokenizer(tiny.PROMPTS, return_tensors="pt", padding=True))
 
@@ -79,7 +81,7 @@ GREEDY: dict[str, dict[str, Any]] = {
     "max_time": {"max_time": 0.0},
     "use_cache": {"use_cache": False},
     "renormalize_logits": {"renormalize_logits": True},
-    "no padding id": {"pad_token_id": None, "eos_token_id": [0, 21]},
+    "no padding id": {"pad_token_id": None, "eos_token_id": [21, 0]},
     "generation_config": {
         "generation_config": GenerationConfig(max_new_tokens=5, suppress_tokens=[5], top_k=3)
     },
@@ -94,6 +96,21 @@ def test_greedy_at_a_corner_is_the_policys_own_generate(
     expected = setting.own(**options)
     found = setting.mixed(**options)
     assert torch.equal(found, expected) and found.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_models_get_one_token_a_step_or_the_whole(setting: Setting, use_cache: bool) -> None:
+    widths: list[int] = []
+
+    def seen(model: Any, arguments: Any, given: dict[str, Any]) -> None:
+        widths.append(given["input_ids"].shape[1])
+
+    hook = setting.reference.register_forward_pre_hook(seen, with_kwargs=True)
+    try:
+        setting.mixed(use_cache=use_cache, max_new_tokens=3, do_sample=False, weights=[0.5])
+    finally:
+        hook.remove()
+    assert widths == ([12, 1, 1] if use_cache else [12, 13, 14])
 
 
 def test_scores_and_logits_give_the_policys_transition_scores(setting: Setting) -> None:
@@ -367,25 +384,19 @@ def test_a_row_without_anything_to_draw_is_an_error(setting: Setting) -> None:
         setting.mixed(policies=[broken], do_sample=False, max_new_tokens=3)
 
 
-def test_a_model_of_recurrent_states_hands_over_an_empty_cache(setting: Setting) -> None:
-    reference, policy = (small_model("qwen3_next", seed) for seed in (1, 2))
+@pytest.mark.parametrize("kind", ["qwen3_next", "mistral", "qwen2_vl (text alone)"])
+def test_what_transformers_prepares_for_other_kinds_of_models_is_no_obstacle(kind: str) -> None:
+    # Recurrent states, windows, and a record of images where there are none.
+    reference, policy = (small_model(kind, seed) for seed in (1, 2))
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6}
-    options["input_ids"] = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])
-    expected = policy.generate(**options)
-    found = reference.generate(
-        **options, custom_generate=custom_generate, policies=[policy], weights=[1.0]
-    )
-    assert torch.equal(found, expected)
-    used = reference.generate(**options, return_dict_in_generate=True)
+    options |= {"policies": [policy], "weights": [1.0], "custom_generate": custom_generate}
+    ids = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])
+    expected = policy.generate(ids, do_sample=False, max_new_tokens=6)
+    assert torch.equal(reference.generate(ids, **options), expected)
+    used = reference.generate(ids, max_new_tokens=6, return_dict_in_generate=True)
     cache = used.past_key_values if "past_key_values" in used else used.cache
     with pytest.raises(ValueError, match="begins with empty caches"):
-        reference.generate(
-            **options | {"input_ids": used.sequences},
-            past_key_values=cache,
-            custom_generate=custom_generate,
-            policies=[policy],
-            weights=[1.0],
-        )
+        reference.generate(used.sequences, **options, past_key_values=cache)
 
 
 def test_an_adapted_reference_counts_with_its_adapter(setting: Setting) -> None:

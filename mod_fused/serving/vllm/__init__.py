@@ -10,16 +10,23 @@ runner_v1.py and runner_v2.py put that into vLLM's two model runners, worker.py 
 
 from __future__ import annotations
 
+from typing import Any
+
 ARCHITECTURE = "ModFusedForCausalLM"
 
 
 def register() -> None:
     """Make the architecture known to vLLM: the entry point of the group vllm.general_plugins, which
-    runs in every process of vLLM. It changes nothing for other architectures."""
+    runs in every process of vLLM. For other architectures it does nothing and imports nothing."""
     from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    from .config import ModFusedConfig
+    class ModFusedConfig(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            from .config import verify_and_update
+
+            verify_and_update(vllm_config)
 
     MODELS_CONFIG_MAP[ARCHITECTURE] = ModFusedConfig
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")

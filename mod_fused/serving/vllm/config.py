@@ -7,7 +7,6 @@ from typing import Any
 
 from packaging.version import Version
 from vllm.config import ModelConfig, VllmConfig
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ...call.checks import MAX_POLICIES
 from ...decoding.ensemble import common_ids
@@ -19,31 +18,27 @@ VERSIONS = "0.32", "0.33"
 _OURS = {"mod_fused_policies", "mod_fused_defaults"}
 
 
-class ModFusedConfig(VerifyAndUpdateConfig):
-    """vLLM's hook for the configuration of an architecture; it runs once, in the frontend."""
+def verify_and_update(vllm_config: VllmConfig) -> None:
+    """Check the engine's options and the models, choose the worker and the checks of requests:
+    vLLM's hook for the configuration of an architecture, which runs once, in the frontend.
 
-    @staticmethod
-    def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Check the engine's options and the models, choose the worker and the request checks.
-
-        Raises:
-            ValueError: naming what is not supported or does not fit.
-        """
-        _check_version()
-        model_config = vllm_config.model_config
-        _refuse(vllm_config)
-        hf_config = model_config.hf_config
-        for name in vars(hf_config):
-            if name.startswith("mod_fused") and name not in _OURS:
-                raise ValueError(f"unknown option {name!r} in --hf-overrides; known: {_OURS}")
-        configs = model_configs(model_config)
-        settings = _settings(model_config, configs)
-        hf_config.mod_fused_settings = settings.as_json()
-        hf_config.get_text_config().vocab_size = settings.width
-        use(settings)
-        kind = "ChecksV2" if vllm_config.use_v2_model_runner else "ChecksV1"
-        model_config.logits_processors = [f"{__package__}.requests:{kind}"]
-        vllm_config.parallel_config.worker_cls = f"{__package__}.worker.ModFusedWorker"
+    Raises:
+        ValueError: naming what is not supported or does not fit.
+    """
+    _check_version()
+    model_config = vllm_config.model_config
+    _refuse(vllm_config)
+    hf_config = model_config.hf_config
+    for name in vars(hf_config):
+        if name.startswith("mod_fused") and name not in _OURS:
+            raise ValueError(f"unknown option {name!r} in --hf-overrides; known: {sorted(_OURS)}")
+    settings = _settings(model_config, model_configs(model_config))
+    hf_config.mod_fused_settings = settings.as_json()
+    hf_config.get_text_config().vocab_size = settings.width
+    use(settings)
+    kind = "ChecksV2" if vllm_config.use_v2_model_runner else "ChecksV1"
+    model_config.logits_processors = [f"{__package__}.requests:{kind}"]
+    vllm_config.parallel_config.worker_cls = f"{__package__}.worker.ModFusedWorker"
 
 
 def settings_of(model_config: ModelConfig) -> Settings:

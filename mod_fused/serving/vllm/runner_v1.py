@@ -12,7 +12,7 @@ from vllm.v1.sample.sampler import Sampler
 
 from .config import settings_of
 from .slots import Slots, seed_of
-from .step import Batch, bias_of, with_models
+from .step import Batch, scaled_bias, with_models
 
 
 class ModFusedSampler(Sampler):
@@ -41,7 +41,14 @@ class ModFusedSampler(Sampler):
         # which a generator on the CPU cannot do.
         input_batch.generators.clear()
         batch = self._batch(logits.device)
-        calls = self._step.calls(self.slots, batch)
+
+        def process(x: Tensor) -> Tensor:
+            return self.apply_logits_processors(x, sampling_metadata, False)
+
+        bias = None
+        if any(self.slots.processed(slot) for slot in batch.slots):
+            bias = process(logits.clone())
+        calls = self._step.calls(self.slots, batch, bias)
         params = [self.slots.params[slot] for slot in batch.slots]
 
         asked = (
@@ -49,13 +56,8 @@ class ModFusedSampler(Sampler):
         )
         scaled = any(p.repetition_penalty != 1.0 for p in params)
         log_pi = self._step.log_pi(calls) if asked or scaled else None
-        bias = None
-        if any(self.slots.processed(slot) for slot in batch.slots):
-            bias = bias_of(
-                logits,
-                log_pi if scaled else None,
-                lambda x: self.apply_logits_processors(x, sampling_metadata, False),
-            )
+        if log_pi is not None and scaled:
+            bias = scaled_bias(logits, log_pi, process)
         models = [self.slots.arguments[slot].model_logprobs for slot in batch.slots]
         drawn = self._step.draw(self.slots, batch, calls, bias, any(models))
 
@@ -83,7 +85,6 @@ class ModFusedSampler(Sampler):
         return Batch(
             slots,
             torch.tensor(slots, device=device),
-            positions,
             torch.tensor(positions, device=device),
             # In the middle of a prompt the position is that of the draw to come, which replaces it.
             torch.ones(len(slots), dtype=torch.bool, device=device),

@@ -5,6 +5,7 @@ Nothing here waits for the device.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from .config import settings_of
 from .slots import Slots, seed_of
-from .step import Batch, bias_of, with_models
+from .step import Batch, scaled_bias, with_models
 
 
 class ModFusedState(DefaultModelState):
@@ -95,31 +96,32 @@ class ModFusedSampler(Sampler):
         on_device = expanded_idx_mapping.long()
         states = self.req_states
         length = pos.long() + 1
-        prompts = states.prompt_len.np[idx_mapping_np]
         batch = Batch(
             slots,
             on_device,
-            (seq_lens_upper_bound_np[: len(slots)] - prompts).tolist(),
             length - states.prompt_len.gpu[on_device].long(),
             length >= states.prefill_len.gpu[on_device].long(),
         )
-        calls = self._step.calls(self.slots, batch)
+        context = LogitsContext(
+            expanded_idx_mapping=expanded_idx_mapping,
+            idx_mapping=idx_mapping,
+            idx_mapping_np=idx_mapping_np,
+            expanded_local_pos=expanded_local_pos,
+            input_ids=input_ids,
+            pos=pos,
+            seq_lens_upper_bound_np=seq_lens_upper_bound_np,
+        )
+        process = partial(self._process, context=context)
+        bias = None
+        if any(self.slots.processed(slot) for slot in slots):
+            bias = process(logits.clone())
+        calls = self._step.calls(self.slots, batch, bias)
         params = [self.slots.params[slot] for slot in slots]
 
         scaled = any(p.repetition_penalty != 1.0 for p in params)
         log_pi = self._step.log_pi(calls) if return_logprobs or scaled else None
-        bias = None
-        if any(self.slots.processed(slot) for slot in slots):
-            context = LogitsContext(
-                expanded_idx_mapping=expanded_idx_mapping,
-                idx_mapping=idx_mapping,
-                idx_mapping_np=idx_mapping_np,
-                expanded_local_pos=expanded_local_pos,
-                input_ids=input_ids,
-                pos=pos,
-                seq_lens_upper_bound_np=seq_lens_upper_bound_np,
-            )
-            bias = bias_of(logits, log_pi if scaled else None, lambda x: self._process(x, context))
+        if log_pi is not None and scaled:
+            bias = scaled_bias(logits, log_pi, process)
         models = [self.slots.arguments[slot].model_logprobs for slot in slots]
         drawn = self._step.draw(self.slots, batch, calls, bias, any(models))
         if drawn.models is not None:

@@ -90,13 +90,17 @@ class Slots:
         lists = p.structured_outputs or p.allowed_token_ids or p.bad_words or p.logit_bias
         return bool(penalties or lists or p.min_tokens or p.thinking_token_budget is not None)
 
-    def cut(self, slot: int, position: int) -> float:
-        """The plausibility of a request at a position of its response. The default one is off where
-        vLLM takes tokens away: it might leave none."""
+    def cut(self, slot: int) -> float:
+        """The plausibility of a request. As in `generate` the automatic one is off beside a mask or
+        a logit_bias: it might leave nothing, or nothing that the bias lifts."""
         given, params = self.arguments[slot], self.params[slot]
-        lists = (params.structured_outputs, params.allowed_token_ids, params.bad_words)
-        masked = any(lists) or position < params.min_tokens
-        return 0.0 if given.automatic_cut and masked else given.cut
+        lists = (params.structured_outputs, params.allowed_token_ids, params.logit_bias)
+        return 0.0 if given.automatic_cut and any(lists) else given.cut
+
+    def cut_among(self, slot: int) -> bool:
+        """Whether a request's cut is measured from the likeliest token that is left to draw."""
+        params = self.params[slot]
+        return self.arguments[slot].automatic_cut and bool(params.bad_words or params.min_tokens)
 
     def ended(self, requests: Collection[str]) -> None:
         """Told before each step which requests have ended: their histories go, the others' stay."""

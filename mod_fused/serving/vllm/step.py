@@ -19,8 +19,7 @@ class Batch(NamedTuple):
 
     slots: list[int]  # of each row
     on_device: Tensor  # the same, int64 [B]
-    host_positions: list[int]  # how many tokens each response has
-    positions: Tensor  # the same, int64 [B]
+    positions: Tensor  # how many tokens each response has, int64 [B]
     real: Tensor  # bool [B]: the prompt is read to its end, and the draw becomes a token
 
 
@@ -45,9 +44,9 @@ class Drawn(NamedTuple):
 class Step:
     """The logits of the running step, and what is made of them.
 
-    The engine gets a carrier for its logits: zeros, or log pi* where it has to scale it. What it
-    does to the carrier (grammar masks, -inf for banned tokens, logit_bias, penalties) is a bias,
-    which the op adds to log pi*.
+    The engine gets a carrier of zeros for its logits. What it does to the carrier (grammar masks,
+    -inf for banned tokens, logit_bias, penalties) is a bias, which the op adds to log pi*. A
+    repetition penalty scales: it gets log pi* itself.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -61,14 +60,17 @@ class Step:
         self.logits = logits
         return logits[0].new_zeros((len(logits[0]), self.width), dtype=torch.float32)
 
-    def calls(self, slots: Slots, batch: Batch) -> list[Call]:
-        """The calls of the op that the rows need, their histories brought up to date."""
+    def calls(self, slots: Slots, batch: Batch, bias: Tensor | None) -> list[Call]:
+        """The calls of the op that the rows need, their histories brought up to date; `bias` [B, W]
+        has -inf for tokens that are excluded."""
         groups: dict[Group, list[int]] = {}
         for row, slot in enumerate(batch.slots):
             groups.setdefault(slots.group(slot), []).append(row)
-        return [self._call(slots, batch, group, rows) for group, rows in groups.items()]
+        return [self._call(slots, batch, bias, group, rows) for group, rows in groups.items()]
 
-    def _call(self, slots: Slots, batch: Batch, group: Group, rows: list[int]) -> Call:
+    def _call(
+        self, slots: Slots, batch: Batch, bias: Tensor | None, group: Group, rows: list[int]
+    ) -> Call:
         at: Tensor | slice = slice(None)
         if len(rows) < len(batch.slots):
             at = _on(batch.on_device.device, rows)
@@ -79,7 +81,14 @@ class Step:
         for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0), ("temperature", 1.0)):
             if all(getattr(p, name) == off for p in params):
                 table.pop(name)
-        cuts = [slots.cut(batch.slots[row], batch.host_positions[row]) for row in rows]
+        cuts = [slots.cut(batch.slots[row]) for row in rows]
+        among = [slots.cut_among(batch.slots[row]) for row in rows]
+        cut = _on(of.device, cuts, torch.float64) if any(cuts) else None
+        if cut is not None and bias is not None and any(among):
+            reference = self.logits[0][at][:, : self.vocab_size].float()
+            excluded = bias[at, : self.vocab_size] == -torch.inf
+            left = reference.masked_fill(excluded, -torch.inf).amax(1) - reference.amax(1)
+            cut = torch.where(_on(of.device, among), left.double().exp() * cut, cut)
         mixing = {
             "ref_logits": self.logits[0][at],
             "policy_logits": [x[at] for x in self.logits[1:]],
@@ -87,7 +96,7 @@ class Step:
             "divergence": group.divergence,
             "normalizer": group.normalizer,
             "vocab_size": self.vocab_size,
-            "plausibility": _on(of.device, cuts, torch.float64) if any(cuts) else None,
+            "plausibility": cut,
         }
         if group.history:
             prefix = slots.prefix(of, batch.positions[at])
@@ -130,16 +139,14 @@ class Step:
         return Drawn(tokens, found)
 
 
-def bias_of(carrier: Tensor, log_pi: Tensor | None, process: Callable[[Tensor], Tensor]) -> Tensor:
-    """What the engine adds to log pi*, [B, W], 0 where pi* is 0.
+def scaled_bias(carrier: Tensor, log_pi: Tensor, process: Callable[[Tensor], Tensor]) -> Tensor:
+    """What an engine that scales log pi* adds to it, [B, W]; 0 where pi* is 0.
 
     Args:
         carrier: that of `Step.publish`, on which grammar masks have left -inf.
-        log_pi: log pi* [B, W] for an engine that scales it; None: it only adds.
-        process: the engine's own processing of logits, in place or not.
+        log_pi: log pi* [B, W].
+        process: the engine's own processing of logits.
     """
-    if log_pi is None:
-        return process(carrier.clone())
     return torch.where(log_pi == -torch.inf, 0.0, process(log_pi + carrier) - log_pi)
 
 

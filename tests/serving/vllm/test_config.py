@@ -14,7 +14,7 @@ from vllm.engine.arg_utils import EngineArgs
 from mod_fused.serving.vllm.requests import Settings, arguments, check
 
 from .conftest import POLICIES, REFERENCE, overrides
-from .test_models import checkpoint
+from .test_models import checkpoint, quantised
 
 SETTINGS = Settings(2, (2, 5), 904, 904)
 
@@ -92,6 +92,12 @@ def test_a_policy_that_cannot_read_every_token_is_refused(tmp_path: Path) -> Non
     config.save_pretrained(policy)
     with pytest.raises(Exception, match="ids up to 903"):
         configure(hf_overrides=overrides(mod_fused_policies=[policy]))
+
+
+def test_models_that_are_quantised_differently_are_refused(tmp_path: Path) -> None:
+    policy = quantised(checkpoint(tmp_path, "llama"))
+    with pytest.raises(Exception, match="must be quantised alike"):
+        configure(hf_overrides=overrides(mod_fused_policies=[policy]), dtype="bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -83,6 +84,44 @@ def test_sizes_families_and_padded_vocabularies(tmp_path: Path) -> None:
     outputs = llm.generate([c.prompt for c in given], [c.params() for c in given], use_tqdm=False)
     wanted = [tokens(out) for out in expected(ensemble, given)]
     assert [list(out.outputs[0].token_ids) for out in outputs] == wanted
+
+
+def quantised(path: str) -> str:
+    """Turn a checkpoint's layers into 8-bit integers, a scale for each row (compressed-tensors)."""
+    file, weights = Path(path) / "model.safetensors", {}
+    for key, weight in load_file(file).items():
+        weights[key] = weight
+        if key.endswith("_proj.weight"):
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            weights |= {key: (weight / scale).round().to(torch.int8), f"{key}_scale": scale}
+    save_file(weights, file, {"format": "pt"})
+    bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    layers = {
+        "targets": ["Linear"],
+        "weights": bits | {"strategy": "channel", "dynamic": False},
+        "input_activations": bits | {"strategy": "token", "dynamic": True},
+    }
+    config = LlamaConfig.from_pretrained(path)
+    config.quantization_config = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": layers},
+    }
+    config.save_pretrained(path)
+    return path
+
+
+def test_quantised_models_against_vllm_alone(tmp_path: Path) -> None:
+    names = [quantised(checkpoint(tmp_path, "llama", seed)) for seed in range(2)]
+    prompts = [c.prompt for c in cases(4, seed=24)]
+    greedy = Case("", [1.0], temperature=0.0, max_tokens=16)
+    given = {"dtype": "bfloat16", "max_num_seqs": 4}
+    alone = engine(model=names[1], hf_overrides={}, **given)
+    wanted = alone.generate(prompts, greedy.params(extra_args=None), use_tqdm=False)
+    llm = engine(model=names[0], hf_overrides=overrides(mod_fused_policies=names[1:]), **given)
+    outputs = llm.generate(prompts, greedy.params(), use_tqdm=False)
+    assert [x.outputs[0].token_ids for x in outputs] == [x.outputs[0].token_ids for x in wanted]
 
 
 def test_compiled_models_of_one_shape_keep_their_weights(tmp_path: Path) -> None:
