@@ -71,8 +71,8 @@ class GenerateOutput:
             f' is beyond float64.
         resamplings: int64 [prompts], how often resample_below has resampled the candidates.
         scores: T tensors float32 [B, V], log of the probabilities with which each token was drawn,
-            after mask, bias, temperature and filters. None unless asked for. Rows that have ended have
-            some, too.
+            after mask, bias, temperature and filters. None unless asked for. Rows that have ended
+            have some, too.
         logits: T tensors float32 [B, V], log pi*, likewise.
     """
 
