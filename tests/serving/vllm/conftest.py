@@ -72,8 +72,9 @@ class Case:
             "mod_sequence_history": self.history,
             "mod_plausibility": self.plausibility,
         }
-        names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "min_tokens")
+        names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens")
         given = {name: getattr(self, name) for name in names} | {"extra_args": own}
+        given["min_tokens"] = min(self.min_tokens, self.max_tokens)
         given["repetition_penalty"] = self.repetition_penalty
         given["logit_bias"] = dict(self.logit_bias) or None
         return SamplingParams(**given | more)

@@ -156,7 +156,7 @@ def test_a_bad_request_is_refused_and_the_others_answered(
 
 
 def test_a_grammar_holds(llm: LLM, ensemble: mod_fused.Ensemble) -> None:
-    choices = ["Take a break.", "Dim the lights."]
+    choices = [" Take a break.", " Dim the lights."]
     given = [Case(c.prompt, c.weights, c.divergence, seed=i) for i, c in enumerate(cases(6, 13))]
     params = [c.params(structured_outputs=StructuredOutputsParams(choice=choices)) for c in given]
     outputs = llm.generate([c.prompt for c in given], params, use_tqdm=False)

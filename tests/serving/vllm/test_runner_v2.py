@@ -51,7 +51,7 @@ def test_mixed_requests_preempted_and_resumed(small: LLM, ensemble: mod_fused.En
 
 
 def test_a_grammar_holds(small: LLM) -> None:
-    choices = ["Take a break.", "Dim the lights."]
+    choices = [" Take a break.", " Dim the lights."]
     grammar = StructuredOutputsParams(choice=choices)
     params = [Case("", [0.5, 0.2, 0.3], seed=s).params(structured_outputs=grammar) for s in (1, 2)]
     outputs = small.generate(["How do I sleep?"] * 2, params, use_tqdm=False)
