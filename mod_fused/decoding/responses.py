@@ -45,8 +45,8 @@ class GenerateOutput:
         texts: B decoded responses without special tokens, a stop string included; None without a
             tokenizer. A response is decoded as the continuation of a text: the space in front of
             its first word is kept, so that prompt + text is one text.
-        logprobs: float32 [B, T], log pi*(token), before temperature and filters. 0 behind the end
-            of a response, so that a sum over T is the log-probability of the response.
+        logprobs: float32 [B, T], log pi*(token), before bias, temperature and filters. 0 behind the
+            end of a response, so that a sum over T is the log-probability of the response.
         model_logprobs: float32 [B, T, M+1], log-probability of the token under each model (its
             logits times its scale), reference first; M columns without a reference. 0 behind the
             end. None unless asked for.
@@ -56,8 +56,8 @@ class GenerateOutput:
         seeds: int64 [B], the seed of each row: with it and the position another call can continue
             the responses. None after a beam search.
         attention_mask: int64 [B, n + T], of sequences: 0 for padding on both sides.
-        sequences_scores: float32 [B], after a beam search the sum of log pi* of the response over
-            length ** length_penalty, -inf where not valid; else None.
+        sequences_scores: float32 [B], after a beam search the sum of log pi* and the biases of the
+            response over length ** length_penalty, -inf where not valid; else None.
         weights: float64 [prompts, N], of all N candidates of each prompt, in the order of their
             seeds; they sum to 1. NaN where no candidate is valid. This and the next three are None
             without num_candidates.
@@ -71,8 +71,8 @@ class GenerateOutput:
             f' is beyond float64.
         resamplings: int64 [prompts], how often resample_below has resampled the candidates.
         scores: T tensors float32 [B, V], log of the probabilities with which each token was drawn,
-            after mask, temperature and filters. None unless asked for. Rows that have ended have
-            some, too.
+            after mask, bias, temperature and filters. None unless asked for. Rows that have ended
+            have some, too.
         logits: T tensors float32 [B, V], log pi*, likewise.
     """
 

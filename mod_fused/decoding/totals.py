@@ -15,7 +15,7 @@ class Totals(NamedTuple):
         models: [B, M+1], log-probability of the response so far under each model (its logits times
             its scale), reference first; M columns without a reference.
         proposal: [B], log of the probability with which its tokens were drawn, after mask,
-            temperature and filters. What a resample_fn chose before is not part of it.
+            bias, temperature and filters. What a resample_fn chose before is not part of it.
         values: [B, J], not a sum: the values of the last token of each response, 0 where there is
             none; None without value_fn.
     """

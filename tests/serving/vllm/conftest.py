@@ -59,6 +59,9 @@ class Case:
     min_p: float = 0.0
     seed: int = 0
     max_tokens: int = 32
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def params(self, **more: Any) -> SamplingParams:
         """The request for vLLM."""
@@ -71,6 +74,9 @@ class Case:
         }
         names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens")
         given = {name: getattr(self, name) for name in names} | {"extra_args": own}
+        given["min_tokens"] = min(self.min_tokens, self.max_tokens)
+        given["repetition_penalty"] = self.repetition_penalty
+        given["logit_bias"] = dict(self.logit_bias) or None
         return SamplingParams(**given | more)
 
 
@@ -99,8 +105,16 @@ def cases(count: int, seed: int) -> list[Case]:
                 top_p=draw.choice([1.0, 0.9]),
                 min_p=draw.choice([0.0, 0.05]),
             )
-        if case.normalizer == "zero" and 0.05 != case.plausibility:
-            case = replace(case, weights=draw.choice(WEIGHTS))
+        if draw.random() < 0.3:
+            # Not both: vLLM scales log pi* + logit_bias, `generate` log pi* alone.
+            penalty = draw.choice([1.0, 1.2, 0.9])
+            bias = ((898, -100.0), (173, 2.5), (40, 4.0)) if penalty == 1.0 else ()
+            case = replace(
+                case,
+                min_tokens=draw.choice([0, 12, 24]),
+                repetition_penalty=penalty,
+                logit_bias=bias,
+            )
         found.append(case)
     return found
 
@@ -124,6 +138,9 @@ def expected(
             min_p=case.min_p,
             seed=[case.seed],
             max_new_tokens=case.max_tokens,
+            min_new_tokens=min(case.min_tokens, case.max_tokens),
+            repetition_penalty=case.repetition_penalty,
+            logit_bias=dict(case.logit_bias) or None,
             return_model_logprobs=True,
             **more,
         )
@@ -132,8 +149,9 @@ def expected(
 
 
 def tokens(output: mod_fused.GenerateOutput) -> list[int]:
-    """The first response's tokens."""
-    return output.tokens[0, : int(output.lengths[0])].tolist()
+    """The first response's tokens. Where nothing is left to draw vLLM gets the end of sequence."""
+    found = output.tokens[0, : int(output.lengths[0])].tolist()
+    return [*found, 2] if output.finish_reasons[0] == "invalid" else found
 
 
 @pytest.fixture(scope="session")

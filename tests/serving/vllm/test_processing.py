@@ -66,6 +66,9 @@ def given(count: int, seed: int) -> list[Case]:
             plausibility=[None, 1e-4][i % 2],
             weights=WEIGHTS[i % 5],
             max_tokens=12,
+            min_tokens=0,
+            repetition_penalty=1.0,
+            logit_bias=(),
         )
         for i, c in enumerate(cases(count, seed))
     ]
@@ -133,15 +136,24 @@ def test_min_tokens_allowed_tokens_and_banned_words(llm: LLM, ensemble: mod_fuse
 
 def test_a_grammar_dead_end_ends_the_request(llm: LLM, ensemble: mod_fused.Ensemble) -> None:
     case = given(1, seed=44)[0]
-    grammar = StructuredOutputsParams(choice=["Take a break."])
-    first = ensemble.tokenizer.decode(
-        ensemble.tokenizer.encode("Take a break.", add_special_tokens=False)[0]
-    )
-    params = case.params(structured_outputs=grammar, allowed_token_ids=[5, 6], logprobs=2)
+    # The vocabulary has " Take" alone: no token begins this answer.
+    params = case.params(structured_outputs=StructuredOutputsParams(choice=["Take a break."]))
     out = llm.generate([case.prompt], [params], use_tqdm=False)[0].outputs[0]
-    assert first and out.finish_reason in ("stop", "error") and set(out.token_ids) <= {2}
+    assert out.finish_reason == "error" and list(out.token_ids) == [2] and not out.text
     # The engine goes on.
     assert answers(llm, [case]) == [tokens(expected(ensemble, [case])[0])]
+
+
+def test_banned_words_are_those_of_generate(llm: LLM, ensemble: mod_fused.Ensemble) -> None:
+    requests = [replace(c, logit_bias=()) for c in cases(20, seed=46)]
+    words = ["a", "the", "good", "you can"]
+    params = [c.params(bad_words=words) for c in requests]
+    outputs = llm.generate([c.prompt for c in requests], params, use_tqdm=False)
+    spaced = [text for word in words for text in (word, f" {word}")]  # vLLM bans both
+    ids = [ensemble.tokenizer.encode(text, add_special_tokens=False) for text in spaced]
+    wanted = [tokens(expected(ensemble, [c], bad_words_ids=ids)[0]) for c in requests]
+    assert [list(out.outputs[0].token_ids) for out in outputs] == wanted
+    assert wanted != [tokens(out) for out in expected(ensemble, requests)]
 
 
 def _capture(worker: object) -> None:
@@ -169,7 +181,10 @@ def test_in_bfloat16_the_draws_are_those_of_the_op(
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the worker cannot import it
     llm = engine(dtype="bfloat16")
     llm.collective_rpc(_capture)
-    requests = [replace(c, history=False) for c in cases(60, seed=45)]
+    requests = [
+        replace(c, history=False, min_tokens=0, repetition_penalty=1.0, logit_bias=())
+        for c in cases(60, seed=45)
+    ]
     params = [c.params(logprobs=0) for c in requests]
     outputs = llm.generate([c.prompt for c in requests], params, use_tqdm=False)
     found = {out.request_id: (c, out.outputs[0]) for c, out in zip(requests, outputs, strict=True)}

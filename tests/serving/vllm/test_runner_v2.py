@@ -42,14 +42,16 @@ def test_mixed_requests_preempted_and_resumed(small: LLM, ensemble: mod_fused.En
         for step, (token, entries) in enumerate(
             zip(answer.token_ids, answer.logprobs, strict=True)
         ):
-            assert entries[token].logprob == pytest.approx(float(want.logprobs[0, step]), abs=2e-5)
+            close = 1e-3 if given[i].history else 1e-4
+            own = float(want.logprobs[0, step])
+            assert entries[token].logprob == pytest.approx(own, abs=close)
             models = [entries[904 + k].logprob for k in range(4) if 904 + k in entries]
             every = want.model_logprobs[0, step].tolist()
-            assert models == (pytest.approx(every, abs=2e-5) if i % 2 == 0 else [])
+            assert models == (pytest.approx(every, abs=1e-4) if i % 2 == 0 else [])
 
 
 def test_a_grammar_holds(small: LLM) -> None:
-    choices = ["Take a break.", "Dim the lights."]
+    choices = [" Take a break.", " Dim the lights."]
     grammar = StructuredOutputsParams(choice=choices)
     params = [Case("", [0.5, 0.2, 0.3], seed=s).params(structured_outputs=grammar) for s in (1, 2)]
     outputs = small.generate(["How do I sleep?"] * 2, params, use_tqdm=False)
