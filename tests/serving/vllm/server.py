@@ -144,7 +144,11 @@ def own(case: Case) -> dict[str, Any]:
 def body(case: Case, **more: Any) -> dict[str, Any]:
     """A case as the body of a completion, with the tokens in the answer."""
     names = ("prompt", "temperature", "top_k", "top_p", "min_p", "seed", "max_tokens")
-    given = {name: getattr(case, name) for name in names}
+    given: dict[str, Any] = {name: getattr(case, name) for name in names}
+    given["min_tokens"] = min(case.min_tokens, case.max_tokens)
+    given["repetition_penalty"] = case.repetition_penalty
+    if case.logit_bias:
+        given["logit_bias"] = {str(token): value for token, value in case.logit_bias}
     return given | {"vllm_xargs": own(case), "return_token_ids": True} | more
 
 
