@@ -7,15 +7,18 @@ from typing import Any
 
 from packaging.version import Version
 from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from ...call.checks import MAX_POLICIES
 from ...decoding.ensemble import common_ids
 from ...decoding.loading import load_tokenizer
-from .requests import PREFIX, Settings, arguments, use
+from .requests import PREFIX, Settings, arguments, checks
 
 #: The versions of vLLM whose hooks are these: the first, and the first that is too new.
 VERSIONS = "0.32", "0.33"
-_OURS = {"mod_fused_policies", "mod_fused_defaults"}
+_OURS = frozenset(["architectures", "mod_fused_policies", "mod_fused_defaults"])
 
 
 def verify_and_update(vllm_config: VllmConfig) -> None:
@@ -29,22 +32,23 @@ def verify_and_update(vllm_config: VllmConfig) -> None:
     model_config = vllm_config.model_config
     _refuse(vllm_config)
     hf_config = model_config.hf_config
-    for name in vars(hf_config):
-        if name.startswith("mod_fused") and name not in _OURS:
-            raise ValueError(f"unknown option {name!r} in --hf-overrides; known: {sorted(_OURS)}")
+    given = model_config.hf_overrides
+    # Others would reach none of the models.
+    if not isinstance(given, dict) or not given.keys() <= _OURS:
+        raise ValueError(
+            f"--hf-overrides must be an object with keys of {sorted(_OURS)}, got {given!r}"
+        )
     settings = _settings(model_config, model_configs(model_config))
-    hf_config.mod_fused_settings = settings.as_json()
+    hf_config.mod_fused_settings = settings.text()
     hf_config.get_text_config().vocab_size = settings.width
-    use(settings)
-    kind = "ChecksV2" if vllm_config.use_v2_model_runner else "ChecksV1"
-    model_config.logits_processors = [f"{__package__}.requests:{kind}"]
+    runner = "V2" if vllm_config.use_v2_model_runner else "V1"
+    model_config.logits_processors = [checks(runner, settings)]
     vllm_config.parallel_config.worker_cls = f"{__package__}.worker.ModFusedWorker"
 
 
 def settings_of(model_config: ModelConfig) -> Settings:
     """The settings that the frontend has put into the model's config."""
-    given = dict(model_config.hf_config.mod_fused_settings)
-    return Settings(**{**given, "eos_token_ids": tuple(given["eos_token_ids"])})
+    return Settings.of_text(model_config.hf_config.mod_fused_settings)
 
 
 def model_configs(model_config: ModelConfig) -> list[ModelConfig]:
@@ -77,6 +81,10 @@ def model_configs(model_config: ModelConfig) -> list[ModelConfig]:
                 revision=None if index else model_config.revision,
                 quantization=model_config.quantization,
                 enforce_eager=model_config.enforce_eager,
+                code_revision=None if index else model_config.code_revision,
+                config_format=model_config.config_format,
+                generation_config="auto" if index else model_config.generation_config,
+                hf_token=model_config.hf_token,
                 skip_tokenizer_init=True,
             )
         except (OSError, ValueError) as error:
@@ -125,11 +133,17 @@ def _refuse(vllm_config: VllmConfig) -> None:
         "LoRA (--enable-lora)": vllm_config.lora_config,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "KV transfer between engines": vllm_config.kv_transfer_config,
+        "--kv-offloading-size": vllm_config.cache_config.kv_offloading_size,
         "--enable-prompt-embeds": model.enable_prompt_embeds,
         "a pooling runner": model.runner_type != "generate",
         "--return-sampling-mask": model.return_sampling_mask,
         "--enable-trace-replay": model.enable_trace_replay,
         "watermarking": vllm_config.watermark_config,
+        f"--load-format {vllm_config.load_config.load_format}": not isinstance(
+            get_model_loader(vllm_config.load_config), (DefaultModelLoader, DummyModelLoader)
+        ),
+        "--hf-config-path": model.hf_config_path,
+        "--disable-sliding-window": model.disable_sliding_window,
         "a custom logits processor": model.logits_processors
         or importlib.metadata.entry_points(group="vllm.logits_processors"),
         f"--worker-cls {parallel.worker_cls}": parallel.worker_cls != "auto",
@@ -143,7 +157,7 @@ def _refuse(vllm_config: VllmConfig) -> None:
 def _settings(model_config: ModelConfig, configs: list[ModelConfig]) -> Settings:
     options = {
         "trust_remote_code": model_config.trust_remote_code,
-        "revision": model_config.revision,
+        "revision": model_config.tokenizer_revision,
     }
     tokenizers = [load_tokenizer(model_config.tokenizer, **options)]
     for config in configs[1:]:
@@ -161,8 +175,9 @@ def _settings(model_config: ModelConfig, configs: list[ModelConfig]) -> Settings
     for config, tokenizer in zip(configs, tokenizers, strict=True):
         ids = config.try_get_generation_config().get("eos_token_id")
         ids = getattr(tokenizer, "eos_token_id", None) if ids is None else ids
-        eos.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
-    defaults = getattr(model_config.hf_config, "mod_fused_defaults", None) or {}
+        ends = [] if ids is None else [ids] if isinstance(ids, int) else ids
+        eos.update(token for token in ends if token < vocab_size)  # others are never drawn
+    defaults = getattr(model_config.hf_config, "mod_fused_defaults", {})
     if not isinstance(defaults, dict) or not all(key.startswith(PREFIX) for key in defaults):
         raise ValueError(
             "mod_fused_defaults must be an object of arguments of requests, such as mod_weights, "

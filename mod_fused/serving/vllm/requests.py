@@ -6,8 +6,10 @@ in the frontend's process.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +22,12 @@ from ...decoding.options import support_cut
 from ...divergence import ReverseKL, get_divergence
 
 PREFIX = "mod_"
+#: Keys beside ours that vLLM itself reads or writes.
+_VLLM_KEYS = {"session_id", "kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"}
+#: What Model Runner V2 has room for: more would end its worker.
+_MOST = {"logit_bias": 1024, "allowed_token_ids": 1024, "stop_token_ids with min_tokens": 128}
+#: Far larger weights make every token invalid.
+_LARGEST_WEIGHT = 1e6
 #: vLLM's beam search sends its steps as requests of this kind, without the caller's arguments.
 _BEAM_SEARCH = {"max_tokens": 1, "detokenize": False, "watermarking": False}
 
@@ -65,18 +73,15 @@ class Settings:
     width: int  # tokens that all models can read, and a prompt may hold
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of arguments, with their prefix
 
-    def as_json(self) -> dict[str, Any]:
-        """The settings as plain JSON, which travels to the workers in the model's config."""
-        return asdict(self)
+    def text(self) -> str:
+        """The settings as JSON, which travels to the workers in the model's config."""
+        return json.dumps(asdict(self))
 
-
-_settings: Settings | None = None
-
-
-def use(settings: Settings) -> None:
-    """Check the requests of this process by these settings from now on."""
-    global _settings
-    _settings = settings
+    @classmethod
+    def of_text(cls, text: str) -> Settings:
+        """The inverse of `text`."""
+        given = json.loads(text)
+        return cls(**{**given, "eos_token_ids": tuple(given["eos_token_ids"])})
 
 
 def _flag(name: str, value: object) -> bool:
@@ -90,9 +95,10 @@ def _weights(value: object, policies: int) -> tuple[float, ...]:
     numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else None
     if numbers is None or not all(type(x) in (int, float) for x in numbers):
         raise ValueError(f"{PREFIX}weights must be a list of {policies} numbers, got {value!r}")
-    if len(numbers) != policies or not all(abs(x) <= 3.4e38 for x in numbers):
+    if len(numbers) != policies or not all(abs(x) <= _LARGEST_WEIGHT for x in numbers):
         raise ValueError(
-            f"{PREFIX}weights must be {policies} finite numbers, one per policy, got {value!r}"
+            f"{PREFIX}weights must be {policies} finite numbers of at most {_LARGEST_WEIGHT:.0f}, "
+            f"one per policy, got {value!r}"
         )
     return tuple(float(x) for x in numbers)
 
@@ -108,6 +114,7 @@ def arguments(extra: Mapping[str, Any], settings: Settings) -> Arguments:
     unknown = sorted(given.keys() - set(known))
     if "mod_values" in unknown:
         raise ValueError("mod_values: values (trained scorers) are not supported inside vLLM")
+    unknown += sorted(extra.keys() - set(given) - _VLLM_KEYS)
     if unknown:
         raise ValueError(f"unknown arguments {unknown}; known are {known}")
     values = {key.removeprefix(PREFIX): x for key, x in {**settings.defaults, **given}.items()}
@@ -134,7 +141,8 @@ def arguments(extra: Mapping[str, Any], settings: Settings) -> Arguments:
             plausibility=support_cut(found.plausibility, found.divergence),
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{PREFIX}{error}") from None
+        ours = str(error).split()[0] in values
+        raise ValueError(f"{PREFIX}{error}" if ours else str(error)) from None
     return found
 
 
@@ -167,6 +175,15 @@ def check(params: SamplingParams, settings: Settings) -> Arguments:
             f"mod_model_logprobs needs logprobs of at least {models}, the number of models, "
             f"got {params.logprobs}"
         )
+    ends = params.all_stop_token_ids | set(settings.eos_token_ids)
+    counts = {
+        "logit_bias": len(params.logit_bias or ()),
+        "allowed_token_ids": len(params.allowed_token_ids or ()),
+        "stop_token_ids with min_tokens": len(ends) if params.min_tokens else 0,
+    }
+    for name, most in _MOST.items():
+        if counts[name] > most:
+            raise ValueError(f"{name} may hold at most {most} tokens, got {counts[name]}")
     if not params.ignore_eos:
         missing = set(settings.eos_token_ids) - set(params.stop_token_ids or ())
         params.stop_token_ids = [*(params.stop_token_ids or ()), *sorted(missing)]
@@ -174,17 +191,17 @@ def check(params: SamplingParams, settings: Settings) -> Arguments:
     return found
 
 
-def _admit(params: SamplingParams) -> None:
-    if _settings is not None:
-        check(params, _settings)
-
-
 class ChecksV1(LogitsProcessorV1):
     """Checks requests; never touches logits (Model Runner V1)."""
 
+    settings: Settings
+
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        _admit(sampling_params)
+        if sampling_params.logprob_token_ids:
+            # It would return these tokens alone for every request of the batch.
+            raise ValueError("logprob_token_ids is not supported with Model Runner V1")
+        check(sampling_params, cls.settings)
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
         pass
@@ -202,12 +219,29 @@ class ChecksV1(LogitsProcessorV1):
 class ChecksV2(LogitsProcessorV2):
     """Checks requests; never touches logits (Model Runner V2)."""
 
+    settings: Settings
+
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        _admit(sampling_params)
+        check(sampling_params, cls.settings)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         return False
 
     def apply(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
         return logits
+
+
+def checks(runner: str, settings: Settings) -> str:
+    """The name by which vLLM finds the checks of an engine's requests, in any process; "V1" or
+    "V2". The name holds the settings, since a process may serve several engines."""
+    return f"{__name__}:Checks{runner}_{settings.text().encode().hex()}"
+
+
+@cache
+def __getattr__(name: str) -> type:
+    kind, _, text = name.partition("_")
+    base = {"ChecksV1": ChecksV1, "ChecksV2": ChecksV2}.get(kind)
+    if base is None or not text:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return type(name, (base,), {"settings": Settings.of_text(bytes.fromhex(text).decode())})

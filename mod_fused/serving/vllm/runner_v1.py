@@ -49,15 +49,14 @@ class ModFusedSampler(Sampler):
         if any(self.slots.processed(slot) for slot in batch.slots):
             bias = process(logits.clone())
         calls = self._step.calls(self.slots, batch, bias)
-        params = [self.slots.params[slot] for slot in batch.slots]
+        scaled = [self.slots.scaled(slot) for slot in batch.slots]
 
         asked = (
             sampling_metadata.max_num_logprobs is not None or sampling_metadata.logprob_token_ids
         )
-        scaled = any(p.repetition_penalty != 1.0 for p in params)
-        log_pi = self._step.log_pi(calls) if asked or scaled else None
-        if log_pi is not None and scaled:
-            bias = scaled_bias(logits, log_pi, process)
+        log_pi = self._step.log_pi(calls) if asked or any(scaled) else None
+        if bias is not None and log_pi is not None and any(scaled):
+            bias = scaled_bias(bias, scaled, logits, log_pi, process)
         models = [self.slots.arguments[slot].model_logprobs for slot in batch.slots]
         drawn = self._step.draw(self.slots, batch, calls, bias, any(models))
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -42,7 +43,7 @@ class ModFusedState(DefaultModelState):
         self._slots.add(new_req_data.req_id, req_index, new_req_data.sampling_params)
 
     def remove_request(self, req_id: str) -> None:
-        """A request has ended or was preempted."""
+        """A request was preempted, or has ended: then the slots know it already."""
         super().remove_request(req_id)
         self._slots.remove(req_id)
 
@@ -63,6 +64,14 @@ class ModFusedSampler(Sampler):
         self._models: tuple[Tensor, list[bool]] | None = None
         # `sample` returns log pi* for the logits, of which no softmax is taken.
         self.logprobs_mode = "processed_logits"
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
+        """What the frontend could not count must not end the engine: it ends the request."""
+        try:
+            super().add_request(req_idx, sampling_params)
+        except ValueError as error:
+            super().add_request(req_idx, SamplingParams())
+            self.slots.refuse(req_idx, error)
 
     def __call__(self, logits: Tensor, input_batch: Any) -> SamplerOutput:
         """Draw a token in every row of the batch; `logits` is the carrier of `Step.publish`."""
@@ -116,12 +125,11 @@ class ModFusedSampler(Sampler):
         if any(self.slots.processed(slot) for slot in slots):
             bias = process(logits.clone())
         calls = self._step.calls(self.slots, batch, bias)
-        params = [self.slots.params[slot] for slot in slots]
+        scaled = [self.slots.scaled(slot) for slot in slots]
 
-        scaled = any(p.repetition_penalty != 1.0 for p in params)
-        log_pi = self._step.log_pi(calls) if return_logprobs or scaled else None
-        if log_pi is not None and scaled:
-            bias = scaled_bias(logits, log_pi, process)
+        log_pi = self._step.log_pi(calls) if return_logprobs or any(scaled) else None
+        if bias is not None and log_pi is not None and any(scaled):
+            bias = scaled_bias(bias, scaled, logits, log_pi, process)
         models = [self.slots.arguments[slot].model_logprobs for slot in slots]
         drawn = self._step.draw(self.slots, batch, calls, bias, any(models))
         if drawn.models is not None:

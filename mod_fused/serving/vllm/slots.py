@@ -76,7 +76,6 @@ class Slots:
         self.params = [SamplingParams()] * slots
         self.of_request: dict[str, int] = {}
         self._parked: dict[str, Parked] = {}
-        self._ended: Collection[str] = ()
 
     def group(self, slot: int) -> Group:
         """The call of the op that serves a slot."""
@@ -90,39 +89,52 @@ class Slots:
         lists = p.structured_outputs or p.allowed_token_ids or p.bad_words or p.logit_bias
         return bool(penalties or lists or p.min_tokens or p.thinking_token_budget is not None)
 
+    def scaled(self, slot: int) -> bool:
+        """Whether vLLM scales a request's log pi*."""
+        return self.params[slot].repetition_penalty != 1.0
+
     def cut(self, slot: int) -> float:
         """The plausibility of a request. As in `generate` the automatic one is off beside a mask or
         a logit_bias: it might leave nothing, or nothing that the bias lifts."""
         given, params = self.arguments[slot], self.params[slot]
-        lists = (params.structured_outputs, params.allowed_token_ids, params.logit_bias)
-        return 0.0 if given.automatic_cut and any(lists) else given.cut
+        lists = params.structured_outputs or params.allowed_token_ids or params.logit_bias
+        forced = params.thinking_token_budget is not None
+        return 0.0 if given.automatic_cut and (lists or forced) else given.cut
 
     def cut_among(self, slot: int) -> bool:
         """Whether a request's cut is measured from the likeliest token that is left to draw."""
         params = self.params[slot]
         return self.arguments[slot].automatic_cut and bool(params.bad_words or params.min_tokens)
 
+    def all_are(self, name: str, value: float, slots: list[int]) -> bool:
+        """Whether a table holds one value for all these requests, as the host knows."""
+        return bool((self._host[name][slots] == value).all())
+
+    def refuse(self, slot: int, reason: object) -> None:
+        """Make a request's rows invalid, which ends it: what the frontend should have refused."""
+        logger.error("a request cannot be served: %s", reason)
+        self._host["temperature"][slot] = -1.0
+        self._stale = True
+
     def ended(self, requests: Collection[str]) -> None:
-        """Told before each step which requests have ended: their histories go, the others' stay."""
-        self._ended = requests
+        """Told before each step which requests have ended: they leave nothing behind."""
         for request in requests:
+            self.of_request.pop(request, None)
             self._parked.pop(request, None)
 
     def add(self, request: str, slot: int, params: SamplingParams) -> None:
         """A request gets a slot, for the first time or once more."""
-        temperature = params.temperature
+        refused = None
         try:
             given = arguments(params.extra_args or {}, self.settings)
         except ValueError as error:
-            # vLLM's own warm-up has no arguments. Of others the frontend has refused it.
-            if "_warmup_" not in request:
-                logger.error("request %s cannot be served: %s", request, error)
-                temperature = -1.0  # an invalid row, which ends the request
+            # vLLM's own warm-up has no arguments.
+            refused = None if "_warmup_" in request else error
             given = Arguments((1.0 / self.settings.policies,) * self.settings.policies)
         seed = self._fresh.getrandbits(63) if params.seed is None else params.seed
         row = {
             "weights": given.weights,
-            "temperature": temperature,
+            "temperature": params.temperature,
             "top_k": min(max(params.top_k, 0), self.settings.vocab_size),
             "top_p": params.top_p,
             "min_p": params.min_p,
@@ -131,6 +143,8 @@ class Slots:
         for name, value in row.items():
             self._host[name][slot] = torch.tensor(value, dtype=self._host[name].dtype)
         self._stale = True
+        if refused is not None:
+            self.refuse(slot, refused)
         self.arguments[slot], self.params[slot] = given, params
         self.of_request[request] = slot
         parked = self._parked.pop(request, None)
@@ -139,9 +153,9 @@ class Slots:
         self.last_position[slot] = -1 if parked is None else parked.last_position
 
     def remove(self, request: str) -> None:
-        """A request loses its slot: it has ended, or was preempted and comes back."""
+        """A request loses its slot: it was preempted, and comes back or ends."""
         slot = self.of_request.pop(request, None)
-        if slot is not None and request not in self._ended and self.arguments[slot].history:
+        if slot is not None and self.arguments[slot].history:
             self._parked[request] = Parked(
                 self.sums[slot].clone(), self.last[slot].clone(), self.last_position[slot].clone()
             )

@@ -76,13 +76,12 @@ class Step:
             at = _on(batch.on_device.device, rows)
         of = batch.on_device[at]
         table = {name: x[of] for name, x in slots.tables.items()}
-        params = [slots.params[batch.slots[row]] for row in rows]
+        own = [batch.slots[row] for row in rows]
         # A filter that is off in all rows costs nothing if the op knows it on the host.
         for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0), ("temperature", 1.0)):
-            if all(getattr(p, name) == off for p in params):
+            if slots.all_are(name, off, own):
                 table.pop(name)
-        cuts = [slots.cut(batch.slots[row]) for row in rows]
-        among = [slots.cut_among(batch.slots[row]) for row in rows]
+        cuts, among = [slots.cut(x) for x in own], [slots.cut_among(x) for x in own]
         cut = _on(of.device, cuts, torch.float64) if any(cuts) else None
         if cut is not None and bias is not None and any(among):
             reference = self.logits[0][at][:, : self.vocab_size].float()
@@ -139,15 +138,24 @@ class Step:
         return Drawn(tokens, found)
 
 
-def scaled_bias(carrier: Tensor, log_pi: Tensor, process: Callable[[Tensor], Tensor]) -> Tensor:
-    """What an engine that scales log pi* adds to it, [B, W]; 0 where pi* is 0.
+def scaled_bias(
+    bias: Tensor,
+    rows: list[bool],
+    carrier: Tensor,
+    log_pi: Tensor,
+    process: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The bias, in rows whose log pi* the engine scales what it does to that; 0 where pi* is 0.
 
     Args:
+        bias: [B, W], of the other rows.
+        rows: which rows are scaled.
         carrier: that of `Step.publish`, on which grammar masks have left -inf.
         log_pi: log pi* [B, W].
         process: the engine's own processing of logits.
     """
-    return torch.where(log_pi == -torch.inf, 0.0, process(log_pi + carrier) - log_pi)
+    scaled = torch.where(log_pi == -torch.inf, 0.0, process(log_pi + carrier) - log_pi)
+    return torch.where(_on(log_pi.device, rows)[:, None], scaled, bias)
 
 
 def with_models(

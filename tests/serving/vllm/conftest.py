@@ -10,6 +10,7 @@ from typing import Any
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # functions sent to workers
 
 import pytest
 from vllm import LLM, SamplingParams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import BambaConfig, LlamaConfig
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
+from mod_fused.serving.vllm.config import settings_of
 from mod_fused.serving.vllm.requests import Settings, arguments, check
 
 from .conftest import POLICIES, REFERENCE, overrides
@@ -26,9 +28,11 @@ def configure(**more: Any) -> Any:
 
 def test_the_settings_reach_the_workers() -> None:
     config = configure(hf_overrides=overrides(mod_fused_defaults={"mod_weights": [1, 0, 0]}))
-    settings = config.model_config.hf_config.mod_fused_settings
-    assert settings["policies"] == 3 and settings["eos_token_ids"] == (2,)
-    assert settings["defaults"] == {"mod_weights": [1, 0, 0]}
+    settings = settings_of(config.model_config)
+    assert settings == Settings(3, (2,), 904, 904, {"mod_weights": [1, 0, 0]})
+    # The checks know them in every process, whatever other engines are there.
+    module, name = config.model_config.logits_processors[0].split(":")
+    assert getattr(importlib.import_module(module), name).settings == settings
     assert config.model_config.get_vocab_size() == 904
 
 
@@ -56,6 +60,11 @@ def test_another_model_is_left_alone() -> None:
         ({"hf_overrides": overrides(mod_fused_policies=[])}, "1 to 8 policies"),
         ({"hf_overrides": overrides(mod_fused_policies=["/no/such/folder"])}, r"policy 1 \(/no"),
         ({"hf_overrides": overrides(mod_fused_polices=POLICIES)}, "mod_fused_polices"),
+        ({"hf_overrides": overrides(vocab_size=904)}, "vocab_size"),
+        ({"load_format": "tensorizer"}, "load-format"),
+        ({"disable_sliding_window": True}, "disable-sliding-window"),
+        ({"kv_offloading_size": 1.0}, "kv-offloading-size"),
+        ({"hf_overrides": overrides(mod_fused_defaults=[])}, "mod_fused_defaults"),
         ({"hf_overrides": overrides(mod_fused_defaults=[1])}, "mod_fused_defaults"),
         ({"hf_overrides": overrides(mod_fused_defaults={"mod_weights": [1]})}, "3 finite numbers"),
         ({"hf_overrides": overrides(mod_fused_defaults={"weights": [1, 0, 0]})}, "weights"),
@@ -112,6 +121,7 @@ def test_models_that_are_quantised_differently_are_refused(tmp_path: Path) -> No
         ({"mod_weights": [1.0, math.nan]}, "2 finite numbers"),
         ({"mod_weights": [1.0, math.inf]}, "2 finite numbers"),
         ({"mod_weights": [0.5, 0.5], "mod_seed": 1}, "unknown arguments"),
+        ({"mod_weights": [0.5, 0.5], "weights": [1, 0]}, "unknown arguments"),
         ({"mod_weights": [0.5, 0.5], "mod_values": [[1.0]]}, "not supported inside vLLM"),
         ({"mod_weights": [0.5, 0.5], "mod_divergence": "tv"}, "mod_.*divergence"),
         ({"mod_weights": [0.5, 0.5], "mod_divergence": 3}, "divergence"),
@@ -123,6 +133,7 @@ def test_models_that_are_quantised_differently_are_refused(tmp_path: Path) -> No
         ({"mod_weights": [0.5, 0.5], "mod_plausibility": [0.5]}, "plausibility"),
         ({"mod_weights": [0.5, 0.5], "mod_plausibility": "on"}, "plausibility"),
         ({"mod_weights": [1e300, 0.5]}, "mod_weights"),
+        ({"mod_weights": [3e38, -3e38]}, "mod_weights"),
     ],
 )
 def test_arguments_are_refused(extra: dict[str, Any], word: str) -> None:
@@ -136,6 +147,9 @@ def test_arguments_are_refused(extra: dict[str, Any], word: str) -> None:
         ({"prompt_logprobs": 0}, "prompt_logprobs"),
         ({"logit_bias": {3: math.nan}}, "logit_bias"),
         ({"seed": 2**63}, "seed"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "at most 1024"),
+        ({"allowed_token_ids": list(range(1025))}, "at most 1024"),
+        ({"stop_token_ids": list(range(10, 137)), "min_tokens": 1}, "at most 128 tokens, got 129"),
         ({"logprobs": 2}, "at least 3"),
         (
             {"extra_args": {}, "logprobs": 4, "max_tokens": 1, "detokenize": False}
@@ -152,7 +166,7 @@ def test_params_are_refused(more: dict[str, Any], word: str) -> None:
 
 def test_defaults_give_way_to_what_is_asked_for() -> None:
     settings = Settings(2, (2,), 9, 9, {"mod_weights": [1, 0], "mod_divergence": "jsd"})
-    assert arguments({"session": "mine"}, settings).divergence == "jsd"
+    assert arguments({"session_id": "mine"}, settings).divergence == "jsd"
     found = arguments({"mod_divergence": "jeffrey"}, settings)
     assert found.weights == (1.0, 0.0) and found.divergence == "jeffrey"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
+import cloudpickle
 import pytest
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -99,7 +101,7 @@ def test_stop_strings_and_stop_tokens(llm: LLM, ensemble: mod_fused.Ensemble) ->
     assert text.finish_reason == "stop" and word not in text.text
 
 
-def test_every_models_end_of_sequence_ends_a_request(llm: LLM) -> None:
+def test_an_end_of_sequence_ends_a_request(llm: LLM) -> None:
     case = Case(cases(1, seed=7)[0].prompt, WEIGHTS[0])
     params = case.params(max_tokens=100)
     out = llm.generate([case.prompt], [params], use_tqdm=False)[0].outputs[0]
@@ -134,6 +136,17 @@ def test_histories_survive_preemption_and_chunked_prefill(ensemble: mod_fused.En
     preemptions = [m.value for m in small.get_metrics() if m.name == "vllm:num_preemptions"]
     assert preemptions[0] > 0
     assert drawn(outputs) == [tokens(out) for out in expected(ensemble, given)]
+    # One more request, whose step tells the worker which of the others have ended.
+    small.generate([given[0].prompt], [given[0].params(max_tokens=1)], use_tqdm=False)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the worker cannot import it
+    slots, parked = small.collective_rpc(_left)[0]
+    assert slots <= 1 and parked == 0
+
+
+def _left(worker: object) -> tuple[int, int]:
+    """In the worker: how many requests it knows, and how many histories it has parked."""
+    slots = worker.model_runner.sampler.slots  # type: ignore[attr-defined]
+    return len(slots.of_request), len(slots._parked)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -75,15 +76,22 @@ def loaded(names: list[str]) -> mod_fused.Ensemble:
 
 def test_sizes_families_and_padded_vocabularies(tmp_path: Path) -> None:
     names = [checkpoint(tmp_path, name) for name in ("llama", "qwen2", "mistral")]
+    # A policy with ends of its own: one that is often drawn, one that no other model has.
+    GenerationConfig(eos_token_id=[2, 195, 950]).save_pretrained(names[1])
     llm = engine(model=names[0], hf_overrides=overrides(mod_fused_policies=names[1:]))
     ensemble = loaded(names)
     given = [
-        Case(c.prompt, [0.5, 0.4], c.divergence, c.normalizer, c.history, None, seed=i)
+        Case(
+            *(c.prompt, [0.5, 0.4], c.divergence, c.normalizer, c.history, None),
+            seed=i,
+            min_tokens=4 * (i % 2),
+        )
         for i, c in enumerate(cases(30, seed=21))
     ]
     outputs = llm.generate([c.prompt for c in given], [c.params() for c in given], use_tqdm=False)
     wanted = [tokens(out) for out in expected(ensemble, given)]
     assert [list(out.outputs[0].token_ids) for out in outputs] == wanted
+    assert any(answer[-1] == 195 for answer in wanted)
 
 
 def quantised(path: str) -> str:

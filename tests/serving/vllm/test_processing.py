@@ -175,9 +175,8 @@ def _captured(worker: object) -> bytes:
 
 
 def test_in_bfloat16_the_draws_are_those_of_the_op(
-    monkeypatch: pytest.MonkeyPatch, ensemble: mod_fused.Ensemble
+    ensemble: mod_fused.Ensemble,
 ) -> None:
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the worker cannot import it
     llm = engine(dtype="bfloat16")
     llm.collective_rpc(_capture)
