@@ -10,6 +10,8 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
 from ...call.checks import MAX_POLICIES
 from ...decoding.ensemble import common_ids
@@ -183,7 +185,14 @@ def _settings(model_config: ModelConfig, configs: list[ModelConfig]) -> Settings
             "mod_fused_defaults must be an object of arguments of requests, such as mod_weights, "
             f"got {defaults!r}"
         )
-    settings = Settings(len(configs) - 1, tuple(sorted(eos)), vocab_size, min(widths), defaults)
+    settings = Settings(
+        len(configs) - 1,
+        tuple(sorted(eos)),
+        vocab_size,
+        min(widths),
+        _names_models(model_config, min(widths), len(configs)),
+        defaults,
+    )
     if defaults:
         whole = {"mod_weights": [1.0] * settings.policies, **defaults}
         try:
@@ -191,6 +200,16 @@ def _settings(model_config: ModelConfig, configs: list[ModelConfig]) -> Settings
         except ValueError as error:
             raise ValueError(f"mod_fused_defaults: {error}") from None
     return settings
+
+
+def _names_models(model_config: ModelConfig, width: int, models: int) -> bool:
+    """Whether vLLM's tokenizer bears the ids that stand for the models among log-probabilities."""
+    tokenizer = cached_tokenizer_from_config(model_config)
+    try:
+        convert_ids_list_to_tokens(tokenizer, list(range(width, width + models)))
+    except Exception:  # whatever a tokenizer makes of an unknown id
+        return tokenizer is None
+    return True
 
 
 def _check_version() -> None:

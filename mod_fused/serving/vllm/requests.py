@@ -71,6 +71,7 @@ class Settings:
     eos_token_ids: tuple[int, ...]  # of all models
     vocab_size: int  # tokens that all models and tokenizers have: those that are drawn
     width: int  # tokens that all models can read, and a prompt may hold
+    names_models: bool = True  # the tokenizer takes ids beyond the vocabulary, which stand for them
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of arguments, with their prefix
 
     def text(self) -> str:
@@ -170,6 +171,8 @@ def check(params: SamplingParams, settings: Settings) -> Arguments:
     if params.seed is not None and not -(2**63) <= params.seed <= 2**63 - params.n:
         raise ValueError(f"seed to seed + n - 1 must fit into 64 bits, got seed = {params.seed}")
     models = settings.policies + 1
+    if found.model_logprobs and not settings.names_models:
+        raise ValueError("mod_model_logprobs is not supported with this tokenizer")
     if found.model_logprobs and (params.logprobs is None or 0 <= params.logprobs < models):
         raise ValueError(
             f"mod_model_logprobs needs logprobs of at least {models}, the number of models, "

@@ -135,6 +135,7 @@ class Step:
             if history:
                 each = torch.cat([out.model_logprobs, out.logprobs[:, None]], 1)
                 slots.record(call.slots, batch.positions[call.rows], each, batch.real[call.rows])
+        self.logits = []  # else they would take memory during the next forward passes
         return Drawn(tokens, found)
 
 

@@ -29,7 +29,7 @@ def configure(**more: Any) -> Any:
 def test_the_settings_reach_the_workers() -> None:
     config = configure(hf_overrides=overrides(mod_fused_defaults={"mod_weights": [1, 0, 0]}))
     settings = settings_of(config.model_config)
-    assert settings == Settings(3, (2,), 904, 904, {"mod_weights": [1, 0, 0]})
+    assert settings == Settings(3, (2,), 904, 904, True, {"mod_weights": [1, 0, 0]})
     # The checks know them in every process, whatever other engines are there.
     module, name = config.model_config.logits_processors[0].split(":")
     assert getattr(importlib.import_module(module), name).settings == settings
@@ -164,8 +164,22 @@ def test_params_are_refused(more: dict[str, Any], word: str) -> None:
         check(SamplingParams(**{"extra_args": own, "logprobs": 3, **more}), SETTINGS)
 
 
+def test_a_tokenizer_may_not_bear_ids_beyond_its_vocabulary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def convert(tokenizer: object, ids: list[int]) -> list[str]:
+        assert ids == [904, 905, 906, 907]
+        raise KeyError(ids)
+
+    monkeypatch.setattr("mod_fused.serving.vllm.config.convert_ids_list_to_tokens", convert)
+    settings = settings_of(configure().model_config)
+    own = {"mod_weights": [1, 0, 0], "mod_model_logprobs": True}
+    with pytest.raises(ValueError, match="not supported with this tokenizer"):
+        check(SamplingParams(extra_args=own, logprobs=4), settings)
+
+
 def test_defaults_give_way_to_what_is_asked_for() -> None:
-    settings = Settings(2, (2,), 9, 9, {"mod_weights": [1, 0], "mod_divergence": "jsd"})
+    settings = Settings(2, (2,), 9, 9, True, {"mod_weights": [1, 0], "mod_divergence": "jsd"})
     assert arguments({"session_id": "mine"}, settings).divergence == "jsd"
     found = arguments({"mod_divergence": "jeffrey"}, settings)
     assert found.weights == (1.0, 0.0) and found.divergence == "jeffrey"

@@ -229,6 +229,9 @@ COMPLETIONS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": (xargs(mod_weight=[1, 0, 0]), "mod_weight'"),
     "seed as a key": (xargs(mod_seed=1), "mod_seed"),
     "empty key": (xargs(mod_=1), "unknown arguments"),
+    "key of nobody": (xargs(other="x", repetition=[1, "a"]), "unknown arguments"),
+    "key without its prefix": (xargs(weights=[1, 0, 0]), "unknown arguments"),
+    "key that looks internal": (xargs(_mod_row=0, mod_weights=[1, 0, 0]), "unknown arguments"),
     "values": (xargs(mod_values=[1]), "trained scorers"),
     "xargs a list": ({"vllm_xargs": [1]}, "vllm_xargs"),
     "too few weights": (xargs(mod_weights=[1]), "3 finite numbers"),
@@ -414,8 +417,7 @@ def test_bad_sampling_params_are_refused(server: Server, name: str) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        xargs(_mod_row=0, mod_weights=DEFAULTS["mod_weights"]),
-        xargs(other="x", repetition=[1, "a"]),
+        xargs(session_id="x"),
         {"vllm_xargs": None},
         {"temperature": None},
         {"top_k": -1},
