@@ -36,7 +36,8 @@ class Ensemble:
             V] of the token that comes next. The first call gets the prompt, later calls get the one
             new token of each row (n = 1), so the callable keeps its own state; with
             `use_cache=False` every call gets the whole sequence. A callable gets padded
-            prompts without a mask: give it prompts of equal length, or let it recognise padding.
+            prompts without a mask: give it prompts of equal length, or let it recognise padding. A
+            callable whose coefficient is 0 is not called (see `mod_fused.generate`).
             The reference may be None: then only reverse KL is possible, and pi* is proportional to
             the product of pi_i^w_i.
         tokenizers: one tokenizer for all models, or a list with one per model (None where there is

@@ -107,6 +107,11 @@ def generate(
     min_p, seed and position may differ from row to row. From the models' own generation configs
     only the end-of-sequence and padding ids are used.
 
+    A model whose coefficient is 0 in every row does not run: under reverse KL the reference where
+    the weights sum to one, and any policy of weight 0. It runs where return_model_logprobs, a
+    `Resampler`, plausibility (the model of plausibility_tensor) or a value_fn with candidates
+    needs it. Its end-of-sequence ids and its vocabulary count all the same.
+
     Args:
         ensemble: the models; B rows are decoded together.
         prompts: one prompt, a list of B prompts for all models, or one list of B prompts per model
@@ -246,8 +251,8 @@ def generate(
             see docs/serving.md.
         output_scores, output_logits: return `GenerateOutput.scores` and `logits`. Refused with
             num_beams, num_candidates and resample_fn.
-        return_model_logprobs: return log pi_ref and log pi_i of each token, which costs another
-            sum over every model's vocabulary at each step.
+        return_model_logprobs: return log pi_ref and log pi_i of each token: all models run, and
+            each step sums over every model's vocabulary once more.
 
     Returns:
         GenerateOutput. One host synchronisation per step tells whether all rows have ended; a beam

@@ -8,7 +8,8 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from mod_fused import Ensemble, generate, loglikelihood
+from mod_fused import Ensemble, custom_generate, generate, loglikelihood
+from mod_fused.decoding import memory
 from mod_fused.guidance import Guidance
 
 PROMPTS = tiny.PROMPTS
@@ -183,6 +184,28 @@ def test_a_model_that_does_not_run_refuses_nothing(ensemble: Ensemble) -> None:
         for tokenizer in (plain, None):
             mixed = Ensemble([training, a, rests, b], [chat, chat, tokenizer, chat])
             agree(generate(mixed, talks, **options), expected)
+
+
+def test_a_model_that_does_not_run_takes_no_memory(
+    ensemble: Ensemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = 100 * (3 + 40) * memory.cached_numbers(ensemble.models[1], 1) * 4  # 100 rows of float32
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * one)
+    options: dict[str, Any] = {"max_new_tokens": 40, "num_return_sequences": 50, "input_ids": IDS}
+    generate(ensemble, weights=[1.0, 0.0, 0.0], **options)
+    with pytest.raises(ValueError, match="of memory"):
+        generate(ensemble, weights=[1.0, 0.0, 0.5], **options)
+
+
+def test_transformers_own_loop_skips_too(ensemble: Ensemble) -> None:
+    reference, *policies = ensemble.models
+    options: dict[str, Any] = {"custom_generate": custom_generate, "policies": policies}
+    options |= {"weights": [0.5, 0.0, 0.5], "seed": 3, "do_sample": True, "top_k": 0}
+    seen, tokens = ran(ensemble, lambda _: reference.generate(IDS, max_new_tokens=9, **options))
+    assert seen == {1, 3}
+    own: dict[str, Any] = {"weights": options["weights"], "seed": 3, "return_model_logprobs": True}
+    full = generate(ensemble, input_ids=IDS, max_new_tokens=9, **own)
+    assert torch.equal(tokens, full.sequences)
 
 
 def test_prompts_of_the_first_model_count_though_it_does_not_run(ensemble: Ensemble) -> None:
