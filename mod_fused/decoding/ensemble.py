@@ -10,7 +10,7 @@ Only `from_pretrained` and `embedded` import transformers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Ensemble:
             V] of the token that comes next. The first call gets the prompt, later calls get the one
             new token of each row (n = 1), so the callable keeps its own state; with
             `use_cache=False` every call gets the whole sequence. A callable gets padded
-            prompts without a mask: give it prompts of equal length, or let it recognise padding.
+            prompts without a mask: give it prompts of equal length, or let it recognise padding. A
+            callable whose coefficient is 0 is not called (see `mod_fused.generate`).
             The reference may be None: then only reverse KL is possible, and pi* is proportional to
             the product of pi_i^w_i.
         tokenizers: one tokenizer for all models, or a list with one per model (None where there is
@@ -176,6 +177,11 @@ class Ensemble:
         return [model for model in self.models if model is not None]
 
     @property
+    def first(self) -> int:
+        """The index of the first model that is not None."""
+        return 0 if self.models[0] is not None else 1
+
+    @property
     def num_policies(self) -> int:
         """M, the number of policies."""
         return len(self.models) - 1
@@ -238,13 +244,16 @@ class Ensemble:
         attention_mask: Tensor | Sequence[Tensor] | None = None,
         pad_token_id: int | None = None,
         add_special_tokens: bool | None = None,
+        models: Collection[int] | None = None,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Token ids [B, n_k] and left-padding masks [B, n_k] (None: no padding) of each model's
         prompts.
 
-        See `mod_fused.generate` for the arguments. Models that are None get no entry.
+        See `mod_fused.generate` for the arguments. Models that are None get no entry, nor those
+        that are not among `models`, their indices (0: the reference; None: all).
         """
         present = [i for i, model in enumerate(self.models) if model is not None]
+        wanted = [k for k, i in enumerate(present) if models is None or i in models]
         return encode_prompts(
             prompts,
             input_ids,
@@ -254,6 +263,7 @@ class Ensemble:
             pad_token_id=self.pad_token_id if pad_token_id is None else pad_token_id,
             device=self.device,
             add_special_tokens=add_special_tokens,
+            wanted=wanted,
         )
 
     def start(
@@ -263,28 +273,38 @@ class Ensemble:
         *,
         max_new_tokens: int = 1,
         use_cache: bool = True,
+        models: Sequence[int] | None = None,
     ) -> EnsembleState:
         """Begin a batch; runs no model yet.
 
         Args:
-            input_ids: int64 [B, n_k] for each model that is not None, left-padded.
+            input_ids: int64 [B, n_k] for each model that runs, left-padded.
             attention_mask: [B, n_k] for each of them, or None where no row is padded.
             max_new_tokens: how many tokens the caller means to draw, to refuse what will not fit.
             use_cache: keep KV caches; False recomputes the whole sequence at every step.
+            models: the indices of those that run, in order (0: the reference); None: all that are
+                not None. In place of another one's logits stand those of the first that runs: its
+                coefficient must be 0. No token is beyond the vocabulary of a language model that
+                does not run.
 
         Raises:
-            ValueError: if a model is in training mode, a token id is outside its vocabulary, the
-                sequence will not fit into its table of positions, or it cannot read padded prompts.
+            ValueError: if a model that runs is in training mode, a token id is outside its
+                vocabulary, the sequence will not fit into its table of positions, or it cannot read
+                padded prompts.
         """
         states: list[CallableState] = []
-        present = [(i, model) for i, model in enumerate(self.models) if model is not None]
-        for (index, model), ids, mask in zip(present, input_ids, attention_mask, strict=True):
+        present = [i for i, model in enumerate(self.models) if model is not None]
+        running = present if models is None else list(models)
+        for index, ids, mask in zip(running, input_ids, attention_mask, strict=True):
+            model = self.models[index]
             kind = CausalLMState if is_transformers_model(model) else CallableState
             states.append(kind(model, _label(index), ids, mask, use_cache))
             states[-1].check(max_new_tokens)
-        if self.models[0] is None:
-            return EnsembleState(None, states)
-        return EnsembleState(states[0], states[1:])
+        skipped = [self.models[i] for i in present if i not in running]
+        widths = [embedded_ids(model) for model in skipped if is_transformers_model(model)]
+        places = [running.index(i) if i in running else 0 for i in present]
+        absent = [None] if self.models[0] is None else []
+        return EnsembleState(states, [*absent, *places], min(widths, default=None))
 
 
 def _label(index: int) -> str:

@@ -30,6 +30,7 @@ from .penalties import Penalties
 from .prompts import Prompts
 from .responses import FINISH_REASONS, GenerateOutput, Responses
 from .scores import check_scores
+from .skipping import models_to_run
 from .steps import draw_all
 from .stopping import StoppingCriterion, check_stopping
 from .streaming import streaming
@@ -105,6 +106,11 @@ def generate(
     temperature, top_k, top_p, min_p and backend. weights, temperature, top_k, top_p,
     min_p, seed and position may differ from row to row. From the models' own generation configs
     only the end-of-sequence and padding ids are used.
+
+    A model whose coefficient is 0 in every row does not run: under reverse KL the reference where
+    the weights sum to one, and any policy of weight 0. It runs where return_model_logprobs, a
+    `Resampler`, plausibility (the model of plausibility_tensor) or a value_fn with candidates
+    needs it. Its end-of-sequence ids and its vocabulary count all the same.
 
     Args:
         ensemble: the models; B rows are decoded together.
@@ -245,8 +251,8 @@ def generate(
             see docs/serving.md.
         output_scores, output_logits: return `GenerateOutput.scores` and `logits`. Refused with
             num_beams, num_candidates and resample_fn.
-        return_model_logprobs: return log pi_ref and log pi_i of each token, which costs another
-            sum over every model's vocabulary at each step.
+        return_model_logprobs: return log pi_ref and log pi_i of each token: all models run, and
+            each step sums over every model's vocabulary once more.
 
     Returns:
         GenerateOutput. One host synchronisation per step tells whether all rows have ended; a beam
@@ -305,17 +311,32 @@ def generate(
             raise ValueError("resample_below was given without num_candidates")
         check_resample_fn(resample_fn, stream.active)
 
+        running = models_to_run(
+            ensemble.models,
+            weights,
+            divergence,
+            plausibility=plausibility,
+            plausibility_tensor=plausibility_tensor,
+            value_fn=value_fn,
+            all_models=return_model_logprobs or asks_totals,
+        )
         ids, masks = ensemble.encode(
             prompts,
             input_ids=input_ids,
             attention_mask=attention_mask,
             pad_token_id=limits.pad_token_id,
             add_special_tokens=add_special_tokens,
+            models={ensemble.first, *running},
         )
         batch, device, copies = len(ids[0]), ids[0].device, limits.copies
         length = limits.max_new_tokens
         check_decoding(
-            ensemble.present, ids, copies, length, use_cache, output_scores + output_logits
+            [ensemble.models[i] for i in running],
+            ids[-len(running) :],
+            copies,
+            length,
+            use_cache,
+            output_scores + output_logits,
         )
         num_values = partial(value_count, value_fn)
         weighting = value_weights if isinstance(value_weights, ValueWeighting) else None
@@ -362,14 +383,16 @@ def generate(
             options["plausibility"] = penalties.cut(options["plausibility"])
         options["vocab_size"] = vocab_size
         prefixes = prefix_logprobs, mixture_prefix_logprobs
+        columns = len(ensemble.present)
         history = first_history(
-            *prefixes, sequence_history, options, (batch, len(ids)), copies, device
+            *prefixes, sequence_history, options, (batch, columns), copies, device
         )
 
-        running: dict[str, Any] = {"max_new_tokens": length, "use_cache": use_cache}
-        state = ensemble.start(ids, masks, **running)
+        room: dict[str, Any] = {"max_new_tokens": length, "use_cache": use_cache}
+        own = slice(-len(running), None)  # the first model's prompts come first, also if it rests
+        state = ensemble.start(ids[own], masks[own], models=running, **room)
         has_reference = ensemble.models[0] is not None
-        values = value_source(value_fn, ids[0], masks[0], vocab_size, has_reference, **running)
+        values = value_source(value_fn, ids[0], masks[0], vocab_size, has_reference, **room)
         if copies > 1 or resample_fn is not None:
             state.fork(copies)
             values.fork(copies)
@@ -377,9 +400,9 @@ def generate(
             ids[0].repeat_interleave(copies, dim=0),
             limits,
             tokenizer=ensemble.tokenizer,
-            columns=len(ids) if return_model_logprobs else 0,
+            columns=columns if return_model_logprobs else 0,
             history=history,
-            models=len(ids) if asks_totals or num_candidates is not None else 0,
+            models=columns if asks_totals or num_candidates is not None else 0,
             stopping=stopping,
             scores=scores,
             mask=None if masks[0] is None else masks[0].repeat_interleave(copies, dim=0),

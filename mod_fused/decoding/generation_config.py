@@ -123,7 +123,8 @@ def arguments_of(config: Any, given: dict[str, Any]) -> dict[str, Any]:
     added["do_sample"] = value("do_sample")
 
     encoding = ("prompts", "input_ids", "attention_mask", "add_special_tokens")
-    ids = ensemble.encode(**{name: given[name] for name in encoding if name in given})[0][0]
+    prompts = {name: given[name] for name in encoding if name in given}
+    ids = ensemble.encode(**prompts, models=[ensemble.first])[0][0]
     added |= _lengths(config, given, ids.shape[1])
     longest = ids.shape[1] + count("max_new_tokens", (added | given)["max_new_tokens"], 1)
     if processors := _processors(config, ids, longest):

@@ -23,6 +23,7 @@ from .options import (
     ready_options,
 )
 from .prompts import Prompts, encode_text
+from .skipping import models_to_run
 from .values import (
     ValueFunction,
     ValueGuide,
@@ -123,12 +124,22 @@ def loglikelihood(
     if value_fn is None and value_weights is not None:
         raise ValueError("value_weights were given without value_fn")
     limits = check_limits(ensemble, 1, 1, None, [], pad_token_id, None)
+    running = models_to_run(
+        ensemble.models,
+        weights,
+        divergence,
+        plausibility=plausibility,
+        plausibility_tensor=plausibility_tensor,
+        value_fn=value_fn,
+        all_models=return_model_logprobs,
+    )
     ids, masks = ensemble.encode(
         prompts,
         input_ids=input_ids,
         attention_mask=attention_mask,
         pad_token_id=limits.pad_token_id,
         add_special_tokens=add_special_tokens,
+        models={ensemble.first, *running},
     )
     batch, device = len(ids[0]), ids[0].device
     known = ensemble.vocab_size if vocab_size is None else vocab_size
@@ -157,13 +168,14 @@ def loglikelihood(
     given_weights = options.pop("value_weights")
     history, own = first_history(
         prefix_logprobs, mixture_prefix_logprobs, sequence_history, options,
-        (batch, len(ids)), 1, device,
+        (batch, len(ensemble.present)), 1, device,
     )  # fmt: skip
 
-    running: dict[str, Any] = {"max_new_tokens": tokens.shape[1], "use_cache": use_cache}
-    state = ensemble.start(ids, masks, **running)
+    room: dict[str, Any] = {"max_new_tokens": tokens.shape[1], "use_cache": use_cache}
+    own_prompts = slice(-len(running), None)  # the first model's come first, also if it rests
+    state = ensemble.start(ids[own_prompts], masks[own_prompts], models=running, **room)
     has_reference = ensemble.models[0] is not None
-    values = value_source(value_fn, ids[0], masks[0], vocab_size, has_reference, **running)
+    values = value_source(value_fn, ids[0], masks[0], vocab_size, has_reference, **room)
     sequences = torch.cat([ids[0], tokens], dim=1)
     found: list[list[Tensor]] = []
     for step, (reference, policies) in enumerate(state.read(tokens)):

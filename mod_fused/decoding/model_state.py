@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,19 @@ from .architectures import CACHE_NAMES
 
 
 class EnsembleState:
-    """One batch in progress: the caches of all models. Made by `Ensemble.start`."""
+    """One batch in progress: the caches of all models that run. Made by `Ensemble.start`.
 
-    def __init__(self, reference: CallableState | None, policies: list[CallableState]) -> None:
-        self._reference = reference
-        self._policies = policies
+    Args:
+        states: of the models that run.
+        places: for the reference and each policy the index of the state whose logits it gets; None
+            where there is no reference. A model that does not run gets those of another.
+        width: the most columns of logits; None: all.
+    """
+
+    def __init__(
+        self, states: list[CallableState], places: list[int | None], width: int | None = None
+    ) -> None:
+        self._states, self._places, self._width = states, places, width
 
     @torch.no_grad()
     def step(self, tokens: Tensor | None = None) -> tuple[Tensor | None, list[Tensor]]:
@@ -30,18 +38,14 @@ class EnsembleState:
         Returns:
             Logits [B, V_0] of the reference (None if there is none) and [B, V_i] of each policy.
         """
-        reference = None if self._reference is None else self._reference.step(tokens)
-        return reference, [policy.step(tokens) for policy in self._policies]
+        return self._placed([state.step(tokens) for state in self._states])
 
     @torch.no_grad()
     def read(self, responses: Tensor) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
         """The logits of `step` at each token of given responses, int64 [B, T], in place of steps.
         A language model reads the prompts and the responses in one pass."""
-        for logits in zip(*(state.read(responses) for state in self._states()), strict=True):
-            if self._reference is None:
-                yield None, list(logits)
-            else:
-                yield logits[0], list(logits[1:])
+        for logits in zip(*(state.read(responses) for state in self._states), strict=True):
+            yield self._placed(logits)
 
     def fork(self, copies: int) -> None:
         """Let each row go on as `copies` adjacent rows once its prompt has been read.
@@ -51,17 +55,22 @@ class EnsembleState:
         Raises:
             TypeError: if a model is a callable that keeps its own state, which nothing can copy.
         """
-        for state in self._states():
+        for state in self._states:
             state.fork(copies)
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, int64 [N] with entries below B; each may occur any number of
         times. Caches are copied, not recomputed."""
-        for state in self._states():
+        for state in self._states:
             state.select(rows)
 
-    def _states(self) -> list[CallableState]:
-        return [*([] if self._reference is None else [self._reference]), *self._policies]
+    def _placed(self, logits: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        cut = [x[:, : self._width] for x in logits]
+        reference, *policies = self._places
+        return (
+            None if reference is None else cut[reference],
+            [cut[k] for k in policies if k is not None],
+        )
 
 
 class CallableState:

@@ -25,6 +25,7 @@ def encode_prompts(
     pad_token_id: int,
     device: torch.device | None,
     add_special_tokens: bool | None = None,
+    wanted: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Token ids and masks of each model's prompts.
 
@@ -39,9 +40,11 @@ def encode_prompts(
         pad_token_id: filled in on the left of the shorter prompts.
         device: where the results go; None leaves input_ids where they are.
         add_special_tokens: see `encode_text`.
+        wanted: which of the K models' prompts to encode; None: all.
 
     Returns:
-        K tensors int64 [B, n_k], and K masks int64 [B, n_k], None for a batch without padding.
+        For each of these int64 [B, n_k], and the masks int64 [B, n_k], None for a batch without
+        padding.
 
     Raises:
         TypeError, ValueError: for neither or both of prompts and input_ids, a wrong count, an empty
@@ -52,12 +55,14 @@ def encode_prompts(
     if (prompts is None) == (input_ids is None):
         what = "neither" if prompts is None else "both"
         raise ValueError(f"pass either prompts or input_ids, got {what}")
+    chosen = range(len(labels)) if wanted is None else wanted
     if prompts is not None:
         if attention_mask is not None:
             raise ValueError("attention_mask goes with input_ids; prompts are padded here")
         batches = _prompts_per_model(prompts, labels)
         pairs: list[tuple[Tensor, Tensor | None]] = []
-        for batch, tokenizer, label in zip(batches, tokenizers, labels, strict=True):
+        for k in chosen:
+            batch, tokenizer, label = batches[k], tokenizers[k], labels[k]
             rows = [encode_prompt(p, tokenizer, label, add_special_tokens) for p in batch]
             if [] in rows:
                 index = rows.index([])
@@ -71,8 +76,8 @@ def encode_prompts(
             raise ValueError("add_special_tokens goes with prompts, got input_ids")
         ids = _tensors_per_model(input_ids, labels, "input_ids")
         masks = _tensors_per_model(attention_mask, labels, "attention_mask")
-        pairs = [_check_ids(i, m, label) for i, m, label in zip(ids, masks, labels, strict=True)]
-    return _placed(pairs, labels, device)
+        pairs = [_check_ids(ids[k], masks[k], labels[k]) for k in chosen]
+    return _placed(pairs, [labels[k] for k in chosen], device)
 
 
 def _placed(

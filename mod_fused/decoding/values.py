@@ -40,7 +40,9 @@ class ValueState(Protocol):
 
 @runtime_checkable
 class ValueGuide(Protocol):
-    """The interface of a value_fn of `generate` that keeps state from step to step."""
+    """The interface of a value_fn of `generate` that keeps state from step to step. With an
+    attribute `reads_reference` that is False it may get other logits in place of the reference's,
+    where that need not run."""
 
     @property
     def num_values(self) -> int:

@@ -73,6 +73,11 @@ class Guidance:
         return {f"scorer {i}": scorer.model for i, scorer in enumerate(self.scorers)}
 
     @property
+    def reads_reference(self) -> bool:
+        """Whether the reference's logits choose the candidates."""
+        return self.candidates is not None
+
+    @property
     def num_values(self) -> int:
         """J, the number of scorers."""
         return len(self.scorers)

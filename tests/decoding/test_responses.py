@@ -193,7 +193,7 @@ def test_chosen_rows_of_another_kind_are_refused(
 def test_bad_arguments_are_refused_before_any_model_runs() -> None:
     ran: list[Any] = []
     models = Ensemble([lambda tokens: ran.append(tokens)] * 2)
-    options: dict[str, Any] = {"input_ids": torch.ones(2, 1).long(), "weights": [1.0]}
+    options: dict[str, Any] = {"input_ids": torch.ones(2, 1).long(), "weights": [0.5]}
     with pytest.raises(ValueError, match="num_return_sequences must be at least 1, got 0"):
         generate(models, num_return_sequences=0, **options)
     with pytest.raises(TypeError, match="num_return_sequences must be an int, got float"):
