@@ -12,7 +12,7 @@ from vllm.v1.sample.sampler import Sampler
 
 from .config import settings_of
 from .slots import Slots, seed_of
-from .step import Batch, scaled_bias, with_models
+from .step import Batch, with_models
 
 
 class ModFusedSampler(Sampler):
@@ -41,30 +41,21 @@ class ModFusedSampler(Sampler):
         # which a generator on the CPU cannot do.
         input_batch.generators.clear()
         batch = self._batch(logits.device)
-
-        def process(x: Tensor) -> Tensor:
-            return self.apply_logits_processors(x, sampling_metadata, False)
-
-        bias = None
-        if any(self.slots.processed(slot) for slot in batch.slots):
-            bias = process(logits.clone())
-        calls = self._step.calls(self.slots, batch, bias)
-        scaled = [self.slots.scaled(slot) for slot in batch.slots]
-
-        asked = (
-            sampling_metadata.max_num_logprobs is not None or sampling_metadata.logprob_token_ids
+        count = sampling_metadata.max_num_logprobs
+        drawn = self._step.run(
+            self.slots,
+            batch,
+            logits,
+            lambda x: self.apply_logits_processors(x, sampling_metadata, False),
+            count is not None,
         )
-        log_pi = self._step.log_pi(calls) if asked or any(scaled) else None
-        if bias is not None and log_pi is not None and any(scaled):
-            bias = scaled_bias(bias, scaled, logits, log_pi, process)
-        models = [self.slots.arguments[slot].model_logprobs for slot in batch.slots]
-        drawn = self._step.draw(self.slots, batch, calls, bias, any(models))
-
         logprobs = None
-        if log_pi is not None and asked:
-            logprobs = self._logprobs(log_pi, drawn.tokens, sampling_metadata)
+        if drawn.log_pi is not None and count == -1:
+            logprobs = LogprobsTensors(torch.empty(0), drawn.log_pi, torch.empty(0))
+        elif drawn.log_pi is not None and count is not None:
+            logprobs = self.gather_logprobs(drawn.log_pi, count, token_ids=drawn.tokens)
             if drawn.models is not None:
-                wanted = torch.tensor(models, device=logits.device)
+                wanted = [self.slots.arguments[slot].model_logprobs for slot in batch.slots]
                 logprobs = with_models(logprobs, drawn.models, wanted, self._step.width)
         return SamplerOutput(drawn.tokens.to(torch.int32)[:, None], logprobs)
 
@@ -88,14 +79,3 @@ class ModFusedSampler(Sampler):
             # In the middle of a prompt the position is that of the draw to come, which replaces it.
             torch.ones(len(slots), dtype=torch.bool, device=device),
         )
-
-    def _logprobs(
-        self, log_pi: Tensor, tokens: Tensor, metadata: SamplingMetadata
-    ) -> LogprobsTensors | None:
-        """The log-probabilities that some row asked for, in vLLM's own form."""
-        count = metadata.max_num_logprobs
-        if metadata.logprob_token_ids:
-            return self.gather_specific_token_logprobs(log_pi, metadata.logprob_token_ids, tokens)
-        if count == -1:
-            return LogprobsTensors(torch.empty(0), log_pi, torch.empty(0))
-        return self.gather_logprobs(log_pi, count, token_ids=tokens)

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -19,7 +18,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from .config import settings_of
 from .slots import Slots, seed_of
-from .step import Batch, scaled_bias, with_models
+from .step import Batch, with_models
 
 
 class ModFusedState(DefaultModelState):
@@ -78,13 +77,8 @@ class ModFusedSampler(Sampler):
         self._models = None
         output = super().__call__(logits, input_batch)
         if self._models is not None and output.logprobs_tensors is not None:
-            found, rows = self._models
-            wanted = torch.tensor(rows, pin_memory=found.is_cuda)
             output.logprobs_tensors = with_models(
-                output.logprobs_tensors,
-                found,
-                wanted.to(found.device, non_blocking=True),
-                self._step.width,
+                output.logprobs_tensors, *self._models, self._step.width
             )
         return output
 
@@ -121,20 +115,11 @@ class ModFusedSampler(Sampler):
             seq_lens_upper_bound_np=seq_lens_upper_bound_np,
         )
         process = partial(self._process, context=context)
-        bias = None
-        if any(self.slots.processed(slot) for slot in slots):
-            bias = process(logits.clone())
-        calls = self._step.calls(self.slots, batch, bias)
-        scaled = [self.slots.scaled(slot) for slot in slots]
-
-        log_pi = self._step.log_pi(calls) if return_logprobs or any(scaled) else None
-        if bias is not None and log_pi is not None and any(scaled):
-            bias = scaled_bias(bias, scaled, logits, log_pi, process)
-        models = [self.slots.arguments[slot].model_logprobs for slot in slots]
-        drawn = self._step.draw(self.slots, batch, calls, bias, any(models))
+        drawn = self._step.run(self.slots, batch, logits, process, return_logprobs)
         if drawn.models is not None:
-            self._models = drawn.models, models
-        return drawn.tokens, logits if log_pi is None else log_pi
+            wanted = [self.slots.arguments[slot].model_logprobs for slot in slots]
+            self._models = drawn.models, wanted
+        return drawn.tokens, logits if drawn.log_pi is None else drawn.log_pi
 
     def _process(self, logits: Tensor, context: LogitsContext) -> Tensor:
         """vLLM's own biases, penalties and banned words."""

@@ -71,8 +71,8 @@ class Slots:
         self.sums = torch.zeros(slots, models + 1, dtype=torch.float64, device=device)
         self.last = torch.zeros_like(self.sums)
         self.last_position = torch.full((slots,), -1, dtype=torch.int64, device=device)
-        plain = Arguments((1.0 / settings.policies,) * settings.policies)
-        self.arguments = [plain] * slots
+        self._plain = Arguments((1.0 / settings.policies,) * settings.policies)
+        self.arguments = [self._plain] * slots
         self.params = [SamplingParams()] * slots
         self.of_request: dict[str, int] = {}
         self._parked: dict[str, Parked] = {}
@@ -130,7 +130,7 @@ class Slots:
         except ValueError as error:
             # vLLM's own warm-up has no arguments.
             refused = None if "_warmup_" in request else error
-            given = Arguments((1.0 / self.settings.policies,) * self.settings.policies)
+            given = self._plain
         seed = self._fresh.getrandbits(63) if params.seed is None else params.seed
         row = {
             "weights": given.weights,

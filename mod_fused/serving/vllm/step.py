@@ -34,11 +34,11 @@ class Call(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """The tokens of a step, int64 [B], and their log-probabilities under each model, float32 [B,
-    M+1], where some row asked for them."""
+    """What a step returns; None where no row asked for it."""
 
-    tokens: Tensor
-    models: Tensor | None
+    tokens: Tensor  # int64 [B]
+    models: Tensor | None  # float32 [B, M+1], the tokens' log-probabilities under each model
+    log_pi: Tensor | None  # float32 [B, W]
 
 
 class Step:
@@ -60,7 +60,39 @@ class Step:
         self.logits = logits
         return logits[0].new_zeros((len(logits[0]), self.width), dtype=torch.float32)
 
-    def calls(self, slots: Slots, batch: Batch, bias: Tensor | None) -> list[Call]:
+    def run(
+        self,
+        slots: Slots,
+        batch: Batch,
+        carrier: Tensor,
+        process: Callable[[Tensor], Tensor],
+        wants_log_pi: bool,
+    ) -> Drawn:
+        """Draw a token in every row.
+
+        Args:
+            slots: of the requests.
+            batch: the rows.
+            carrier: that of `publish`, on which grammar masks have left -inf.
+            process: the engine's own processing of logits, in place or not.
+            wants_log_pi: return log pi*.
+        """
+        bias = None
+        if any(map(slots.processed, batch.slots)):
+            bias = process(carrier.clone())
+        calls = self._calls(slots, batch, bias)
+        scaled = [slots.scaled(slot) for slot in batch.slots]
+        log_pi = self._log_pi(calls) if wants_log_pi or any(scaled) else None
+        if bias is not None and log_pi is not None and any(scaled):
+            by = process(log_pi + carrier) - log_pi
+            by = torch.where(log_pi == -torch.inf, 0.0, by)
+            bias = torch.where(_on(by.device, scaled)[:, None], by, bias)
+        models = any(slots.arguments[slot].model_logprobs for slot in batch.slots)
+        drawn = self._draw(slots, batch, calls, bias, models)
+        self.logits = []  # else they would take memory during the next forward passes
+        return drawn._replace(log_pi=log_pi)
+
+    def _calls(self, slots: Slots, batch: Batch, bias: Tensor | None) -> list[Call]:
         """The calls of the op that the rows need, their histories brought up to date; `bias` [B, W]
         has -inf for tokens that are excluded."""
         groups: dict[Group, list[int]] = {}
@@ -104,7 +136,7 @@ class Step:
         table["position"] = batch.positions[at].clamp(min=0)
         return Call(at, of, group, mixing, table)
 
-    def log_pi(self, calls: list[Call]) -> Tensor:
+    def _log_pi(self, calls: list[Call]) -> Tensor:
         """log pi* of all rows, float32 [B, W]; -inf beyond V and throughout an invalid row."""
         shape = (len(self.logits[0]), self.width)
         out = self.logits[0].new_full(shape, float("-inf"), dtype=torch.float32)
@@ -113,7 +145,7 @@ class Step:
         # JSON has no NaN.
         return out.masked_fill_(out.isnan(), float("-inf"))
 
-    def draw(
+    def _draw(
         self, slots: Slots, batch: Batch, calls: list[Call], bias: Tensor | None, models: bool
     ) -> Drawn:
         """Draw a token in every row, with `bias` [B, W] added to log pi*. A row for which nothing
@@ -135,32 +167,11 @@ class Step:
             if history:
                 each = torch.cat([out.model_logprobs, out.logprobs[:, None]], 1)
                 slots.record(call.slots, batch.positions[call.rows], each, batch.real[call.rows])
-        self.logits = []  # else they would take memory during the next forward passes
-        return Drawn(tokens, found)
-
-
-def scaled_bias(
-    bias: Tensor,
-    rows: list[bool],
-    carrier: Tensor,
-    log_pi: Tensor,
-    process: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """The bias, in rows whose log pi* the engine scales what it does to that; 0 where pi* is 0.
-
-    Args:
-        bias: [B, W], of the other rows.
-        rows: which rows are scaled.
-        carrier: that of `Step.publish`, on which grammar masks have left -inf.
-        log_pi: log pi* [B, W].
-        process: the engine's own processing of logits.
-    """
-    scaled = torch.where(log_pi == -torch.inf, 0.0, process(log_pi + carrier) - log_pi)
-    return torch.where(_on(log_pi.device, rows)[:, None], scaled, bias)
+        return Drawn(tokens, found, None)
 
 
 def with_models(
-    logprobs: LogprobsTensors, models: Tensor, wanted: Tensor, vocab_size: int
+    logprobs: LogprobsTensors, models: Tensor, wanted: list[bool], vocab_size: int
 ) -> LogprobsTensors:
     """Put the models' log-probabilities of the token behind its own in the rows that are `wanted`:
     as ids from `vocab_size` on, the reference's first."""
@@ -170,9 +181,10 @@ def with_models(
     kept = ids.shape[1] - count
     shifted = torch.cat([ids[:, :1], names.expand(len(ids), count), ids[:, 1:kept]], 1)
     moved = torch.cat([values[:, :1], models.nan_to_num(nan=-torch.inf), values[:, 1:kept]], 1)
+    rows = _on(ids.device, wanted)[:, None]
     return logprobs._replace(
-        logprob_token_ids=torch.where(wanted[:, None], shifted, ids),
-        logprobs=torch.where(wanted[:, None], moved, values),
+        logprob_token_ids=torch.where(rows, shifted, ids),
+        logprobs=torch.where(rows, moved, values),
     )
 
 
