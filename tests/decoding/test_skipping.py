@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,8 +164,9 @@ def test_a_resampler_sees_every_models_log_probabilities(ensemble: Ensemble) -> 
 def test_scorers_need_the_reference_for_their_candidates_alone(ensemble: Ensemble) -> None:
     scorer = tiny.llama(9, eos=None)
     options: dict[str, Any] = {"weights": [0.5, 0.0, 0.5], "max_new_tokens": 6, "seed": 2}
-    for candidates, runs in ((None, {1, 3}), (5, {0, 1, 3})):
-        guide = Guidance([scorer], candidates=candidates)
+    dense, few = Guidance([scorer]), Guidance([scorer], candidates=5)
+    unknown = SimpleNamespace(num_values=1, start=dense.start)  # it does not say what it reads
+    for guide, runs in ((dense, {1, 3}), (few, {0, 1, 3}), (unknown, {0, 1, 3})):
         seen, out = ran(ensemble, generate, PROMPTS, value_fn=guide, **options)
         full = generate(ensemble, PROMPTS, value_fn=guide, return_model_logprobs=True, **options)
         assert seen == runs
