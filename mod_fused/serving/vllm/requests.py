@@ -35,7 +35,7 @@ _BEAM_SEARCH = {"max_tokens": 1, "detokenize": False, "watermarking": False}
 @dataclass(frozen=True)
 class Arguments:
     """A request's own arguments, without their prefix; `mod_fused.sample` and `mod_fused.generate`
-    document the first five."""
+    document all but the last."""
 
     weights: tuple[float, ...]
     divergence: str = "reverse_kl"
@@ -133,12 +133,16 @@ def arguments(extra: Mapping[str, Any], settings: Settings) -> Arguments:
     found = Arguments(**values)
     try:
         logits = torch.empty(1, 2, device="meta")
+        history = torch.empty(1, settings.policies + 1, device="meta") if found.history else None
+        exact = found.normalizer == "exact"
         check_mixture(
             logits,
             [logits] * settings.policies,
             list(found.weights),
             divergence=found.divergence,
             normalizer=found.normalizer,
+            prefix_logprobs=history,
+            mixture_prefix_logprobs=None if history is None or not exact else history[:, 0],
             plausibility=support_cut(found.plausibility, found.divergence),
         )
     except (TypeError, ValueError) as error:
