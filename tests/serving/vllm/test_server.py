@@ -460,7 +460,8 @@ def test_after_all_that_the_engine_answers(server: Server, ensemble: mod_fused.E
 def test_a_killed_engine_hangs_nobody_and_a_restart_answers(
     server: Server, ensemble: mod_fused.Ensemble, name: str
 ) -> None:
-    given = [replace(case, max_tokens=200) for case in cases(32, seed=36)]
+    # More than run at once: however fast the machine is, some are under way.
+    given = [replace(case, max_tokens=200) for case in cases(200, seed=36)]
 
     async def ask() -> list[Any]:
         async with client(server) as api:
@@ -470,6 +471,7 @@ def test_a_killed_engine_hangs_nobody_and_a_restart_answers(
                 pieces = await api.completions.create(
                     model="mod", stream=True, **arguments(body(case, ignore_eos=True))
                 )
+                ended = "nothing"
                 async for piece in pieces:
                     first.set()
                     ended = piece.choices[0].finish_reason
@@ -478,10 +480,10 @@ def test_a_killed_engine_hangs_nobody_and_a_restart_answers(
             tasks = [asyncio.ensure_future(one(case)) for case in given]
             await asyncio.wait_for(first.wait(), 60)
             server.kill(name)
-            return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+            return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 120)
 
     answers = asyncio.run(ask())
-    assert any(isinstance(answer, Exception) for answer in answers)
+    assert any(answer != "length" for answer in answers)
     server.process.wait(timeout=60)  # with exit code 0: a supervisor must restart it always
     server.start()
     assert right(server, ensemble)
