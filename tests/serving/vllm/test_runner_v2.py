@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from vllm import LLM
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 import mod_fused
@@ -59,5 +60,5 @@ def test_a_grammar_holds(small: LLM) -> None:
 
 
 def test_a_bad_request_is_refused(small: LLM) -> None:
-    with pytest.raises(ValueError, match="3 finite numbers"):
+    with pytest.raises(VLLMValidationError, match="3 finite numbers"):
         small.generate(["Hi"], [Case("", [1.0]).params()], use_tqdm=False)
