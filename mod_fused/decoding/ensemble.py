@@ -19,9 +19,10 @@ from torch import Tensor
 
 from .adapters import check_shared
 from .architectures import check_causal_lm, embedded_ids, input_device, is_transformers_model
-from .loading import load_model, load_tokenizer
-from .model_state import CallableState, CausalLMState, EnsembleState
+from .loading import load_base_and_adapters, load_model, load_tokenizer
+from .model_state import CallableState, CausalLMState, EnsembleState, StackedState
 from .prompts import Prompts, encode_prompts
+from .stacked_adapters import FORWARDS, StackedModel, runs_stacked, stacked
 from .transformers_version import check_transformers_version
 
 check_transformers_version()
@@ -88,6 +89,9 @@ class Ensemble:
         self.tokenizers = [
             t if m is not None else None for m, t in zip(models, tokenizers, strict=True)
         ]
+        # Of `from_adapters`: one module that runs all models, and when.
+        self.stacked: StackedModel | None = None
+        self.forward = "separate"
         # How many ids all tokenizers have, where some have added tokens; None where all are alike.
         self.common_ids = common_ids(self.tokenizers) if check_tokenizers else None
 
@@ -151,6 +155,63 @@ class Ensemble:
             [first if tokenizers[name] is None else tokenizers[name] for name in names],
             check_tokenizers=check_tokenizers,
         )
+
+    @classmethod
+    def from_adapters(
+        cls,
+        base: Any,
+        adapters: Sequence[str | Path] | None = None,
+        *,
+        tokenizers: Any = None,
+        forward: str = "auto",
+        check_base: bool = True,
+        check_tokenizers: bool = True,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> Ensemble:
+        """LoRA adapters of one base model as policies; the base is the reference. Its weights are
+        in memory once, and one forward pass runs all M+1 models: with K the models that run, a
+        layer reads its weights once for K B rows, then adds x A_i B_i to the rows of policy i, by
+        two batched matrix products.
+
+        The models of the ensemble share the base's weights: do not train or merge what they come
+        from meanwhile. A `PeftModel` and a base model that are given stay as they are.
+
+        Args:
+            base: folder or hub name of the base model; or a transformers model, which may be
+                quantised; or a `PeftModel` that has the adapters.
+            adapters: folders or hub names of M PEFT adapters. With a PeftModel: names of its
+                adapters; None: all of them, in its order. Ranks, targets and scalings may differ,
+                and so may modules_to_save, trained tokens, DoRA and biases of the adapters.
+            tokenizers: as in `Ensemble`. None: each adapter's own, else the base's; with a
+                PeftModel none.
+            forward: "stacked" runs all models in one pass; "separate" one after the other, each on
+                the shared weights; "auto" chooses by the number of rows, see `runs_stacked`.
+            check_base: refuse an adapter that names a base model of another name.
+            check_tokenizers: see `Ensemble`.
+            dtype, device, kwargs: of the base, as in `from_pretrained`.
+
+        Raises:
+            ImportError: if transformers or PEFT is not installed.
+            OSError: if a folder or name cannot be loaded.
+            TypeError: for a base of another type.
+            ValueError: if an adapter's tensors are missing, unexpected or of another shape, if it
+                was made for another base, or if it is of a kind that cannot share its base (what
+                changes the base itself, and other methods than LoRA): the adapter is named.
+        """
+        if forward not in FORWARDS:
+            raise ValueError(f"forward must be one of {', '.join(FORWARDS)}, got {forward!r}")
+        if isinstance(adapters, (str, Path)):
+            raise TypeError(f"adapters must be a list, got {adapters!r}")
+        options = dict(kwargs) if dtype is None else {"dtype": dtype, **kwargs}
+        names = None if adapters is None else [str(name) for name in adapters]
+        plain, sources, own = load_base_and_adapters(base, names, check_base, device, **options)
+        models = stacked(plain, sources)
+        given = own if tokenizers is None else tokenizers
+        ensemble = cls(models.models, given, check_tokenizers=check_tokenizers)
+        ensemble.stacked, ensemble.forward = models, forward
+        return ensemble
 
     @classmethod
     def embedded(cls, policies: Sequence[str] | None = None, **kwargs: Any) -> Ensemble:
@@ -295,11 +356,16 @@ class Ensemble:
         states: list[CallableState] = []
         present = [i for i, model in enumerate(self.models) if model is not None]
         running = present if models is None else list(models)
-        for index, ids, mask in zip(running, input_ids, attention_mask, strict=True):
-            model = self.models[index]
-            kind = CausalLMState if is_transformers_model(model) else CallableState
-            states.append(kind(model, _label(index), ids, mask, use_cache))
-            states[-1].check(max_new_tokens)
+        if self.stacked is not None and runs_stacked(self.forward, len(running), input_ids[0]):
+            prompts = list(input_ids), list(attention_mask)
+            states = [StackedState(self.stacked, running, *prompts, use_cache)]
+        else:
+            for index, ids, mask in zip(running, input_ids, attention_mask, strict=True):
+                model = self.models[index]
+                kind = CausalLMState if is_transformers_model(model) else CallableState
+                states.append(kind(model, _label(index), ids, mask, use_cache))
+        for state in states:
+            state.check(max_new_tokens)
         skipped = [self.models[i] for i in present if i not in running]
         widths = [embedded_ids(model) for model in skipped if is_transformers_model(model)]
         places = [running.index(i) if i in running else 0 for i in present]
