@@ -8,13 +8,23 @@ are not.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .stacked_layers import Factors, PerPolicy, Rows, StackedEmbedding, StackedLayer, StackedLinear
+from .architectures import text_config
+from .stacked_layers import (
+    Factors,
+    FewRows,
+    PerPolicy,
+    Rows,
+    StackedEmbedding,
+    StackedLayer,
+    StackedLinear,
+)
 
 #: Ways of initialising an adapter that leave the base as it is.
 _INITIALISED = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -46,6 +56,12 @@ _ALONE_IN_A_CALL = {
 _DORA = "DoraLinearVariant"
 #: How an ensemble of adapters may run.
 FORWARDS = ("auto", "stacked", "separate")
+#: Models that run one after the other, and why.
+_SEPARATE = {
+    "rwkv": "its cached step mixes the rows of a batch",
+    "xlnet": "its layers do not get the rows in front",
+    "xlstm": "its cache does not take more rows",
+}
 _ALONE = "Ensemble.from_pretrained loads a base model for each adapter"
 
 
@@ -89,6 +105,10 @@ def stacked(base: Any, sources: Sequence[tuple[Any, str]]) -> StackedModel:
             for path, make in made.items()
             if len(rows.models) > 1 or (only is not None and layers[path][only] is not None)
         }
+        if len(rows.models) > 1:
+            for module in base.modules():
+                if FewRows.suits(module) and id(module) not in mine:
+                    mine[id(module)] = FewRows(module)
         return copy_of_modules(base, mine)
 
     together = Rows(range(len(sources) + 1))
@@ -113,9 +133,21 @@ def without_adapters(peft_model: Any) -> Any:
     return copy_of_modules(base, plain)
 
 
-def runs_stacked(forward: str, models: int, input_ids: Tensor) -> bool:
-    """Whether `models` models, each with the rows of `input_ids`, run in one call."""
-    return forward != "separate" and models > 1
+def runs_stacked(stacked: StackedModel, forward: str) -> bool:
+    """Whether an ensemble runs its models in one call.
+
+    "auto" does so wherever it can be done: of the cases of `python -m bench.run adapters` separate
+    calls won none.
+
+    Raises:
+        ValueError: "stacked", for a model whose rows cannot be any number, or do not come first.
+    """
+    if forward == "separate":
+        return False
+    kind = text_config(stacked.together).model_type
+    if forward == "stacked" and kind in _SEPARATE:
+        raise ValueError(f"{kind} cannot run stacked, {_SEPARATE[kind]}: pass forward='separate'")
+    return kind not in _SEPARATE
 
 
 def copy_of_modules(model: nn.Module, instead: dict[int, nn.Module] | None = None) -> Any:
@@ -190,14 +222,31 @@ def _layer(
         raise ValueError(f"the embedding {what} does not read the token ids: {_ALONE}")
     if any(old.children()):
         raise ValueError(f"{what} is no single layer: {_ALONE}")
+    own = type(old).__module__.startswith("transformers.models.")
+    if isinstance(old, nn.Linear) and own and type(old).forward is not nn.Linear.forward:
+        raise ValueError(f"{what} computes more than a linear layer: {_ALONE}")
+    if _is_read(base, path):
+        raise ValueError(f"the model itself reads the weight of {what}: {_ALONE}")
     if kinds <= _STACKED or (kinds <= _STACKED | {_DORA} and not embedding):
         factors = _factors(changed, embedding)
         kind: type[StackedLayer] = StackedEmbedding if embedding else StackedLinear
-        return lambda rows: kind(old, factors, rows, what)
+        few = FewRows(old) if FewRows.suits(old) else old
+        return lambda rows: kind(few if len(rows.models) > 1 else old, factors, rows, what)
     if unknown := kinds - _STACKED - _ALONE_IN_A_CALL:
         raise ValueError(f"the layer {what} cannot be stacked ({', '.join(unknown)}): {_ALONE}")
     calls = [None if pair is None else _call(*pair) for pair in changed]
     return lambda rows: PerPolicy(old, calls, rows, what)
+
+
+def _is_read(base: Any, path: str) -> bool:
+    """Whether the model's code takes the weight from a layer instead of calling it: then even PEFT
+    leaves the adapter out."""
+    parent, _, name = path.rpartition(".")
+    try:
+        source = inspect.getsource(type(base.get_submodule(parent)))
+    except (OSError, TypeError):  # a class without source
+        return False
+    return f"self.{name}.weight" in source
 
 
 def _kinds(layer: Any, name: str) -> set[str]:
@@ -222,6 +271,8 @@ def _factors(changed: Sequence[tuple[Any, str] | None], embedding: bool) -> Fact
     pairs = [None if pair is None else _pair(*pair, embedding) for pair in changed]
     given = [pair for pair in pairs if pair is not None]
     dtype = max((a.dtype for a, _ in given), key=lambda kind: kind.itemsize)
+    if given[0][0].device.type == "cpu":  # small products of 16 bits are slow there
+        dtype = torch.promote_types(dtype, torch.float32)
     rank, size = max(len(a) for a, _ in given), len(pairs)
     A = given[0][0].new_zeros((size, given[0][0].shape[1], rank), dtype=dtype)
     B = given[0][1].new_zeros((size, rank, len(given[0][1])), dtype=dtype)
