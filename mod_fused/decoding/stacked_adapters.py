@@ -8,7 +8,6 @@ are not.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from .architectures import text_config
 from .stacked_layers import (
+    ALONE,
     Factors,
     FewRows,
     PerPolicy,
@@ -46,7 +46,7 @@ _STACKED = {
 }
 #: Layers and variants that run on one policy's rows at a time: whole layers, and what PEFT runs
 #: with `adapter_names`.
-_ALONE_IN_A_CALL = {
+_BY_ITSELF = {
     "BdLoraLinearVariant",
     "Conv1d",
     "ModulesToSaveWrapper",
@@ -60,9 +60,7 @@ FORWARDS = ("auto", "stacked", "separate")
 _SEPARATE = {
     "rwkv": "its cached step mixes the rows of a batch",
     "xlnet": "its layers do not get the rows in front",
-    "xlstm": "its cache does not take more rows",
 }
-_ALONE = "Ensemble.from_pretrained loads a base model for each adapter"
 
 
 class StackedModel(NamedTuple):
@@ -181,7 +179,7 @@ def check_config(name: str, config: Any) -> None:
     }
     for reason, found in reasons.items():
         if found:
-            raise ValueError(f"the adapter {name} {reason}: {_ALONE}")
+            raise ValueError(f"the adapter {name} {reason}: {ALONE}")
 
 
 def _adapted(base: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -215,38 +213,22 @@ def _layer(
     old = base.get_submodule(path)
     what = f"{path} ({type(old).__name__})"
     if "experts" in path.split("."):
-        raise ValueError(f"the layer {what} sees the tokens sorted by expert: {_ALONE}")
+        raise ValueError(f"the layer {what} sees the tokens sorted by expert: {ALONE}")
     kinds = {kind for pair in changed if pair is not None for kind in _kinds(*pair)}
     embedding = isinstance(old, nn.Embedding)
     if embedding and old is not base.get_input_embeddings():
-        raise ValueError(f"the embedding {what} does not read the token ids: {_ALONE}")
+        raise ValueError(f"the embedding {what} does not read the token ids: {ALONE}")
     if any(old.children()):
-        raise ValueError(f"{what} is no single layer: {_ALONE}")
-    own = type(old).__module__.startswith("transformers.models.")
-    if isinstance(old, nn.Linear) and own and type(old).forward is not nn.Linear.forward:
-        raise ValueError(f"{what} computes more than a linear layer: {_ALONE}")
-    if _is_read(base, path):
-        raise ValueError(f"the model itself reads the weight of {what}: {_ALONE}")
+        raise ValueError(f"{what} is no single layer: {ALONE}")
     if kinds <= _STACKED or (kinds <= _STACKED | {_DORA} and not embedding):
         factors = _factors(changed, embedding)
         kind: type[StackedLayer] = StackedEmbedding if embedding else StackedLinear
         few = FewRows(old) if FewRows.suits(old) else old
         return lambda rows: kind(few if len(rows.models) > 1 else old, factors, rows, what)
-    if unknown := kinds - _STACKED - _ALONE_IN_A_CALL:
-        raise ValueError(f"the layer {what} cannot be stacked ({', '.join(unknown)}): {_ALONE}")
+    if unknown := kinds - _STACKED - _BY_ITSELF:
+        raise ValueError(f"the layer {what} cannot be stacked ({', '.join(unknown)}): {ALONE}")
     calls = [None if pair is None else _call(*pair) for pair in changed]
     return lambda rows: PerPolicy(old, calls, rows, what)
-
-
-def _is_read(base: Any, path: str) -> bool:
-    """Whether the model's code takes the weight from a layer instead of calling it: then even PEFT
-    leaves the adapter out."""
-    parent, _, name = path.rpartition(".")
-    try:
-        source = inspect.getsource(type(base.get_submodule(parent)))
-    except (OSError, TypeError):  # a class without source
-        return False
-    return f"self.{name}.weight" in source
 
 
 def _kinds(layer: Any, name: str) -> set[str]:

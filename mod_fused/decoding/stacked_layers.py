@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ALONE = "Ensemble.from_pretrained loads a base model for each adapter"
+
 
 class Rows:
     """Which models the rows of the next call belong to, in order; shared by all layers of a model.
@@ -111,9 +113,9 @@ class StackedLayer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            raise AttributeError(
-                f"the model reads the weight of {self.name}, and would leave its adapters out: "
-                "Ensemble.from_pretrained loads a base model for each adapter"
+            raise ValueError(
+                f"the model itself reads the weight of {self.name}, and leaves its adapters out: "
+                f"{ALONE}"
             )
         return super().__getattr__(name)
 
@@ -123,6 +125,9 @@ class StackedLayer(nn.Module):
         if not rows.policies:
             return y
         rows.check(x, self.name)
+        if not isinstance(y, Tensor):
+            raise ValueError(f"{self.name} computes more than a linear layer: {ALONE}")
+        y = y.contiguous()
         if self._picked is None or self._picked[0] is not rows.models:
             self._picked = rows.models, self.factors.of(rows.policies)
         A, B, gain, shift = self._picked[1]
