@@ -58,8 +58,8 @@ _DORA = "DoraLinearVariant"
 FORWARDS = ("auto", "stacked", "separate")
 #: Models that run one after the other, and why.
 _SEPARATE = {
-    "rwkv": "its cached step mixes the rows of a batch",
-    "xlnet": "its layers do not get the rows in front",
+    "rwkv": "RWKV's cached step mixes the rows of a batch",
+    "xlnet": "XLNet's layers do not get the rows in front",
 }
 
 
@@ -70,11 +70,13 @@ class StackedModel(NamedTuple):
         models: M+1 models, the base's first; each runs by itself.
         together: one that runs any of them in one call, rows model-major.
         rows: tells `together` which.
+        separate: why they must not run together; None where they may.
     """
 
     models: list[Any]
     together: Any
     rows: Rows
+    separate: str | None
 
 
 def stacked(base: Any, sources: Sequence[tuple[Any, str]]) -> StackedModel:
@@ -111,7 +113,7 @@ def stacked(base: Any, sources: Sequence[tuple[Any, str]]) -> StackedModel:
 
     together = Rows(range(len(sources) + 1))
     models = [model(Rows([place])) for place in together.models]
-    return StackedModel(models, model(together), together)
+    return StackedModel(models, model(together), together, _separate(base))
 
 
 def without_adapters(peft_model: Any) -> Any:
@@ -134,18 +136,24 @@ def without_adapters(peft_model: Any) -> Any:
 def runs_stacked(stacked: StackedModel, forward: str) -> bool:
     """Whether an ensemble runs its models in one call.
 
-    "auto" does so wherever it can be done: of the cases of `python -m bench.run adapters` separate
-    calls won none.
+    "auto" does so wherever the tokens stay the same: of the cases of `python -m bench.run adapters`
+    separate calls won none.
 
     Raises:
-        ValueError: "stacked", for a model whose rows cannot be any number, or do not come first.
+        ValueError: "stacked", for a model that must run separately; says why.
     """
-    if forward == "separate":
-        return False
-    kind = text_config(stacked.together).model_type
-    if forward == "stacked" and kind in _SEPARATE:
-        raise ValueError(f"{kind} cannot run stacked, {_SEPARATE[kind]}: pass forward='separate'")
-    return kind not in _SEPARATE
+    if forward == "stacked" and stacked.separate is not None:
+        raise ValueError(
+            f"the models cannot run stacked, {stacked.separate}: pass forward='separate'"
+        )
+    return forward != "separate" and stacked.separate is None
+
+
+def _separate(base: Any) -> str | None:
+    """Why several models' rows cannot go through the layers in one call; None where they can."""
+    if any(getattr(getattr(x, "state", None), "threshold", 0.0) for x in base.modules()):
+        return "bitsandbytes' 8-bit layers round a row by what the other rows hold"
+    return _SEPARATE.get(text_config(base).model_type)
 
 
 def copy_of_modules(model: nn.Module, instead: dict[int, nn.Module] | None = None) -> Any:
@@ -220,7 +228,7 @@ def _layer(
         raise ValueError(f"the embedding {what} does not read the token ids: {ALONE}")
     if any(old.children()):
         raise ValueError(f"{what} is no single layer: {ALONE}")
-    if kinds <= _STACKED or (kinds <= _STACKED | {_DORA} and not embedding):
+    if kinds <= _STACKED or kinds <= {"Linear", _DORA}:
         factors = _factors(changed, embedding)
         kind: type[StackedLayer] = StackedEmbedding if embedding else StackedLinear
         few = FewRows(old) if FewRows.suits(old) else old

@@ -61,7 +61,10 @@ class FewRows(nn.Module):
     @staticmethod
     def suits(layer: nn.Module) -> bool:
         """Whether a layer is of the kind."""
-        if type(layer) is not nn.Linear or not torch.backends.mkldnn.is_available():
+        if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
+            return False  # quantised ones among others
+        changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+        if changed or not torch.backends.mkldnn.is_available():
             return False
         return layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu"
 

@@ -11,6 +11,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from small_models import small_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from mod_fused import Ensemble, generate, loglikelihood
@@ -282,7 +283,7 @@ FAMILIES = {
     "gpt2": "all-linear",
     "mamba": ["in_proj", "x_proj"],
     "opt": "all-linear",
-    "qwen2": "all-linear",
+    "qwen2": "all-linear",  # one of them with DoRA over layers with biases
     "recurrent_gemma": "all-linear",
     "xlnet": "all-linear",  # one after the other
 }
@@ -291,7 +292,9 @@ FAMILIES = {
 def of_a_family(kind: str, folder: Path, targets: Any) -> list[Path]:
     """Two adapters of a family, saved."""
     for seed in (1, 2):
-        config = peft.LoraConfig(r=1 + seed, target_modules=targets, task_type="CAUSAL_LM")
+        dora = kind == "qwen2" and seed == 2  # its layers have biases
+        config = lora("?", r=1 + seed, use_dora=dora)
+        config.target_modules = targets
         model = filled(peft.get_peft_model(small_model(kind, 1), config), seed)
         model.save_pretrained(folder / str(seed))
     return [folder / "1", folder / "2"]
@@ -346,7 +349,7 @@ def test_a_layer_that_is_not_called_as_a_linear_one_is_refused_when_it_runs(
 def test_a_family_whose_rows_do_not_come_first_is_refused_stacked(tmp_path: Path) -> None:
     paths = of_a_family("xlnet", tmp_path, "all-linear")
     ensemble = Ensemble.from_adapters(small_model("xlnet", 1), paths, forward="stacked")
-    with pytest.raises(ValueError, match="xlnet cannot run stacked, .*forward='separate'"):
+    with pytest.raises(ValueError, match="cannot run stacked, XLNet.*forward='separate'"):
         logits(ensemble, [0, 1, 2])
 
 
@@ -363,6 +366,18 @@ def test_rows_that_do_not_come_first_are_found_when_they_run() -> None:
         _ = layer.weight
 
 
+class Calls(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 64, 65])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_of_few_rows_is_the_layer(rows: int, bias: bool) -> None:
@@ -370,12 +385,17 @@ def test_a_layer_of_few_rows_is_the_layer(rows: int, bias: bool) -> None:
     layer = torch.nn.Linear(37, 19, bias=bias)
     few = stacked_layers.FewRows(layer)
     assert stacked_layers.FewRows.suits(layer) and few.weight is layer.weight
+    with Calls() as calls:
+        few(torch.randn(rows, 1, 37))
+    assert ("mkldnn::_linear_pointwise" in calls.names) == (1 < rows <= 64)
     x = torch.randn(rows, 1, 37)
     exact = layer.double()(x.double()).detach()
     layer.float()
     with torch.no_grad():
         torch.testing.assert_close(few(x).double(), exact, atol=2e-6, rtol=0)
     assert not stacked_layers.FewRows.suits(copy.deepcopy(layer).bfloat16())
+    layer.register_forward_hook(lambda *_: None)
+    assert not stacked_layers.FewRows.suits(layer)
 
 
 # ---- refusals ------------------------------------------------------------------------------------
