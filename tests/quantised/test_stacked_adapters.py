@@ -33,8 +33,9 @@ def config(kind: str) -> Any:
 
 
 KINDS = ("int8 of torchao", "int8 of bitsandbytes", "4 bits of bitsandbytes")
-#: On a CPU the 4-bit product rounds its input to bfloat16: a last digit may become 2^-9 of it.
-TOLERANCES = dict(zip(KINDS, (5e-5, 5e-5, 3e-2), strict=True))
+#: bitsandbytes rounds the inputs of a product, to 8 bits or on a CPU to bfloat16: a last digit of an
+#: input may become 2^-7 of it.
+TOLERANCES = dict(zip(KINDS, (5e-5, 5e-2, 3e-2), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_logits_and_tokens_are_those_of_separate_models(
         for x, y in zip([got[0], *got[1]], [expected[0], *expected[1]], strict=True):
             torch.testing.assert_close(x, y, atol=TOLERANCES[kind], rtol=0)
         assert all((x - expected[0]).abs().max() > 0.5 for x in expected[1])
-    if kind == KINDS[2]:
+    if kind != KINDS[0]:
         return
     options: dict[str, Any] = {"weights": [0.5, 0.4], "max_new_tokens": 12, "seed": 1}
     tokens = [generate(e, input_ids=IDS, pad_token_id=0, **options).tokens for e in (ours, theirs)]
