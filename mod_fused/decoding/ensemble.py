@@ -21,6 +21,7 @@ from .adapters import check_shared
 from .architectures import check_causal_lm, embedded_ids, input_device, is_transformers_model
 from .loading import load_model, load_tokenizer
 from .model_state import CallableState, CausalLMState, EnsembleState
+from .one_head import OneHead
 from .prompts import Prompts, encode_prompts
 from .transformers_version import check_transformers_version
 
@@ -274,6 +275,7 @@ class Ensemble:
         max_new_tokens: int = 1,
         use_cache: bool = True,
         models: Sequence[int] | None = None,
+        head: OneHead | None = None,
     ) -> EnsembleState:
         """Begin a batch; runs no model yet.
 
@@ -286,6 +288,8 @@ class Ensemble:
                 not None. In place of another one's logits stand those of the first that runs: its
                 coefficient must be 0. No token is beyond the vocabulary of a language model that
                 does not run.
+            head: mixes the hidden states of the models that run; None: each has its own head. With
+                it `read` is not possible.
 
         Raises:
             ValueError: if a model that runs is in training mode, a token id is outside its
@@ -304,7 +308,7 @@ class Ensemble:
         widths = [embedded_ids(model) for model in skipped if is_transformers_model(model)]
         places = [running.index(i) if i in running else 0 for i in present]
         absent = [None] if self.models[0] is None else []
-        return EnsembleState(states, [*absent, *places], min(widths, default=None))
+        return EnsembleState(states, [*absent, *places], min(widths, default=None), head)
 
 
 def _label(index: int) -> str:
