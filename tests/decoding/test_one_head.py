@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from mod_fused import Ensemble, custom_generate, generate, reference
+from mod_fused import Ensemble, custom_generate, generate, reference, world
 from mod_fused.decoding.architectures import text_config
 from mod_fused.decoding.one_head import FAMILIES, OneHead
 from mod_fused.guidance import Guidance, WorstCaseWeights
@@ -368,7 +368,8 @@ class Halved(LlamaForCausalLM):
 
 def _changed(change: Callable[[Any], Any]) -> list[Any]:
     models = sharing(tiny.llama, tiny.llama)
-    return [models[0], change(models[1]) or models[1]]
+    changed = change(models[1])
+    return [models[0], models[1] if changed is None else changed]
 
 
 def _set(module: Any, name: str, value: Any) -> None:
@@ -490,6 +491,33 @@ def test_other_threads_get_logits_meanwhile(models: list[Any]) -> None:
     assert all(type(head) is nn.Linear for head in heads_of(models))
 
 
+def test_in_bfloat16_one_head_is_about_as_far_from_a_float32_head_as_separate_heads_are() -> None:
+    ensemble = Ensemble.embedded(["helpful", "humorous"], dtype="bfloat16")
+    models = ensemble.models
+    for model in models[1:]:
+        model.lm_head.weight = models[0].lm_head.weight
+    out = generate(
+        ensemble, world.prompts(32, seed=0), weights=[0.5, 0.5], max_new_tokens=24, seed=1
+    )
+    call = {"input_ids": out.sequences, "attention_mask": out.attention_mask}
+    call["position_ids"] = (out.attention_mask.cumsum(1) - 1).clamp(min=0)
+    for weights, far, near in (([0.5, 0.5], 0.0012, 0.0019), ([3.0, -2.0], 0.0072, 0.0025)):
+        c = torch.tensor([[1.0 - sum(weights), *weights]], dtype=torch.float64)
+        head = OneHead(dict(zip("abc", models, strict=True)), c, torch.device("cpu"))
+        with torch.no_grad():
+            logits = [model(**call).logits[:, -25:-1].flatten(0, 1) for model in models]
+            with head.bypassed():
+                hidden = [model(**call).logits[:, -25:-1].flatten(0, 1) for model in models]
+            exact = [h.double() @ models[0].lm_head.weight.double().T for h in hidden]
+            mixtures = [
+                torch.stack([w * x.double() for w, x in zip(c[0], of, strict=True)]).sum(0)
+                for of in (exact, logits)
+            ] + [head.logits(hidden).double()]
+        right, separate, one = (x.softmax(1) for x in mixtures)
+        distances = [float(0.5 * (x - right).abs().sum(1).mean()) for x in (separate, one)]
+        assert distances == pytest.approx([far, near], rel=0.3)
+
+
 def _pair(kind: str, **options: Any) -> list[Any]:
     """Two small models with equal heads; a bias is not 0, and a scale of logits not 1."""
     models = [small_models.small_model(kind, seed, **options) for seed in (1, 2)]
@@ -522,7 +550,13 @@ COEFFICIENTS = torch.tensor([[1.7, -0.7], [0.25, 0.75]], dtype=torch.float64)
 CAPPED = ("beam", "gemma2", "nanochat", "vaultgemma")
 
 
-@pytest.mark.parametrize("kind", sorted(FAMILIES))
+SLOW = {"gemma3"}  # with the images that it reads a model is large
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in sorted(FAMILIES)],
+)
 def test_a_family_mixes_before_its_head_as_behind_it(kind: str) -> None:
     if kind not in small_models.kinds():
         pytest.skip("not in this version of transformers")
