@@ -288,8 +288,8 @@ class Ensemble:
                 not None. In place of another one's logits stand those of the first that runs: its
                 coefficient must be 0. No token is beyond the vocabulary of a language model that
                 does not run.
-            head: mixes the hidden states of the models that run; None: each has its own head. With
-                it `read` is not possible.
+            head: mixes the hidden states of the models that run, for `step`; None: each model has a
+                head of its own, as always for `read`.
 
         Raises:
             ValueError: if a model that runs is in training mode, a token id is outside its

@@ -167,6 +167,7 @@ COMPOSED: dict[str, dict[str, Any]] = {
     "stop strings": {"stop_strings": ["fox", "cat"], "min_new_tokens": 2},
     "criteria": {"stopping_criteria": lambda ids, scores: scores[-1].amax(1) > -1.0},
     "scores": {"output_scores": True, "output_logits": True, "top_k": 5},
+    "no plausibility": {"plausibility": None, "plausibility_tensor": 3},
     "history": {"sequence_history": True, "normalizer": "zero"},
     "no cache": {"use_cache": False},
     "resampling": {"resample_fn": swaps},
@@ -231,8 +232,13 @@ def test_models_of_coefficient_0_do_not_run(models: list[Any]) -> None:
     assert run([0.5, 0.0, 0.5])[0] == [1, 3, 1, 3]
     calls, _ = counted(heads_of(models), run, [0.0, 1.0, 0.0])
     assert calls == 2  # one model: there is nothing to mix
-    other = [models[0], models[1], tiny.llama(30, tiny.V + 4, eos=None), models[3]]
-    compare(Ensemble(other), input_ids=IDS, weights=[0.75, 0.0, 0.5], seed=1)
+    wide = [tiny.llama(i, tiny.V + 40, eos=None) for i in range(2)]
+    wide[1].lm_head.weight = wide[0].lm_head.weight
+    # The vocabulary stays that of all models.
+    other = Ensemble([wide[0], models[1], wide[1]])
+    call: dict[str, Any] = {"weights": [0.0, 0.6], "seed": 1, "output_logits": True}
+    out = compare(other, input_ids=IDS, num_return_sequences=20, **call)
+    assert out.logits[0].shape[1] == tiny.V
 
 
 def test_a_model_is_looked_at_only_in_rows_where_it_counts(models: list[Any]) -> None:
