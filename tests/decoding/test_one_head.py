@@ -13,7 +13,7 @@ import small_models
 import tiny_models as tiny
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import GPT2DoubleHeadsModel, LlamaForCausalLM
 
 from mod_fused import Ensemble, custom_generate, generate, reference, world
 from mod_fused.decoding.architectures import text_config
@@ -231,13 +231,17 @@ def test_models_of_coefficient_0_do_not_run(models: list[Any]) -> None:
 
     assert run([0.5, 0.0, 0.5])[0] == [1, 3, 1, 3]
     calls, _ = counted(heads_of(models), run, [0.0, 1.0, 0.0])
-    assert calls == 2  # one model: there is nothing to mix
+    assert calls == 2
+    # Of one model there is nothing to mix.
+    callables = Ensemble([tiny.bigram(0), tiny.bigram(1)])
+    call: dict[str, Any] = {"input_ids": IDS, "weights": [1.0], "seed": 1}
+    agree(generate(callables, one_head=True, **call), generate(callables, **call))
     wide = [tiny.llama(i, tiny.V + 40, eos=None) for i in range(2)]
     wide[1].lm_head.weight = wide[0].lm_head.weight
     # The vocabulary stays that of all models.
     other = Ensemble([wide[0], models[1], wide[1]])
-    call: dict[str, Any] = {"weights": [0.0, 0.6], "seed": 1, "output_logits": True}
-    out = compare(other, input_ids=IDS, num_return_sequences=20, **call)
+    call = {"input_ids": IDS, "weights": [0.0, 0.6], "seed": 1, "num_return_sequences": 20}
+    out = compare(other, output_logits=True, **call)
     assert out.logits[0].shape[1] == tiny.V
 
 
@@ -407,6 +411,10 @@ DIFFERENT: dict[str, tuple[Callable[[Any], Any], str]] = {
         "the head of policy 1 is a torch.nn.modules.container.Sequential",
     ),
     "model class": (_of_another_class, r"policy 1 is a Halved \(llama\), which is not among"),
+    "other class of the family": (
+        lambda m: GPT2DoubleHeadsModel(tiny.gpt2(1).config).eval(),
+        r"policy 1 is a GPT2DoubleHeadsModel \(gpt2\), which is not among",
+    ),
     "architecture": (
         lambda m: small_models.small_model("recurrent_gemma", 1),
         r"policy 1 is a RecurrentGemmaForCausalLM \(recurrent_gemma\), which is not among",
