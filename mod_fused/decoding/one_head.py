@@ -68,6 +68,7 @@ class OneHead:
             (module, name)
             for label, model in models.items()
             for module in model.modules()
+            if not isinstance(module, _Bypass)
             for name, child in module._modules.items()
             if _without_bypass(child) is heads[label]
         ]

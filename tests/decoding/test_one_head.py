@@ -260,6 +260,33 @@ def test_a_model_is_looked_at_only_in_rows_where_it_counts(models: list[Any]) ->
         assert torch.equal(out.tokens[:2], right.tokens[:2])
 
 
+def test_a_reference_whose_coefficient_is_rounding_is_not_looked_at(models: list[Any]) -> None:
+    weights = [[0.5, 0.25, 0.5], [0.7, 0.2, 0.1], [0.25, 0.0, 0.0]]
+    assert 1.0 - sum(weights[1]) != 0.0
+    hook = models[0].model.norm.register_forward_hook(
+        lambda module, args, hidden: hidden.index_fill(0, torch.tensor([1, 2]), float("nan"))
+    )
+    try:
+        out = generate(Ensemble(models), input_ids=IDS, weights=weights, one_head=True, seed=1)
+    finally:
+        hook.remove()
+    right = generate(Ensemble(models), input_ids=IDS, weights=weights, seed=1)
+    assert out.valid.tolist() == [True, True, False]
+    assert torch.equal(out.tokens[:2], right.tokens[:2])
+
+
+def test_models_in_float64_are_mixed_in_it(models: list[Any]) -> None:
+    doubles = [copy.deepcopy(model).double() for model in models[:2]]
+    c = torch.tensor([[300.0, -299.0]], dtype=torch.float64)
+    head = OneHead(dict(zip("ab", doubles, strict=True)), c, torch.device("cpu"))
+    with torch.no_grad():
+        logits = [model(IDS).logits[:, -1] for model in doubles]
+        with head.bypassed():
+            hidden = [model(IDS).logits[:, -1] for model in doubles]
+        found = head.logits(hidden)
+    torch.testing.assert_close(found, 300.0 * logits[0] - 299.0 * logits[1], atol=1e-9, rtol=0)
+
+
 def test_weights_beyond_float32_make_a_row_invalid(models: list[Any]) -> None:
     weights = torch.tensor([[0.5, 0.5, 0.25], [1e300, 0.5, 0.0]], dtype=torch.float64)
     out = generate(Ensemble(models), input_ids=IDS[:2], weights=weights, one_head=True, seed=1)
@@ -530,6 +557,19 @@ def test_in_bfloat16_one_head_is_about_as_far_from_a_float32_head_as_separate_he
         right, separate, one = (x.softmax(1) for x in mixtures)
         distances = [float(0.5 * (x - right).abs().sum(1).mean()) for x in (separate, one)]
         assert distances == pytest.approx([far, near], rel=0.3)
+
+
+def test_decodes_that_overlap_leave_the_heads_in_their_places(models: list[Any]) -> None:
+    labelled, c = {"a": models[0], "b": models[1]}, torch.ones(1, 2, dtype=torch.float64)
+    first = OneHead(labelled, c, torch.device("cpu")).bypassed()
+    with first:
+        second = OneHead(labelled, c, torch.device("cpu")).bypassed()
+        second.__enter__()
+    with torch.no_grad():
+        assert models[0](IDS).logits.shape[-1] == models[0].config.hidden_size
+    second.__exit__(None, None, None)
+    assert all(type(head) is nn.Linear for head in heads_of(models))
+    assert models[0](IDS).logits.shape[-1] == tiny.V
 
 
 def _pair(kind: str, **options: Any) -> list[Any]:
