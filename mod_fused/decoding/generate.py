@@ -350,7 +350,7 @@ def generate(
         )
         head = shared_head(
             one_head,
-            ensemble.places,
+            ensemble,
             running,
             log_linear_coefficients(ensemble.models, weights, copies),
             device,

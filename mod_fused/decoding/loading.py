@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .stacked_adapters import check_config, copy_of_modules, without_adapters
 
 # Options that say where files come from, the same for configs, models and tokenizers.
 _FILE_OPTIONS = (
@@ -117,7 +119,7 @@ def load_tokenizer(name: str, **options: Any) -> Any:
 
     known = {key: options[key] for key in _TOKENIZER_OPTIONS if key in options}
     adapter = _adapter_config(name, known) or {}
-    if not any(_find(name, file, known) for file in _TOKENIZER_FILES):
+    if not _has_tokenizer(name, known):
         base = adapter.get("base_model_name_or_path")
         known = {k: v for k, v in known.items() if k not in ("subfolder", "revision")}
         return load_tokenizer(base, **known) if base and base != name else None
@@ -230,8 +232,90 @@ def _check_special_ids(config: Any) -> None:
                 raise ValueError(f"{key} in generation_config.json is {value!r}, expected integers")
 
 
-def _with_adapter(model: Any, name: str, base: str, options: dict[str, Any]) -> Any:
-    """The base model with the adapter's tensors, a `PeftModel`."""
+def load_base_and_adapters(
+    base: Any, adapters: Sequence[str] | None, check_base: bool, device: Any, **options: Any
+) -> tuple[Any, list[tuple[Any, str]], list[Any]]:
+    """One base model and adapters, each on a copy of its modules that shares its weights.
+
+    Args:
+        base, adapters, check_base: as in `Ensemble.from_adapters`.
+        device: where to put the base; None leaves it.
+        **options: as for `load_model`.
+
+    Returns:
+        The base, for each adapter a `PeftModel` and the adapter's name in it, and the tokenizers of
+        the base and of the adapters.
+
+    Raises:
+        OSError, TypeError, ValueError, ImportError: as `Ensemble.from_adapters`.
+    """
+    loaded = isinstance(base, (str, Path))
+    if not loaded and (options or device is not None):
+        given = sorted(options) or ["device"]
+        raise ValueError(f"{', '.join(given)}: for a base model that is loaded by name")
+    if hasattr(base, "peft_config") and hasattr(base, "get_base_model"):
+        names = list(base.peft_config) if adapters is None else list(adapters)
+        if unknown := set(names) - set(base.peft_config):
+            raise ValueError(
+                f"the PeftModel has no adapter {', '.join(sorted(unknown))}, it has "
+                f"{', '.join(base.peft_config)}"
+            )
+        return without_adapters(base), [(base, n) for n in names], [None] * (len(names) + 1)
+    if not adapters:
+        raise ValueError(f"adapters must name at least one folder or hub name, got {adapters}")
+    tokenizer = None
+    if loaded:
+        from transformers import AutoModelForCausalLM
+
+        if _adapter_config(path := str(base), options) is not None:
+            raise ValueError(f"the base model {path} is an adapter itself")
+        base = load_model(AutoModelForCausalLM, path, **options)
+        base = base if device is None else base.to(device)
+        tokenizer = load_tokenizer(path, **options)
+    elif hasattr(base, "config") and hasattr(base, "named_modules"):
+        path = getattr(base.config, "_name_or_path", "")
+    else:
+        raise TypeError(
+            "base must be a folder, a hub name, a transformers model or a PeftModel, got "
+            f"{type(base).__name__}"
+        )
+    options = {"use_safetensors": True, **options}
+    found: dict[str, Any] = {}
+    trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
+    for name in dict.fromkeys(adapters):
+        config = _adapter_config(name, options)
+        if config is None:
+            raise ValueError(f"{name} is no PEFT adapter: it has no adapter_config.json")
+        made_for = config.get("base_model_name_or_path")
+        if check_base and path and made_for and Path(path).name != Path(made_for).name:
+            raise ValueError(
+                f"the adapter {name} was made for the base model {made_for}, got {path}: if they "
+                "are the same, pass check_base=False"
+            )
+        model = _with_adapter(
+            copy_of_modules(base), name, path or "its base", options, check_config
+        )
+        own = load_tokenizer(name, **options) if _has_tokenizer(name, options) else tokenizer
+        found[name] = model, own
+    for parameter in trainable:  # PEFT freezes the base, whose parameters may be the caller's
+        parameter.requires_grad_(True)
+    models = [(found[name][0], "default") for name in adapters]
+    return base, models, [tokenizer, *(found[name][1] for name in adapters)]
+
+
+def _has_tokenizer(name: str, options: Mapping[str, Any]) -> bool:
+    return any(_find(name, file, options) for file in _TOKENIZER_FILES)
+
+
+def _with_adapter(
+    model: Any,
+    name: str,
+    base: str,
+    options: dict[str, Any],
+    check: Callable[[str, Any], None] = lambda name, config: None,
+) -> Any:
+    """The base model with the adapter's tensors, a `PeftModel`. `check` sees the adapter's name and
+    its PeftConfig before anything is changed."""
     try:
         from peft import PeftConfig, get_peft_model
         from peft.utils import load_peft_weights, set_peft_model_state_dict
@@ -249,7 +333,9 @@ def _with_adapter(model: Any, name: str, base: str, options: dict[str, Any]) -> 
         config = PeftConfig.from_pretrained(name, **files)
         if config.task_type not in (None, "CAUSAL_LM"):
             raise ValueError(f"expected an adapter of a causal model, got {config.task_type}")
-        config.inference_mode = True
+    check(name, config)
+    config.inference_mode = True
+    with _reading("adapter", name):
         weights = load_peft_weights(name, device="cpu", **files)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
         report: Any = set_peft_model_state_dict(adapted, weights)

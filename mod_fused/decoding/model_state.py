@@ -7,12 +7,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import architectures
 from .adapters import forward_module
 from .architectures import CACHE_NAMES
 from .one_head import OneHead
+from .stacked_adapters import StackedModel
 
 
 class EnsembleState:
@@ -47,7 +49,7 @@ class EnsembleState:
             With one head: None, and the logits [B, V] of their mixture alone.
         """
         with nullcontext() if self._head is None else self._head.bypassed():
-            logits = [state.step(tokens) for state in self._states]
+            logits = [x for s in self._states for x in s.step(tokens).chunk(s.models)]
         if self._head is not None:
             return None, [self._head.logits(logits)[:, : self._width]]
         return self._placed(logits)
@@ -56,8 +58,9 @@ class EnsembleState:
     def read(self, responses: Tensor) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
         """The logits of `step` at each token of given responses, int64 [B, T], in place of steps.
         A language model reads the prompts and the responses in one pass."""
-        for logits in zip(*(state.read(responses) for state in self._states), strict=True):
-            yield self._placed(logits)
+        for step in zip(*(state.read(responses) for state in self._states), strict=True):
+            pairs = zip(step, self._states, strict=True)
+            yield self._placed([x for logits, s in pairs for x in logits.chunk(s.models)])
 
     def fork(self, copies: int) -> None:
         """Let each row go on as `copies` adjacent rows once its prompt has been read.
@@ -89,6 +92,7 @@ class CallableState:
     """The state of one callable from step to step; `CausalLMState` adds that of transformers."""
 
     copies = 1  # rows that each row will become when the prompts have been read
+    models = 1  # how many models' rows a batch holds, one model's after the other's
 
     def __init__(
         self,
@@ -123,10 +127,11 @@ class CallableState:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"{self.label} must return logits [B={rows}, V], got {got}")
         if self.copies > 1:
-            parents = torch.arange(rows, device=logits.device).repeat_interleave(self.copies)
+            each = torch.arange(rows // self.models, device=logits.device)
+            parents = each.repeat_interleave(self.copies)
             self.copies = 1
             self.select(parents)
-            logits = logits[parents]
+            logits = logits.unflatten(0, (self.models, -1))[:, parents].flatten(0, 1)
         return logits
 
     def read(self, responses: Tensor) -> Iterator[Tensor]:
@@ -273,6 +278,51 @@ class CausalLMState(CallableState):
             elif name in CACHE_NAMES and value is not None:
                 self.options[name] = architectures.selected(self.model, value, rows)
         self.module_state.select(rows)
+
+
+class StackedState(CausalLMState):
+    """Several models that share a base, in one batch of K B rows."""
+
+    def __init__(
+        self,
+        stacked: StackedModel,
+        running: Sequence[int],
+        input_ids: Sequence[Tensor],
+        attention_mask: Sequence[Tensor | None],
+        use_cache: bool,
+    ) -> None:
+        self.models, self._rows, self._running = len(running), stacked.rows, running
+        label = "the base model with its adapters"
+        prompts = stacked_prompts(input_ids, attention_mask)
+        super().__init__(stacked.together, label, *prompts, use_cache)
+
+    def append(self, tokens: Tensor | None) -> None:
+        super().append(None if tokens is None else tokens.repeat(self.models))
+
+    def read(self, responses: Tensor) -> Iterator[Tensor]:
+        return super().read(responses.repeat(self.models, 1))
+
+    def forward_all(self) -> Tensor:
+        self._rows.set(self._running, len(self.sequences))
+        return super().forward_all()
+
+    def select(self, rows: Tensor) -> None:
+        size = len(self.sequences) // self.models
+        first = size * torch.arange(self.models, device=rows.device)
+        super().select((first[:, None] + rows).flatten())
+
+
+def stacked_prompts(
+    input_ids: Sequence[Tensor], attention_mask: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """The models' prompts [B, n_k] and masks as one batch [K B, n], padded on the left."""
+    width = max(ids.shape[1] for ids in input_ids)
+    ids = torch.cat([F.pad(x, (width - x.shape[1], 0)) for x in input_ids])
+    if all(m is None for m in attention_mask) and all(x.shape[1] == width for x in input_ids):
+        return ids, None
+    pairs = zip(input_ids, attention_mask, strict=True)
+    masks = [torch.ones_like(x) if m is None else m for x, m in pairs]
+    return ids, torch.cat([F.pad(m, (width - m.shape[1], 0)) for m in masks])
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

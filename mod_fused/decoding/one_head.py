@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .adapters import unwrapped
 from .architectures import text_config
+from .stacked_layers import FewRows
 
 #: Model types of transformers whose own causal class makes its logits of its head alone, or of a
 #: constant times that. A soft-cap counts only where the config sets one.
@@ -48,32 +49,34 @@ class OneHead:
         models: those that run, by the names that error messages give them, in order.
         coefficients: float64 [rows, K] of the K models, rows = 1 for all.
         device: where they are mixed.
+        together: a model that may run them all in one call.
 
     Raises:
         OneHeadError: the logits of the mixture are not those of its hidden states.
     """
 
     def __init__(
-        self, models: Mapping[str, Any], coefficients: Tensor, device: torch.device
+        self,
+        models: Mapping[str, Any],
+        coefficients: Tensor,
+        device: torch.device,
+        together: Any = None,
     ) -> None:
         heads = {label: _head(model, label) for label, model in models.items()}
-        (first, self._head), *others = heads.items()
+        (first, shared), *others = heads.items()
         for label, head in others:
-            _check_equal(self._head, head, f"{first} and {label}")
+            _check_equal(shared, head, f"{first} and {label}")
         rounding = (coefficients.shape[1] + 1) * 2.0**-24
         sums_to_one = bool(((coefficients.sum(1) - 1.0).abs() <= rounding).all())
-        if self._head.bias is not None and not sums_to_one:
+        if shared.bias is not None and not sums_to_one:
             raise OneHeadError("the head has a bias, and the coefficients do not sum to one")
-        self._places = [
-            (module, name)
-            for label, model in models.items()
-            for module in model.modules()
-            if not isinstance(module, _Bypass)
-            for name, child in module._modules.items()
-            if _without_bypass(child) is heads[label]
-        ]
+        self._head: nn.Linear | FewRows = shared
+        owners = [*models.values(), *([] if together is None else [together])]
+        self._places = [place for model in owners for place in _places(model)]
+        if together is not None and type(faster := _output(together)) is FewRows:
+            self._head = faster
         finite = torch.where(coefficients.isfinite(), coefficients, torch.nan)
-        self._coefficients = finite.to(device).unbind(1)
+        self._coefficients = [c[:, None] for c in finite.float().to(device).unbind(1)]
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
@@ -91,11 +94,9 @@ class OneHead:
     def logits(self, hidden: Sequence[Tensor]) -> Tensor:
         """The logits [B, V] of the mixture, given the last hidden states [B, d] of each model. A
         model whose coefficient is 0 in a row is not looked at there."""
-        real = torch.float64 if torch.float64 in {h.dtype for h in hidden} else torch.float32
-        mixed = torch.zeros_like(hidden[0], dtype=real)
+        mixed = torch.zeros_like(hidden[0], dtype=torch.float32)
         for c, h in zip(self._coefficients, hidden, strict=True):
-            c = c.to(real)[:, None]
-            mixed = torch.where(c == 0, mixed, torch.addcmul(mixed, c, h.to(real)))
+            mixed = torch.where(c == 0, mixed, torch.addcmul(mixed, c, h.float()))
         weight = self._head.weight
         return self._head(mixed.to(weight.device, weight.dtype)).to(mixed.device)
 
@@ -106,7 +107,7 @@ class OneHeadError(ValueError):
 
 def shared_head(
     one_head: bool | str,
-    places: Mapping[str, Any],
+    ensemble: Any,
     running: Sequence[int],
     coefficients: Tensor | None,
     device: torch.device,
@@ -116,7 +117,7 @@ def shared_head(
 
     Args:
         one_head: as in `generate`.
-        places: the models that are not None, by the names that error messages give them.
+        ensemble: a `mod_fused.Ensemble`.
         running: the indices of those that run, in order (0: the reference).
         coefficients: float64 [rows, M+1], see `skipping.log_linear_coefficients`; None where the
             weights do not fit: their checks will refuse the call.
@@ -136,9 +137,10 @@ def shared_head(
                 raise OneHeadError(f"{name} needs the logits of every model")
         if len(running) < 2 or coefficients is None:
             return None
-        first = coefficients.shape[1] - len(places)
-        models = {name: m for i, (name, m) in enumerate(places.items(), first) if i in running}
-        return OneHead(models, coefficients[:, list(running)], device)
+        places = enumerate(ensemble.places.items(), ensemble.first)
+        models = {name: model for i, (name, model) in places if i in running}
+        together = None if ensemble.stacked is None else ensemble.stacked.together
+        return OneHead(models, coefficients[:, list(running)], device, together)
     except OneHeadError as error:
         if one_head is True:
             raise ValueError(f"one_head=True is not possible: {error}") from None
@@ -183,6 +185,23 @@ def _without_bypass(module: Any) -> Any:
     return module.head if isinstance(module, _Bypass) else module
 
 
+def _output(model: Any) -> Any:
+    """The head of a model, of whatever kind."""
+    return _without_bypass(unwrapped(model).get_output_embeddings())
+
+
+def _places(model: Any) -> list[tuple[nn.Module, str]]:
+    """Where a model has its head: modules, and its name there."""
+    head = _output(model)
+    return [
+        (module, name)
+        for module in model.modules()
+        if not isinstance(module, _Bypass)
+        for name, child in module._modules.items()
+        if _without_bypass(child) is head
+    ]
+
+
 def _head(model: Any, label: str) -> nn.Linear:
     """The head of a model whose logits are linear in its input.
 
@@ -203,7 +222,7 @@ def _head(model: Any, label: str) -> nn.Linear:
         raise OneHeadError(f"{label} is compiled, or its forward is not that of {name}")
     if getattr(text_config(own), "final_logit_softcapping", None) is not None:
         raise OneHeadError(f"{label} ({name}) has a soft-cap on its logits: they are not linear")
-    head = _without_bypass(own.get_output_embeddings())
+    head = _output(model)
     plain = type(head) is nn.Linear and not _patched(head)
     plain = plain and all(
         type(x) in (nn.Parameter, Tensor) and x.device.type != "meta"

@@ -275,18 +275,6 @@ def test_a_reference_whose_coefficient_is_rounding_is_not_looked_at(models: list
     assert torch.equal(out.tokens[:2], right.tokens[:2])
 
 
-def test_models_in_float64_are_mixed_in_it(models: list[Any]) -> None:
-    doubles = [copy.deepcopy(model).double() for model in models[:2]]
-    c = torch.tensor([[300.0, -299.0]], dtype=torch.float64)
-    head = OneHead(dict(zip("ab", doubles, strict=True)), c, torch.device("cpu"))
-    with torch.no_grad():
-        logits = [model(IDS).logits[:, -1] for model in doubles]
-        with head.bypassed():
-            hidden = [model(IDS).logits[:, -1] for model in doubles]
-        found = head.logits(hidden)
-    torch.testing.assert_close(found, 300.0 * logits[0] - 299.0 * logits[1], atol=1e-9, rtol=0)
-
-
 def test_weights_beyond_float32_make_a_row_invalid(models: list[Any]) -> None:
     weights = torch.tensor([[0.5, 0.5, 0.25], [1e300, 0.5, 0.0]], dtype=torch.float64)
     out = generate(Ensemble(models), input_ids=IDS[:2], weights=weights, one_head=True, seed=1)
@@ -332,6 +320,35 @@ def test_adapters_on_bases_of_their_own_share_an_untouched_head() -> None:
         generate(
             Ensemble([None, policies[0], merged]), input_ids=IDS, weights=[0.5, 0.5], one_head=True
         )
+
+
+@pytest.mark.parametrize("forward", ["stacked", "separate"])
+def test_adapters_of_one_base_share_its_head(forward: str) -> None:
+    peft = pytest.importorskip("peft")
+    targets = {"x": ["q_proj", "v_proj"], "y": ["up_proj"], "z": ["q_proj", "lm_head"]}
+    model: Any = tiny.llama(0, eos=None)
+    for name, layers in targets.items():
+        config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=layers)
+        if name == "x":
+            model = peft.get_peft_model(model, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    ensemble = Ensemble.from_adapters(_with_adapter(model.eval(), 1), forward=forward)
+    assert ensemble.stacked is not None
+    heads = {*heads_of(ensemble.models[:3]), ensemble.stacked.together.lm_head}
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1]])
+    call: dict[str, Any] = {"input_ids": IDS, "attention_mask": mask, "seed": 1}
+    call |= {"num_return_sequences": 4, "max_new_tokens": 6, "top_k": 15}
+    for weights in ([0.75, -0.5, 0.0], [[0.5, 0.5, 0.0], [0.2, 0.0, 0.0], [0.7, 1.0, 0.0]]):
+        call["weights"] = weights
+        many, separate = counted([*heads], generate, ensemble, **call)
+        once, out = counted([*heads], generate, ensemble, one_head=True, **call)
+        agree(out, separate)
+        assert (once, many) == (6, 6 if forward == "stacked" else 18)
+    call["weights"] = [0.5, 0.25, 0.25]
+    with pytest.raises(ValueError, match="the head of policy 3 is a mod_fused"):
+        generate(ensemble, one_head=True, **call)
+    agree(generate(ensemble, one_head="auto", **call), generate(ensemble, **call))
 
 
 def _with_adapter(model: Any, seed: int) -> Any:

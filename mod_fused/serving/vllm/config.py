@@ -14,8 +14,8 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
 from ...call.checks import MAX_POLICIES
-from ...decoding.ensemble import common_ids
 from ...decoding.loading import load_tokenizer
+from ...decoding.vocabularies import common_ids
 from .requests import PREFIX, Settings, arguments, checks
 
 #: The versions of vLLM whose hooks are these: the first, and the first that is too new.
