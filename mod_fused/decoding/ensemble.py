@@ -20,6 +20,7 @@ from .adapters import check_shared
 from .architectures import check_causal_lm, embedded_ids, input_device, is_transformers_model
 from .loading import load_base_and_adapters, load_model, load_tokenizer
 from .model_state import CallableState, CausalLMState, EnsembleState, StackedState
+from .one_head import OneHead
 from .prompts import Prompts, encode_prompts
 from .stacked_adapters import FORWARDS, StackedModel, runs_stacked, stacked
 from .transformers_version import check_transformers_version
@@ -335,6 +336,7 @@ class Ensemble:
         max_new_tokens: int = 1,
         use_cache: bool = True,
         models: Sequence[int] | None = None,
+        head: OneHead | None = None,
     ) -> EnsembleState:
         """Begin a batch; runs no model yet.
 
@@ -347,6 +349,8 @@ class Ensemble:
                 not None. In place of another one's logits stand those of the first that runs: its
                 coefficient must be 0. No token is beyond the vocabulary of a language model that
                 does not run.
+            head: mixes the hidden states of the models that run, for `step`; None: each model has a
+                head of its own, as always for `read`.
 
         Raises:
             ValueError: if a model that runs is in training mode, a token id is outside its
@@ -371,4 +375,4 @@ class Ensemble:
         widths = [embedded_ids(model) for model in skipped if is_transformers_model(model)]
         places = [running.index(i) if i in running else 0 for i in present]
         absent = [None] if self.models[0] is None else []
-        return EnsembleState(states, [*absent, *places], min(widths, default=None))
+        return EnsembleState(states, [*absent, *places], min(widths, default=None), head)
