@@ -174,8 +174,8 @@ def _contestants(
     memory["stacked"] = base + _bytes([], factors)
     found["stacked, all run"] = _ours(stacked, every)
     found["stacked, simplex"] = _ours(stacked, simplex)
-    found["stacked, all run, one head"] = _ours(stacked, every)
-    found["stacked, simplex, one head"] = _ours(stacked, simplex)
+    found["stacked, all run, one head"] = _ours(stacked, every, one_head=True)
+    found["stacked, simplex, one head"] = _ours(stacked, simplex, one_head=True)
     return found, memory
 
 
