@@ -6,6 +6,7 @@ second, and so on. `Rows` says which models these are.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 ALONE = "Ensemble.from_pretrained loads a base model for each adapter"
 
 
-class Rows:
-    """Which models the rows of the next call belong to, in order; shared by all layers of a model.
+class Rows(threading.local):
+    """Which models the rows of a thread's next call belong to, in order; shared by all layers of a
+    model.
 
     Args:
         models: their indices, ascending; 0 is the reference, which has no adapter.
@@ -27,6 +29,9 @@ class Rows:
         self.count: int | None = None  # rows of the next call; None: not known
         self.models: tuple[int, ...] = ()
         self.set(models)
+
+    def __reduce__(self) -> Any:  # threading.local itself cannot be copied
+        return Rows, (self.models,)
 
     def set(self, models: Sequence[int], count: int | None = None) -> None:
         """The next call has `count` rows, of these models."""
@@ -70,7 +75,8 @@ class FewRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.shape[:-1].numel()
-        if 1 < rows <= self.MOST and torch.backends.mkldnn.enabled:
+        plain = torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+        if plain and 1 < rows <= self.MOST:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
@@ -131,9 +137,10 @@ class StackedLayer(nn.Module):
         if not isinstance(y, Tensor):
             raise ValueError(f"{self.name} computes more than a linear layer: {ALONE}")
         y = y.contiguous()
-        if self._picked is None or self._picked[0] is not rows.models:
-            self._picked = rows.models, self.factors.of(rows.policies)
-        A, B, gain, shift = self._picked[1]
+        picked = self._picked
+        if picked is None or picked[0] is not rows.models:
+            picked = self._picked = rows.models, self.factors.of(rows.policies)
+        A, B, gain, shift = picked[1]
         k = len(rows.models)
         theirs = y.view(k, -1, y.shape[-1])
         inner = self.inner(x, k)
@@ -144,7 +151,7 @@ class StackedLayer(nn.Module):
         if shift is not None:
             theirs += shift[:, None]
         inner = self.through(inner.to(A.device), A)
-        if B.dtype == y.dtype:
+        if B.dtype == y.dtype and not torch.is_autocast_enabled(y.device.type):
             theirs.baddbmm_(inner, B)
         else:
             theirs += torch.bmm(inner, B)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,47 @@ def test_two_batches_in_progress_and_a_model_by_itself_do_not_disturb_each_other
                 torch.testing.assert_close(x, y, atol=5e-5, rtol=0)
             with torch.no_grad():
                 ours.models[2](input_ids=IDS)
+
+
+def test_two_threads_may_decode_with_one_ensemble(folders: Path) -> None:
+    ensemble = shared(folders, ["plain", "rslora"])
+    calls: list[dict[str, Any]] = [  # 6 rows each, of other models
+        {"input_ids": IDS[:2], "weights": [0.3, 0.3]},
+        {"input_ids": IDS, "weights": [0.6, 0.4]},
+    ]
+    options: dict[str, Any] = {"max_new_tokens": 3, "seed": 1, "pad_token_id": 0}
+    expected = [generate(ensemble, **call, **options) for call in calls]
+    found: list[Any] = []
+
+    def meanwhile(*_: Any) -> None:
+        hook.remove()  # once
+        thread = threading.Thread(
+            target=lambda: found.append(generate(ensemble, **calls[1], **options))
+        )
+        thread.start()
+        thread.join()
+
+    norm = ensemble.models[0].model.layers[0].input_layernorm
+    hook = norm.register_forward_pre_hook(meanwhile)
+    found.insert(0, generate(ensemble, **calls[0], **options))
+    for out, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(out.logprobs, right.logprobs, atol=5e-5, rtol=0)
+
+
+def test_autocast_does_what_it_does_to_separate_models(folders: Path) -> None:
+    kinds = ["plain", "embeddings", "dora"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(shared(folders, kinds), [0, 1, 2, 3])
+        expected = logits(separate(folders, kinds), [0, 1, 2, 3])
+    exact = logits(separate(folders, kinds), [0, 1, 2, 3])
+    assert (found - exact).abs().mean() < 1.1 * (expected - exact).abs().mean()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_an_ensemble_is_one(folders: Path, copied: Any) -> None:
+    ensemble = shared(folders, ["plain", "dora"])
+    expected = logits(ensemble, [0, 1, 2])
+    assert torch.equal(logits(copied(ensemble), [0, 1, 2]), expected)
 
 
 # ---- what is shared, and what stays as it is -----------------------------------------------------
