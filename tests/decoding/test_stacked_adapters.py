@@ -289,6 +289,21 @@ def test_a_base_in_memory_stays_as_it_is(folders: Path) -> None:
     assert ensemble.models[0].lm_head is base.lm_head
 
 
+def test_gradient_checkpointing_of_a_base_in_memory_adds_no_hooks(folders: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    base.gradient_checkpointing_enable()
+    before = list(base.model.embed_tokens._forward_hooks)
+    Ensemble.from_adapters(base, [folders / "plain", folders / "rslora"])
+    assert list(base.model.embed_tokens._forward_hooks) == before
+    assert base.is_gradient_checkpointing
+
+
+def test_a_compiled_base_is_the_model_in_it(folders: Path) -> None:
+    expected = logits(shared(folders, ["plain"]), [0, 1])
+    base = torch.compile(AutoModelForCausalLM.from_pretrained(folders / "base"))
+    assert torch.equal(logits(Ensemble.from_adapters(base, [folders / "plain"]), [0, 1]), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_are_no_farther_from_float32_than_separate_models(
     folders: Path, dtype: torch.dtype
@@ -480,6 +495,47 @@ def test_an_adapter_that_changes_its_base_is_refused_before_it_does(
     assert all(torch.equal(x, before[name]) for name, x in base.state_dict().items())
 
 
+def test_an_adapter_saved_with_another_embedding_is_refused_before_it_is_loaded(
+    folders: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    before = copy.deepcopy(base.state_dict())
+    for shift in (0.0, 0.5):
+        model = peft.get_peft_model(tiny.llama(0, eos=None), lora())
+        model.get_input_embeddings().weight.data += shift
+        filled(model, 1).save_pretrained(tmp_path / str(shift), save_embedding_layers=True)
+    Ensemble.from_adapters(base, [tmp_path / "0.0"])
+    with pytest.raises(ValueError, match="0.5 changes weights of its base .*embed_tokens.weight"):
+        Ensemble.from_adapters(base, [folders / "plain", tmp_path / "0.5"])
+    assert all(torch.equal(x, before[name]) for name, x in base.state_dict().items())
+
+
+def _with_compiled_layer(base: Any) -> None:
+    base.model.layers[1].forward = torch.compile(base.model.layers[1].forward)
+
+
+BASES: dict[str, tuple[Any, str]] = {
+    "compiled forward": (
+        lambda base: setattr(base, "forward", torch.compile(base.forward)),
+        "the forward of the base model has been replaced",
+    ),
+    "compiled layer": (_with_compiled_layer, "the forward of model.layers.1 has been replaced"),
+    "training": (lambda base: base.train(), "the LlamaForCausalLM is in training mode"),
+    "adapters": (lambda base: base.add_adapter(lora()), "the base model holds adapters already"),
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_base_in_memory_that_is_not_plain_is_refused(folders: Path, kind: str) -> None:
+    change, message = BASES[kind]
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    change(base)
+    before = [module.training for module in base.modules()]
+    with pytest.raises(ValueError, match=message):
+        Ensemble.from_adapters(base, [folders / "plain"])
+    assert [module.training for module in base.modules()] == before
+
+
 def test_a_base_of_another_name_is_taken_on_request(folders: Path, tmp_path: Path) -> None:
     path = with_config(folders / "plain", tmp_path / "a", base_model_name_or_path="someone/other")
     ensemble = Ensemble.from_adapters(folders / "base", [path], check_base=False)
@@ -508,8 +564,10 @@ def test_tensors_that_do_not_fit_the_base_are_refused(folders: Path, tmp_path: P
     tensors = load_file(path / "adapter_model.safetensors")
     tensors.pop(next(iter(tensors)))
     save_file(tensors, path / "adapter_model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
     with pytest.raises(ValueError, match="a has wrong tensors for .*base: 1 missing"):
-        Ensemble.from_adapters(folders / "base", [path])
+        Ensemble.from_adapters(base, [folders / "rslora", path])
+    assert all(parameter.requires_grad for parameter in base.parameters())
 
 
 def test_arguments_that_do_not_fit_are_refused(folders: Path) -> None:
