@@ -182,9 +182,8 @@ def copy_of_modules(model: nn.Module, instead: dict[int, nn.Module] | None = Non
     for path, module in model.named_modules():
         if any(module.children()) and isinstance(vars(module).get("forward"), FunctionType):
             raise ValueError(
-                f"the forward of {path or 'the base model'} has been replaced (torch.compile, "
-                "accelerate's mixed precision), and a copy would call the original: pass the base "
-                "model as it was before"
+                f"the forward of {path or 'the base model'} has been replaced (as "
+                "torch.compile does), and a copy would call the original: pass the model without"
             )
     leaves = [module for module in model.modules() if not any(module.children())]
     shared = (*leaves, *model.parameters(), *model.buffers())

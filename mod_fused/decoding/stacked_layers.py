@@ -104,7 +104,21 @@ class Factors(NamedTuple):
         return Factors(self.A[at], self.B[at], gain, shift)
 
 
-class StackedLayer(nn.Module):
+class Shared(nn.Module):
+    """In place of a layer that has several policies' weights, which are none of its own."""
+
+    name: str
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise ValueError(
+                f"the model itself reads the weight of {self.name}, and leaves its adapters out: "
+                f"{ALONE}"
+            )
+        return super().__getattr__(name)
+
+
+class StackedLayer(Shared):
     """A base layer and the adapters of several policies.
 
     Args:
@@ -119,14 +133,6 @@ class StackedLayer(nn.Module):
         self.base_layer = base_layer
         self.factors, self.rows, self.name = factors, rows, name
         self._picked: tuple[tuple[int, ...], Factors] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise ValueError(
-                f"the model itself reads the weight of {self.name}, and leaves its adapters out: "
-                f"{ALONE}"
-            )
-        return super().__getattr__(name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
@@ -186,7 +192,7 @@ class StackedEmbedding(StackedLayer):
         return A[torch.arange(len(A), device=x.device)[:, None], x]
 
 
-class PerPolicy(nn.Module):
+class PerPolicy(Shared):
     """A layer that each policy has as a whole: each runs on the rows of its own.
 
     Args:
@@ -207,11 +213,15 @@ class PerPolicy(nn.Module):
         self.base_layer = base_layer
         self.calls, self.rows, self.name = (None, *calls), rows, name
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.rows.check(x, self.name)
         if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
             raise ValueError(f"the layer {self.name} takes several tensors: it cannot be stacked")
         chunks = x.chunk(len(self.rows.models))
         calls = [self.calls[model] or self.base_layer for model in self.rows.models]
         out = [call(y, *args, **kwargs) for call, y in zip(calls, chunks, strict=True)]
-        return out[0] if len(out) == 1 else torch.cat(out)
+        if len(out) == 1:
+            return out[0]
+        if isinstance(out[0], tuple):  # routers of experts
+            return tuple(map(torch.cat, zip(*out, strict=True)))
+        return torch.cat(out)

@@ -370,6 +370,21 @@ def test_a_family_equals_separate_models(kind: str, tmp_path: Path) -> None:
     assert (expected[:, 1] - expected[:, 2]).abs().max() > 1e-2 * scale
 
 
+def test_a_saved_router_of_experts_equals_separate_models(tmp_path: Path) -> None:
+    configs = [lora("q_proj", modules_to_save=["gate"]), lora("v_proj")]
+    for seed, config in enumerate(configs):
+        adapted = filled(peft.get_peft_model(small_model("mixtral", 1), config), seed)
+        adapted.save_pretrained(tmp_path / str(seed))
+    paths = [tmp_path / "0", tmp_path / "1"]
+    base, *others = (small_model("mixtral", 1) for _ in range(3))
+    adapted = [
+        peft.PeftModel.from_pretrained(m, p).eval() for m, p in zip(others, paths, strict=True)
+    ]
+    expected = logits(Ensemble([base, *adapted]), [0, 1, 2])
+    found = logits(Ensemble.from_adapters(base, paths), [0, 1, 2])
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("kind", "targets", "message"),
     [
@@ -420,8 +435,10 @@ def test_rows_that_do_not_come_first_are_found_when_they_run() -> None:
     layer(torch.ones(30, 3))
     with pytest.raises(ValueError, match=r"turned gets \[5, 6, 3\], .* batch of 6 rows"):
         layer(torch.ones(5, 6, 3))
-    with pytest.raises(ValueError, match="reads the weight of turned"):
-        _ = layer.weight
+    whole = stacked_layers.PerPolicy(torch.nn.Linear(3, 3), [None, None], rows, "saved")
+    for each in (layer, whole):
+        with pytest.raises(ValueError, match=f"reads the weight of {each.name}"):
+            _ = each.weight
 
 
 class Calls(TorchDispatchMode):
