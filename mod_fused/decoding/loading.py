@@ -260,6 +260,8 @@ def load_base_and_adapters(
     if not loaded and (options or device is not None):
         given = sorted(options) or ["device"]
         raise ValueError(f"{', '.join(given)}: for a base model that is loaded by name")
+    if adapters is not None and not adapters:
+        raise ValueError(f"adapters must name at least one adapter, got {adapters}")
     if hasattr(base, "peft_config") and hasattr(base, "get_base_model"):
         names = list(base.peft_config) if adapters is None else list(adapters)
         if unknown := set(names) - set(base.peft_config):
@@ -268,8 +270,8 @@ def load_base_and_adapters(
                 f"{', '.join(base.peft_config)}"
             )
         return without_adapters(base), [(base, n) for n in names], [None] * (len(names) + 1)
-    if not adapters:
-        raise ValueError(f"adapters must name at least one folder or hub name, got {adapters}")
+    if adapters is None:
+        raise ValueError("adapters may be None for a PeftModel alone: name folders or hub names")
     tokenizer = None
     if loaded:
         from transformers import AutoModelForCausalLM
@@ -280,14 +282,16 @@ def load_base_and_adapters(
         base = base if device is None else base.to(device)
         tokenizer = load_tokenizer(path, **options)
     elif hasattr(base, "config") and hasattr(base, "named_modules"):
-        check_plain(base)
         path = getattr(base.config, "_name_or_path", "")
     else:
         raise TypeError(
             "base must be a folder, a hub name, a transformers model or a PeftModel, got "
             f"{type(base).__name__}"
         )
-    options = {"use_safetensors": True, **options}
+    check_plain(base)
+    # The base's subfolder and revision do not apply to its adapters.
+    own_files = {k: v for k, v in options.items() if k not in ("subfolder", "revision")}
+    options = {"use_safetensors": True, **own_files}
     found: dict[str, Any] = {}
     trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
     for name in dict.fromkeys(adapters):
@@ -295,7 +299,7 @@ def load_base_and_adapters(
         if config is None:
             raise ValueError(f"{name} is no PEFT adapter: it has no adapter_config.json")
         made_for = config.get("base_model_name_or_path")
-        if check_base and path and made_for and Path(path).name != Path(made_for).name:
+        if check_base and path and made_for and not _names(path) & _names(made_for):
             raise ValueError(
                 f"the adapter {name} was made for the base model {made_for}, got {path}: if they "
                 "are the same, pass check_base=False"
@@ -312,6 +316,11 @@ def load_base_and_adapters(
         found[name] = model, own
     models = [(found[name][0], "default") for name in adapters]
     return base, models, [tokenizer, *(found[name][1] for name in adapters)]
+
+
+def _names(path: str) -> set[str]:
+    """The names that a model goes by: the last part of its path, as given and resolved."""
+    return {Path(path).name, Path(path).resolve().name}
 
 
 def _has_tokenizer(name: str, options: Mapping[str, Any]) -> bool:

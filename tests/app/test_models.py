@@ -30,7 +30,9 @@ def test_adapters_of_the_reference_answer_as_policies_with_bases_of_their_own(
     argv = ["generate", "--reference", base, "--weights", "1.5,-0.4", "--seed", "3", "--json"]
     argv += ["--prompt", "User: How do I bake bread?\nAssistant:"]
     answers = []
-    for given in (["--adapters", *adapters], ["--policy", adapters[0], "--policy", adapters[1]]):
+    one, other = adapters
+    together, repeated = ["--adapters", one, other], ["--adapters", one, "--adapters", other]
+    for given in (together, repeated, ["--policy", one, "--policy", other]):
         assert main([*argv, *given]) == 0
         answers.append(json.loads(capsys.readouterr().out)["tokens"])
     assert answers[0] == answers[1]
