@@ -177,7 +177,8 @@ class Ensemble:
         two batched matrix products.
 
         The models of the ensemble share the base's weights: do not train or merge what they come
-        from meanwhile. A `PeftModel` and a base model that are given stay as they are.
+        from meanwhile. A `PeftModel` and a base model that are given stay as they are. Hooks on the
+        ensemble's models, and other changes to them, act where a model runs by itself.
 
         Args:
             base: folder or hub name of the base model; or a transformers model, which may be
@@ -188,7 +189,7 @@ class Ensemble:
             tokenizers: as in `Ensemble`. None: each adapter's own, else the base's; with a
                 PeftModel none.
             forward: "stacked" runs all models in one pass; "separate" one after the other, each on
-                the shared weights; "auto" chooses by the number of rows, see `runs_stacked`.
+                the shared weights; "auto" stacks wherever that leaves the tokens the same.
             check_base: refuse an adapter that names a base model of another name.
             check_tokenizers: see `Ensemble`.
             dtype, device, kwargs: of the base, as in `from_pretrained`.

@@ -272,15 +272,10 @@ def load_base_and_adapters(
         return without_adapters(base), [(base, n) for n in names], [None] * (len(names) + 1)
     if adapters is None:
         raise ValueError("adapters may be None for a PeftModel alone: name folders or hub names")
-    tokenizer = None
     if loaded:
-        from transformers import AutoModelForCausalLM
-
-        if _adapter_config(path := str(base), options) is not None:
+        path = str(base)
+        if _adapter_config(path, options) is not None:
             raise ValueError(f"the base model {path} is an adapter itself")
-        base = load_model(AutoModelForCausalLM, path, **options)
-        base = base if device is None else base.to(device)
-        tokenizer = load_tokenizer(path, **options)
     elif hasattr(base, "config") and hasattr(base, "named_modules"):
         path = getattr(base.config, "_name_or_path", "")
     else:
@@ -288,34 +283,52 @@ def load_base_and_adapters(
             "base must be a folder, a hub name, a transformers model or a PeftModel, got "
             f"{type(base).__name__}"
         )
-    check_plain(base)
     # The base's subfolder and revision do not apply to its adapters.
     own_files = {k: v for k, v in options.items() if k not in ("subfolder", "revision")}
-    options = {"use_safetensors": True, **own_files}
-    found: dict[str, Any] = {}
-    trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
+    own_files = {"use_safetensors": True, **own_files}
+    for name in adapters:  # before the base is loaded, which takes long
+        _check_made_for(name, path if check_base else "", own_files)
+    tokenizer = None
+    if loaded:
+        from transformers import AutoModelForCausalLM
+
+        base = load_model(AutoModelForCausalLM, path, **options)
+        base = base if device is None else base.to(device)
+        tokenizer = load_tokenizer(path, **options)
+    check_plain(base)
+    models, tokenizers = {}, {}
     for name in dict.fromkeys(adapters):
-        config = _adapter_config(name, options)
-        if config is None:
-            raise ValueError(f"{name} is no PEFT adapter: it has no adapter_config.json")
-        made_for = config.get("base_model_name_or_path")
-        if check_base and path and made_for and not _names(path) & _names(made_for):
-            raise ValueError(
-                f"the adapter {name} was made for the base model {made_for}, got {path}: if they "
-                "are the same, pass check_base=False"
-            )
-        copied = copy_of_modules(base)
-        if hasattr(copied, "gradient_checkpointing_disable"):
-            copied.gradient_checkpointing_disable()  # else PEFT hooks the base's own embedding
-        try:
-            model = _with_adapter(copied, name, path or "its base", options, shares_base=True)
-        finally:
-            for parameter in trainable:  # PEFT freezes the base, which may be the caller's
-                parameter.requires_grad_(True)
-        own = load_tokenizer(name, **options) if _has_tokenizer(name, options) else tokenizer
-        found[name] = model, own
-    models = [(found[name][0], "default") for name in adapters]
-    return base, models, [tokenizer, *(found[name][1] for name in adapters)]
+        models[name] = _adapted_copy(base, name, path or "its base", own_files)
+        has_own = _has_tokenizer(name, own_files)
+        tokenizers[name] = load_tokenizer(name, **own_files) if has_own else tokenizer
+    sources = [(models[name], "default") for name in adapters]
+    return base, sources, [tokenizer, *(tokenizers[name] for name in adapters)]
+
+
+def _check_made_for(name: str, base: str, options: Mapping[str, Any]) -> None:
+    """Refuse what is no adapter, and one that names another base model. ("": any.)"""
+    config = _adapter_config(name, options)
+    if config is None:
+        raise ValueError(f"{name} is no PEFT adapter: it has no adapter_config.json")
+    made_for = config.get("base_model_name_or_path")
+    if base and made_for and not _names(base) & _names(made_for):
+        raise ValueError(
+            f"the adapter {name} was made for the base model {made_for}, got {base}: if they "
+            "are the same, pass check_base=False"
+        )
+
+
+def _adapted_copy(base: Any, name: str, label: str, options: dict[str, Any]) -> Any:
+    """An adapter on a copy of the base's modules, which stays as it is."""
+    copied = copy_of_modules(base)
+    if hasattr(copied, "gradient_checkpointing_disable"):
+        copied.gradient_checkpointing_disable()  # else PEFT hooks the base's own embedding
+    trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
+    try:
+        return _with_adapter(copied, name, label, options, shares_base=True)
+    finally:
+        for parameter in trainable:  # PEFT freezes them
+            parameter.requires_grad_(True)
 
 
 def _names(path: str) -> set[str]:

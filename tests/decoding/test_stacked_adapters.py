@@ -573,6 +573,15 @@ def test_a_base_is_known_by_any_path_to_it(
     assert Ensemble.from_adapters(".", [folders / "plain"]).num_policies == 1
 
 
+def test_a_missing_adapter_is_found_before_the_base_is_loaded(
+    folders: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "base").mkdir()  # it has no weights
+    (tmp_path / "base/config.json").write_bytes((folders / "base/config.json").read_bytes())
+    with pytest.raises(OSError, match="nowhere does not exist"):
+        Ensemble.from_adapters(tmp_path / "base", [folders / "plain", folders / "nowhere"])
+
+
 def test_a_subfolder_is_that_of_the_base(folders: Path) -> None:
     ensemble = Ensemble.from_adapters(
         folders, [folders / "plain"], subfolder="base", check_base=False
