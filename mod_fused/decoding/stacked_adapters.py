@@ -189,7 +189,9 @@ def copy_of_modules(model: nn.Module, instead: dict[int, nn.Module] | None = Non
             )
     leaves = [module for module in model.modules() if not any(module.children())]
     shared = (*leaves, *model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(x): x for x in shared} | (instead or {}))
+    copied = copy.deepcopy(model, {id(x): x for x in shared} | (instead or {}))
+    vars(copied).pop("_compiled_call", None)  # transformers' own: it runs the original
+    return copied
 
 
 def check_config(name: str, config: Any) -> None:

@@ -75,8 +75,8 @@ class FewRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.shape[:-1].numel()
-        plain = torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
-        if plain and 1 < rows <= self.MOST:
+        plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if plain and torch.backends.mkldnn.enabled and 1 < rows <= self.MOST:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 

@@ -14,7 +14,7 @@ import tiny_models as tiny
 import torch
 from small_models import small_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompileConfig
 
 from mod_fused import Ensemble, generate, loglikelihood
 from mod_fused.decoding import stacked_adapters, stacked_layers
@@ -298,6 +298,20 @@ def test_gradient_checkpointing_of_a_base_in_memory_adds_no_hooks(folders: Path)
     assert base.is_gradient_checkpointing
 
 
+def test_a_policy_does_not_generate_with_what_transformers_compiled_of_the_base(
+    folders: Path,
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    compiled = CompileConfig(backend="eager", fullgraph=False, mode="default")
+    compiled._compile_all_devices = True  # else on a GPU alone
+    static = {"cache_implementation": "static", "compile_config": compiled}
+    call: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
+    base.generate(IDS, **call, **static)
+    policy = Ensemble.from_adapters(base, [folders / "plain"]).models[1]
+    expected = separate(folders, ["plain"]).models[1].generate(input_ids=IDS, **call)
+    assert torch.equal(policy.generate(IDS, **call, **static), expected)
+
+
 def test_a_compiled_base_is_the_model_in_it(folders: Path) -> None:
     expected = logits(shared(folders, ["plain"]), [0, 1])
     base = torch.compile(AutoModelForCausalLM.from_pretrained(folders / "base"))
@@ -465,6 +479,7 @@ def test_a_layer_of_few_rows_is_the_layer(rows: int, bias: bool) -> None:
     assert ("mkldnn::_linear_pointwise" in calls.names) == (1 < rows <= 64)
     x = torch.randn(rows, 1, 37)
     exact = layer.double()(x.double()).detach()
+    assert torch.equal(few(x.double()), exact)  # its weights are the layer's
     layer.float()
     with torch.no_grad():
         torch.testing.assert_close(few(x).double(), exact, atol=2e-6, rtol=0)
