@@ -14,7 +14,7 @@ from small_models import small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from mod_fused import Ensemble, generate, loglikelihood
+from mod_fused import Ensemble, custom_generate, generate, loglikelihood
 from mod_fused.decoding import stacked_adapters, stacked_layers
 
 peft = pytest.importorskip("peft")
@@ -175,6 +175,30 @@ def test_how_often_a_step_runs_the_base(folders: Path, forward: str, calls: int)
     norm.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     generate(ensemble, input_ids=IDS, weights=[0.5, 0.5], max_new_tokens=4, pad_token_id=0)
     assert seen == [6 // calls] * (4 * calls)  # the reference's coefficient is 0
+
+
+def test_responses_to_a_prompt_share_its_reading(folders: Path) -> None:
+    ensemble = shared(folders, ["plain", "rslora"])
+    seen: list[list[int]] = []
+    norm = ensemble.models[0].model.layers[0].input_layernorm
+    norm.register_forward_pre_hook(lambda _, args: seen.append(list(args[0].shape[:2])))
+    options: dict[str, Any] = {"weights": [0.5, 0.5], "max_new_tokens": 3, "pad_token_id": 0}
+    generate(ensemble, input_ids=IDS, num_return_sequences=4, **options)
+    assert seen == [[6, 5], [24, 1], [24, 1]]
+
+
+def test_inside_transformers_own_generate(folders: Path) -> None:
+    ensemble = shared(folders, ["plain", "rslora"])
+    options: dict[str, Any] = {"weights": [0.5, 0.8], "seed": 4, "max_new_tokens": 8}
+    expected = generate(ensemble, input_ids=IDS, eos_token_id=[], pad_token_id=0, **options)
+    reference = ensemble.models[0]
+    inside: dict[str, Any] = {"custom_generate": custom_generate, "do_sample": True, "top_k": 0}
+    inside |= {"pad_token_id": 0, "attention_mask": torch.ones_like(IDS), **options}
+    assert torch.equal(reference.generate(IDS, policies=ensemble, **inside), expected.sequences)
+    with pytest.raises(ValueError, match="must be the model whose generate is called"):
+        ensemble.models[1].generate(IDS, policies=ensemble, **inside)
+    with pytest.raises(ValueError, match="an ensemble has its own"):
+        reference.generate(IDS, policies=ensemble, tokenizers=tiny.tokenizer(), **inside)
 
 
 def test_two_batches_in_progress_and_a_model_by_itself_do_not_disturb_each_other(
