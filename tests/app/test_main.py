@@ -87,6 +87,16 @@ def keep_threads():
         (["generate", "--policy", "./no/such/folder", "--prompt", "x"], "no/such/folder"),
         (["generate", "--policy", "/nope", "--prompt", "x"], "folder /nope does not exist"),
         (["sweep", "--reference", "a/b/c", "--policy", "p"], "folder a/b/c does not exist"),
+        (["generate", "--adapters", "a/b/c", "--prompt", "x"], "folder a/b/c does not exist"),
+        (["generate", "--adapters", "a", "--prompt", "x"], "--adapters need --reference"),
+        (
+            ["generate", "--reference", "r", "--adapters", "a", "--policy", "p", "--prompt", "x"],
+            "leave out --policy",
+        ),
+        (
+            ["generate", "--adapters", "a", "--reference", "r", "--objectives", "helpful"],
+            "leave it out with --policy and --adapters",
+        ),
         (["generate", "--policy", "p", "--objectives", "helpful", "--prompt", "x"], "--objectives"),
         (["sweep", "--points", "1"], ">= 2"),
         (["sweep", "--reward", "math:sqrt"], "own models"),

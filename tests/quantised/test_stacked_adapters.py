@@ -33,8 +33,8 @@ def config(kind: str) -> Any:
 
 
 KINDS = ("int8 of torchao", "int8 of bitsandbytes", "4 bits of bitsandbytes")
-#: bitsandbytes rounds the inputs of a product, to 8 bits or on a CPU to bfloat16: a last digit of an
-#: input may become 2^-7 of it.
+#: bitsandbytes rounds the inputs of a product, to 8 bits or on a CPU to bfloat16: a last digit of
+#: an input may become 2^-7 of it.
 TOLERANCES = dict(zip(KINDS, (5e-5, 5e-2, 3e-2), strict=True))
 
 
