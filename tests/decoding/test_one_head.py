@@ -276,9 +276,16 @@ def test_a_reference_whose_coefficient_is_rounding_is_not_looked_at(models: list
 
 
 def test_weights_beyond_float32_make_a_row_invalid(models: list[Any]) -> None:
-    weights = torch.tensor([[0.5, 0.5, 0.25], [1e300, 0.5, 0.0]], dtype=torch.float64)
-    out = generate(Ensemble(models), input_ids=IDS[:2], weights=weights, one_head=True, seed=1)
-    assert out.valid.tolist() == [True, False]
+    rows = [[0.5, 0.5, 0.25], [1e300, 0.5, 0.0], [3e38, 3e38, 0.0]]
+    weights = torch.tensor(rows, dtype=torch.float64)
+    flat = copy.deepcopy(models)  # whatever the weights, the logits are 0
+    for model in flat:
+        torch.nn.init.zeros_(model.lm_head.weight)
+    for ensemble in (Ensemble(models), Ensemble(flat)):
+        call: dict[str, Any] = {"input_ids": IDS, "weights": weights, "seed": 1}
+        out = generate(ensemble, one_head=True, **call)
+        assert out.valid.tolist() == [True, False, False]
+        assert torch.equal(out.valid, generate(ensemble, **call).valid)
 
 
 def test_a_bias_counts_once(models: list[Any]) -> None:
