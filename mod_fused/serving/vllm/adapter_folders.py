@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import ModelConfig
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.utils import (
@@ -62,6 +62,13 @@ def tokenizer_of(name: str) -> str | None:
     """Where an adapter's own tokenizer is; None: it has the base's."""
     folder = folder_of(name)
     return folder if (Path(folder) / "tokenizer_config.json").is_file() else None
+
+
+def saved_embeddings(folder: str) -> Iterator[tuple[str, Tensor]]:
+    """The modules whose own weights PEFT has saved beside an adapter on them, and these weights."""
+    with safe_open(Path(folder) / _WEIGHTS, framework="pt") as file:
+        for key in filter(is_base_embedding_weights, file.keys()):
+            yield _base_layer(key), file.get_tensor(key)
 
 
 def check_adapters(names: Sequence[str], base: ModelConfig) -> Shape:
@@ -121,9 +128,8 @@ def _check(
     with safe_open(Path(folder) / _WEIGHTS, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118, it is no dict
             size = file.get_slice(key).get_shape()
-            if is_base_embedding_weights(key):  # PEFT saves them beside an adapter on them
-                module = key.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
-                _same(key, size, weights[module])
+            if is_base_embedding_weights(key):
+                _same(key, size, weights[_base_layer(key)])
                 continue
             module, is_a = parse_fine_tuned_lora_name(key)
             if module not in weights:
@@ -184,6 +190,10 @@ def _matches(name: str, targets: str | Sequence[str] | None) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets or ())
+
+
+def _base_layer(key: str) -> str:
+    return key.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
 
 
 def _last(name: str) -> str:

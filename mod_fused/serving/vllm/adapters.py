@@ -24,7 +24,7 @@ from vllm.lora.utils import replace_submodule
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
-from .adapter_folders import folder_of, names_of
+from .adapter_folders import folder_of, names_of, saved_embeddings
 from .config import model_configs
 
 
@@ -67,9 +67,11 @@ class Products:
         return self.add_lora_logits(y, x, lora_a[0], lora_b[0])
 
     def add_lora_logits(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, *_: Any) -> Tensor:
-        """The same for y [(M+1) n, out], x [(M+1) n, in], a [M, 1, r, in], b [M, 1, out, r]."""
+        """The same for y [(M+1) n, out], x [(M+1) n, in], a [M, 1, r, in], b [M, 1, out, r]. Logits
+        may be padded beyond the vocabulary."""
         inner = torch.bmm(x.unflatten(0, (self._models, -1))[1:], a[:, 0].mT)
-        y.unflatten(0, (self._models, -1))[1:].baddbmm_(inner, b[:, 0].mT)
+        policies = y[:, : b.shape[2]].unflatten(0, (self._models, -1))[1:]
+        policies.baddbmm_(inner, b[:, 0].mT)
         return y
 
 
@@ -177,6 +179,8 @@ class Adapted(nn.Module):
         )
         for index, name in enumerate(self._names, 1):
             folder = folder_of(name)
+            for module, weight in saved_embeddings(folder):
+                self._check_embedding(f"adapter {index} ({name})", module, weight)
             adapter = LoRAModel.from_local_checkpoint(
                 folder,
                 set(options.target_modules),
@@ -192,3 +196,11 @@ class Adapted(nn.Module):
             if isinstance(layer, VocabParallelEmbeddingWithLoRA):
                 replace_submodule(self.base, name, PolicyEmbedding(layer))
         del self.base.lora_manager  # and its copies of the adapters
+
+    def _check_embedding(self, place: str, module: str, weight: Tensor) -> None:
+        """PEFT saves an embedding beside an adapter on it: it must be the base's."""
+        layer = self.base.get_submodule(module)
+        shard = layer.shard_indices
+        own = weight[shard.org_vocab_start_index : shard.org_vocab_end_index].to(layer.weight)
+        if not torch.equal(own, layer.weight[: len(own)]):
+            raise ValueError(f"{place} comes with other weights of {module} than the base has")
