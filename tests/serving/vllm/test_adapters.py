@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from vllm import LLM
 
 import mod_fused
 
-from .conftest import Case, cases, engine, expected, tokens
-from .test_models import checkpoint
+from .conftest import REFERENCE, Case, cases, engine, expected, tokens
+from .test_config import configure
+from .test_models import checkpoint, quantised
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 
@@ -172,3 +177,132 @@ def test_two_ranks_with_adapters_on_embedding_and_head(
     llm = engine(model=base, hf_overrides=overrides(names), tensor_parallel_size=2)
     requests = [replace(c, weights=[0.3, 0.3, 0.4]) for c in given(20, 45)]
     assert drawn(answers(llm, requests)) == wanted(separate(base, names), requests)
+
+
+def damaged(folder: str, **config: Any) -> str:
+    """Change fields of an adapter's configuration."""
+    file = Path(folder) / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return folder
+
+
+def rewritten(folder: str, change: Callable[[dict[str, torch.Tensor]], dict[str, Any]]) -> str:
+    """Change an adapter's tensors."""
+    file = Path(folder) / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    return folder
+
+
+def without(tensors: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if part not in key}
+
+
+REFUSED: dict[str, tuple[Callable[[Path, str], str], str]] = {
+    "no folder": (lambda p, b: str(p / "none"), "adapter_config.json"),
+    "another base": (
+        lambda p, b: adapter(p, checkpoint(p, "qwen2"), 1),
+        r"_proj \(A\) must have the shape \[4, 64\] on this base, got \[4, 128\]",
+    ),
+    "a deeper base": (
+        lambda p, b: adapter(p, checkpoint(p, "mistral"), 1),
+        r"the base has no module model\.layers\.2\.",
+    ),
+    "DoRA": (lambda p, b: adapter(p, b, 1, use_dora=True), "DoRA"),
+    "bias": (lambda p, b: adapter(p, b, 1, bias="all"), "bias"),
+    "a bias of LoRA": (lambda p, b: adapter(p, b, 1, lora_bias=True), "lora_bias"),
+    "modules_to_save": (lambda p, b: adapter(p, b, 1, modules_to_save=["lm_head"]), "modules_to"),
+    "tokens": (
+        lambda p, b: adapter(p, b, 1, trainable_token_indices=[5]),
+        "trainable_token_indices",
+    ),
+    "another method": (lambda p, b: damaged(adapter(p, b, 1), peft_type="LOHA"), "LOHA, not LORA"),
+    "a field of tomorrow": (lambda p, b: damaged(adapter(p, b, 1), use_xyz=True), "use_xyz"),
+    "a missing matrix": (
+        lambda p, b: rewritten(
+            adapter(p, b, 1), lambda t: without(t, "layers.1.self_attn.q_proj.lora_B")
+        ),
+        r"lacks matrices of 1 modules, such as model\.layers\.1\.self_attn\.q_proj",
+    ),
+    "a missing layer": (
+        lambda p, b: rewritten(adapter(p, b, 1), lambda t: without(t, "layers.1.")),
+        "lacks matrices of 4 modules",
+    ),
+    "an unexpected matrix": (
+        lambda p, b: damaged(adapter(p, b, 1), target_modules=["q_proj", "k_proj", "v_proj"]),
+        "o_proj, which is none of its target_modules",
+    ),
+    "another rank": (lambda p, b: damaged(adapter(p, b, 1), r=8), r"\(A\) must have the shape \[8"),
+    "pickles": (
+        lambda p, b: str(
+            (Path(adapter(p, b, 1)) / "adapter_model.safetensors")
+            .rename(p / "adapter1" / "adapter_model.bin")
+            .parent
+        ),
+        "it has no adapter_model.safetensors",
+    ),
+    "another tokenizer": (lambda p, b: retokenised(adapter(p, b, 1)), "policy 1"),
+}
+
+
+def retokenised(folder: str) -> str:
+    """Give an adapter a tokenizer in which two tokens have changed places."""
+    tokenizer = json.loads((Path(REFERENCE) / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = [token for token, i in vocab.items() if i in (300, 301)]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (Path(folder) / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(Path(REFERENCE) / "tokenizer_config.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, kind: str) -> None:
+    make, word = REFUSED[kind]
+    base = checkpoint(tmp_path, "llama")
+    with pytest.raises(Exception, match=word) as error:
+        configure(model=base, hf_overrides=overrides([make(tmp_path, base)]))
+    assert kind == "another tokenizer" or "adapter 1 (" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ({"mod_fused_policies": [REFERENCE]}, "one of .*, got both"),
+        ({"mod_fused_adapters": []}, "mod_fused_adapters must name 1 to 8 policies, got 0"),
+        ({"mod_fused_adapters": "A"}, "mod_fused_adapters in --hf-overrides must be a list"),
+    ],
+)
+def test_overrides_that_say_no_ensemble_are_refused(more: dict[str, Any], word: str) -> None:
+    with pytest.raises(Exception, match=word):
+        configure(hf_overrides=overrides(["A"]) | more)
+
+
+def test_bases_that_take_no_adapters_are_refused(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, "llama")
+    names = [adapter(tmp_path, base, 1)]
+    other = shutil.copytree(base, tmp_path / "other")
+    config = LlamaConfig.from_pretrained(base)
+    config.architectures = ["InternLM3ForCausalLM"]
+    config.save_pretrained(other)
+    with pytest.raises(Exception, match="needs a base of .*Qwen3.*, got InternLM3ForCausalLM"):
+        configure(model=str(other), hf_overrides=overrides(names))
+    # No adapters on the embedding where vLLM has none.
+    qwen2 = checkpoint(tmp_path, "qwen2")
+    wide = adapter(tmp_path, qwen2, 2, target_modules=["embed_tokens"])
+    with pytest.raises(Exception, match="vLLM takes no adapter on model.embed_tokens of a Qwen2"):
+        configure(model=qwen2, hf_overrides=overrides([wide]))
+    with pytest.raises(Exception, match="quantization_config"):
+        configure(model=quantised(base), hf_overrides=overrides(names), dtype="bfloat16")
+
+
+def test_an_adapter_may_lie_elsewhere_and_change_some_layers(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, "llama")
+    moved = Path(shutil.copytree(base, tmp_path / "elsewhere" / Path(base).name))
+    names = [
+        adapter(tmp_path, base, 1, r=700, layers_to_transform=1),
+        adapter(tmp_path, base, 2, target_modules=r".*\.0\.mlp\.(up|down)_proj"),
+        adapter(tmp_path, base, 3, rank_pattern={"q_proj": 9}, exclude_modules=["o_proj"]),
+    ]
+    found = configure(model=str(moved), hf_overrides=overrides(names)).model_config.hf_config
+    assert found.mod_fused_rank == 700
+    assert found.mod_fused_modules == sorted([*ATTENTION, "up_proj", "down_proj"])
