@@ -7,16 +7,19 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from vllm import LLM
 
 import mod_fused
+from mod_fused.serving.vllm.adapters import Adapted
 
 from .conftest import REFERENCE, Case, cases, engine, expected, tokens
 from .test_config import configure
@@ -55,7 +58,7 @@ def separate(base: str, names: list[str]) -> mod_fused.Ensemble:
     return mod_fused.Ensemble([models[0], *adapted], AutoTokenizer.from_pretrained(base))
 
 
-def given(count: int, seed: int, **more: Any) -> list[Case]:
+def two_policies(count: int, seed: int, **more: Any) -> list[Case]:
     """Requests of all kinds for two policies."""
     return [
         Case(**{**vars(c), "weights": [c.weights[0], 1 - c.weights[0]], **more})
@@ -96,13 +99,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[LLM, mod_fused.Ensem
 
 def test_mixed_requests(pair: tuple[LLM, mod_fused.Ensemble]) -> None:
     llm, ensemble = pair
-    requests = given(40, 40)
+    requests = two_policies(40, 40)
     assert drawn(answers(llm, requests)) == wanted(ensemble, requests)
 
 
 def test_each_models_log_probabilities(pair: tuple[LLM, mod_fused.Ensemble]) -> None:
     llm, ensemble = pair
-    requests = given(20, 41, history=False)
+    requests = two_policies(20, 41, history=False)
     params = [c.params(logprobs=6) for c in requests]
     for p in params:
         p.extra_args["mod_model_logprobs"] = True
@@ -150,7 +153,8 @@ def test_prompts_in_parts_and_preemption(tmp_path: Path) -> None:
     )
     long = " ".join(c.prompt for c in cases(40, seed=10))[:1500]
     requests = [
-        replace(c, prompt=f"{long} {c.prompt}") for c in given(24, 43, history=True, max_tokens=60)
+        replace(c, prompt=f"{long} {c.prompt}")
+        for c in two_policies(24, 43, history=True, max_tokens=60)
     ]
     outputs = answers(llm, requests)
     assert [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"][0] > 0
@@ -162,8 +166,23 @@ def test_compiled(tmp_path: Path) -> None:
     base = checkpoint(tmp_path, "mistral")
     names = adapters(tmp_path, base)
     llm = engine(model=base, hf_overrides=overrides(names), enforce_eager=False, max_num_seqs=4)
-    requests = given(12, 44, max_tokens=12)
+    requests = two_policies(12, 44, max_tokens=12)
     assert drawn(answers(llm, requests)) == wanted(separate(base, names), requests)
+
+
+def test_saved_embeddings_must_be_those_of_the_base() -> None:
+    base = nn.Module()
+    base.embed_tokens = nn.Embedding(3, 4)
+    base.embed_tokens.shard_indices = SimpleNamespace(
+        org_vocab_start_index=5, org_vocab_end_index=8
+    )
+    saved = torch.randn(9, 4)
+    base.embed_tokens.weight.data = saved[5:8].clone()
+    one: Any = SimpleNamespace(base=base)  # of three ranks
+    Adapted._check_embedding(one, "adapter 1", "embed_tokens", saved)
+    saved[6, 2] += 1
+    with pytest.raises(ValueError, match="adapter 1 comes with other weights of embed_tokens"):
+        Adapted._check_embedding(one, "adapter 1", "embed_tokens", saved)
 
 
 def test_two_ranks_with_adapters_on_embedding_and_head(
@@ -175,7 +194,7 @@ def test_two_ranks_with_adapters_on_embedding_and_head(
     modules = ["embed_tokens", "lm_head", *ATTENTION]
     names = [*adapters(tmp_path, base), adapter(tmp_path, base, 3, target_modules=modules)]
     llm = engine(model=base, hf_overrides=overrides(names), tensor_parallel_size=2)
-    requests = [replace(c, weights=[0.3, 0.3, 0.4]) for c in given(20, 45)]
+    requests = [replace(c, weights=[0.3, 0.3, 0.4]) for c in two_policies(20, 45)]
     assert drawn(answers(llm, requests)) == wanted(separate(base, names), requests)
 
 
