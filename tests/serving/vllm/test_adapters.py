@@ -103,6 +103,15 @@ def test_mixed_requests(pair: tuple[LLM, mod_fused.Ensemble]) -> None:
     assert drawn(answers(llm, requests)) == wanted(ensemble, requests)
 
 
+def test_a_token_takes_the_keys_and_values_of_every_model(
+    pair: tuple[LLM, mod_fused.Ensemble],
+) -> None:
+    config = pair[0].llm_engine.vllm_config.cache_config
+    # Models, keys and values, layers, heads times head size, bytes of a number.
+    per_token = 3 * 2 * 2 * 64 * 4
+    assert config.num_gpu_blocks == (128 << 20) // (per_token * config.block_size)
+
+
 def test_each_models_log_probabilities(pair: tuple[LLM, mod_fused.Ensemble]) -> None:
     llm, ensemble = pair
     requests = two_policies(20, 41, history=False)
