@@ -37,7 +37,8 @@ _HARMLESS = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "exclude_modules", "lora_dropout", "fan_in_fan_out"),
     *("layers_to_transform", "layers_pattern", "megatron_core", "loftq_config", "eva_config"),
-    *("corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
+    *("corda_config", "lora_ga_config", "velora_config", "qalora_group_size"),
+    "runtime_config",
 }
 
 
@@ -148,9 +149,10 @@ def _check(
     for module, sizes in found.items():
         embedding = module.endswith("embed_tokens")
         if (embedding or module == "lm_head") and not FAMILIES[base.architecture]:
-            raise ValueError(f"vLLM takes no adapter on {module} of a {base.architecture}")
+            raise ValueError(f"vLLM takes no adapter on {module} of {base.architecture}")
         rank, _ = helper.get_rank_and_scaling(module)
-        outputs, inputs = weights[module][::-1] if embedding else weights[module]
+        tall, wide = weights[module]
+        outputs, inputs = (wide, tall) if embedding else (tall, wide)
         _same(f"{module} (A)", sizes["A"], (rank, inputs))
         _same(f"{module} (B)", sizes["B"], (outputs, rank))
         ranks[module] = rank

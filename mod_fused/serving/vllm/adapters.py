@@ -49,7 +49,8 @@ class PolicyAttention(nn.Module):
 
 
 class Products:
-    """What vLLM's layers with LoRA ask for, where others index the adapter of each token."""
+    """What vLLM's layers with LoRA call. Its own class looks up the adapter of each token; here a
+    model's tokens lie together."""
 
     def __init__(self, policies: int) -> None:
         self._models = policies + 1
@@ -63,7 +64,7 @@ class Products:
         *_: Any,
         **__: Any,
     ) -> Tensor:
-        """Add the adapters' part to the policies' rows of `y`. A layer has one slice (`joined`)."""
+        """Add the adapters' part to the policies' rows of `y`, in the layer's one slice."""
         return self.add_lora_logits(y, x, lora_a[0], lora_b[0])
 
     def add_lora_logits(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, *_: Any) -> Tensor:
@@ -101,9 +102,9 @@ class AdapterManager(LoRAModelManager):
         self.punica_wrapper_mapping = {DEFAULT_LANGUAGE_WRAPPER_KEY: Products(self.lora_slots)}
 
 
-def joined(layer: BaseLayerWithLoRA) -> None:
-    """Make one pair of matrices of a packed layer's (q, k and v; gate and up), the inner ones side
-    by side, the outer ones in blocks: a layer then costs two products."""
+def join_slices(layer: BaseLayerWithLoRA) -> None:
+    """Join the adapters' matrices of a packed layer (q, k and v; gate and up), the inner ones side
+    by side, the outer ones in blocks: every layer then costs two products."""
     inner, outer = layer.lora_a_stacked, layer.lora_b_stacked
     if isinstance(inner, Tensor) or len(inner) == 1:
         return
@@ -140,7 +141,7 @@ class Adapted(nn.Module):
                 replace_submodule(self.base, name, own)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """The reference's embeddings, which nobody uses."""
+        """The reference's embeddings."""
         return self.base.embed_input_ids(input_ids)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ class Adapted(nn.Module):
             manager.add_adapter(adapter)
             manager.activate_adapter(index)
         for name, layer in manager.modules.items():
-            joined(layer)
+            join_slices(layer)
             if isinstance(layer, VocabParallelEmbeddingWithLoRA):
                 replace_submodule(self.base, name, PolicyEmbedding(layer))
         del self.base.lora_manager  # and its copies of the adapters

@@ -46,7 +46,13 @@ def adapter(folder: Path, base: str, seed: int, **options: Any) -> str:
 def adapters(folder: Path, base: str) -> list[str]:
     """Two that differ in rank, modules and scaling."""
     return [
-        adapter(folder, base, 1, r=3, target_modules=["q_proj", "v_proj", *MLP]),
+        adapter(
+            *(folder, base, 1),
+            r=3,
+            rank_pattern={"v_proj": 5},
+            alpha_pattern={"down_proj": 6},
+            target_modules=["q_proj", "v_proj", *MLP],
+        ),
         adapter(folder, base, 2, r=8, use_rslora=True, target_modules=[*ATTENTION, "up_proj"]),
     ]
 
@@ -200,7 +206,7 @@ def test_two_ranks_with_adapters_on_embedding_and_head(
     # vLLM's own binding wants a NUMA node for each rank.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     base = checkpoint(tmp_path, "qwen3")
-    modules = ["embed_tokens", "lm_head", *ATTENTION]
+    modules = r".*\.(embed_tokens|1\..*\.[qo]_proj)|lm_head"
     names = [*adapters(tmp_path, base), adapter(tmp_path, base, 3, target_modules=modules)]
     llm = engine(model=base, hf_overrides=overrides(names), tensor_parallel_size=2)
     requests = [replace(c, weights=[0.3, 0.3, 0.4]) for c in two_policies(20, 45)]
@@ -317,16 +323,20 @@ def test_bases_that_take_no_adapters_are_refused(tmp_path: Path) -> None:
     # No adapters on the embedding where vLLM has none.
     qwen2 = checkpoint(tmp_path, "qwen2")
     wide = adapter(tmp_path, qwen2, 2, target_modules=["embed_tokens"])
-    with pytest.raises(Exception, match="vLLM takes no adapter on model.embed_tokens of a Qwen2"):
+    with pytest.raises(Exception, match="vLLM takes no adapter on model.embed_tokens of Qwen2"):
         configure(model=qwen2, hf_overrides=overrides([wide]))
     with pytest.raises(Exception, match="quantization_config"):
         configure(model=quantised(base), hf_overrides=overrides(names), dtype="bfloat16")
 
 
-def test_an_adapter_may_lie_elsewhere_and_change_some_layers(tmp_path: Path) -> None:
+def test_an_adapter_may_lie_elsewhere_and_change_some_layers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     base = checkpoint(tmp_path, "llama")
     moved = Path(shutil.copytree(base, tmp_path / "elsewhere" / Path(base).name))
+    other = damaged(adapter(tmp_path, base, 4), base_model_name_or_path="org/another")
     names = [
+        other,
         adapter(tmp_path, base, 1, r=700, layers_to_transform=1),
         adapter(tmp_path, base, 2, target_modules=r".*\.0\.mlp\.(up|down)_proj"),
         adapter(tmp_path, base, 3, rank_pattern={"q_proj": 9}, exclude_modules=["o_proj"]),
@@ -334,3 +344,5 @@ def test_an_adapter_may_lie_elsewhere_and_change_some_layers(tmp_path: Path) -> 
     found = configure(model=str(moved), hf_overrides=overrides(names)).model_config.hf_config
     assert found.mod_fused_rank == 700
     assert found.mod_fused_modules == sorted([*ATTENTION, "up_proj", "down_proj"])
+    warnings = [record.getMessage() for record in caplog.records if "was trained" in record.msg]
+    assert warnings == [f"the adapter {other} was trained on org/another, not on {moved}"]
