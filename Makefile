@@ -11,6 +11,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 LM_EVAL := build/lm-eval
+QUANTISED := build/quantised
 VLLM := build/vllm
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined,float-cast-overflow
@@ -20,7 +21,7 @@ SANITIZED_RUN = PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
 	ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255 \
 	UBSAN_OPTIONS=print_stacktrace=1 $(CURDIR)/$(BIN)/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-transformers test-lm-eval test-vllm soak-vllm bench-vllm architectures lint fuzz sanitize gpu-check clean
+.PHONY: help setup demo docs test test-transformers test-lm-eval test-quantised test-vllm soak-vllm bench-vllm architectures lint fuzz sanitize gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -63,7 +64,7 @@ test-transformers: $(READY)  ## architectures and decoder under other transforme
 	PYTEST_ADDOPTS="$(PYTEST_ARGS)" $(BIN)/python tests/transformers_versions.py $(VERSIONS)
 
 # Environments of their own below build/: torch and the rest are those of .venv.
-$(LM_EVAL)/.ready $(VLLM)/.ready: build/%/.ready: requirements-%.txt $(READY)
+$(LM_EVAL)/.ready $(QUANTISED)/.ready $(VLLM)/.ready: build/%/.ready: requirements-%.txt $(READY)
 	$(BIN)/python -m venv --clear --without-pip build/$*
 	$(BIN)/python -c 'import pathlib, sysconfig; \
 		folder = next(pathlib.Path("build/$*/lib").glob("*/site-packages")); \
@@ -72,6 +73,9 @@ $(LM_EVAL)/.ready $(VLLM)/.ready: build/%/.ready: requirements-%.txt $(READY)
 	$(BIN)/python -m pip --python build/$*/bin/python install --quiet --disable-pip-version-check \
 		$(if $(filter vllm,$*),--no-deps) -r requirements-$*.txt
 	@touch $@
+
+test-quantised: $(QUANTISED)/.ready  ## adapters on bases quantised by bitsandbytes and torchao
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(QUANTISED)/bin/python -m pytest tests/quantised
 
 test-lm-eval: $(LM_EVAL)/.ready  ## the model of lm-evaluation-harness, beside the harness's own
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(LM_EVAL)/bin/python -m pytest tests/serving/test_lm_eval.py

@@ -91,6 +91,7 @@ class Procedure(NamedTuple):
     help: str
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], dict[str, Any]]  # returns "what", "rows" and further fields
+    report: Callable[[dict[str, Any]], str] | None = None  # None: `report.markdown`
 
 
 def ours(backend: str) -> Contestant:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from . import report, vllm
+from . import report
 from .alignment import plots, tables
 from .case import Case, Picture
 from .cases import CASES
@@ -38,8 +38,10 @@ REPORTS: dict[str, Callable[[report.Result], str]] = {
     "control": tables.control,
     "rules": tables.rules,
     "sizes": tables.sizes,
-    "vllm": vllm.markdown,
-    "vllm_soak": vllm.markdown,
+    "adapters": report.plain,
+    "adapters_1b": report.plain,
+    "vllm": report.plain,
+    "vllm_soak": report.plain,
 }
 #: By the name of a block, the stem of its JSON: fields that select the rows, and the columns.
 BLOCKS: dict[str, tuple[dict[str, object], dict[str, str]]] = {

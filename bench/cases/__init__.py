@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..case import Case, Procedure
+from .adapters import ADAPTERS
 from .cpu import CPU
 from .decoder import DECODER
 from .distributions import DISTRIBUTIONS
@@ -17,4 +18,5 @@ CASES: dict[str, Case | Procedure] = {
     "distributions": DISTRIBUTIONS,
     "decoder": DECODER,
     "host": HOST,
+    "adapters": ADAPTERS,
 }

@@ -24,7 +24,8 @@ _NEARNESS = 0.9  # share of the way from a policy's random weights to the refere
 TOKENS = {"embedded": 33, "tiny": 5, "0.1b": 5, "1b": 3}
 
 
-def _llama(name: str, seed: int, dtype: torch.dtype, device: str) -> Any:
+def llama(name: str, seed: int, dtype: torch.dtype, device: str) -> Any:
+    """A Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -49,7 +50,7 @@ def ensemble(name: str, dtype: torch.dtype, device: str, policies: int) -> mod_f
     if name == "embedded":
         objectives = mod_fused.world.OBJECTIVES[:policies]
         return mod_fused.Ensemble.embedded(objectives, dtype=dtype, device=device)
-    llamas = [_llama(name, i, dtype, device) for i in range(policies + 1)]
+    llamas = [llama(name, i, dtype, device) for i in range(policies + 1)]
     with torch.no_grad():
         for policy in llamas[1:]:
             for mine, its in zip(policy.parameters(), llamas[0].parameters(), strict=True):
@@ -65,9 +66,13 @@ def prompts(name: str, models: mod_fused.Ensemble, batch: int) -> Tensor:
         rows = [models.encode(text)[0][0][0] for text in texts]
         shortest = min(len(row) for row in rows)
         return torch.stack([row[-shortest:] for row in rows])
+    return random_prompts(batch, models.vocab_size or 1).to(models.device)
+
+
+def random_prompts(batch: int, vocab: int) -> Tensor:
+    """Prompts int64 [B, n] for random models."""
     generator = torch.Generator().manual_seed(batch)
-    ids = torch.randint(models.vocab_size or 1, (batch, PROMPT), generator=generator)
-    return ids.to(models.device)
+    return torch.randint(vocab, (batch, PROMPT), generator=generator)
 
 
 def parameters(models: mod_fused.Ensemble) -> int:

@@ -40,6 +40,8 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.num_beams == 1 and args.length_penalty != 1.0:
         raise UsageError("--length-penalty goes with --num-beams")
     _check_candidates(args)
+    if args.one_head and args.json:
+        raise UsageError("--one-head has no log-probabilities of each model: leave out --json")
     if args.score and is_own(args):
         raise UsageError("--score is of the embedded world: choose by --values with own models")
     prompts = _prompts(args)
@@ -61,6 +63,7 @@ def run_generate(args: argparse.Namespace) -> int:
         "repetition_penalty": args.repetition_penalty,
         "seed": None if searching else args.seed,
         "return_model_logprobs": args.json,
+        "one_head": args.one_head,
     }
     if args.num_candidates is not None:
         settings["num_candidates"] = args.num_candidates
@@ -294,6 +297,12 @@ def add_options(commands: Any, mixture: argparse.ArgumentParser) -> None:
         default=1.0,
         metavar="P",
         help="of --num-beams: answers are compared by log-probability / length^P (default: 1)",
+    )
+    generate.add_argument(
+        "--one-head",
+        action="store_true",
+        help="multiply by the LM head once, with mixed hidden states: for policies that share it,"
+        " under reverse KL",
     )
     generate.add_argument(
         "--json",

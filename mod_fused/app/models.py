@@ -38,6 +38,14 @@ def mixture_options() -> argparse.ArgumentParser:
         help="folder or hub name of a policy; repeat it for several",
     )
     group.add_argument(
+        "--adapters",
+        type=options.model,
+        metavar="PATH",
+        nargs="+",
+        default=[],
+        help="instead of --policy: LoRA adapters (PEFT) of the reference, with its weights once",
+    )
+    group.add_argument(
         "--objectives",
         type=options.names,
         metavar="A,B",
@@ -111,14 +119,16 @@ def policy_names(args: argparse.Namespace) -> list[str]:
 
     The list is empty where no policy is named and --values or --best-of steer the reference.
     """
-    if args.policy:
+    if own := own_policies(args):
         if args.objectives:
-            raise UsageError("--objectives chooses embedded policies: leave it out with --policy")
-        return [f"policy_{i}" for i in range(1, len(args.policy) + 1)]
+            raise UsageError(
+                "--objectives chooses embedded policies: leave it out with --policy and --adapters"
+            )
+        return [f"policy_{i}" for i in range(1, len(own) + 1)]
     if not args.objectives and (args.values or getattr(args, "best_of", None)):
         return []
     if args.reference:
-        raise UsageError("--reference needs at least one --policy")
+        raise UsageError("--reference needs at least one --policy, or --adapters")
     names = args.objectives or list(world.OBJECTIVES)
     if not set(names) <= set(world.OBJECTIVES) or len(set(names)) < len(names):
         raise UsageError(
@@ -134,15 +144,26 @@ def load_models(args: argparse.Namespace) -> Ensemble:
     # Without trust_remote_code transformers would ask on the terminal.
     given = {"device": args.device, "dtype": args.dtype, "trust_remote_code": False}
     if is_own(args):
-        with working("loading " + ", ".join(filter(None, [args.reference, *args.policy]))):
-            return Ensemble.from_pretrained(args.reference, args.policy, **given)
+        own = own_policies(args)
+        with working("loading " + ", ".join(filter(None, [args.reference, *own]))):
+            load: Any = Ensemble.from_adapters if args.adapters else Ensemble.from_pretrained
+            return load(args.reference, own, **given)
     use_one_thread()
     return Ensemble.embedded(policy_names(args), **given)
 
 
+def own_policies(args: argparse.Namespace) -> list[str]:
+    """The folders or hub names of the caller's policies; [] where there are none."""
+    if args.adapters and args.policy:
+        raise UsageError("--adapters are the policies: leave out --policy")
+    if args.adapters and not args.reference:
+        raise UsageError("--adapters need --reference, the base model that they were made for")
+    return args.policy or args.adapters
+
+
 def is_own(args: argparse.Namespace) -> bool:
     """Whether the models are the caller's, not the embedded ones."""
-    return bool(args.policy or args.reference)
+    return bool(own_policies(args) or args.reference)
 
 
 def check_chat(args: argparse.Namespace) -> None:

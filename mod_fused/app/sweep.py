@@ -138,9 +138,9 @@ def _rewards(
     if is_own(args):
         if args.reference is None or args.prompt_file is None:
             raise UsageError("a sweep of own models needs --reference and --prompt-file")
-        if args.reward and not args.values and len(args.reward) != len(args.policy):
+        if args.reward and not args.values and len(args.reward) != len(names):
             raise UsageError(
-                f"expected one --reward per --policy ({len(args.policy)}), got {len(args.reward)}"
+                f"expected one --reward per policy ({len(names)}), got {len(args.reward)}"
             )
         return args.reward, [_load_reward(spec) for spec in args.reward] or None
     if args.reward:

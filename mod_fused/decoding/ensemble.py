@@ -9,7 +9,6 @@ Only `from_pretrained` and `embedded` import transformers.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,11 @@ from .adapters import check_shared
 from .architectures import check_causal_lm, embedded_ids, input_device, is_transformers_model
 from .loading import load_base_and_adapters, load_model, load_tokenizer
 from .model_state import CallableState, CausalLMState, EnsembleState, StackedState
+from .one_head import OneHead
 from .prompts import Prompts, encode_prompts
 from .stacked_adapters import FORWARDS, StackedModel, runs_stacked, stacked
 from .transformers_version import check_transformers_version
+from .vocabularies import common_ids, label
 
 check_transformers_version()
 
@@ -73,11 +74,11 @@ class Ensemble:
         for index, model in enumerate(models):
             if not callable(model) and not (index == 0 and model is None):
                 raise TypeError(
-                    f"{_label(index)} must be a causal language model or a callable "
+                    f"{label(index)} must be a causal language model or a callable "
                     f"step(tokens) -> logits, got {type(model).__name__}"
                 )
             if is_transformers_model(model):
-                check_causal_lm(model, _label(index))
+                check_causal_lm(model, label(index))
         self.models = list(models)
         check_shared(self.places)
         if not isinstance(tokenizers, (list, tuple)):
@@ -250,7 +251,7 @@ class Ensemble:
     @property
     def places(self) -> dict[str, Any]:
         """The models that are not None, by the names that error messages give them."""
-        return {_label(i): m for i, m in enumerate(self.models) if m is not None}
+        return {label(i): m for i, m in enumerate(self.models) if m is not None}
 
     @property
     def tokenizer(self) -> Any:
@@ -320,7 +321,7 @@ class Ensemble:
             input_ids,
             attention_mask,
             tokenizers=[self.tokenizers[i] for i in present],
-            labels=[_label(i) for i in present],
+            labels=[label(i) for i in present],
             pad_token_id=self.pad_token_id if pad_token_id is None else pad_token_id,
             device=self.device,
             add_special_tokens=add_special_tokens,
@@ -335,6 +336,7 @@ class Ensemble:
         max_new_tokens: int = 1,
         use_cache: bool = True,
         models: Sequence[int] | None = None,
+        head: OneHead | None = None,
     ) -> EnsembleState:
         """Begin a batch; runs no model yet.
 
@@ -347,6 +349,8 @@ class Ensemble:
                 not None. In place of another one's logits stand those of the first that runs: its
                 coefficient must be 0. No token is beyond the vocabulary of a language model that
                 does not run.
+            head: mixes the hidden states of the models that run, for `step`; None: each model has a
+                head of its own, as always for `read`.
 
         Raises:
             ValueError: if a model that runs is in training mode, a token id is outside its
@@ -356,77 +360,19 @@ class Ensemble:
         states: list[CallableState] = []
         present = [i for i, model in enumerate(self.models) if model is not None]
         running = present if models is None else list(models)
-        if self.stacked is not None and runs_stacked(self.forward, len(running), input_ids[0]):
+        together = self.stacked if len(running) > 1 else None
+        if together is not None and runs_stacked(together, self.forward):
             prompts = list(input_ids), list(attention_mask)
-            states = [StackedState(self.stacked, running, *prompts, use_cache)]
+            states = [StackedState(together, running, *prompts, use_cache)]
         else:
             for index, ids, mask in zip(running, input_ids, attention_mask, strict=True):
                 model = self.models[index]
                 kind = CausalLMState if is_transformers_model(model) else CallableState
-                states.append(kind(model, _label(index), ids, mask, use_cache))
+                states.append(kind(model, label(index), ids, mask, use_cache))
         for state in states:
             state.check(max_new_tokens)
         skipped = [self.models[i] for i in present if i not in running]
         widths = [embedded_ids(model) for model in skipped if is_transformers_model(model)]
         places = [running.index(i) if i in running else 0 for i in present]
         absent = [None] if self.models[0] is None else []
-        return EnsembleState(states, [*absent, *places], min(widths, default=None))
-
-
-def _label(index: int) -> str:
-    return "the reference" if index == 0 else f"policy {index}"
-
-
-def common_ids(tokenizers: Sequence[Any]) -> int | None:
-    """Refuse tokenizers that give one id to different tokens. Embeddings may be padded.
-
-    Tokens added behind the smallest vocabulary are no difference: they are never drawn.
-
-    Returns:
-        How many ids all tokenizers have in common; None: they have the same tokens.
-    """
-    known = [(i, t) for i, t in enumerate(tokenizers) if t is not None]
-    vocabularies = {id(t): t.get_vocab() for _, t in known}
-    if len({frozenset(v.items()) for v in vocabularies.values()}) < 2:
-        return None
-    first, tokenizer = min(known, key=lambda pair: len(vocabularies[id(pair[1])]))
-    expected = vocabularies[id(tokenizer)]
-    common = max(expected.values(), default=-1) + 1
-    notes = []
-    for index, other in known:
-        vocabulary = vocabularies[id(other)]
-        tokens = expected.keys() | vocabulary.keys()
-        differing = [t for t in tokens if expected.get(t) != vocabulary.get(t)]
-        differing.sort(key=lambda t: (expected.get(t, 2**63), vocabulary.get(t, 2**63)))
-        behind = other.get_added_vocab() if differing else {}
-        if all(t in behind and t not in expected and behind[t] >= common for t in differing):
-            notes += _note(index, other, differing)
-            continue
-        token = differing[0]
-        here, there = (
-            f"maps {token!r} to {v[token]}" if token in v else f"has no {token!r}"
-            for v in (vocabulary, expected)
-        )
-        raise ValueError(
-            f"the tokenizers differ: {_label(index)}'s {here}, {_label(first)}'s {there} "
-            f"({len(differing)} of {len(tokens)} tokens differ). One id must mean one token in all "
-            "models; check_tokenizers=False skips this check"
-        )
-    warnings.warn(
-        f"only the {common} token ids that all tokenizers have in common are drawn: "
-        + "; ".join(notes),
-        stacklevel=3,
-    )
-    return common
-
-
-def _note(index: int, tokenizer: Any, added: Sequence[str]) -> list[str]:
-    """The part of a warning that names the tokens a tokenizer adds; [] for none."""
-    if not added:
-        return []
-    names = ", ".join(map(repr, added[:3])) + (", ..." if len(added) > 3 else "")
-    ends = f", among them its end of a sequence {tokenizer.eos_token!r}"
-    return [
-        f"{_label(index)}'s adds {len(added)} ({names})"
-        + (ends if tokenizer.eos_token in added else "")
-    ]
+        return EnsembleState(states, [*absent, *places], min(widths, default=None), head)

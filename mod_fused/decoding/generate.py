@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..divergence import Divergence
+from ..divergence import Divergence, ReverseKL, get_divergence
 from .adapters import check_shared
 from .beams import Beams, check_beams
 from .candidates import Candidates, check_candidates
@@ -18,6 +18,7 @@ from .ensemble import Ensemble
 from .generation_config import configured
 from .masks import MaskFunction, Masks, ProcessorMasks, bad_words_of
 from .memory import check_decoding
+from .one_head import shared_head
 from .options import (
     check_limits,
     check_vocab_size,
@@ -30,7 +31,7 @@ from .penalties import Penalties
 from .prompts import Prompts
 from .responses import FINISH_REASONS, GenerateOutput, Responses
 from .scores import check_scores
-from .skipping import models_to_run
+from .skipping import cuts_support, log_linear_coefficients, models_to_run, reads_reference
 from .steps import draw_all
 from .stopping import StoppingCriterion, check_stopping
 from .streaming import streaming
@@ -93,6 +94,7 @@ def generate(
     stopping_criteria: Sequence[StoppingCriterion] | StoppingCriterion | None = None,
     streamer: Any = None,
     use_cache: bool = True,
+    one_head: bool | str = False,
     generation_config: Any = None,
     output_scores: bool = False,
     output_logits: bool = False,
@@ -245,6 +247,14 @@ def generate(
             invalid). Or a transformers streamer, for one row; its end() is called once, also when
             generate raises.
         use_cache: False recomputes the whole sequence at each step: for models without a KV cache.
+        one_head: True: the last hidden states of the models that run are mixed, and their common
+            head multiplies once in place of once for each. Under reverse KL log pi* is the same up
+            to rounding (of the head's dtype). ValueError with the reason where it cannot be had:
+            heads that differ in anything, a family that is not among
+            `mod_fused.decoding.one_head.FAMILIES`, a soft-cap, other divergences, and all that
+            needs the logits of every model: logit_scales, plausibility, return_model_logprobs,
+            num_candidates, a `Resampler`, a value_fn that reads the reference. "auto": where it can
+            be had. Nothing changes where only one model runs. Hooks on the head see the mixture.
         generation_config: a transformers `GenerationConfig` for all that is not passed here. What
             it leaves out has transformers' defaults: do_sample=False, top_k=50, 20 new tokens.
             Lengths count the first model's prompts. What `generate` does not do is refused by name,
@@ -338,6 +348,22 @@ def generate(
             use_cache,
             output_scores + output_logits,
         )
+        head = shared_head(
+            one_head,
+            ensemble,
+            running,
+            log_linear_coefficients(ensemble.models, weights, copies),
+            device,
+            {
+                "divergence": type(get_divergence(divergence)) is not ReverseKL,
+                "logit_scales": logit_scales is not None,
+                "plausibility": cuts_support(plausibility, divergence),
+                "return_model_logprobs": return_model_logprobs,
+                "num_candidates": num_candidates is not None,
+                "resample_fn": asks_totals,
+                "value_fn": reads_reference(value_fn),
+            },
+        )
         num_values = partial(value_count, value_fn)
         weighting = value_weights if isinstance(value_weights, ValueWeighting) else None
         if weighting is not None:
@@ -382,6 +408,8 @@ def generate(
         if automatic and options["plausibility"] is not None:
             options["plausibility"] = penalties.cut(options["plausibility"])
         options["vocab_size"] = vocab_size
+        if head is not None:
+            options |= {"weights": [1.0], "plausibility_tensor": 0}
         prefixes = prefix_logprobs, mixture_prefix_logprobs
         columns = len(ensemble.present)
         history = first_history(
@@ -390,7 +418,7 @@ def generate(
 
         room: dict[str, Any] = {"max_new_tokens": length, "use_cache": use_cache}
         own = slice(-len(running), None)  # the first model's prompts come first, also if it rests
-        state = ensemble.start(ids[own], masks[own], models=running, **room)
+        state = ensemble.start(ids[own], masks[own], models=running, head=head, **room)
         has_reference = ensemble.models[0] is not None
         values = value_source(value_fn, ids[0], masks[0], vocab_size, has_reference, **room)
         if copies > 1 or resample_fn is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from . import architectures
 from .adapters import forward_module
 from .architectures import CACHE_NAMES
+from .one_head import OneHead
 from .stacked_adapters import StackedModel
 
 
@@ -23,12 +25,17 @@ class EnsembleState:
         places: for the reference and each policy the index of the state whose logits it gets; None
             where there is no reference. A model that does not run gets those of another.
         width: the most columns of logits; None: all.
+        head: mixes the models' hidden states; None: each model has its own head.
     """
 
     def __init__(
-        self, states: list[CallableState], places: list[int | None], width: int | None = None
+        self,
+        states: list[CallableState],
+        places: list[int | None],
+        width: int | None = None,
+        head: OneHead | None = None,
     ) -> None:
-        self._states, self._places, self._width = states, places, width
+        self._states, self._places, self._width, self._head = states, places, width, head
 
     @torch.no_grad()
     def step(self, tokens: Tensor | None = None) -> tuple[Tensor | None, list[Tensor]]:
@@ -39,8 +46,13 @@ class EnsembleState:
 
         Returns:
             Logits [B, V_0] of the reference (None if there is none) and [B, V_i] of each policy.
+            With one head: None, and the logits [B, V] of their mixture alone.
         """
-        return self._placed([x for s in self._states for x in s.step(tokens).chunk(s.models)])
+        with nullcontext() if self._head is None else self._head.bypassed():
+            logits = [x for s in self._states for x in s.step(tokens).chunk(s.models)]
+        if self._head is not None:
+            return None, [self._head.logits(logits)[:, : self._width]]
+        return self._placed(logits)
 
     @torch.no_grad()
     def read(self, responses: Tensor) -> Iterator[tuple[Tensor | None, list[Tensor]]]:

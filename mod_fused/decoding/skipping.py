@@ -44,14 +44,35 @@ def models_to_run(
         return present
     needed = [True, *(w != 0).any(0).tolist()]
     if type(get_divergence(divergence)) is ReverseKL:
-        reads = isinstance(value_fn, ValueGuide) and getattr(value_fn, "reads_reference", True)
-        needed[0] = bool(reads or (own_coefficient(weights, w) != 0).any())
-    cut = plain(support_cut(plausibility, divergence))
-    if cut is not None and (isinstance(cut, (Tensor, list)) or cut != 0):
+        needed[0] = bool(reads_reference(value_fn) or (own_coefficient(weights, w) != 0).any())
+    if cuts_support(plausibility, divergence):
         at = plain(plausibility_tensor)
         needed = [runs or i == at for i, runs in enumerate(needed)]
     # Where no model counts pi* is uniform, but its vocabulary is still the models'.
     return [i for i in present if needed[i]] or present
+
+
+def reads_reference(value_fn: Any) -> bool:
+    """Whether a guide reads the reference's logits."""
+    return isinstance(value_fn, ValueGuide) and getattr(value_fn, "reads_reference", True)
+
+
+def cuts_support(plausibility: Any, divergence: Any) -> bool:
+    """Whether plausibility is on."""
+    cut = plain(support_cut(plausibility, divergence))
+    return cut is not None and (isinstance(cut, (Tensor, list)) or cut != 0)
+
+
+def log_linear_coefficients(models: Sequence[Any], weights: Any, copies: int) -> Tensor | None:
+    """What each model's logits count under reverse KL, float64 on the CPU: [1, M+1] for all rows,
+    or [B K, M+1] for K adjacent copies of each. The reference's 1 - sum w stands first, 0 for None.
+    None where the weights do not fit."""
+    w = _rows(weights, len(models) - 1)
+    if w is None:
+        return None
+    own = w.new_zeros(len(w)) if models[0] is None else own_coefficient(weights, w)
+    each = torch.cat([own[:, None], w], dim=1)
+    return each if len(each) == 1 else each.repeat_interleave(copies, dim=0)
 
 
 def _rows(weights: Any, count: int) -> Tensor | None:

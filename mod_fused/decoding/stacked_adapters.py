@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .stacked_layers import Factors, PerPolicy, Rows, StackedEmbedding, StackedLayer, StackedLinear
+from .architectures import text_config
+from .stacked_layers import (
+    ALONE,
+    Factors,
+    FewRows,
+    PerPolicy,
+    Rows,
+    StackedEmbedding,
+    StackedLayer,
+    StackedLinear,
+)
 
 #: Ways of initialising an adapter that leave the base as it is.
 _INITIALISED = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -36,7 +46,7 @@ _STACKED = {
 }
 #: Layers and variants that run on one policy's rows at a time: whole layers, and what PEFT runs
 #: with `adapter_names`.
-_ALONE_IN_A_CALL = {
+_BY_ITSELF = {
     "BdLoraLinearVariant",
     "Conv1d",
     "ModulesToSaveWrapper",
@@ -46,7 +56,11 @@ _ALONE_IN_A_CALL = {
 _DORA = "DoraLinearVariant"
 #: How an ensemble of adapters may run.
 FORWARDS = ("auto", "stacked", "separate")
-_ALONE = "Ensemble.from_pretrained loads a base model for each adapter"
+#: Models that run one after the other, and why.
+_SEPARATE = {
+    "rwkv": "RWKV's cached step mixes the rows of a batch",
+    "xlnet": "XLNet's layers do not get the rows in front",
+}
 
 
 class StackedModel(NamedTuple):
@@ -56,11 +70,13 @@ class StackedModel(NamedTuple):
         models: M+1 models, the base's first; each runs by itself.
         together: one that runs any of them in one call, rows model-major.
         rows: tells `together` which.
+        separate: why they must not run together; None where they may.
     """
 
     models: list[Any]
     together: Any
     rows: Rows
+    separate: str | None
 
 
 def stacked(base: Any, sources: Sequence[tuple[Any, str]]) -> StackedModel:
@@ -89,11 +105,15 @@ def stacked(base: Any, sources: Sequence[tuple[Any, str]]) -> StackedModel:
             for path, make in made.items()
             if len(rows.models) > 1 or (only is not None and layers[path][only] is not None)
         }
+        if len(rows.models) > 1:
+            for module in base.modules():
+                if FewRows.suits(module) and id(module) not in mine:
+                    mine[id(module)] = FewRows(module)
         return copy_of_modules(base, mine)
 
     together = Rows(range(len(sources) + 1))
     models = [model(Rows([place])) for place in together.models]
-    return StackedModel(models, model(together), together)
+    return StackedModel(models, model(together), together, _separate(base))
 
 
 def without_adapters(peft_model: Any) -> Any:
@@ -113,9 +133,27 @@ def without_adapters(peft_model: Any) -> Any:
     return copy_of_modules(base, plain)
 
 
-def runs_stacked(forward: str, models: int, input_ids: Tensor) -> bool:
-    """Whether `models` models, each with the rows of `input_ids`, run in one call."""
-    return forward != "separate" and models > 1
+def runs_stacked(stacked: StackedModel, forward: str) -> bool:
+    """Whether an ensemble runs its models in one call.
+
+    "auto" does so wherever the tokens stay the same: of the cases of `python -m bench.run adapters`
+    separate calls won none.
+
+    Raises:
+        ValueError: "stacked", for a model that must run separately; says why.
+    """
+    if forward == "stacked" and stacked.separate is not None:
+        raise ValueError(
+            f"the models cannot run stacked, {stacked.separate}: pass forward='separate'"
+        )
+    return forward != "separate" and stacked.separate is None
+
+
+def _separate(base: Any) -> str | None:
+    """Why several models' rows cannot go through the layers in one call; None where they can."""
+    if any(getattr(getattr(x, "state", None), "threshold", 0.0) for x in base.modules()):
+        return "bitsandbytes' 8-bit layers round a row by what the other rows hold"
+    return _SEPARATE.get(text_config(base).model_type)
 
 
 def copy_of_modules(model: nn.Module, instead: dict[int, nn.Module] | None = None) -> Any:
@@ -149,7 +187,7 @@ def check_config(name: str, config: Any) -> None:
     }
     for reason, found in reasons.items():
         if found:
-            raise ValueError(f"the adapter {name} {reason}: {_ALONE}")
+            raise ValueError(f"the adapter {name} {reason}: {ALONE}")
 
 
 def _adapted(base: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -183,19 +221,20 @@ def _layer(
     old = base.get_submodule(path)
     what = f"{path} ({type(old).__name__})"
     if "experts" in path.split("."):
-        raise ValueError(f"the layer {what} sees the tokens sorted by expert: {_ALONE}")
+        raise ValueError(f"the layer {what} sees the tokens sorted by expert: {ALONE}")
     kinds = {kind for pair in changed if pair is not None for kind in _kinds(*pair)}
     embedding = isinstance(old, nn.Embedding)
     if embedding and old is not base.get_input_embeddings():
-        raise ValueError(f"the embedding {what} does not read the token ids: {_ALONE}")
+        raise ValueError(f"the embedding {what} does not read the token ids: {ALONE}")
     if any(old.children()):
-        raise ValueError(f"{what} is no single layer: {_ALONE}")
-    if kinds <= _STACKED or (kinds <= _STACKED | {_DORA} and not embedding):
+        raise ValueError(f"{what} is no single layer: {ALONE}")
+    if kinds <= _STACKED or kinds <= {"Linear", _DORA}:
         factors = _factors(changed, embedding)
         kind: type[StackedLayer] = StackedEmbedding if embedding else StackedLinear
-        return lambda rows: kind(old, factors, rows, what)
-    if unknown := kinds - _STACKED - _ALONE_IN_A_CALL:
-        raise ValueError(f"the layer {what} cannot be stacked ({', '.join(unknown)}): {_ALONE}")
+        few = FewRows(old) if FewRows.suits(old) else old
+        return lambda rows: kind(few if len(rows.models) > 1 else old, factors, rows, what)
+    if unknown := kinds - _STACKED - _BY_ITSELF:
+        raise ValueError(f"the layer {what} cannot be stacked ({', '.join(unknown)}): {ALONE}")
     calls = [None if pair is None else _call(*pair) for pair in changed]
     return lambda rows: PerPolicy(old, calls, rows, what)
 
@@ -222,6 +261,8 @@ def _factors(changed: Sequence[tuple[Any, str] | None], embedding: bool) -> Fact
     pairs = [None if pair is None else _pair(*pair, embedding) for pair in changed]
     given = [pair for pair in pairs if pair is not None]
     dtype = max((a.dtype for a, _ in given), key=lambda kind: kind.itemsize)
+    if given[0][0].device.type == "cpu":  # small products of 16 bits are slow there
+        dtype = torch.promote_types(dtype, torch.float32)
     rank, size = max(len(a) for a, _ in given), len(pairs)
     A = given[0][0].new_zeros((size, given[0][0].shape[1], rank), dtype=dtype)
     B = given[0][1].new_zeros((size, rank, len(given[0][1])), dtype=dtype)

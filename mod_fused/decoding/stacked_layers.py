@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+ALONE = "Ensemble.from_pretrained loads a base model for each adapter"
 
 
 class Rows:
@@ -43,6 +46,33 @@ class Rows:
                 f"the layer {layer} gets {list(x.shape)}, which does not begin with the batch of "
                 f"{rows} rows: its adapters cannot be stacked. Pass forward='separate'"
             )
+
+
+class FewRows(nn.Module):
+    """A linear layer for a few rows on a CPU, where the BLAS library reads float32 weights once for
+    each of two or three rows, and packs them anew for more: oneDNN reads them once."""
+
+    MOST = 64
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    @staticmethod
+    def suits(layer: nn.Module) -> bool:
+        """Whether a layer is of the kind."""
+        if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
+            return False  # quantised ones among others
+        changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+        if changed or not torch.backends.mkldnn.is_available():
+            return False
+        return layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu"
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        if 1 < rows <= self.MOST and torch.backends.mkldnn.enabled:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
 
 
 class Factors(NamedTuple):
@@ -86,9 +116,9 @@ class StackedLayer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            raise AttributeError(
-                f"the model reads the weight of {self.name}, and would leave its adapters out: "
-                "Ensemble.from_pretrained loads a base model for each adapter"
+            raise ValueError(
+                f"the model itself reads the weight of {self.name}, and leaves its adapters out: "
+                f"{ALONE}"
             )
         return super().__getattr__(name)
 
@@ -98,42 +128,55 @@ class StackedLayer(nn.Module):
         if not rows.policies:
             return y
         rows.check(x, self.name)
+        if not isinstance(y, Tensor):
+            raise ValueError(f"{self.name} computes more than a linear layer: {ALONE}")
+        y = y.contiguous()
         if self._picked is None or self._picked[0] is not rows.models:
             self._picked = rows.models, self.factors.of(rows.policies)
         A, B, gain, shift = self._picked[1]
         k = len(rows.models)
-        theirs = y.view(k, -1, y.shape[-1])[rows.first :]
+        theirs = y.view(k, -1, y.shape[-1])
+        inner = self.inner(x, k)
+        if rows.first:
+            theirs, inner = theirs[1:], inner[1:]
         if gain is not None:
             theirs *= gain[:, None]
         if shift is not None:
             theirs += shift[:, None]
-        inner = self.inner(x.to(y.device), k, A)
-        if inner.dtype == y.dtype:
+        inner = self.through(inner.to(A.device), A)
+        if B.dtype == y.dtype:
             theirs.baddbmm_(inner, B)
-        else:  # PEFT keeps the adapters of a 16-bit model in float32
+        else:
             theirs += torch.bmm(inner, B)
         return y
 
-    def inner(self, x: Tensor, k: int, A: Tensor) -> Tensor:
-        """x A of the rows that have an adapter, [m, tokens, r]."""
+    def inner(self, x: Tensor, k: int) -> Tensor:
+        """The input by model, [k, tokens, in], or [k, tokens] of ids."""
+        raise NotImplementedError
+
+    def through(self, x: Tensor, A: Tensor) -> Tensor:
+        """x A, [m, tokens, r], of the m models with an adapter."""
         raise NotImplementedError
 
 
 class StackedLinear(StackedLayer):
     """Two batched matrix products for all policies."""
 
-    def inner(self, x: Tensor, k: int, A: Tensor) -> Tensor:
-        theirs = x.reshape(k, -1, x.shape[-1])[self.rows.first :]
-        return torch.bmm(theirs.to(A.dtype), A)
+    def inner(self, x: Tensor, k: int) -> Tensor:
+        return x.reshape(k, -1, x.shape[-1])
+
+    def through(self, x: Tensor, A: Tensor) -> Tensor:
+        return torch.bmm(x.to(A.dtype), A)
 
 
 class StackedEmbedding(StackedLayer):
     """One lookup and one batched matrix product for all policies."""
 
-    def inner(self, x: Tensor, k: int, A: Tensor) -> Tensor:
-        theirs = x.reshape(k, -1)[self.rows.first :]
-        table = torch.arange(len(A), device=x.device)[:, None]
-        return A[table, theirs]
+    def inner(self, x: Tensor, k: int) -> Tensor:
+        return x.reshape(k, -1)
+
+    def through(self, x: Tensor, A: Tensor) -> Tensor:
+        return A[torch.arange(len(A), device=x.device)[:, None], x]
 
 
 class PerPolicy(nn.Module):

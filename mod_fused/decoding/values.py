@@ -23,7 +23,8 @@ class ValueState(Protocol):
 
         Args:
             tokens: int64 [B], drawn last; None at the first step.
-            reference: the reference's logits [B, V_0] of this step, None if there is no reference.
+            reference: the reference's logits [B, V_0] of this step, None if there is no reference;
+                also with one_head, which takes no guide that reads them.
             vocab_size: V, how many tokens take part.
         """
         ...

@@ -73,6 +73,9 @@ def keep_threads():
         (["generate", "--prompt", "x", "--num-beams", "0"], ">= 1"),
         (["generate", "--prompt", "x", "--num-beams", "2", "--top-k", "3"], "top_k"),
         (["generate", "--prompt", "x", "--length-penalty", "2"], "goes with --num-beams"),
+        (["generate", "--prompt", "x", "--one-head"], "different values of weight"),
+        (["generate", "--prompt", "x", "--one-head", "--divergence", "jsd"], "divergence needs"),
+        (["generate", "--prompt", "x", "--one-head", "--json"], "leave out --json"),
         (
             ["generate", "--score", "helpful", "--best-of", "2", "--num-beams", "2"],
             "leave out --best-of",
@@ -84,6 +87,16 @@ def keep_threads():
         (["generate", "--policy", "./no/such/folder", "--prompt", "x"], "no/such/folder"),
         (["generate", "--policy", "/nope", "--prompt", "x"], "folder /nope does not exist"),
         (["sweep", "--reference", "a/b/c", "--policy", "p"], "folder a/b/c does not exist"),
+        (["generate", "--adapters", "a/b/c", "--prompt", "x"], "folder a/b/c does not exist"),
+        (["generate", "--adapters", "a", "--prompt", "x"], "--adapters need --reference"),
+        (
+            ["generate", "--reference", "r", "--adapters", "a", "--policy", "p", "--prompt", "x"],
+            "leave out --policy",
+        ),
+        (
+            ["generate", "--adapters", "a", "--reference", "r", "--objectives", "helpful"],
+            "leave it out with --policy and --adapters",
+        ),
         (["generate", "--policy", "p", "--objectives", "helpful", "--prompt", "x"], "--objectives"),
         (["sweep", "--points", "1"], ">= 2"),
         (["sweep", "--reward", "math:sqrt"], "own models"),
@@ -189,6 +202,16 @@ def test_beams_at_a_corner_find_what_the_policys_own_beam_search_does(capsys):
     assert record["score"] == pytest.approx(own.sequences_scores.item(), abs=1e-4)
     assert main(["generate", "--max-new-tokens", "12", *corner]) == 0
     assert capsys.readouterr().out.rstrip("\n") == record["text"]
+
+
+def test_models_that_share_a_head_answer_alike_with_one(capsys):
+    folder = str(world.checkpoint("helpful"))
+    argv = ["generate", "--reference", folder, "--policy", folder, "--policy", folder]
+    argv += ["--weights=0.75,-0.5", "--prompt", QUESTION, "--seed", "1", "--max-new-tokens", "8"]
+    assert main(argv) == 0
+    expected = capsys.readouterr().out
+    assert main([*argv, "--one-head"]) == 0
+    assert capsys.readouterr().out == expected
 
 
 def test_generate_reads_prompts_from_standard_input(capsys, monkeypatch):

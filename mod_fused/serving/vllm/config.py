@@ -14,8 +14,8 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
 from ...call.checks import MAX_POLICIES
-from ...decoding.ensemble import common_ids
 from ...decoding.loading import load_tokenizer
+from ...decoding.vocabularies import common_ids
 from .adapter_folders import check_adapters, names_of, tokenizer_of
 from .requests import PREFIX, Settings, arguments, checks
 

@@ -1,0 +1,500 @@
+"""LoRA adapters that share one base: the logits and tokens of separate PEFT models."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+import torch
+from small_models import small_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from mod_fused import Ensemble, generate, loglikelihood
+from mod_fused.decoding import stacked_adapters, stacked_layers
+
+peft = pytest.importorskip("peft")
+
+IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 12], [3, 3, 4, 4, 5]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
+PARTS = ("lora_", "modules_to_save", "trainable_tokens_delta")
+
+
+def lora(*targets: str, **options: Any) -> Any:
+    options = {"r": 4, "task_type": "CAUSAL_LM", **options}
+    return peft.LoraConfig(target_modules=list(targets or ("q_proj", "v_proj")), **options)
+
+
+KINDS: dict[str, Any] = {
+    "plain": lora(),
+    "rslora": lora("k_proj", "up_proj", "down_proj", r=2, lora_alpha=7, use_rslora=True),
+    "patterns": lora("q_proj", "o_proj", rank_pattern={"q_proj": 6}, alpha_pattern={"o_proj": 3}),
+    "dora": lora("o_proj", "gate_proj", r=3, use_dora=True),
+    "saved": lora(modules_to_save=["lm_head", "norm"]),
+    "embeddings": lora("embed_tokens", "lm_head", "q_proj"),
+    "biases": lora(lora_bias=True),
+    "tokens": lora(trainable_token_indices=[3, 4, 5, 6, 7]),
+}
+
+
+def filled(model: Any, seed: int) -> Any:
+    """The adapter's own weights, so far from 0 that they change what the base says."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in PARTS):
+            noise = torch.randn(parameter.shape, generator=generator)
+            scaled = parameter * (1 + 0.3 * noise.abs()) if "magnitude" in name else 0.2 * noise
+            parameter.data.copy_(scaled)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: Any) -> Path:
+    root = tmp_path_factory.mktemp("adapters")
+    tiny.llama(0, eos=None).save_pretrained(root / "base")
+    tiny.tokenizer(eos_token=None).save_pretrained(root / "base")
+    for seed, (kind, config) in enumerate(KINDS.items()):
+        base = AutoModelForCausalLM.from_pretrained(root / "base")
+        filled(peft.get_peft_model(base, copy.deepcopy(config)), seed).save_pretrained(root / kind)
+    return root
+
+
+def separate(folders: Path, kinds: list[str]) -> Ensemble:
+    """Each adapter on a base of its own, as PEFT runs it."""
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(folders / "base")
+
+    adapted = [peft.PeftModel.from_pretrained(base(), folders / kind).eval() for kind in kinds]
+    return Ensemble([base(), *adapted], tiny.tokenizer(eos_token=None))
+
+
+def shared(folders: Path, kinds: list[str], **options: Any) -> Ensemble:
+    return Ensemble.from_adapters(folders / "base", [folders / kind for kind in kinds], **options)
+
+
+def logits(ensemble: Ensemble, running: list[int], masked: bool = False, copies: int = 1) -> Any:
+    """The logits of five steps, [5, running models, rows, V]."""
+    ids, mask = [IDS] * len(running), [MASK if masked else None] * len(running)
+    state = ensemble.start(ids, mask, max_new_tokens=5, models=running)
+    state.fork(copies)
+    generator, found = torch.Generator().manual_seed(1), []
+    tokens = None
+    for step in range(5):
+        reference, policies = state.step(tokens)
+        each = dict(enumerate([reference, *policies]))
+        found.append(torch.stack([each[model] for model in running]))
+        tokens = torch.randint(2, tiny.V, (len(IDS) * copies,), generator=generator)
+        if step == 2:
+            rows = torch.arange(len(tokens)).roll(1)
+            state.select(rows)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("count", range(1, 9))
+def test_logits_are_those_of_separate_models(folders: Path, count: int, masked: bool) -> None:
+    kinds = list(KINDS)[-count:]
+    ours, theirs = shared(folders, kinds), separate(folders, kinds)
+    for running in {tuple(range(count + 1)), tuple(range(1, count + 1)), (0, count), (1, count)}:
+        if len(set(running)) < len(running):
+            continue
+        expected = logits(theirs, list(running), masked, copies=2)
+        got = logits(ours, list(running), masked, copies=2)
+        torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
+        if 0 in running:  # the adapters matter, each in its own way
+            assert all((x - expected[:, 0]).abs().max() > 0.1 for x in expected[:, 1:].unbind(1))
+
+
+def test_models_by_themselves_are_the_separate_ones(folders: Path) -> None:
+    kinds = list(KINDS)
+    ours, theirs = shared(folders, kinds, forward="separate"), separate(folders, kinds)
+    with torch.no_grad():
+        for mine, other in zip(ours.models, theirs.models, strict=True):
+            expected = other(input_ids=IDS, attention_mask=MASK).logits
+            got = mine(input_ids=IDS, attention_mask=MASK).logits
+            torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
+    every = list(range(9))
+    torch.testing.assert_close(logits(ours, every), logits(theirs, every), atol=5e-5, rtol=0)
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "simplex": {"weights": [0.5, 0.2, 0.3]},
+    "off the simplex": {"weights": [1.5, -0.6, 0.4]},
+    "by row": {"weights": [[1.0, 0.0, 0.0], [0.3, 0.3, 0.4], [0.0, 0.0, 2.0]]},
+    "jsd": {"weights": [0.4, 0.4, 0.2], "divergence": "jsd", "sequence_history": True},
+    "forward_kl": {"weights": [0.4, 0.0, 0.6], "divergence": "forward_kl"},
+    "beams": {"weights": [0.5, 0.2, 0.3], "num_beams": 3, "num_return_sequences": 2, "seed": None},
+    "candidates": {"weights": [0.5, 0.5, 0.0], "num_candidates": 4, "resample_below": 0.5},
+    "recomputed": {"weights": [0.5, 0.2, 0.3], "use_cache": False, "num_return_sequences": 2},
+    "resampled": {
+        "weights": [0.5, 0.2, 0.3],
+        "resample_fn": lambda step, *_: torch.tensor([2, 0, 0]) if step == 3 else None,
+    },
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_tokens_are_those_of_separate_models(folders: Path, call: str) -> None:
+    kinds = ["plain", "rslora", "saved"]
+    options = {"max_new_tokens": 12, "seed": 5, "return_model_logprobs": call == "by row"}
+    options |= CALLS[call]
+    ours = generate(shared(folders, kinds), tiny.PROMPTS, **options)
+    theirs = generate(separate(folders, kinds), tiny.PROMPTS, **options)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-4, rtol=0)
+    assert ours.texts == theirs.texts
+
+
+def test_prompts_of_different_lengths_by_model(folders: Path) -> None:
+    prompts = [tiny.PROMPTS, ["the cat"] * 3, ["a bird ran over it", "it", "the dog"]]
+    options: dict[str, Any] = {"weights": [0.9, 0.6], "max_new_tokens": 10, "seed": 2}
+    kinds = ["patterns", "dora"]
+    ours = generate(shared(folders, kinds), prompts, **options)
+    assert torch.equal(ours.tokens, generate(separate(folders, kinds), prompts, **options).tokens)
+
+
+def test_likelihoods_are_those_of_separate_models(folders: Path) -> None:
+    kinds, responses = ["plain", "biases"], ["red fox ran", "it", "dog slept near the cat"]
+    options: dict[str, Any] = {"weights": [0.7, 0.7], "return_model_logprobs": True}
+    ours = loglikelihood(shared(folders, kinds), tiny.PROMPTS, responses, **options)
+    theirs = loglikelihood(separate(folders, kinds), tiny.PROMPTS, responses, **options)
+    torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=5e-5, rtol=0)
+    torch.testing.assert_close(ours.model_logprobs, theirs.model_logprobs, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("forward", "calls"), [("stacked", 1), ("separate", 2)])
+def test_how_often_a_step_runs_the_base(folders: Path, forward: str, calls: int) -> None:
+    ensemble = shared(folders, ["plain", "rslora"], forward=forward)
+    seen: list[int] = []
+    norm = ensemble.models[0].model.layers[0].input_layernorm  # no adapter: all share it
+    norm.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    generate(ensemble, input_ids=IDS, weights=[0.5, 0.5], max_new_tokens=4, pad_token_id=0)
+    assert seen == [6 // calls] * (4 * calls)  # the reference's coefficient is 0
+
+
+def test_two_batches_in_progress_and_a_model_by_itself_do_not_disturb_each_other(
+    folders: Path,
+) -> None:
+    ours, theirs = (make(folders, ["plain", "rslora", "biases"]) for make in (shared, separate))
+    runs = ([0, 1, 2, 3], [1, 3])
+    states = [
+        [e.start([IDS] * len(r), [None] * len(r), models=r) for r in runs] for e in (ours, theirs)
+    ]
+    for tokens in (None, IDS[:, 0], IDS[:, 1]):
+        for mine, other in zip(*states, strict=True):
+            got, expected = mine.step(tokens), other.step(tokens)
+            for x, y in zip([got[0], *got[1]], [expected[0], *expected[1]], strict=True):
+                torch.testing.assert_close(x, y, atol=5e-5, rtol=0)
+            with torch.no_grad():
+                ours.models[2](input_ids=IDS)
+
+
+# ---- what is shared, and what stays as it is -----------------------------------------------------
+
+
+def test_the_weights_of_the_base_are_in_memory_once(folders: Path) -> None:
+    ensemble = shared(folders, ["plain", "rslora", "dora"])
+    base = dict(ensemble.models[0].named_parameters())
+    pointers = {parameter.data_ptr() for parameter in base.values()}
+    for model in (*ensemble.models[1:], ensemble.stacked.together):
+        assert {parameter.data_ptr() for parameter in model.parameters()} <= pointers
+
+
+def several() -> Any:
+    """A PeftModel with three adapters."""
+    model = peft.get_peft_model(tiny.llama(0, eos=None), lora(), "a")
+    model.add_adapter("b", lora("k_proj", r=2, lora_alpha=5))
+    model.add_adapter("c", lora("o_proj", "down_proj", r=6))
+    return filled(model, 3)
+
+
+def test_adapters_by_name_of_a_peft_model_that_stays_as_it_is() -> None:
+    model = several()
+    before = copy.deepcopy(model)
+    ensemble = Ensemble.from_adapters(model, ["c", "a", "c"])
+    found = logits(ensemble, [0, 1, 2, 3])
+    assert [str(module) for module in model.modules()] == [str(m) for m in before.modules()]
+    for (name, mine), (_, other) in zip(
+        model.named_parameters(), before.named_parameters(), strict=True
+    ):
+        assert torch.equal(mine, other) and mine.requires_grad == other.requires_grad, name
+    assert model.active_adapters == before.active_adapters
+    models = [tiny.llama(0, eos=None)]
+    for name in ("c", "a", "c"):
+        models.append(copy.deepcopy(before))
+        models[-1].set_adapter(name)
+    expected = logits(Ensemble(models), [0, 1, 2, 3])
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+    assert Ensemble.from_adapters(model).num_policies == 3
+
+
+def test_a_base_in_memory_stays_as_it_is(folders: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    before = [(name, p.requires_grad) for name, p in base.named_parameters()]
+    modules = list(map(str, base.modules()))
+    ensemble = Ensemble.from_adapters(base, [folders / "plain", folders / "saved"])
+    theirs = separate(folders, ["plain", "saved"])
+    expected = logits(theirs, [0, 1, 2])
+    torch.testing.assert_close(logits(ensemble, [0, 1, 2]), expected, atol=5e-5, rtol=0)
+    assert [(name, p.requires_grad) for name, p in base.named_parameters()] == before
+    assert list(map(str, base.modules())) == modules
+    assert ensemble.models[0].lm_head is base.lm_head
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_no_farther_from_float32_than_separate_models(
+    folders: Path, dtype: torch.dtype
+) -> None:
+    kinds = ["plain", "dora", "embeddings"]
+    exact = logits(separate(folders, kinds), [0, 1, 2, 3])
+    theirs = separate(folders, kinds)
+    for model in theirs.models:
+        model.to(dtype)
+    errors = [
+        (logits(ensemble, [0, 1, 2, 3]).float() - exact).abs().mean()
+        for ensemble in (shared(folders, kinds, dtype=dtype), theirs)
+    ]
+    assert errors[0] < 1.1 * errors[1]
+
+
+def test_tokenizers_are_the_adapters_own_else_the_bases(folders: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    filled(peft.get_peft_model(base, lora()), 1).save_pretrained(tmp_path / "a")
+    tiny.tokenizer(pad_token="<unk>").save_pretrained(tmp_path / "a")
+    ensemble = Ensemble.from_adapters(folders / "base", [tmp_path / "a", folders / "plain"])
+    assert [t.pad_token for t in ensemble.tokenizers] == [None, "<unk>", None]
+    given = tiny.tokenizer(pad_token="<eos>")
+    ensemble = shared(folders, ["plain"], tokenizers=given)
+    assert ensemble.tokenizers == [given, given]
+
+
+# ---- architectures -------------------------------------------------------------------------------
+
+FAMILIES = {
+    "bloom": "all-linear",
+    "falcon (ALiBi)": "all-linear",
+    "gemma2": "all-linear",
+    "gemma3_text": ["embed_tokens", "q_proj"],  # its embedding is scaled
+    "gpt2": "all-linear",
+    "mamba": ["in_proj", "x_proj"],
+    "opt": "all-linear",
+    "qwen2": "all-linear",  # one of them with DoRA over layers with biases
+    "recurrent_gemma": "all-linear",
+    "xlnet": "all-linear",  # one after the other
+}
+
+
+def of_a_family(kind: str, folder: Path, targets: Any) -> list[Path]:
+    """Two adapters of a family, saved."""
+    for seed in (1, 2):
+        dora = kind == "qwen2" and seed == 2  # its layers have biases
+        config = lora("?", r=1 + seed, use_dora=dora)
+        config.target_modules = targets
+        model = filled(peft.get_peft_model(small_model(kind, 1), config), seed)
+        model.save_pretrained(folder / str(seed))
+    return [folder / "1", folder / "2"]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_family_equals_separate_models(kind: str, tmp_path: Path) -> None:
+    paths = of_a_family(kind, tmp_path, FAMILIES[kind])
+    ours = Ensemble.from_adapters(small_model(kind, 1), paths)
+    adapted = [peft.PeftModel.from_pretrained(small_model(kind, 1), p).eval() for p in paths]
+    theirs = Ensemble([small_model(kind, 1), *adapted])
+    expected = logits(theirs, [0, 1, 2])
+    scale = expected.abs().max()
+    torch.testing.assert_close(logits(ours, [0, 1, 2]), expected, atol=5e-6 * scale, rtol=0)
+    assert (expected[:, 1] - expected[:, 2]).abs().max() > 1e-2 * scale
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "message"),
+    [
+        ("jetmoe", ["layer"], "sees the tokens sorted by expert"),
+        ("gpt2", ["wpe"], "wpe .* does not read the token ids"),
+        ("mixtral", "all-linear", "changes parameters, not layers"),
+    ],
+)
+def test_a_layer_that_cannot_be_stacked_is_refused(
+    kind: str, targets: Any, message: str, tmp_path: Path
+) -> None:
+    paths = of_a_family(kind, tmp_path, targets)
+    with pytest.raises(ValueError, match=f"{message}.*from_pretrained loads a base model for each"):
+        Ensemble.from_adapters(small_model(kind, 1), paths)
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "message"),
+    [
+        ("jamba", ["dt_proj"], "reads the weight of model.layers.0.mamba.dt_proj"),
+        ("llama4_text", ["router"], "router .* computes more than a linear layer"),
+    ],
+)
+def test_a_layer_that_is_not_called_as_a_linear_one_is_refused_when_it_runs(
+    kind: str, targets: Any, message: str, tmp_path: Path
+) -> None:
+    paths = of_a_family(kind, tmp_path, targets)
+    ensemble = Ensemble.from_adapters(small_model(kind, 1), paths)
+    for forward in ("stacked", "separate"):
+        ensemble.forward = forward
+        with pytest.raises(ValueError, match=message):
+            logits(ensemble, [0, 1, 2])
+
+
+def test_a_family_whose_rows_do_not_come_first_is_refused_stacked(tmp_path: Path) -> None:
+    paths = of_a_family("xlnet", tmp_path, "all-linear")
+    ensemble = Ensemble.from_adapters(small_model("xlnet", 1), paths, forward="stacked")
+    with pytest.raises(ValueError, match="cannot run stacked, XLNet.*forward='separate'"):
+        logits(ensemble, [0, 1, 2])
+
+
+def test_rows_that_do_not_come_first_are_found_when_they_run() -> None:
+    factors = stacked_layers.Factors(torch.ones(2, 3, 1), torch.ones(2, 1, 3), None, None)
+    rows = stacked_layers.Rows([0, 1, 2])
+    layer = stacked_layers.StackedLinear(torch.nn.Linear(3, 3), factors, rows, "turned")
+    rows.set([0, 1, 2], 6)
+    layer(torch.ones(6, 5, 3))
+    layer(torch.ones(30, 3))
+    with pytest.raises(ValueError, match=r"turned gets \[5, 6, 3\], .* batch of 6 rows"):
+        layer(torch.ones(5, 6, 3))
+    with pytest.raises(ValueError, match="reads the weight of turned"):
+        _ = layer.weight
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 64, 65])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_of_few_rows_is_the_layer(rows: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(37, 19, bias=bias)
+    few = stacked_layers.FewRows(layer)
+    assert stacked_layers.FewRows.suits(layer) and few.weight is layer.weight
+    with Calls() as calls:
+        few(torch.randn(rows, 1, 37))
+    assert ("mkldnn::_linear_pointwise" in calls.names) == (1 < rows <= 64)
+    x = torch.randn(rows, 1, 37)
+    exact = layer.double()(x.double()).detach()
+    layer.float()
+    with torch.no_grad():
+        torch.testing.assert_close(few(x).double(), exact, atol=2e-6, rtol=0)
+    assert not stacked_layers.FewRows.suits(copy.deepcopy(layer).bfloat16())
+    layer.register_forward_hook(lambda *_: None)
+    assert not stacked_layers.FewRows.suits(layer)
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def with_config(folder: Path, target: Path, **changes: Any) -> Path:
+    """A copy of an adapter's folder with another configuration."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    file = target / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "weights of its base model .*'pissa'"),
+        ({"init_lora_weights": "olora"}, "weights of its base model .*'olora'"),
+        ({"bias": "all"}, "biases of its base model"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "repeats layers of its base model"),
+        ({"kasa_config": {}}, "weights of its base model .kasa_config"),
+        ({"alora_invocation_tokens": [3]}, "looks for in whole sequences"),
+        ({"base_model_name_or_path": "someone/other"}, "made for the base model someone/other"),
+    ],
+)
+def test_an_adapter_that_changes_its_base_is_refused_before_it_does(
+    folders: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    if "kasa_config" in changes:
+        changes = {"kasa_config": {"beta": 0.1, "gamma": 0.1}}
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    before = copy.deepcopy(base.state_dict())
+    path = with_config(folders / "plain", tmp_path / "a", **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        Ensemble.from_adapters(base, [folders / "rslora", path])
+    assert str(path) in str(caught.value)
+    assert all(torch.equal(x, before[name]) for name, x in base.state_dict().items())
+
+
+def test_a_base_of_another_name_is_taken_on_request(folders: Path, tmp_path: Path) -> None:
+    path = with_config(folders / "plain", tmp_path / "a", base_model_name_or_path="someone/other")
+    ensemble = Ensemble.from_adapters(folders / "base", [path], check_base=False)
+    expected = logits(separate(folders, ["plain"]), [0, 1])
+    torch.testing.assert_close(logits(ensemble, [0, 1]), expected, atol=5e-5, rtol=0)
+
+
+def test_other_methods_than_lora_are_refused(folders: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    config = peft.IA3Config(
+        target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"
+    )
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="kind IA3, not LoRA"):
+        Ensemble.from_adapters(folders / "base", [tmp_path / "a"])
+
+
+def test_tensors_that_do_not_fit_the_base_are_refused(folders: Path, tmp_path: Path) -> None:
+    wide = tiny._ready(tiny.LlamaForCausalLM, tiny._llama_config(tiny.V, head_dim=32), 0, None)
+    wide.save_pretrained(tmp_path / "base")
+    with pytest.raises(OSError, match="cannot load the adapter .*plain.*size mismatch"):
+        Ensemble.from_adapters(tmp_path / "base", [folders / "plain"])
+    from safetensors.torch import load_file, save_file
+
+    path = with_config(folders / "plain", tmp_path / "a")
+    tensors = load_file(path / "adapter_model.safetensors")
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="a has wrong tensors for .*base: 1 missing"):
+        Ensemble.from_adapters(folders / "base", [path])
+
+
+def test_arguments_that_do_not_fit_are_refused(folders: Path) -> None:
+    base, plain = folders / "base", folders / "plain"
+    cases: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
+        (ValueError, "forward must be one of auto", (base, [plain]), {"forward": "both"}),
+        (TypeError, "adapters must be a list", (base, str(plain)), {}),
+        (ValueError, "at least one folder", (base, []), {}),
+        (ValueError, "at least one folder", (base, None), {}),
+        (ValueError, "is no PEFT adapter", (base, [base]), {}),
+        (ValueError, "is an adapter itself", (plain, [plain]), {}),
+        (OSError, "nowhere does not exist", (base, [folders / "nowhere"]), {}),
+        (TypeError, "a transformers model or a PeftModel, got int", (3, [plain]), {}),
+        (ValueError, "has no adapter d, it has a, b, c", (several(), ["d"]), {}),
+        (ValueError, "dtype: for a base model that is loaded", (several(),), {"dtype": "auto"}),
+        (ValueError, "device: for a base model that is loaded", (several(),), {"device": "cpu"}),
+        (ValueError, "in training mode", (several().train(),), {}),
+    ]
+    merged = several()
+    merged.merge_adapter(["b"])
+    cases.append((ValueError, "merged into the base", (merged,), {}))
+    for kind, message, arguments, options in cases:
+        with pytest.raises(kind, match=message):
+            Ensemble.from_adapters(*arguments, **options)
+
+
+def test_a_layer_with_two_ways_of_changing_it_runs_policy_by_policy(folders: Path) -> None:
+    """One adapter saves lm_head whole, another has LoRA on it: PEFT cannot put them on one base."""
+    ensemble = shared(folders, ["saved", "embeddings"])
+    assert isinstance(ensemble.stacked.together.lm_head, stacked_layers.PerPolicy)
+    assert stacked_adapters.FORWARDS == ("auto", "stacked", "separate")
