@@ -9,12 +9,18 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .stacked_adapters import check_config, copy_of_modules, without_adapters
+from .stacked_adapters import (
+    check_config,
+    check_plain,
+    check_saved,
+    copy_of_modules,
+    without_adapters,
+)
 
 # Options that say where files come from, the same for configs, models and tokenizers.
 _FILE_OPTIONS = (
@@ -250,6 +256,7 @@ def load_base_and_adapters(
         OSError, TypeError, ValueError, ImportError: as `Ensemble.from_adapters`.
     """
     loaded = isinstance(base, (str, Path))
+    base = getattr(base, "_orig_mod", base)  # of torch.compile
     if not loaded and (options or device is not None):
         given = sorted(options) or ["device"]
         raise ValueError(f"{', '.join(given)}: for a base model that is loaded by name")
@@ -273,6 +280,7 @@ def load_base_and_adapters(
         base = base if device is None else base.to(device)
         tokenizer = load_tokenizer(path, **options)
     elif hasattr(base, "config") and hasattr(base, "named_modules"):
+        check_plain(base)
         path = getattr(base.config, "_name_or_path", "")
     else:
         raise TypeError(
@@ -292,13 +300,16 @@ def load_base_and_adapters(
                 f"the adapter {name} was made for the base model {made_for}, got {path}: if they "
                 "are the same, pass check_base=False"
             )
-        model = _with_adapter(
-            copy_of_modules(base), name, path or "its base", options, check_config
-        )
+        copied = copy_of_modules(base)
+        if hasattr(copied, "gradient_checkpointing_disable"):
+            copied.gradient_checkpointing_disable()  # else PEFT hooks the base's own embedding
+        try:
+            model = _with_adapter(copied, name, path or "its base", options, shares_base=True)
+        finally:
+            for parameter in trainable:  # PEFT freezes the base, which may be the caller's
+                parameter.requires_grad_(True)
         own = load_tokenizer(name, **options) if _has_tokenizer(name, options) else tokenizer
         found[name] = model, own
-    for parameter in trainable:  # PEFT freezes the base, whose parameters may be the caller's
-        parameter.requires_grad_(True)
     models = [(found[name][0], "default") for name in adapters]
     return base, models, [tokenizer, *(found[name][1] for name in adapters)]
 
@@ -312,10 +323,10 @@ def _with_adapter(
     name: str,
     base: str,
     options: dict[str, Any],
-    check: Callable[[str, Any], None] = lambda name, config: None,
+    shares_base: bool = False,
 ) -> Any:
-    """The base model with the adapter's tensors, a `PeftModel`. `check` sees the adapter's name and
-    its PeftConfig before anything is changed."""
+    """The base model with the adapter's tensors, a `PeftModel`. `shares_base`: other models have
+    the base's tensors too; refuse an adapter that would change them, before it does."""
     try:
         from peft import PeftConfig, get_peft_model
         from peft.utils import load_peft_weights, set_peft_model_state_dict
@@ -333,11 +344,15 @@ def _with_adapter(
         config = PeftConfig.from_pretrained(name, **files)
         if config.task_type not in (None, "CAUSAL_LM"):
             raise ValueError(f"expected an adapter of a causal model, got {config.task_type}")
-    check(name, config)
+    if shares_base:
+        check_config(name, config)
     config.inference_mode = True
     with _reading("adapter", name):
         weights = load_peft_weights(name, device="cpu", **files)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    if shares_base:
+        check_saved(name, weights, dict(adapted.named_parameters()))
+    with _reading("adapter", name):
         report: Any = set_peft_model_state_dict(adapted, weights)
     if not config.is_prompt_learning:  # PEFT loads that method's only tensor strictly
         own = {key for key, _ in adapted.named_parameters()}

@@ -217,10 +217,13 @@ def _head(model: Any, label: str) -> nn.Linear:
         raise OneHeadError(f"{label} is a {name} ({kind}), which is not among the families for it")
     if hasattr(model, "_orig_mod") or own._compiled_call_impl is not None or _patched(own):
         raise OneHeadError(f"{label} is compiled, or its forward is not that of {name}")
+    if model._forward_hooks or own._forward_hooks:
+        raise OneHeadError(f"{label} has a forward hook, which would see hidden states as logits")
     if getattr(text_config(own), "final_logit_softcapping", None) is not None:
         raise OneHeadError(f"{label} ({name}) has a soft-cap on its logits: they are not linear")
     head = _output(model)
     plain = type(head) is nn.Linear and not _patched(head)
+    plain = plain and not head._forward_hooks and not head._forward_pre_hooks
     plain = plain and all(
         type(x) in (nn.Parameter, Tensor) and x.device.type != "meta"
         for x in (head.weight, head.bias)
@@ -229,7 +232,7 @@ def _head(model: Any, label: str) -> nn.Linear:
     if not plain:
         raise OneHeadError(
             f"the head of {label} is a {type(head).__module__}.{type(head).__name__}, or changed, "
-            "quantised, sharded or offloaded: expected a torch.nn.Linear in memory"
+            "hooked, quantised, sharded or offloaded: expected a torch.nn.Linear in memory"
         )
     return head
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -116,14 +117,29 @@ def stacked(base: Any, sources: Sequence[tuple[Any, str]]) -> StackedModel:
     return StackedModel(models, model(together), together, _separate(base))
 
 
+def check_plain(base: Any) -> None:
+    """Raise ValueError for a model that is no base without adapters, ready to run."""
+    check_evaluating(base)
+    if any(_adapted(base)):
+        raise ValueError(
+            "the base model holds adapters already (load_adapter): load it without, or pass the "
+            "PeftModel"
+        )
+
+
+def check_evaluating(model: Any) -> None:
+    """Raise ValueError for a model in training mode."""
+    if model.training:
+        raise ValueError(f"the {type(model).__name__} is in training mode: call .eval() on it")
+
+
 def without_adapters(peft_model: Any) -> Any:
     """The base model of a PeftModel, free of PEFT's layers; shares its weights.
 
     Raises:
         ValueError: adapters are merged into the weights, or change the base themselves.
     """
-    if peft_model.training:
-        raise ValueError("the PeftModel is in training mode: call .eval() on it")
+    check_evaluating(peft_model)
     for name, config in peft_model.peft_config.items():  # one changes the base for all
         check_config(name, config)
     if any(getattr(module, "merged_adapters", None) for module in peft_model.modules()):
@@ -158,7 +174,17 @@ def _separate(base: Any) -> str | None:
 
 def copy_of_modules(model: nn.Module, instead: dict[int, nn.Module] | None = None) -> Any:
     """A copy of the tree of modules that shares its leaves, parameters and buffers. `instead`:
-    modules to put in place of others, by their ids."""
+    modules to put in place of others, by their ids.
+
+    Raises:
+        ValueError: a module's own `forward` is a function, which would go on calling the original.
+    """
+    for path, module in model.named_modules():
+        if any(module.children()) and isinstance(vars(module).get("forward"), FunctionType):
+            raise ValueError(
+                f"the forward of {path or 'the base model'} has been replaced (as "
+                "torch.compile does), and a copy would call the original: pass the model without"
+            )
     leaves = [module for module in model.modules() if not any(module.children())]
     shared = (*leaves, *model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(x): x for x in shared} | (instead or {}))
@@ -188,6 +214,17 @@ def check_config(name: str, config: Any) -> None:
     for reason, found in reasons.items():
         if found:
             raise ValueError(f"the adapter {name} {reason}: {ALONE}")
+
+
+def check_saved(name: str, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Raise ValueError if an adapter's tensors hold some of its base model (PEFT's
+    save_embedding_layers) with other values than the base's `own`."""
+    for key, tensor in tensors.items():
+        if key in own and not torch.equal(own[key], tensor.to(own[key])):
+            raise ValueError(
+                f"the adapter {name} changes weights of its base model ({key}, saved with it): "
+                f"{ALONE}"
+            )
 
 
 def _adapted(base: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Any]]:

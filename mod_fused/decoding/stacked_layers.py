@@ -6,6 +6,7 @@ second, and so on. `Rows` says which models these are.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 ALONE = "Ensemble.from_pretrained loads a base model for each adapter"
 
 
-class Rows:
-    """Which models the rows of the next call belong to, in order; shared by all layers of a model.
+class Rows(threading.local):
+    """Which models the rows of a thread's next call belong to, in order; shared by all layers of a
+    model.
 
     Args:
         models: their indices, ascending; 0 is the reference, which has no adapter.
@@ -27,6 +29,9 @@ class Rows:
         self.count: int | None = None  # rows of the next call; None: not known
         self.models: tuple[int, ...] = ()
         self.set(models)
+
+    def __reduce__(self) -> Any:  # threading.local itself cannot be copied
+        return Rows, (self.models,)
 
     def set(self, models: Sequence[int], count: int | None = None) -> None:
         """The next call has `count` rows, of these models."""
@@ -70,7 +75,8 @@ class FewRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.shape[:-1].numel()
-        if 1 < rows <= self.MOST and torch.backends.mkldnn.enabled:
+        plain = torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+        if plain and 1 < rows <= self.MOST:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
@@ -98,7 +104,21 @@ class Factors(NamedTuple):
         return Factors(self.A[at], self.B[at], gain, shift)
 
 
-class StackedLayer(nn.Module):
+class Shared(nn.Module):
+    """In place of a layer that has several policies' weights, which are none of its own."""
+
+    name: str
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise ValueError(
+                f"the model itself reads the weight of {self.name}, and leaves its adapters out: "
+                f"{ALONE}"
+            )
+        return super().__getattr__(name)
+
+
+class StackedLayer(Shared):
     """A base layer and the adapters of several policies.
 
     Args:
@@ -114,14 +134,6 @@ class StackedLayer(nn.Module):
         self.factors, self.rows, self.name = factors, rows, name
         self._picked: tuple[tuple[int, ...], Factors] | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise ValueError(
-                f"the model itself reads the weight of {self.name}, and leaves its adapters out: "
-                f"{ALONE}"
-            )
-        return super().__getattr__(name)
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
         rows = self.rows
@@ -131,9 +143,10 @@ class StackedLayer(nn.Module):
         if not isinstance(y, Tensor):
             raise ValueError(f"{self.name} computes more than a linear layer: {ALONE}")
         y = y.contiguous()
-        if self._picked is None or self._picked[0] is not rows.models:
-            self._picked = rows.models, self.factors.of(rows.policies)
-        A, B, gain, shift = self._picked[1]
+        picked = self._picked
+        if picked is None or picked[0] is not rows.models:
+            picked = self._picked = rows.models, self.factors.of(rows.policies)
+        A, B, gain, shift = picked[1]
         k = len(rows.models)
         theirs = y.view(k, -1, y.shape[-1])
         inner = self.inner(x, k)
@@ -144,7 +157,7 @@ class StackedLayer(nn.Module):
         if shift is not None:
             theirs += shift[:, None]
         inner = self.through(inner.to(A.device), A)
-        if B.dtype == y.dtype:
+        if B.dtype == y.dtype and not torch.is_autocast_enabled(y.device.type):
             theirs.baddbmm_(inner, B)
         else:
             theirs += torch.bmm(inner, B)
@@ -179,7 +192,7 @@ class StackedEmbedding(StackedLayer):
         return A[torch.arange(len(A), device=x.device)[:, None], x]
 
 
-class PerPolicy(nn.Module):
+class PerPolicy(Shared):
     """A layer that each policy has as a whole: each runs on the rows of its own.
 
     Args:
@@ -200,11 +213,15 @@ class PerPolicy(nn.Module):
         self.base_layer = base_layer
         self.calls, self.rows, self.name = (None, *calls), rows, name
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.rows.check(x, self.name)
         if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
             raise ValueError(f"the layer {self.name} takes several tensors: it cannot be stacked")
         chunks = x.chunk(len(self.rows.models))
         calls = [self.calls[model] or self.base_layer for model in self.rows.models]
         out = [call(y, *args, **kwargs) for call, y in zip(calls, chunks, strict=True)]
-        return out[0] if len(out) == 1 else torch.cat(out)
+        if len(out) == 1:
+            return out[0]
+        if isinstance(out[0], tuple):  # routers of experts
+            return tuple(map(torch.cat, zip(*out, strict=True)))
+        return torch.cat(out)

@@ -4,6 +4,7 @@ or a refusal by name."""
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -51,14 +52,22 @@ def heads_of(models: list[Any]) -> list[Any]:
 
 
 def counted(modules: list[Any], call: Any, *args: Any, **options: Any) -> tuple[int, Any]:
-    """How often the modules are called, and the result."""
+    """How often the modules are called, and the result. (A hook would be refused.)"""
     seen: list[int] = []
-    hooks = [m.register_forward_hook(lambda *_: seen.append(1)) for m in {*modules}]
-    try:
+    wanted = set(map(id, modules))
+
+    def counts(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def counted_forward(self: Any, *given: Any, **named: Any) -> Any:
+            seen.extend([1] * (id(self) in wanted))
+            return forward(self, *given, **named)
+
+        return counted_forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in {type(module) for module in modules}:
+            patch.setattr(kind, "forward", counts(kind.forward))
         out = call(*args, **options)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return len(seen), out
 
 
@@ -474,6 +483,15 @@ DIFFERENT: dict[str, tuple[Callable[[Any], Any], str]] = {
     "compiled": (lambda m: torch.compile(m), "policy 1 is compiled"),
     "compiled in place": (lambda m: m.compile(), "policy 1 is compiled"),
     "forward": (lambda m: _set(m, "forward", m.forward), "or its forward is not that of Llama"),
+    "hook": (lambda m: m.register_forward_hook(print) and None, "policy 1 has a forward hook"),
+    "hook on the head": (
+        lambda m: m.lm_head.register_forward_hook(print) and None,
+        "the head of policy 1 is a torch.nn.modules.linear.Linear, or changed, hooked",
+    ),
+    "hook before the head": (
+        lambda m: m.lm_head.register_forward_pre_hook(print) and None,
+        "the head of policy 1 is a torch.nn.modules.linear.Linear, or changed, hooked",
+    ),
     "forward of the head": (
         lambda m: _set(m.lm_head, "forward", m.lm_head.forward),
         "the head of policy 1 is a torch.nn.modules.linear.Linear, or changed",
@@ -509,7 +527,8 @@ def test_weights_that_are_elsewhere_are_refused_and_hooks_of_accelerate_run() ->
     accelerate.hooks.add_hook_to_module(
         models[0].lm_head, accelerate.hooks.AlignDevicesHook(execution_device="cpu")
     )
-    compare(Ensemble(models), input_ids=IDS, weights=[0.5], seed=1)
+    call: dict[str, Any] = {"input_ids": IDS, "weights": [0.5], "seed": 1}
+    agree(generate(Ensemble(models), one_head=True, **call), generate(Ensemble(models), **call))
     accelerate.cpu_offload(models[1], execution_device="cpu", offload_buffers=True)
     with pytest.raises(ValueError, match="the head of policy 1 is .* sharded or offloaded"):
         generate(Ensemble(models), input_ids=IDS, weights=[0.5], one_head=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,47 @@ def test_two_batches_in_progress_and_a_model_by_itself_do_not_disturb_each_other
                 ours.models[2](input_ids=IDS)
 
 
+def test_two_threads_may_decode_with_one_ensemble(folders: Path) -> None:
+    ensemble = shared(folders, ["plain", "rslora"])
+    calls: list[dict[str, Any]] = [  # 6 rows each, of other models
+        {"input_ids": IDS[:2], "weights": [0.3, 0.3]},
+        {"input_ids": IDS, "weights": [0.6, 0.4]},
+    ]
+    options: dict[str, Any] = {"max_new_tokens": 3, "seed": 1, "pad_token_id": 0}
+    expected = [generate(ensemble, **call, **options) for call in calls]
+    found: list[Any] = []
+
+    def meanwhile(*_: Any) -> None:
+        hook.remove()  # once
+        thread = threading.Thread(
+            target=lambda: found.append(generate(ensemble, **calls[1], **options))
+        )
+        thread.start()
+        thread.join()
+
+    norm = ensemble.models[0].model.layers[0].input_layernorm
+    hook = norm.register_forward_pre_hook(meanwhile)
+    found.insert(0, generate(ensemble, **calls[0], **options))
+    for out, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(out.logprobs, right.logprobs, atol=5e-5, rtol=0)
+
+
+def test_autocast_does_what_it_does_to_separate_models(folders: Path) -> None:
+    kinds = ["plain", "embeddings", "dora"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(shared(folders, kinds), [0, 1, 2, 3])
+        expected = logits(separate(folders, kinds), [0, 1, 2, 3])
+    exact = logits(separate(folders, kinds), [0, 1, 2, 3])
+    assert (found - exact).abs().mean() < 1.1 * (expected - exact).abs().mean()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_an_ensemble_is_one(folders: Path, copied: Any) -> None:
+    ensemble = shared(folders, ["plain", "dora"])
+    expected = logits(ensemble, [0, 1, 2])
+    assert torch.equal(logits(copied(ensemble), [0, 1, 2]), expected)
+
+
 # ---- what is shared, and what stays as it is -----------------------------------------------------
 
 
@@ -268,6 +311,21 @@ def test_a_base_in_memory_stays_as_it_is(folders: Path) -> None:
     assert [(name, p.requires_grad) for name, p in base.named_parameters()] == before
     assert list(map(str, base.modules())) == modules
     assert ensemble.models[0].lm_head is base.lm_head
+
+
+def test_gradient_checkpointing_of_a_base_in_memory_adds_no_hooks(folders: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    base.gradient_checkpointing_enable()
+    before = list(base.model.embed_tokens._forward_hooks)
+    Ensemble.from_adapters(base, [folders / "plain", folders / "rslora"])
+    assert list(base.model.embed_tokens._forward_hooks) == before
+    assert base.is_gradient_checkpointing
+
+
+def test_a_compiled_base_is_the_model_in_it(folders: Path) -> None:
+    expected = logits(shared(folders, ["plain"]), [0, 1])
+    base = torch.compile(AutoModelForCausalLM.from_pretrained(folders / "base"))
+    assert torch.equal(logits(Ensemble.from_adapters(base, [folders / "plain"]), [0, 1]), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -336,6 +394,21 @@ def test_a_family_equals_separate_models(kind: str, tmp_path: Path) -> None:
     assert (expected[:, 1] - expected[:, 2]).abs().max() > 1e-2 * scale
 
 
+def test_a_saved_router_of_experts_equals_separate_models(tmp_path: Path) -> None:
+    configs = [lora("q_proj", modules_to_save=["gate"]), lora("v_proj")]
+    for seed, config in enumerate(configs):
+        adapted = filled(peft.get_peft_model(small_model("mixtral", 1), config), seed)
+        adapted.save_pretrained(tmp_path / str(seed))
+    paths = [tmp_path / "0", tmp_path / "1"]
+    base, *others = (small_model("mixtral", 1) for _ in range(3))
+    adapted = [
+        peft.PeftModel.from_pretrained(m, p).eval() for m, p in zip(others, paths, strict=True)
+    ]
+    expected = logits(Ensemble([base, *adapted]), [0, 1, 2])
+    found = logits(Ensemble.from_adapters(base, paths), [0, 1, 2])
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("kind", "targets", "message"),
     [
@@ -386,8 +459,10 @@ def test_rows_that_do_not_come_first_are_found_when_they_run() -> None:
     layer(torch.ones(30, 3))
     with pytest.raises(ValueError, match=r"turned gets \[5, 6, 3\], .* batch of 6 rows"):
         layer(torch.ones(5, 6, 3))
-    with pytest.raises(ValueError, match="reads the weight of turned"):
-        _ = layer.weight
+    whole = stacked_layers.PerPolicy(torch.nn.Linear(3, 3), [None, None], rows, "saved")
+    for each in (layer, whole):
+        with pytest.raises(ValueError, match=f"reads the weight of {each.name}"):
+            _ = each.weight
 
 
 class Calls(TorchDispatchMode):
@@ -461,6 +536,47 @@ def test_an_adapter_that_changes_its_base_is_refused_before_it_does(
     assert all(torch.equal(x, before[name]) for name, x in base.state_dict().items())
 
 
+def test_an_adapter_saved_with_another_embedding_is_refused_before_it_is_loaded(
+    folders: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    before = copy.deepcopy(base.state_dict())
+    for shift in (0.0, 0.5):
+        model = peft.get_peft_model(tiny.llama(0, eos=None), lora())
+        model.get_input_embeddings().weight.data += shift
+        filled(model, 1).save_pretrained(tmp_path / str(shift), save_embedding_layers=True)
+    Ensemble.from_adapters(base, [tmp_path / "0.0"])
+    with pytest.raises(ValueError, match="0.5 changes weights of its base .*embed_tokens.weight"):
+        Ensemble.from_adapters(base, [folders / "plain", tmp_path / "0.5"])
+    assert all(torch.equal(x, before[name]) for name, x in base.state_dict().items())
+
+
+def _with_compiled_layer(base: Any) -> None:
+    base.model.layers[1].forward = torch.compile(base.model.layers[1].forward)
+
+
+BASES: dict[str, tuple[Any, str]] = {
+    "compiled forward": (
+        lambda base: setattr(base, "forward", torch.compile(base.forward)),
+        "the forward of the base model has been replaced",
+    ),
+    "compiled layer": (_with_compiled_layer, "the forward of model.layers.1 has been replaced"),
+    "training": (lambda base: base.train(), "the LlamaForCausalLM is in training mode"),
+    "adapters": (lambda base: base.add_adapter(lora()), "the base model holds adapters already"),
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_base_in_memory_that_is_not_plain_is_refused(folders: Path, kind: str) -> None:
+    change, message = BASES[kind]
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    change(base)
+    before = [module.training for module in base.modules()]
+    with pytest.raises(ValueError, match=message):
+        Ensemble.from_adapters(base, [folders / "plain"])
+    assert [module.training for module in base.modules()] == before
+
+
 def test_a_base_of_another_name_is_taken_on_request(folders: Path, tmp_path: Path) -> None:
     path = with_config(folders / "plain", tmp_path / "a", base_model_name_or_path="someone/other")
     ensemble = Ensemble.from_adapters(folders / "base", [path], check_base=False)
@@ -489,8 +605,10 @@ def test_tensors_that_do_not_fit_the_base_are_refused(folders: Path, tmp_path: P
     tensors = load_file(path / "adapter_model.safetensors")
     tensors.pop(next(iter(tensors)))
     save_file(tensors, path / "adapter_model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
     with pytest.raises(ValueError, match="a has wrong tensors for .*base: 1 missing"):
-        Ensemble.from_adapters(folders / "base", [path])
+        Ensemble.from_adapters(base, [folders / "rslora", path])
+    assert all(parameter.requires_grad for parameter in base.parameters())
 
 
 def test_arguments_that_do_not_fit_are_refused(folders: Path) -> None:
