@@ -295,7 +295,7 @@ def load_base_and_adapters(
         if config is None:
             raise ValueError(f"{name} is no PEFT adapter: it has no adapter_config.json")
         made_for = config.get("base_model_name_or_path")
-        if check_base and path and made_for and Path(path).name != Path(made_for).name:
+        if check_base and path and made_for and not same_name(path, made_for):
             raise ValueError(
                 f"the adapter {name} was made for the base model {made_for}, got {path}: if they "
                 "are the same, pass check_base=False"
@@ -312,6 +312,17 @@ def load_base_and_adapters(
         found[name] = model, own
     models = [(found[name][0], "default") for name in adapters]
     return base, models, [tokenizer, *(found[name][1] for name in adapters)]
+
+
+def same_name(first: str, second: str) -> bool:
+    """Whether two names of models end alike: folders may be moved, and a snapshot in the cache of
+    the hub has its name on the hub."""
+
+    def last(name: str) -> str:
+        cached = re.search(r"models--.*--([^/]+)/snapshots/", name)
+        return cached[1] if cached else name.rstrip("/").rpartition("/")[2]
+
+    return last(first) == last(second)
 
 
 def _has_tokenizer(name: str, options: Mapping[str, Any]) -> bool:

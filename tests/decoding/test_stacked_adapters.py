@@ -152,6 +152,18 @@ def test_tokens_are_those_of_separate_models(folders: Path, call: str) -> None:
     assert ours.texts == theirs.texts
 
 
+@pytest.mark.parametrize("count", range(1, 9))
+def test_tokens_of_any_number_of_policies(folders: Path, count: int) -> None:
+    kinds = list(KINDS)[:count]
+    options: dict[str, Any] = {"weights": [0.9 / count] * count, "max_new_tokens": 12, "seed": 8}
+    ours, theirs = (
+        generate(make(folders, kinds), tiny.PROMPTS, num_return_sequences=4, **options)
+        for make in (shared, separate)
+    )
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert len({tuple(row) for row in ours.tokens.tolist()}) > 4
+
+
 def test_prompts_of_different_lengths_by_model(folders: Path) -> None:
     prompts = [tiny.PROMPTS, ["the cat"] * 3, ["a bird ran over it", "it", "the dog"]]
     options: dict[str, Any] = {"weights": [0.9, 0.6], "max_new_tokens": 10, "seed": 2}
@@ -441,6 +453,20 @@ def test_a_layer_that_is_not_called_as_a_linear_one_is_refused_when_it_runs(
         ensemble.forward = forward
         with pytest.raises(ValueError, match=message):
             logits(ensemble, [0, 1, 2])
+
+
+def test_prompts_that_stacking_would_have_to_pad_run_separately(tmp_path: Path) -> None:
+    kind = "recurrent_gemma"  # which cannot read padding
+    paths = of_a_family(kind, tmp_path, "all-linear")
+    ours = Ensemble.from_adapters(small_model(kind, 1), paths)
+    adapted = [peft.PeftModel.from_pretrained(small_model(kind, 1), p).eval() for p in paths]
+    theirs = Ensemble([small_model(kind, 1), *adapted])
+    prompts, options = [IDS, IDS[:, 1:], IDS[:, 2:]], {"weights": [0.4, 0.4], "pad_token_id": 0}
+    expected = generate(theirs, input_ids=prompts, **options, seed=1)
+    assert torch.equal(generate(ours, input_ids=prompts, **options, seed=1).tokens, expected.tokens)
+    ours.forward = "stacked"
+    with pytest.raises(ValueError, match="cannot read padded prompts"):
+        generate(ours, input_ids=prompts, **options)
 
 
 def test_a_family_whose_rows_do_not_come_first_is_refused_stacked(tmp_path: Path) -> None:

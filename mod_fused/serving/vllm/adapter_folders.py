@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -21,7 +20,7 @@ from vllm.lora.utils import (
     parse_fine_tuned_lora_name,
 )
 
-logger = logging.getLogger(__name__)
+from ...decoding.loading import same_name
 
 #: The architectures that take adapters, and whether embeddings and heads do, too.
 FAMILIES = {
@@ -72,8 +71,8 @@ def saved_embeddings(folder: str) -> Iterator[tuple[str, Tensor]]:
             yield _base_layer(key), file.get_tensor(key)
 
 
-def check_adapters(names: Sequence[str], base: ModelConfig) -> Shape:
-    """Check all adapters.
+def check_adapters(names: Sequence[str], base: ModelConfig, check_base: bool) -> Shape:
+    """Check all adapters; with `check_base` also the name of the base that they were made for.
 
     Raises:
         ValueError: for a base that takes no adapters; naming the first adapter that does not fit.
@@ -92,7 +91,7 @@ def check_adapters(names: Sequence[str], base: ModelConfig) -> Shape:
     modules: set[str] = set()
     for index, name in enumerate(names, 1):
         try:
-            ranks = _check(folder_of(name), base, weights)
+            ranks = _check(folder_of(name), base, weights, check_base)
         except Exception as error:
             raise ValueError(f"adapter {index} ({name}) cannot be served: {error}") from error
         rank = max(rank, *ranks.values())
@@ -115,14 +114,11 @@ def _weights(base: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _check(
-    folder: str, base: ModelConfig, weights: Mapping[str, tuple[int, ...]]
+    folder: str, base: ModelConfig, weights: Mapping[str, tuple[int, ...]], check_base: bool
 ) -> dict[str, int]:
     """The rank of each module that the adapter changes."""
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
     helper = _helper(config)
-    trained_on, served = config.get("base_model_name_or_path"), base.model
-    if trained_on and _last(trained_on) != _last(served):
-        logger.warning("the adapter %s was trained on %s, not on %s", folder, trained_on, served)
     if not (Path(folder) / _WEIGHTS).is_file():
         raise ValueError(f"it has no {_WEIGHTS}")
     found: dict[str, dict[str, list[int]]] = {}
@@ -156,6 +152,12 @@ def _check(
         _same(f"{module} (A)", sizes["A"], (rank, inputs))
         _same(f"{module} (B)", sizes["B"], (outputs, rank))
         ranks[module] = rank
+    made_for = config.get("base_model_name_or_path")
+    if check_base and made_for and not same_name(made_for, base.model):
+        raise ValueError(
+            f"it was made for the base model {made_for}, got {base.model}: if they are the same, "
+            'put "mod_fused_check_base": false into --hf-overrides'
+        )
     return ranks
 
 
@@ -196,12 +198,6 @@ def _matches(name: str, targets: str | Sequence[str] | None) -> bool:
 
 def _base_layer(key: str) -> str:
     return key.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
-
-
-def _last(name: str) -> str:
-    """The last part of a folder's or a hub's name; a snapshot of the hub's cache has the hub's."""
-    cached = re.search(r"models--.*--([^/]+)/snapshots/", name)
-    return cached[1] if cached else name.rstrip("/").rpartition("/")[2]
 
 
 def _same(what: str, found: Sequence[int], expected: Sequence[int]) -> None:

@@ -22,7 +22,13 @@ from .requests import PREFIX, Settings, arguments, checks
 #: The versions of vLLM whose hooks are these: the first, and the first that is too new.
 VERSIONS = "0.32", "0.33"
 _OURS = frozenset(
-    ["architectures", "mod_fused_policies", "mod_fused_adapters", "mod_fused_defaults"]
+    [
+        "architectures",
+        "mod_fused_adapters",
+        "mod_fused_check_base",
+        "mod_fused_defaults",
+        "mod_fused_policies",
+    ]
 )
 
 
@@ -47,7 +53,10 @@ def verify_and_update(vllm_config: VllmConfig) -> None:
     adapters = names_of(hf_config)
     if adapters:
         # In the config, by which vLLM also tells compiled models apart.
-        shape = check_adapters(adapters, configs[0])
+        check_base = getattr(hf_config, "mod_fused_check_base", True)
+        if not isinstance(check_base, bool):
+            raise ValueError(f"mod_fused_check_base must be true or false, got {check_base!r}")
+        shape = check_adapters(adapters, configs[0], check_base)
         hf_config.mod_fused_rank, hf_config.mod_fused_modules = shape
     settings = _settings(model_config, configs)
     hf_config.mod_fused_settings = settings.text()
