@@ -19,6 +19,7 @@ from transformers import GPT2DoubleHeadsModel, LlamaForCausalLM
 from mod_fused import Ensemble, custom_generate, generate, reference, world
 from mod_fused.decoding.architectures import text_config
 from mod_fused.decoding.one_head import FAMILIES, OneHead
+from mod_fused.decoding.stacked_layers import FewRows
 from mod_fused.guidance import Guidance, WorstCaseWeights
 
 PROMPTS = tiny.PROMPTS
@@ -52,20 +53,20 @@ def heads_of(models: list[Any]) -> list[Any]:
 
 
 def counted(modules: list[Any], call: Any, *args: Any, **options: Any) -> tuple[int, Any]:
-    """How often the modules are called, and the result. (A hook would be refused.)"""
+    """How often the modules' weights multiply, and the result. (A hook would be refused.)"""
     seen: list[int] = []
-    wanted = set(map(id, modules))
+    wanted = {id(getattr(module, "weight", module)) for module in modules}
 
     def counts(forward: Any) -> Any:
         @functools.wraps(forward)
         def counted_forward(self: Any, *given: Any, **named: Any) -> Any:
-            seen.extend([1] * (id(self) in wanted))
+            seen.extend([1] * (id(getattr(self, "weight", self)) in wanted))
             return forward(self, *given, **named)
 
         return counted_forward
 
     with pytest.MonkeyPatch.context() as patch:
-        for kind in {type(module) for module in modules}:
+        for kind in {FewRows, *map(type, modules)}:
             patch.setattr(kind, "forward", counts(kind.forward))
         out = call(*args, **options)
     return len(seen), out

@@ -440,7 +440,6 @@ def test_a_layer_that_cannot_be_stacked_is_refused(
 @pytest.mark.parametrize(
     ("kind", "targets", "message"),
     [
-        ("jamba", ["dt_proj"], "reads the weight of model.layers.0.mamba.dt_proj"),
         ("llama4_text", ["router"], "router .* computes more than a linear layer"),
     ],
 )
