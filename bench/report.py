@@ -208,6 +208,8 @@ def plain(result: Result) -> str:
             for row in records
         ]
         parts.append(markdown_table(names, lines))
+    if found := missing(result):
+        parts.append("## Not timed\n\n" + "\n".join(f"- {line}" for line in found))
     return "\n\n".join(parts) + "\n"
 
 

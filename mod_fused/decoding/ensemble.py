@@ -189,7 +189,7 @@ class Ensemble:
             tokenizers: as in `Ensemble`. None: each adapter's own, else the base's; with a
                 PeftModel none.
             forward: "stacked" runs all models in one pass; "separate" one after the other, each on
-                the shared weights; "auto" stacks wherever that leaves the tokens the same.
+                the shared weights; "auto" stacks them wherever they can run so.
             check_base: refuse an adapter that names a base model of another name.
             check_tokenizers: see `Ensemble`.
             dtype, device, kwargs: of the base, as in `from_pretrained`.
@@ -365,13 +365,18 @@ class Ensemble:
         if together is not None and runs_stacked(together, self.forward):
             prompts = list(input_ids), list(attention_mask)
             states = [StackedState(together, running, *prompts, use_cache)]
-        else:
+            try:
+                states[0].check(max_new_tokens)
+            except ValueError:  # such as padding, where prompts differ in length by model
+                if self.forward == "stacked":
+                    raise
+                states = []
+        if not states:
             for index, ids, mask in zip(running, input_ids, attention_mask, strict=True):
                 model = self.models[index]
                 kind = CausalLMState if is_transformers_model(model) else CallableState
                 states.append(kind(model, label(index), ids, mask, use_cache))
-        for state in states:
-            state.check(max_new_tokens)
+                states[-1].check(max_new_tokens)
         skipped = [self.models[i] for i in present if i not in running]
         widths = [embedded_ids(model) for model in skipped if is_transformers_model(model)]
         places = [running.index(i) if i in running else 0 for i in present]

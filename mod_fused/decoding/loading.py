@@ -311,7 +311,7 @@ def _check_made_for(name: str, base: str, options: Mapping[str, Any]) -> None:
     if config is None:
         raise ValueError(f"{name} is no PEFT adapter: it has no adapter_config.json")
     made_for = config.get("base_model_name_or_path")
-    if base and made_for and not _names(base) & _names(made_for):
+    if base and made_for and not same_name(base, made_for):
         raise ValueError(
             f"the adapter {name} was made for the base model {made_for}, got {base}: if they "
             "are the same, pass check_base=False"
@@ -331,9 +331,16 @@ def _adapted_copy(base: Any, name: str, label: str, options: dict[str, Any]) -> 
             parameter.requires_grad_(True)
 
 
-def _names(path: str) -> set[str]:
-    """The names that a model goes by: the last part of its path, as given and resolved."""
-    return {Path(path).name, Path(path).resolve().name}
+def same_name(first: str, second: str) -> bool:
+    """Whether two names of models end alike, as given or resolved: folders may be moved or linked,
+    and a snapshot in the cache of the hub has its name on the hub."""
+
+    def last(name: str) -> str:
+        cached = re.search(r"models--.*--([^/]+)/snapshots/", name)
+        return cached[1] if cached else name.rstrip("/").rpartition("/")[2]
+
+    one, other = ({last(name), last(str(Path(name).resolve()))} for name in (first, second))
+    return not one.isdisjoint(other)
 
 
 def _has_tokenizer(name: str, options: Mapping[str, Any]) -> bool:

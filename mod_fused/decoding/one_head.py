@@ -70,13 +70,10 @@ class OneHead:
         sums_to_one = bool(((coefficients.sum(1) - 1.0).abs() <= rounding).all())
         if shared.bias is not None and not sums_to_one:
             raise OneHeadError("the head has a bias, and the coefficients do not sum to one")
-        self._head: nn.Linear | FewRows = shared
+        self._head: Any = FewRows(shared) if FewRows.suits(shared) else shared
         owners = [*models.values(), *([] if together is None else [together])]
         self._places = [place for model in owners for place in _places(model)]
-        if together is not None and type(faster := _output(together)) is FewRows:
-            self._head = faster
-        finite = torch.where(coefficients.isfinite(), coefficients, torch.nan)
-        self._coefficients = [c[:, None] for c in finite.float().to(device).unbind(1)]
+        self._coefficients = [c[:, None] for c in coefficients.float().to(device).unbind(1)]
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:

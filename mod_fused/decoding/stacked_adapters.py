@@ -152,10 +152,8 @@ def without_adapters(peft_model: Any) -> Any:
 
 
 def runs_stacked(stacked: StackedModel, forward: str) -> bool:
-    """Whether an ensemble runs its models in one call.
-
-    "auto" does so wherever the tokens stay the same: of the cases of `python -m bench.run adapters`
-    separate calls won none.
+    """Whether an ensemble runs its models in one call. "auto" does so wherever the tokens stay the
+    same (`python -m bench.run adapters`).
 
     Raises:
         ValueError: "stacked", for a model that must run separately; says why.
@@ -332,7 +330,9 @@ def _pair(layer: Any, name: str, embedding: bool) -> tuple[Tensor, Tensor]:
     else:
         found = layer.lora_A[name].weight, layer.lora_B[name].weight
     if any(x.is_meta for x in found):
-        raise ValueError(f"the weights of the adapter {name} are not loaded")
+        raise ValueError(
+            "the weights of an adapter are offloaded: load the base model onto devices that hold it"
+        )
     return found
 
 

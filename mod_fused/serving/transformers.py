@@ -63,7 +63,7 @@ def custom_generate(
     stopping_criteria: Any,
     generation_config: Any,
     *,
-    policies: Sequence[Any],
+    policies: Sequence[Any] | Ensemble,
     weights: Sequence[float] | Sequence[Sequence[float]] | Tensor,
     tokenizers: Any = None,
     divergence: str | Divergence = "reverse_kl",
@@ -104,7 +104,8 @@ def custom_generate(
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: as
             transformers prepares them.
-        policies: the M policies, as in `Ensemble`.
+        policies: the M policies, as in `Ensemble`; or an ensemble whose reference is `model`, as
+            `Ensemble.from_adapters` makes one.
         weights: [M], or [B, M] with a row for each prompt.
         tokenizers: as in `Ensemble`; only to compare their vocabularies and for stop_strings.
         stop_strings: as in `mod_fused.generate`; needs tokenizers (transformers does not hand its
@@ -129,7 +130,7 @@ def custom_generate(
     with streaming(found if streamer is None else streamer) as stream:
         if isinstance(stream, TransformersStream):
             stream.prompt_is_shown = streamer is None
-        ensemble = Ensemble([model, *policies], tokenizers)
+        ensemble = _ensemble(model, policies, tokenizers)
         _check_call(generation_config, called_with)
         # No parameter: transformers would take a name of this signature out of its own call.
         attention_mask = model_kwargs.pop("attention_mask", None)
@@ -186,6 +187,16 @@ def custom_generate(
 
     result: Any = generation.GenerateDecoderOnlyOutput
     return result(sequences=sequences, scores=out.scores, logits=out.logits)
+
+
+def _ensemble(model: Any, policies: Any, tokenizers: Any) -> Ensemble:
+    if not isinstance(policies, Ensemble):
+        return Ensemble([model, *policies], tokenizers)
+    if policies.models[0] is not model:
+        raise ValueError("the reference of the ensemble must be the model whose generate is called")
+    if tokenizers is not None:
+        raise ValueError("tokenizers go with a list of policies; an ensemble has its own")
+    return policies
 
 
 def _arguments_of_generate(input_ids: Tensor) -> dict[str, Any]:

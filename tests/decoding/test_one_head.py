@@ -19,6 +19,7 @@ from transformers import GPT2DoubleHeadsModel, LlamaForCausalLM
 from mod_fused import Ensemble, custom_generate, generate, reference, world
 from mod_fused.decoding.architectures import text_config
 from mod_fused.decoding.one_head import FAMILIES, OneHead
+from mod_fused.decoding.stacked_layers import FewRows
 from mod_fused.guidance import Guidance, WorstCaseWeights
 
 PROMPTS = tiny.PROMPTS
@@ -52,20 +53,20 @@ def heads_of(models: list[Any]) -> list[Any]:
 
 
 def counted(modules: list[Any], call: Any, *args: Any, **options: Any) -> tuple[int, Any]:
-    """How often the modules are called, and the result. (A hook would be refused.)"""
+    """How often the modules' weights multiply, and the result. (A hook would be refused.)"""
     seen: list[int] = []
-    wanted = set(map(id, modules))
+    wanted = {id(getattr(module, "weight", module)) for module in modules}
 
     def counts(forward: Any) -> Any:
         @functools.wraps(forward)
         def counted_forward(self: Any, *given: Any, **named: Any) -> Any:
-            seen.extend([1] * (id(self) in wanted))
+            seen.extend([1] * (id(getattr(self, "weight", self)) in wanted))
             return forward(self, *given, **named)
 
         return counted_forward
 
     with pytest.MonkeyPatch.context() as patch:
-        for kind in {type(module) for module in modules}:
+        for kind in {FewRows, *map(type, modules)}:
             patch.setattr(kind, "forward", counts(kind.forward))
         out = call(*args, **options)
     return len(seen), out
@@ -285,9 +286,16 @@ def test_a_reference_whose_coefficient_is_rounding_is_not_looked_at(models: list
 
 
 def test_weights_beyond_float32_make_a_row_invalid(models: list[Any]) -> None:
-    weights = torch.tensor([[0.5, 0.5, 0.25], [1e300, 0.5, 0.0]], dtype=torch.float64)
-    out = generate(Ensemble(models), input_ids=IDS[:2], weights=weights, one_head=True, seed=1)
-    assert out.valid.tolist() == [True, False]
+    rows = [[0.5, 0.5, 0.25], [1e300, 0.5, 0.0], [3e38, 3e38, 0.0]]
+    weights = torch.tensor(rows, dtype=torch.float64)
+    flat = copy.deepcopy(models)  # whatever the weights, the logits are 0
+    for model in flat:
+        torch.nn.init.zeros_(model.lm_head.weight)
+    for ensemble in (Ensemble(models), Ensemble(flat)):
+        call: dict[str, Any] = {"input_ids": IDS, "weights": weights, "seed": 1}
+        out = generate(ensemble, one_head=True, **call)
+        assert out.valid.tolist() == [True, False, False]
+        assert torch.equal(out.valid, generate(ensemble, **call).valid)
 
 
 def test_a_bias_counts_once(models: list[Any]) -> None:

@@ -16,7 +16,7 @@ from small_models import small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CompileConfig
 
-from mod_fused import Ensemble, generate, loglikelihood
+from mod_fused import Ensemble, custom_generate, generate, loglikelihood
 from mod_fused.decoding import stacked_adapters, stacked_layers
 
 peft = pytest.importorskip("peft")
@@ -152,6 +152,18 @@ def test_tokens_are_those_of_separate_models(folders: Path, call: str) -> None:
     assert ours.texts == theirs.texts
 
 
+@pytest.mark.parametrize("count", range(1, 9))
+def test_tokens_of_any_number_of_policies(folders: Path, count: int) -> None:
+    kinds = list(KINDS)[:count]
+    options: dict[str, Any] = {"weights": [0.9 / count] * count, "max_new_tokens": 12, "seed": 8}
+    ours, theirs = (
+        generate(make(folders, kinds), tiny.PROMPTS, num_return_sequences=4, **options)
+        for make in (shared, separate)
+    )
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert len({tuple(row) for row in ours.tokens.tolist()}) > 4
+
+
 def test_prompts_of_different_lengths_by_model(folders: Path) -> None:
     prompts = [tiny.PROMPTS, ["the cat"] * 3, ["a bird ran over it", "it", "the dog"]]
     options: dict[str, Any] = {"weights": [0.9, 0.6], "max_new_tokens": 10, "seed": 2}
@@ -177,6 +189,30 @@ def test_how_often_a_step_runs_the_base(folders: Path, forward: str, calls: int)
     norm.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     generate(ensemble, input_ids=IDS, weights=[0.5, 0.5], max_new_tokens=4, pad_token_id=0)
     assert seen == [6 // calls] * (4 * calls)  # the reference's coefficient is 0
+
+
+def test_responses_to_a_prompt_share_its_reading(folders: Path) -> None:
+    ensemble = shared(folders, ["plain", "rslora"])
+    seen: list[list[int]] = []
+    norm = ensemble.models[0].model.layers[0].input_layernorm
+    norm.register_forward_pre_hook(lambda _, args: seen.append(list(args[0].shape[:2])))
+    options: dict[str, Any] = {"weights": [0.5, 0.5], "max_new_tokens": 3, "pad_token_id": 0}
+    generate(ensemble, input_ids=IDS, num_return_sequences=4, **options)
+    assert seen == [[6, 5], [24, 1], [24, 1]]
+
+
+def test_inside_transformers_own_generate(folders: Path) -> None:
+    ensemble = shared(folders, ["plain", "rslora"])
+    options: dict[str, Any] = {"weights": [0.5, 0.8], "seed": 4, "max_new_tokens": 8}
+    expected = generate(ensemble, input_ids=IDS, eos_token_id=[], pad_token_id=0, **options)
+    reference = ensemble.models[0]
+    inside: dict[str, Any] = {"custom_generate": custom_generate, "do_sample": True, "top_k": 0}
+    inside |= {"pad_token_id": 0, "attention_mask": torch.ones_like(IDS), **options}
+    assert torch.equal(reference.generate(IDS, policies=ensemble, **inside), expected.sequences)
+    with pytest.raises(ValueError, match="must be the model whose generate is called"):
+        ensemble.models[1].generate(IDS, policies=ensemble, **inside)
+    with pytest.raises(ValueError, match="an ensemble has its own"):
+        reference.generate(IDS, policies=ensemble, tokenizers=tiny.tokenizer(), **inside)
 
 
 def test_two_batches_in_progress_and_a_model_by_itself_do_not_disturb_each_other(
@@ -418,7 +454,6 @@ def test_a_layer_that_cannot_be_stacked_is_refused(
 @pytest.mark.parametrize(
     ("kind", "targets", "message"),
     [
-        ("jamba", ["dt_proj"], "reads the weight of model.layers.0.mamba.dt_proj"),
         ("llama4_text", ["router"], "router .* computes more than a linear layer"),
     ],
 )
@@ -431,6 +466,20 @@ def test_a_layer_that_is_not_called_as_a_linear_one_is_refused_when_it_runs(
         ensemble.forward = forward
         with pytest.raises(ValueError, match=message):
             logits(ensemble, [0, 1, 2])
+
+
+def test_prompts_that_stacking_would_have_to_pad_run_separately(tmp_path: Path) -> None:
+    kind = "recurrent_gemma"  # which cannot read padding
+    paths = of_a_family(kind, tmp_path, "all-linear")
+    ours = Ensemble.from_adapters(small_model(kind, 1), paths)
+    adapted = [peft.PeftModel.from_pretrained(small_model(kind, 1), p).eval() for p in paths]
+    theirs = Ensemble([small_model(kind, 1), *adapted])
+    prompts, options = [IDS, IDS[:, 1:], IDS[:, 2:]], {"weights": [0.4, 0.4], "pad_token_id": 0}
+    expected = generate(theirs, input_ids=prompts, **options, seed=1)
+    assert torch.equal(generate(ours, input_ids=prompts, **options, seed=1).tokens, expected.tokens)
+    ours.forward = "stacked"
+    with pytest.raises(ValueError, match="cannot read padded prompts"):
+        generate(ours, input_ids=prompts, **options)
 
 
 def test_a_family_whose_rows_do_not_come_first_is_refused_stacked(tmp_path: Path) -> None:

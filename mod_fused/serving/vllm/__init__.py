@@ -3,9 +3,11 @@
     vllm serve REFERENCE --hf-overrides \
         '{"architectures": ["ModFusedForCausalLM"], "mod_fused_policies": ["A", "B"]}'
 
-config.py checks what the engine was started with, requests.py what a request asks for; model.py
-runs the models, slots.py keeps what must last from step to step, step.py mixes and draws;
-runner_v1.py and runner_v2.py put that into vLLM's two model runners, worker.py into its worker.
+config.py checks what the engine was started with (adapter_folders.py the adapters), requests.py
+what a request asks for; model.py is the model that vLLM sees, made of M+1 models (composite.py) or
+of one base with M adapters (adapters.py); slots.py keeps what must last from step to step, step.py
+mixes and draws; runner_v1.py and runner_v2.py put that into vLLM's two model runners, worker.py
+into its worker.
 """
 
 from __future__ import annotations

@@ -16,11 +16,20 @@ from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from ...call.checks import MAX_POLICIES
 from ...decoding.loading import load_tokenizer
 from ...decoding.vocabularies import common_ids
+from .adapter_folders import check_adapters, names_of, tokenizer_of
 from .requests import PREFIX, Settings, arguments, checks
 
 #: The versions of vLLM whose hooks are these: the first, and the first that is too new.
 VERSIONS = "0.32", "0.33"
-_OURS = frozenset(["architectures", "mod_fused_policies", "mod_fused_defaults"])
+_OURS = frozenset(
+    [
+        "architectures",
+        "mod_fused_adapters",
+        "mod_fused_check_base",
+        "mod_fused_defaults",
+        "mod_fused_policies",
+    ]
+)
 
 
 def verify_and_update(vllm_config: VllmConfig) -> None:
@@ -40,7 +49,16 @@ def verify_and_update(vllm_config: VllmConfig) -> None:
         raise ValueError(
             f"--hf-overrides must be an object with keys of {sorted(_OURS)}, got {given!r}"
         )
-    settings = _settings(model_config, model_configs(model_config))
+    configs = model_configs(model_config)
+    adapters = names_of(hf_config)
+    if adapters:
+        # In the config, by which vLLM also tells compiled models apart.
+        check_base = getattr(hf_config, "mod_fused_check_base", True)
+        if not isinstance(check_base, bool):
+            raise ValueError(f"mod_fused_check_base must be true or false, got {check_base!r}")
+        shape = check_adapters(adapters, configs[0], check_base)
+        hf_config.mod_fused_rank, hf_config.mod_fused_modules = shape
+    settings = _settings(model_config, configs)
     hf_config.mod_fused_settings = settings.text()
     hf_config.get_text_config().vocab_size = settings.width
     runner = "V2" if vllm_config.use_v2_model_runner else "V1"
@@ -59,40 +77,12 @@ def model_configs(model_config: ModelConfig) -> list[ModelConfig]:
     Raises:
         ValueError: for a model that cannot be part of an ensemble.
     """
-    hf_config = model_config.hf_config
-    policies = getattr(hf_config, "mod_fused_policies", None)
-    if not isinstance(policies, (list, tuple)) or not all(isinstance(p, str) for p in policies):
-        raise ValueError(
-            "mod_fused_policies in --hf-overrides must be a list of folders or hub names, "
-            f"got {policies!r}"
-        )
-    if not 1 <= len(policies) <= MAX_POLICIES:
-        raise ValueError(
-            f"mod_fused_policies must name 1 to {MAX_POLICIES} policies, got {len(policies)}"
-        )
-    found = []
-    for index, name in enumerate([model_config.model, *policies]):
-        place = f"policy {index} ({name})" if index else f"the reference ({name})"
-        try:
-            config = ModelConfig(
-                model=name,
-                tokenizer=name if index else model_config.tokenizer,
-                dtype=model_config.dtype,
-                max_model_len=model_config.max_model_len,
-                trust_remote_code=model_config.trust_remote_code,
-                revision=None if index else model_config.revision,
-                quantization=model_config.quantization,
-                enforce_eager=model_config.enforce_eager,
-                code_revision=None if index else model_config.code_revision,
-                config_format=model_config.config_format,
-                generation_config="auto" if index else model_config.generation_config,
-                hf_token=model_config.hf_token,
-                skip_tokenizer_init=True,
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{place} cannot be served: {error}") from error
-        _check_model(place, config)
-        found.append(config)
+    policies, key = _policies(model_config.hf_config)
+    if key == "mod_fused_adapters":
+        base = _model_config(model_config, 0, model_config.model)
+        return [base] * (1 + len(policies))
+    names = [model_config.model, *policies]
+    found = [_model_config(model_config, index, name) for index, name in enumerate(names)]
     first = _quantization(found[0])
     for index, config in enumerate(found):
         if _quantization(config) != first:
@@ -101,6 +91,47 @@ def model_configs(model_config: ModelConfig) -> list[ModelConfig]:
                 f"the reference {first}"
             )
     return found
+
+
+def _policies(hf_config: Any) -> tuple[list[str], str]:
+    """The policies' names, and the key of --hf-overrides that has them."""
+    keys = ["mod_fused_policies", "mod_fused_adapters"]
+    given = [key for key in keys if getattr(hf_config, key, None) is not None]
+    if len(given) > 1:
+        raise ValueError(f"--hf-overrides must have one of {keys}, got both")
+    key = given[0] if given else keys[0]
+    policies = getattr(hf_config, key, None)
+    if not isinstance(policies, (list, tuple)) or not all(isinstance(p, str) for p in policies):
+        raise ValueError(
+            f"{key} in --hf-overrides must be a list of folders or hub names, got {policies!r}"
+        )
+    if not 1 <= len(policies) <= MAX_POLICIES:
+        raise ValueError(f"{key} must name 1 to {MAX_POLICIES} policies, got {len(policies)}")
+    return list(policies), key
+
+
+def _model_config(model_config: ModelConfig, index: int, name: str) -> ModelConfig:
+    place = f"policy {index} ({name})" if index else f"the reference ({name})"
+    try:
+        config = ModelConfig(
+            model=name,
+            tokenizer=name if index else model_config.tokenizer,
+            dtype=model_config.dtype,
+            max_model_len=model_config.max_model_len,
+            trust_remote_code=model_config.trust_remote_code,
+            revision=None if index else model_config.revision,
+            quantization=model_config.quantization,
+            enforce_eager=model_config.enforce_eager,
+            code_revision=None if index else model_config.code_revision,
+            config_format=model_config.config_format,
+            generation_config="auto" if index else model_config.generation_config,
+            hf_token=model_config.hf_token,
+            skip_tokenizer_init=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place} cannot be served: {error}") from error
+    _check_model(place, config)
+    return config
 
 
 def _quantization(config: ModelConfig) -> Any:
@@ -162,8 +193,10 @@ def _settings(model_config: ModelConfig, configs: list[ModelConfig]) -> Settings
         "revision": model_config.tokenizer_revision,
     }
     tokenizers = [load_tokenizer(model_config.tokenizer, **options)]
-    for config in configs[1:]:
-        tokenizers.append(load_tokenizer(config.model))
+    adapters = names_of(model_config.hf_config)
+    sources = [tokenizer_of(name) for name in adapters] or [c.model for c in configs[1:]]
+    for source in sources:
+        tokenizers.append(tokenizers[0] if source is None else load_tokenizer(source))
     shared = common_ids(tokenizers)
     widths = [config.get_vocab_size() for config in configs]
     vocab_size = min(widths) if shared is None else min(*widths, shared)

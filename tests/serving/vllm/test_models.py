@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
+    Qwen3Config,
 )
 
 import mod_fused
@@ -35,6 +36,12 @@ SHAPES = {
     "mistral": (
         MistralConfig,
         {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "tie": False},
+        904,
+    ),
+    # Norms of queries and keys.
+    "qwen3": (
+        Qwen3Config,
+        {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
         904,
     ),
 }

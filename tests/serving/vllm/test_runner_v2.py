@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from vllm import LLM
@@ -12,7 +13,9 @@ from vllm.sampling_params import StructuredOutputsParams
 
 import mod_fused
 
-from .conftest import Case, cases, engine, expected, tokens
+from .conftest import Case, cases, engine, expected, overrides, tokens
+from .test_adapters import adapters, separate, two_policies
+from .test_models import checkpoint
 
 pytestmark = pytest.mark.interpreted
 
@@ -49,6 +52,19 @@ def test_mixed_requests_preempted_and_resumed(small: LLM, ensemble: mod_fused.En
             models = [entries[904 + k].logprob for k in range(4) if 904 + k in entries]
             every = want.model_logprobs[0, step].tolist()
             assert models == (pytest.approx(every, abs=1e-4) if i % 2 == 0 else [])
+
+
+def test_adapters_on_one_base(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, "llama")
+    names = adapters(tmp_path, base)
+    options = {"mod_fused_policies": None, "mod_fused_adapters": names}
+    sizes = {"max_num_seqs": 6, "max_num_batched_tokens": 48}
+    llm = engine(model=base, hf_overrides=overrides(**options), **sizes)
+    requests = two_policies(4, 45, max_tokens=6)
+    params = [c.params() for c in requests]
+    outputs = llm.generate([c.prompt for c in requests], params, use_tqdm=False)
+    wanted = [tokens(out) for out in expected(separate(base, names), requests)]
+    assert [list(out.outputs[0].token_ids) for out in outputs] == wanted
 
 
 def test_a_grammar_holds(small: LLM) -> None:

@@ -1,0 +1,41 @@
+"""The case `adapters`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import run
+from bench.cases import adapters
+
+pytest.importorskip("peft")
+
+
+def test_every_contestant_is_timed_and_weighed(tmp_path: Path) -> None:
+    words = ["adapters", "--quick", "--dtypes", "float32", "--policies", "2", "--tokens", "3"]
+    assert run.main([*words, "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "adapters.md").read_text()
+    result = json.loads((tmp_path / "adapters.json").read_text())
+    fields = result["rows"]["fields"]
+    rows = [dict(zip(fields, row, strict=True)) for row in result["rows"]["records"]]
+    assert len(rows) == 9 and all(row["contestant"] in text for row in rows)
+    assert rows[0]["step / one model's"] == 1.0 and all(row["ms / step"] > 0 for row in rows)
+    weights = {record[-2]: record[-1] for record in result["memory"]["records"]}
+    assert weights["separate"] == pytest.approx(3 * weights["one model"])
+    assert weights["one model"] < weights["stacked"] == pytest.approx(weights["PEFT by name"])
+
+
+def test_a_contestant_that_draws_other_tokens_stops_the_run() -> None:
+    def loop(*tokens: int) -> Any:
+        return lambda prompts, count: ([1.0], torch.tensor([tokens]))
+
+    prompts = torch.zeros(1, 2, dtype=torch.int64)
+    loops = {adapters.ONE: loop(9), "a": loop(1, 2), "b": loop(1, 2), "simplex": loop(3)}
+    adapters._check(loops, prompts, exact=True)
+    with pytest.raises(RuntimeError, match="c draws other tokens than a"):
+        adapters._check(loops | {"c": loop(1, 3)}, prompts, exact=True)
+    adapters._check(loops | {"c": loop(1, 3)}, prompts, exact=False)
