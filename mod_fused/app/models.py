@@ -42,6 +42,7 @@ def mixture_options() -> argparse.ArgumentParser:
         type=options.model,
         metavar="PATH",
         nargs="+",
+        action="extend",
         default=[],
         help="instead of --policy: LoRA adapters (PEFT) of the reference, with its weights once",
     )

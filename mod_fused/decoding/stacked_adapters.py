@@ -120,6 +120,8 @@ def stacked(base: Any, sources: Sequence[tuple[Any, str]]) -> StackedModel:
 def check_plain(base: Any) -> None:
     """Raise ValueError for a model that is no base without adapters, ready to run."""
     check_evaluating(base)
+    if any(parameter.is_meta for parameter in base.parameters()):
+        raise ValueError(f"weights of the base model are offloaded or not loaded: {ALONE}")
     if any(_adapted(base)):
         raise ValueError(
             "the base model holds adapters already (load_adapter): load it without, or pass the "

@@ -20,9 +20,9 @@ def test_adapters_of_the_reference_answer_as_policies_with_bases_of_their_own(
     base = str(world.checkpoint("reference"))
     adapters = [str(tmp_path / "a"), str(tmp_path / "b")]
     for seed, path in enumerate(adapters):
+        torch.manual_seed(seed)
         config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
         model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-        torch.manual_seed(seed)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -30,7 +30,9 @@ def test_adapters_of_the_reference_answer_as_policies_with_bases_of_their_own(
     argv = ["generate", "--reference", base, "--weights", "1.5,-0.4", "--seed", "3", "--json"]
     argv += ["--prompt", "User: How do I bake bread?\nAssistant:"]
     answers = []
-    for given in (["--adapters", *adapters], ["--policy", adapters[0], "--policy", adapters[1]]):
+    one, other = adapters
+    together, repeated = ["--adapters", one, other], ["--adapters", one, "--adapters", other]
+    for given in (together, repeated, ["--policy", one, "--policy", other]):
         assert main([*argv, *given]) == 0
         answers.append(json.loads(capsys.readouterr().out)["tokens"])
     assert answers[0] == answers[1]

@@ -586,6 +586,10 @@ BASES: dict[str, tuple[Any, str]] = {
         "the forward of the base model has been replaced",
     ),
     "compiled layer": (_with_compiled_layer, "the forward of model.layers.1 has been replaced"),
+    "offloaded": (
+        lambda base: pytest.importorskip("accelerate").cpu_offload(base),
+        "weights of the base model are offloaded or not loaded",
+    ),
     "training": (lambda base: base.train(), "the LlamaForCausalLM is in training mode"),
     "adapters": (lambda base: base.add_adapter(lora()), "the base model holds adapters already"),
 }
@@ -607,6 +611,31 @@ def test_a_base_of_another_name_is_taken_on_request(folders: Path, tmp_path: Pat
     ensemble = Ensemble.from_adapters(folders / "base", [path], check_base=False)
     expected = logits(separate(folders, ["plain"]), [0, 1])
     torch.testing.assert_close(logits(ensemble, [0, 1]), expected, atol=5e-5, rtol=0)
+
+
+def test_a_base_is_known_by_any_path_to_it(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(folders / "base")
+    assert Ensemble.from_adapters(tmp_path / "link", [folders / "plain"]).num_policies == 1
+    monkeypatch.chdir(folders / "base")
+    assert Ensemble.from_adapters(".", [folders / "plain"]).num_policies == 1
+
+
+def test_a_missing_adapter_is_found_before_the_base_is_loaded(
+    folders: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "base").mkdir()  # it has no weights
+    (tmp_path / "base/config.json").write_bytes((folders / "base/config.json").read_bytes())
+    with pytest.raises(OSError, match="nowhere does not exist"):
+        Ensemble.from_adapters(tmp_path / "base", [folders / "plain", folders / "nowhere"])
+
+
+def test_a_subfolder_is_that_of_the_base(folders: Path) -> None:
+    ensemble = Ensemble.from_adapters(
+        folders, [folders / "plain"], subfolder="base", check_base=False
+    )
+    assert torch.equal(logits(ensemble, [0, 1]), logits(shared(folders, ["plain"]), [0, 1]))
 
 
 def test_other_methods_than_lora_are_refused(folders: Path, tmp_path: Path) -> None:
@@ -641,8 +670,9 @@ def test_arguments_that_do_not_fit_are_refused(folders: Path) -> None:
     cases: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
         (ValueError, "forward must be one of auto", (base, [plain]), {"forward": "both"}),
         (TypeError, "adapters must be a list", (base, str(plain)), {}),
-        (ValueError, "at least one folder", (base, []), {}),
-        (ValueError, "at least one folder", (base, None), {}),
+        (ValueError, "at least one adapter", (base, []), {}),
+        (ValueError, "at least one adapter", (several(), []), {}),
+        (ValueError, "None for a PeftModel alone", (base, None), {}),
         (ValueError, "is no PEFT adapter", (base, [base]), {}),
         (ValueError, "is an adapter itself", (plain, [plain]), {}),
         (OSError, "nowhere does not exist", (base, [folders / "nowhere"]), {}),
