@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapter_loading import load_base_and_adapters
 from .adapters import check_shared
 from .architectures import check_causal_lm, embedded_ids, input_device, is_transformers_model
-from .loading import load_base_and_adapters, load_model, load_tokenizer
+from .loading import load_model, load_tokenizer
 from .model_state import CallableState, CausalLMState, EnsembleState, StackedState
 from .one_head import OneHead
 from .prompts import Prompts, encode_prompts
@@ -189,7 +190,7 @@ class Ensemble:
             tokenizers: as in `Ensemble`. None: each adapter's own, else the base's; with a
                 PeftModel none.
             forward: "stacked" runs all models in one pass; "separate" one after the other, each on
-                the shared weights; "auto" stacks them wherever they can run so.
+                the shared weights; "auto" stacks wherever that leaves the tokens the same.
             check_base: refuse an adapter that names a base model of another name.
             check_tokenizers: see `Ensemble`.
             dtype, device, kwargs: of the base, as in `from_pretrained`.

@@ -20,7 +20,7 @@ from vllm.lora.utils import (
     parse_fine_tuned_lora_name,
 )
 
-from ...decoding.loading import same_name
+from ...decoding.adapter_loading import same_name
 
 #: The architectures that take adapters, and whether embeddings and heads do, too.
 FAMILIES = {
