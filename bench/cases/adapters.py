@@ -4,6 +4,7 @@ transformers' own `generate`."""
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import statistics
 import time
@@ -59,16 +60,16 @@ def _adapted(name: str, dtype: torch.dtype, count: int) -> Any:
     return model.eval()
 
 
-def _separate(name: str, adapted: Any, dtype: torch.dtype, count: int) -> mod_fused.Ensemble:
+def _separate(base: Any, adapted: Any, count: int) -> mod_fused.Ensemble:
     """The same policies as whole models, their adapters merged."""
-    whole = [models.llama(name, 0, dtype, "cpu") for _ in range(count + 1)]
+    whole = [copy.deepcopy(base) for _ in range(count + 1)]
     layers = dict(adapted.get_base_model().named_modules())
     with torch.no_grad():
         for place, model in enumerate(whole[1:]):
             for key, layer in model.named_modules():
                 if hasattr(layers.get(key), "get_delta_weight"):
                     delta = layers[key].get_delta_weight(str(place))
-                    layer.weight.copy_((layer.weight.float() + delta.float()).to(dtype))
+                    layer.weight.copy_(layer.weight.float() + delta.float())
     return mod_fused.Ensemble(whole)
 
 
@@ -163,7 +164,7 @@ def _contestants(
     ]
     memory = {ONE: base}
     if (available_bytes(torch.device("cpu")) or 0) > 1.1 * (count + 1) * base:
-        whole = _separate(name, adapted, dtype, count)
+        whole = _separate(stacked.models[0], adapted, count)
         found["separate, all run"] = _ours(whole, every)
         found["separate, simplex"] = _ours(whole, simplex)
         memory["separate"] = _bytes(whole.models)
@@ -211,7 +212,7 @@ def _rows(
             "contestant": name,
             "ms / step": 1e3 * step,
             "tokens / s": len(prompts) / step,
-            "step / one model's": step / one,
+            "step / one model": step / one,
             "other_cores": busy,
         }
 
@@ -237,10 +238,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 for batch in args.batches or ([2] if args.quick else [1, 8, 32]):
                     prompts = models.random_prompts(batch, models.RANDOM[name][-1])[:, :PROMPT]
                     rows += _rows(head | {"B": batch}, loops, prompts, args.tokens, rounds)
-                    note(f"{name} {dtype} M={count} B={batch}: " + " ".join(
-                        f"{row['contestant']} {row[list(row)[-2]]:.2f};"
-                        for row in rows[-len(loops):]
-                    ))  # fmt: skip
+                    ratios = [f"{row['step / one model']:.2f}" for row in rows[-len(loops) :]]
+                    note(f"{name} {dtype} M={count} B={batch}: {' '.join(ratios)}")
                 del loops
     finally:
         set_threads(threads)

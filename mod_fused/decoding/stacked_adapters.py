@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -284,14 +285,23 @@ def _kinds(layer: Any, name: str) -> set[str]:
     return {type(layer).__name__, *({type(variant).__name__} if variant else ())} - _PLAIN
 
 
-def _call(layer: Any, name: str) -> Callable[..., Tensor]:
+def _call(layer: Any, name: str) -> Callable[..., Any]:
     """One of PEFT's layers with one adapter."""
     if hasattr(layer, "token_adapter"):
-        forward = layer.token_adapter.forward_adapters
-        return lambda x, *args, **kwargs: forward(x, [name], *args, **kwargs)
+        return partial(_with_tokens, layer.token_adapter, name)
     if hasattr(layer, "modules_to_save"):
         return layer.modules_to_save[name]
-    return lambda x, *args, **kwargs: layer(x, *args, adapter_names=[name] * len(x), **kwargs)
+    return partial(_with_name, layer, name)
+
+
+def _with_tokens(adapter: Any, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """An embedding, or a head tied to it, with the tokens that an adapter has trained."""
+    return adapter.forward_adapters(x, [name], *args, **kwargs)
+
+
+def _with_name(layer: Any, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """PEFT's way of running an adapter by its name."""
+    return layer(x, *args, adapter_names=[name] * len(x), **kwargs)
 
 
 @torch.no_grad()

@@ -96,12 +96,12 @@ class Factors(NamedTuple):
     gain: Tensor | None
     shift: Tensor | None
 
-    def of(self, policies: Sequence[int]) -> Factors:
-        """Those of some policies, in order; views where they are neighbours."""
+    def of(self, policies: Sequence[int], device: torch.device) -> Factors:
+        """Those of some policies, in order, on a device; views where they are neighbours there."""
         first, last = policies[0], policies[-1] + 1
         at: Any = slice(first, last) if last - first == len(policies) else list(policies)
-        gain, shift = (None if x is None else x[at] for x in (self.gain, self.shift))
-        return Factors(self.A[at], self.B[at], gain, shift)
+        gain, shift = (None if x is None else x[at].to(device) for x in (self.gain, self.shift))
+        return Factors(self.A[at].to(device), self.B[at].to(device), gain, shift)
 
 
 class Shared(nn.Module):
@@ -144,8 +144,8 @@ class StackedLayer(Shared):
             raise ValueError(f"{self.name} computes more than a linear layer: {ALONE}")
         y = y.contiguous()
         picked = self._picked
-        if picked is None or picked[0] is not rows.models:
-            picked = self._picked = rows.models, self.factors.of(rows.policies)
+        if picked is None or picked[0] is not rows.models or picked[1].A.device != y.device:
+            picked = self._picked = rows.models, self.factors.of(rows.policies, y.device)
         A, B, gain, shift = picked[1]
         k = len(rows.models)
         theirs = y.view(k, -1, y.shape[-1])

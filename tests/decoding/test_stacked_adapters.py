@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CompileConfig
 
 from mod_fused import Ensemble, custom_generate, generate, loglikelihood
-from mod_fused.decoding import stacked_adapters, stacked_layers
+from mod_fused.decoding import stacked_layers
 
 peft = pytest.importorskip("peft")
 
@@ -709,4 +709,3 @@ def test_a_layer_with_two_ways_of_changing_it_runs_policy_by_policy(folders: Pat
     """One adapter saves lm_head whole, another has LoRA on it: PEFT cannot put them on one base."""
     ensemble = shared(folders, ["saved", "embeddings"])
     assert isinstance(ensemble.stacked.together.lm_head, stacked_layers.PerPolicy)
-    assert stacked_adapters.FORWARDS == ("auto", "stacked", "separate")
