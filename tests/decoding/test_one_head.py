@@ -6,13 +6,16 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import small_models
 import tiny_models as tiny
 import torch
+import transformers
 from torch import nn
 from transformers import GPT2DoubleHeadsModel, LlamaForCausalLM
 
@@ -615,6 +618,22 @@ def test_decodes_that_overlap_leave_the_heads_in_their_places(models: list[Any])
     assert models[0](IDS).logits.shape[-1] == tiny.V
 
 
+@contextmanager
+def _where_it_runs(kind: str) -> Iterator[None]:
+    """Skip a family that another version of transformers than the pinned one lacks or cannot run
+    small."""
+    pins = (Path(__file__).parents[2] / "requirements-dev.txt").read_text()
+    pinned = f"transformers=={transformers.__version__}" in pins
+    if kind not in small_models.kinds():
+        pytest.skip("not in this version of transformers")
+    try:
+        yield
+    except (AttributeError, ValueError) as error:
+        if pinned:
+            raise
+        pytest.skip(f"this version of transformers cannot run it small: {error}")
+
+
 def _pair(kind: str, **options: Any) -> list[Any]:
     """Two small models with equal heads; a bias is not 0, and a scale of logits not 1."""
     models = [small_models.small_model(kind, seed, **options) for seed in (1, 2)]
@@ -655,17 +674,17 @@ SLOW = {"gemma3"}  # with the images that it reads a model is large
     [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in sorted(FAMILIES)],
 )
 def test_a_family_mixes_before_its_head_as_behind_it(kind: str) -> None:
-    if kind not in small_models.kinds():
-        pytest.skip("not in this version of transformers")
-    models = _pair(kind, **{"final_logit_softcapping": None} if kind in CAPPED else {})
-    labelled = dict(zip("ab", models, strict=True))
-    head = OneHead(labelled, COEFFICIENTS, torch.device("cpu"))
-    assert _apart(models, head, COEFFICIENTS) <= 2e-5
+    with _where_it_runs(kind):
+        models = _pair(kind, **{"final_logit_softcapping": None} if kind in CAPPED else {})
+        labelled = dict(zip("ab", models, strict=True))
+        head = OneHead(labelled, COEFFICIENTS, torch.device("cpu"))
+        assert _apart(models, head, COEFFICIENTS) <= 2e-5
 
 
 @pytest.mark.parametrize("kind", CAPPED)
 def test_a_soft_cap_is_refused_for_it_gives_another_mixture(kind: str) -> None:
-    models = _pair(kind)
+    with _where_it_runs(kind):
+        models = _pair(kind)
     with pytest.raises(ValueError, match="policy 1 .* has a soft-cap on its logits"):
         generate(Ensemble([None, *models]), input_ids=IDS, weights=[0.5, 0.5], one_head=True)
     caps = [text_config(model) for model in models]

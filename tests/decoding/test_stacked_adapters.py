@@ -606,7 +606,10 @@ BASES: dict[str, tuple[Any, str]] = {
         "weights of the base model are offloaded or not loaded",
     ),
     "training": (lambda base: base.train(), "the LlamaForCausalLM is in training mode"),
-    "adapters": (lambda base: base.add_adapter(lora()), "the base model holds adapters already"),
+    "adapters": (  # as load_adapter puts them there
+        lambda base: peft.inject_adapter_in_model(lora(), base).eval(),
+        "the base model holds adapters already",
+    ),
 }
 
 
