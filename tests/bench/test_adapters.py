@@ -34,10 +34,11 @@ def test_every_contestant_is_timed_and_weighed(tmp_path: Path) -> None:
 
 def test_a_contestant_that_draws_other_tokens_stops_the_run() -> None:
     def loop(*tokens: int) -> Any:
-        return lambda prompts, count: ([1.0], torch.tensor([tokens]))
+        return lambda prompts, count: ([1.0], torch.tensor([tokens] * 2))
 
     prompts = torch.zeros(1, 2, dtype=torch.int64)
     loops = {adapters.ONE: loop(9), "a": loop(1, 2), "b": loop(1, 2), "simplex": loop(3)}
+    loops["one row"] = lambda prompts, count: ([1.0], torch.tensor([[1, 2], [1, 3]]))
     adapters._check(loops, prompts, exact=True)
     with pytest.raises(RuntimeError, match="c draws other tokens than a"):
         adapters._check(loops | {"c": loop(1, 3)}, prompts, exact=True)
