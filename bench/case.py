@@ -17,6 +17,7 @@ from mod_fused.divergence import DIVERGENCES
 
 from .measure import Call
 from .problem import POLICIES, Problem, filters, mixture, weights_of
+from .report import markdown
 
 Builder = Callable[[Problem, list[Tensor]], Call]
 
@@ -83,6 +84,7 @@ class Case(NamedTuple):
     grids: tuple[Grid, ...]  # a problem in several grids is timed once
     quick: tuple[Grid, ...]
     picture: Picture | None = None
+    report: Callable[[dict[str, Any]], str] = markdown
 
 
 class Procedure(NamedTuple):
@@ -91,7 +93,7 @@ class Procedure(NamedTuple):
     help: str
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], dict[str, Any]]  # returns "what", "rows" and further fields
-    report: Callable[[dict[str, Any]], str] | None = None  # None: `report.markdown`
+    report: Callable[[dict[str, Any]], str] = markdown
 
 
 def ours(backend: str) -> Contestant:

@@ -32,14 +32,12 @@ PICTURES: dict[str, dict[str, Picture]] = {
     for name, case in CASES.items()
     if isinstance(case, Case) and case.picture
 } | plots.PICTURES
-#: By the stem of the JSON: the function that makes the report; `report.markdown` for all others.
+#: By the stem of the JSON: the function that makes the report; a case has its own.
 REPORTS: dict[str, Callable[[report.Result], str]] = {
     "alignment": tables.alignment,
     "control": tables.control,
     "rules": tables.rules,
     "sizes": tables.sizes,
-    "adapters": report.plain,
-    "adapters_1b": report.plain,
     "vllm": report.plain,
     "vllm_soak": report.plain,
 }
@@ -125,8 +123,10 @@ def reports(sources: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     """Each report beside a JSON: its file, and the text that it should hold."""
     for source in sources:
         result = report.load(source)
-        if source.stem in REPORTS or result.get("case") in CASES:
-            text = REPORTS.get(source.stem, report.markdown)(result)
+        case = CASES.get(result.get("case", ""))
+        made = case.report if case else REPORTS.get(source.stem)
+        if made is not None:
+            text = made(result)
             for name in PICTURES.get(source.stem, ()):
                 text += f"\n![{name}]({name}.png)\n"
             yield source.with_suffix(".md"), text

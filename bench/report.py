@@ -177,40 +177,38 @@ def head(title: str, result: Result) -> str:
     return f"# {title}\n\n`{result['command']}`\n\n" + "\n".join(lines)
 
 
-def markdown(result: Result) -> str:
-    """The whole report of a run: all rows and figures, disturbed rows, what was not timed."""
+def _whole(result: Result, tables: Sequence[str], marked: str = "") -> str:
+    """A report: title, command and machine, disturbed rows, tables, what was not timed."""
     rows = result["rows"]
     parts = [head(f"{result['case']}: {result['what']}", result)]
     if count := sum(map(disturbed, rows)):
         parts.append(
-            f"**{count} of {len(rows)} rows, marked \\*, were disturbed:** other processes kept "
+            f"**{count} of {len(rows)} rows{marked} were disturbed:** other processes kept "
             f"more than {DISTURBED} cores busy. Do not trust them."
         )
-    parts.append(table(rows, all_columns(rows)))
+    parts += tables
     if found := missing(result):
         parts.append("## Not timed\n\n" + "\n".join(f"- {line}" for line in found))
     return "\n\n".join(parts) + "\n"
 
 
+def markdown(result: Result) -> str:
+    """The whole report of a run: all rows and figures."""
+    rows = result["rows"]
+    return _whole(result, [table(rows, all_columns(rows))], ", marked \\*,")
+
+
 def plain(result: Result) -> str:
     """A report with all columns of the rows as they stand, and of "memory" where there is one."""
-    rows = result["rows"]
-    parts = [head(f"{result['case']}: {result['what']}", result)]
-    if count := sum(map(disturbed, rows)):
-        parts.append(
-            f"**Disturbed:** during {count} of {len(rows)} rows other processes kept over "
-            f"{DISTURBED} cores busy."
-        )
-    for records in filter(None, (rows, result.get("memory"))):
+    tables = []
+    for records in filter(None, (result["rows"], result.get("memory"))):
         names = [name for name in records[0] if name != "other_cores"]
         lines = [
             [number(x) if isinstance(x := row[name], float) else str(x) for name in names]
             for row in records
         ]
-        parts.append(markdown_table(names, lines))
-    if found := missing(result):
-        parts.append("## Not timed\n\n" + "\n".join(f"- {line}" for line in found))
-    return "\n\n".join(parts) + "\n"
+        tables.append(markdown_table(names, lines))
+    return _whole(result, tables)
 
 
 def rounded(x: Any) -> Any:

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = report.machine()  # before measuring: the commit may change meanwhile
     head = {"schema": SCHEMA, "case": args.case, "command": _command(argv), "machine": machine}
     result = {**head, **_run(case, args)}
-    text = (getattr(case, "report", None) or report.markdown)(result)
+    text = case.report(result)
     print(text)
     if args.json:
         report.save(result, args.json)

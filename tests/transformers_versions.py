@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[1]
 TESTS = (
     *("decoding/test_architectures.py", "decoding/test_ensemble.py", "decoding/test_generate.py"),
     *("decoding/test_generation_config.py", "decoding/test_masks.py", "decoding/test_scores.py"),
-    *("decoding/test_one_head.py", "decoding/test_stacked_adapters.py"),
+    *("decoding/test_adapter_loading.py", "decoding/test_stacked_adapters.py"),
+    *("decoding/test_one_head.py", "decoding/test_one_head_families.py"),
+    "decoding/test_one_head_refusals.py",
     *("decoding/test_stopping.py", "serving/test_transformers.py"),
 )
 

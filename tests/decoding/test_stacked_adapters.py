@@ -3,98 +3,23 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 import threading
 from pathlib import Path
 from typing import Any
 
+import lora_policies
 import pytest
 import tiny_models as tiny
 import torch
+from lora_policies import IDS, KINDS, MASK, filled, logits, lora, peft, separate, several, shared
 from small_models import small_model
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CompileConfig
 
 from mod_fused import Ensemble, custom_generate, generate, loglikelihood
 from mod_fused.decoding import stacked_layers
 
-peft = pytest.importorskip("peft")
-
-IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 12], [3, 3, 4, 4, 5]])
-MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
-PARTS = ("lora_", "modules_to_save", "trainable_tokens_delta")
-
-
-def lora(*targets: str, **options: Any) -> Any:
-    options = {"r": 4, "task_type": "CAUSAL_LM", **options}
-    return peft.LoraConfig(target_modules=list(targets or ("q_proj", "v_proj")), **options)
-
-
-KINDS: dict[str, Any] = {
-    "plain": lora(),
-    "rslora": lora("k_proj", "up_proj", "down_proj", r=2, lora_alpha=7, use_rslora=True),
-    "patterns": lora("q_proj", "o_proj", rank_pattern={"q_proj": 6}, alpha_pattern={"o_proj": 3}),
-    "dora": lora("o_proj", "gate_proj", r=3, use_dora=True),
-    "saved": lora(modules_to_save=["lm_head", "norm"]),
-    "embeddings": lora("embed_tokens", "lm_head", "q_proj"),
-    "biases": lora(lora_bias=True),
-    "tokens": lora(trainable_token_indices=[3, 4, 5, 6, 7]),
-}
-
-
-def filled(model: Any, seed: int) -> Any:
-    """The adapter's own weights, so far from 0 that they change what the base says."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in PARTS):
-            noise = torch.randn(parameter.shape, generator=generator)
-            scaled = parameter * (1 + 0.3 * noise.abs()) if "magnitude" in name else 0.2 * noise
-            parameter.data.copy_(scaled)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: Any) -> Path:
-    root = tmp_path_factory.mktemp("adapters")
-    tiny.llama(0, eos=None).save_pretrained(root / "base")
-    tiny.tokenizer(eos_token=None).save_pretrained(root / "base")
-    for seed, (kind, config) in enumerate(KINDS.items()):
-        base = AutoModelForCausalLM.from_pretrained(root / "base")
-        filled(peft.get_peft_model(base, copy.deepcopy(config)), seed).save_pretrained(root / kind)
-    return root
-
-
-def separate(folders: Path, kinds: list[str]) -> Ensemble:
-    """Each adapter on a base of its own, as PEFT runs it."""
-
-    def base() -> Any:
-        return AutoModelForCausalLM.from_pretrained(folders / "base")
-
-    adapted = [peft.PeftModel.from_pretrained(base(), folders / kind).eval() for kind in kinds]
-    return Ensemble([base(), *adapted], tiny.tokenizer(eos_token=None))
-
-
-def shared(folders: Path, kinds: list[str], **options: Any) -> Ensemble:
-    return Ensemble.from_adapters(folders / "base", [folders / kind for kind in kinds], **options)
-
-
-def logits(ensemble: Ensemble, running: list[int], masked: bool = False, copies: int = 1) -> Any:
-    """The logits of five steps, [5, running models, rows, V]."""
-    ids, mask = [IDS] * len(running), [MASK if masked else None] * len(running)
-    state = ensemble.start(ids, mask, max_new_tokens=5, models=running)
-    state.fork(copies)
-    generator, found = torch.Generator().manual_seed(1), []
-    tokens = None
-    for step in range(5):
-        reference, policies = state.step(tokens)
-        each = dict(enumerate([reference, *policies]))
-        found.append(torch.stack([each[model] for model in running]))
-        tokens = torch.randint(2, tiny.V, (len(IDS) * copies,), generator=generator)
-        if step == 2:
-            rows = torch.arange(len(tokens)).roll(1)
-            state.select(rows)
-    return torch.stack(found)
+folders = lora_policies.folders
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -284,14 +209,6 @@ def test_the_weights_of_the_base_are_in_memory_once(folders: Path) -> None:
         assert {parameter.data_ptr() for parameter in model.parameters()} <= pointers
 
 
-def several() -> Any:
-    """A PeftModel with three adapters."""
-    model = peft.get_peft_model(tiny.llama(0, eos=None), lora(), "a")
-    model.add_adapter("b", lora("k_proj", r=2, lora_alpha=5))
-    model.add_adapter("c", lora("o_proj", "down_proj", r=6))
-    return filled(model, 3)
-
-
 def test_adapters_by_name_of_a_peft_model_that_stays_as_it_is() -> None:
     model = several()
     before = copy.deepcopy(model)
@@ -368,17 +285,6 @@ def test_sixteen_bits_are_no_farther_from_float32_than_separate_models(
         for ensemble in (shared(folders, kinds, dtype=dtype), theirs)
     ]
     assert errors[0] < 1.1 * errors[1]
-
-
-def test_tokenizers_are_the_adapters_own_else_the_bases(folders: Path, tmp_path: Path) -> None:
-    base = AutoModelForCausalLM.from_pretrained(folders / "base")
-    filled(peft.get_peft_model(base, lora()), 1).save_pretrained(tmp_path / "a")
-    tiny.tokenizer(pad_token="<unk>").save_pretrained(tmp_path / "a")
-    ensemble = Ensemble.from_adapters(folders / "base", [tmp_path / "a", folders / "plain"])
-    assert [t.pad_token for t in ensemble.tokenizers] == [None, "<unk>", None]
-    given = tiny.tokenizer(pad_token="<eos>")
-    ensemble = shared(folders, ["plain"], tokenizers=given)
-    assert ensemble.tokenizers == [given, given]
 
 
 # ---- architectures -------------------------------------------------------------------------------
@@ -487,225 +393,6 @@ def test_a_family_whose_rows_do_not_come_first_is_refused_stacked(tmp_path: Path
     ensemble = Ensemble.from_adapters(small_model("xlnet", 1), paths, forward="stacked")
     with pytest.raises(ValueError, match="cannot run stacked, XLNet.*forward='separate'"):
         logits(ensemble, [0, 1, 2])
-
-
-def test_rows_that_do_not_come_first_are_found_when_they_run() -> None:
-    factors = stacked_layers.Factors(torch.ones(2, 3, 1), torch.ones(2, 1, 3), None, None)
-    rows = stacked_layers.Rows([0, 1, 2])
-    layer = stacked_layers.StackedLinear(torch.nn.Linear(3, 3), factors, rows, "turned")
-    rows.set([0, 1, 2], 6)
-    layer(torch.ones(6, 5, 3))
-    layer(torch.ones(30, 3))
-    with pytest.raises(ValueError, match=r"turned gets \[5, 6, 3\], .* batch of 6 rows"):
-        layer(torch.ones(5, 6, 3))
-    whole = stacked_layers.PerPolicy(torch.nn.Linear(3, 3), [None, None], rows, "saved")
-    for each in (layer, whole):
-        with pytest.raises(ValueError, match=f"reads the weight of {each.name}"):
-            _ = each.weight
-
-
-class Calls(TorchDispatchMode):
-    """The names of the operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 64, 65])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_of_few_rows_is_the_layer(rows: int, bias: bool) -> None:
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(37, 19, bias=bias)
-    few = stacked_layers.FewRows(layer)
-    assert stacked_layers.FewRows.suits(layer) and few.weight is layer.weight
-    with Calls() as calls:
-        few(torch.randn(rows, 1, 37))
-    assert ("mkldnn::_linear_pointwise" in calls.names) == (1 < rows <= 64)
-    x = torch.randn(rows, 1, 37)
-    exact = layer.double()(x.double()).detach()
-    assert torch.equal(few(x.double()), exact)  # its weights are the layer's
-    layer.float()
-    with torch.no_grad():
-        torch.testing.assert_close(few(x).double(), exact, atol=2e-6, rtol=0)
-    assert not stacked_layers.FewRows.suits(copy.deepcopy(layer).bfloat16())
-    layer.register_forward_hook(lambda *_: None)
-    assert not stacked_layers.FewRows.suits(layer)
-
-
-# ---- refusals ------------------------------------------------------------------------------------
-
-
-def with_config(folder: Path, target: Path, **changes: Any) -> Path:
-    """A copy of an adapter's folder with another configuration."""
-    target.mkdir()
-    for file in folder.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    file = target / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    return target
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"init_lora_weights": "pissa"}, "weights of its base model .*'pissa'"),
-        ({"init_lora_weights": "olora"}, "weights of its base model .*'olora'"),
-        ({"bias": "all"}, "biases of its base model"),
-        ({"layer_replication": [[0, 1], [0, 1]]}, "repeats layers of its base model"),
-        ({"kasa_config": {}}, "weights of its base model .kasa_config"),
-        ({"alora_invocation_tokens": [3]}, "looks for in whole sequences"),
-        ({"base_model_name_or_path": "someone/other"}, "made for the base model someone/other"),
-    ],
-)
-def test_an_adapter_that_changes_its_base_is_refused_before_it_does(
-    folders: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    if "kasa_config" in changes:
-        changes = {"kasa_config": {"beta": 0.1, "gamma": 0.1}}
-    base = AutoModelForCausalLM.from_pretrained(folders / "base")
-    before = copy.deepcopy(base.state_dict())
-    path = with_config(folders / "plain", tmp_path / "a", **changes)
-    with pytest.raises(ValueError, match=message) as caught:
-        Ensemble.from_adapters(base, [folders / "rslora", path])
-    assert str(path) in str(caught.value)
-    assert all(torch.equal(x, before[name]) for name, x in base.state_dict().items())
-
-
-def test_an_adapter_saved_with_another_embedding_is_refused_before_it_is_loaded(
-    folders: Path, tmp_path: Path
-) -> None:
-    base = AutoModelForCausalLM.from_pretrained(folders / "base")
-    before = copy.deepcopy(base.state_dict())
-    for shift in (0.0, 0.5):
-        model = peft.get_peft_model(tiny.llama(0, eos=None), lora())
-        model.get_input_embeddings().weight.data += shift
-        filled(model, 1).save_pretrained(tmp_path / str(shift), save_embedding_layers=True)
-    Ensemble.from_adapters(base, [tmp_path / "0.0"])
-    with pytest.raises(ValueError, match="0.5 changes weights of its base .*embed_tokens.weight"):
-        Ensemble.from_adapters(base, [folders / "plain", tmp_path / "0.5"])
-    assert all(torch.equal(x, before[name]) for name, x in base.state_dict().items())
-
-
-def _with_compiled_layer(base: Any) -> None:
-    base.model.layers[1].forward = torch.compile(base.model.layers[1].forward)
-
-
-BASES: dict[str, tuple[Any, str]] = {
-    "compiled forward": (
-        lambda base: setattr(base, "forward", torch.compile(base.forward)),
-        "the forward of the base model has been replaced",
-    ),
-    "compiled layer": (_with_compiled_layer, "the forward of model.layers.1 has been replaced"),
-    "offloaded": (
-        lambda base: pytest.importorskip("accelerate").cpu_offload(base),
-        "weights of the base model are offloaded or not loaded",
-    ),
-    "training": (lambda base: base.train(), "the LlamaForCausalLM is in training mode"),
-    "adapters": (  # as load_adapter puts them there
-        lambda base: peft.inject_adapter_in_model(lora(), base).eval(),
-        "the base model holds adapters already",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", BASES)
-def test_a_base_in_memory_that_is_not_plain_is_refused(folders: Path, kind: str) -> None:
-    change, message = BASES[kind]
-    base = AutoModelForCausalLM.from_pretrained(folders / "base")
-    change(base)
-    before = [module.training for module in base.modules()]
-    with pytest.raises(ValueError, match=message):
-        Ensemble.from_adapters(base, [folders / "plain"])
-    assert [module.training for module in base.modules()] == before
-
-
-def test_a_base_of_another_name_is_taken_on_request(folders: Path, tmp_path: Path) -> None:
-    path = with_config(folders / "plain", tmp_path / "a", base_model_name_or_path="someone/other")
-    ensemble = Ensemble.from_adapters(folders / "base", [path], check_base=False)
-    expected = logits(separate(folders, ["plain"]), [0, 1])
-    torch.testing.assert_close(logits(ensemble, [0, 1]), expected, atol=5e-5, rtol=0)
-
-
-def test_a_base_is_known_by_any_path_to_it(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "link").symlink_to(folders / "base")
-    assert Ensemble.from_adapters(tmp_path / "link", [folders / "plain"]).num_policies == 1
-    monkeypatch.chdir(folders / "base")
-    assert Ensemble.from_adapters(".", [folders / "plain"]).num_policies == 1
-
-
-def test_a_missing_adapter_is_found_before_the_base_is_loaded(
-    folders: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "base").mkdir()  # it has no weights
-    (tmp_path / "base/config.json").write_bytes((folders / "base/config.json").read_bytes())
-    with pytest.raises(OSError, match="nowhere does not exist"):
-        Ensemble.from_adapters(tmp_path / "base", [folders / "plain", folders / "nowhere"])
-
-
-def test_a_subfolder_is_that_of_the_base(folders: Path) -> None:
-    ensemble = Ensemble.from_adapters(
-        folders, [folders / "plain"], subfolder="base", check_base=False
-    )
-    assert torch.equal(logits(ensemble, [0, 1]), logits(shared(folders, ["plain"]), [0, 1]))
-
-
-def test_other_methods_than_lora_are_refused(folders: Path, tmp_path: Path) -> None:
-    base = AutoModelForCausalLM.from_pretrained(folders / "base")
-    config = peft.IA3Config(
-        target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"
-    )
-    peft.get_peft_model(base, config).save_pretrained(tmp_path / "a")
-    with pytest.raises(ValueError, match="kind IA3, not LoRA"):
-        Ensemble.from_adapters(folders / "base", [tmp_path / "a"])
-
-
-def test_tensors_that_do_not_fit_the_base_are_refused(folders: Path, tmp_path: Path) -> None:
-    wide = tiny._ready(tiny.LlamaForCausalLM, tiny._llama_config(tiny.V, head_dim=32), 0, None)
-    wide.save_pretrained(tmp_path / "base")
-    with pytest.raises(OSError, match="cannot load the adapter .*plain.*size mismatch"):
-        Ensemble.from_adapters(tmp_path / "base", [folders / "plain"])
-    from safetensors.torch import load_file, save_file
-
-    path = with_config(folders / "plain", tmp_path / "a")
-    tensors = load_file(path / "adapter_model.safetensors")
-    tensors.pop(next(iter(tensors)))
-    save_file(tensors, path / "adapter_model.safetensors")
-    base = AutoModelForCausalLM.from_pretrained(folders / "base")
-    with pytest.raises(ValueError, match="a has wrong tensors for .*base: 1 missing"):
-        Ensemble.from_adapters(base, [folders / "rslora", path])
-    assert all(parameter.requires_grad for parameter in base.parameters())
-
-
-def test_arguments_that_do_not_fit_are_refused(folders: Path) -> None:
-    base, plain = folders / "base", folders / "plain"
-    cases: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
-        (ValueError, "forward must be one of auto", (base, [plain]), {"forward": "both"}),
-        (TypeError, "adapters must be a list", (base, str(plain)), {}),
-        (ValueError, "at least one adapter", (base, []), {}),
-        (ValueError, "at least one adapter", (several(), []), {}),
-        (ValueError, "None for a PeftModel alone", (base, None), {}),
-        (ValueError, "is no PEFT adapter", (base, [base]), {}),
-        (ValueError, "is an adapter itself", (plain, [plain]), {}),
-        (OSError, "nowhere does not exist", (base, [folders / "nowhere"]), {}),
-        (TypeError, "a transformers model or a PeftModel, got int", (3, [plain]), {}),
-        (ValueError, "has no adapter d, it has a, b, c", (several(), ["d"]), {}),
-        (ValueError, "dtype: for a base model that is loaded", (several(),), {"dtype": "auto"}),
-        (ValueError, "device: for a base model that is loaded", (several(),), {"device": "cpu"}),
-        (ValueError, "in training mode", (several().train(),), {}),
-    ]
-    merged = several()
-    merged.merge_adapter(["b"])
-    cases.append((ValueError, "merged into the base", (merged,), {}))
-    for kind, message, arguments, options in cases:
-        with pytest.raises(kind, match=message):
-            Ensemble.from_adapters(*arguments, **options)
 
 
 def test_a_layer_with_two_ways_of_changing_it_runs_policy_by_policy(folders: Path) -> None:
