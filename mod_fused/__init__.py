@@ -17,7 +17,7 @@ from .divergence import (
     register_divergence,
 )
 from .explain import Explanation, explain
-from .ops import Sample, backends, log_probs, sample, workspace_size
+from .ops import Sample, backends, log_probs, reset_workspace, sample, workspace_size
 from .warmup import warmup
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ __all__ = [
     "loglikelihood",
     "recipes",
     "register_divergence",
+    "reset_workspace",
     "sample",
     "warmup",
     "workspace_size",

@@ -13,10 +13,10 @@ from .dispatch import registration
 from .dispatch.backends import backends, choose
 from .dispatch.packing import pack
 from .dispatch.tracing import draw_without_symbols, mixture_without_symbols
-from .dispatch.workspace import check_workspace, workspace_size
+from .dispatch.workspace import check_workspace, reset_workspace, workspace_size
 from .divergence import Divergence
 
-__all__ = ["Sample", "backends", "log_probs", "sample", "workspace_size"]
+__all__ = ["Sample", "backends", "log_probs", "reset_workspace", "sample", "workspace_size"]
 
 
 def log_probs(
@@ -185,8 +185,9 @@ def sample(
         workspace: uint8 vector of at least `workspace_size(B, V, M)` bytes on the logits' device,
             aligned to 16 bytes. Its owner zeroes it once (`torch.zeros`). Every call leaves the
             zeros that the next one needs, whatever its shapes. Pass the same tensor each time, not
-            another part of it. Launches that may overlap need two: one workspace per stream. None
-            allocates one for each call. The torch and cpu backends use no workspace and leave it as
+            another part of it. Launches that may overlap need two: one workspace per stream. If it
+            was not zero, or a launch on it was stopped, no call waits for ever: the rows are
+            invalid until `reset_workspace`. None allocates one for each call. The torch and cpu backends use no workspace and leave it as
             it is. A call on a GPU allocates nothing, and can be captured in a CUDA graph, when it
             is given `out`, `workspace`, and tensors or single numbers for everything that goes by
             row (weights for all rows may be a list). `value_ids` and `bias_ids` allocate even

@@ -53,6 +53,7 @@ class Launch(NamedTuple):
     def options(self, amd: bool, warp_size: int) -> dict[str, Any]:
         """The compiler's options."""
         options = {"variant": self.variant, "num_warps": self.threads // warp_size}
+        options["enable_fp_fusion"] = True  # the newest Triton asks for it
         if self.variant.general and not amd:
             options["maxnreg"] = min(MOST_REGISTERS, _REGISTERS // self.threads)
         return options

@@ -11,6 +11,7 @@ import triton.language as tl
 from .constants import INFINITY, TILE
 from .elementary import exp, exponential
 from .keys import end_keys, key_tile
+from .normalizer import solved_masses
 from .parameters import (
     good_mixture,
     good_parameters,
@@ -31,6 +32,7 @@ from .workspace import (
     LOG_NORM,
     LOG_SUM,
     MIX_LOG_NORM,
+    STATE_FIELDS,
     VALID,
     tile_field,
 )
@@ -110,6 +112,30 @@ def store_draw(
 
 
 @triton.jit
+def store_invalid(mixing, drawing, work, begin, end, variant: tl.constexpr):
+    """Make the rows from `begin` to before `end` invalid."""
+    MODELS: tl.constexpr = variant.models
+    nan = tl.full([], float("nan"), tl.float32)
+    for row in range(begin, end):
+        if variant.finish:
+            for tile in range(0, tl.cdiv(mixing.vocab, TILE)):
+                offsets = tile * TILE + tl.arange(0, TILE)
+                keys = work.keys + row.to(tl.int64) * mixing.vocab + offsets
+                tl.store(keys, nan, mask=offsets < mixing.vocab)
+        elif variant.draw:
+            tl.store(drawing.tokens + row, 0)
+            tl.store(drawing.logprobs + row, nan)
+            tl.store(drawing.valid + row, 0)
+            if variant.proposal_logprobs:
+                tl.store(drawing.proposal_logprobs + row, nan)
+            if variant.model_logprobs:
+                for k in tl.static_range(MODELS):
+                    tl.store(drawing.model_logprobs + row.to(tl.int64) * MODELS + k, nan)
+        else:
+            tl.store(work.states + row.to(tl.int64) * STATE_FIELDS + VALID, 0.0)
+
+
+@triton.jit
 def store_proposal(drawing, row, valid, token_key, peak, mass, temperature):
     """Store the log of the probability with which the token was drawn, from the masses of the
     row's tiles."""
@@ -125,11 +151,21 @@ def store_proposal(drawing, row, valid, token_key, peak, mass, temperature):
 def draw(
     mixing, drawing, state, model_fields, fields, row, tiles, seed, position, variant: tl.constexpr
 ):
-    """The race of a row whose keys are summed, without filters."""
-    level, norm, good = end_keys(state, fields, tiles, variant)
+    """The race of a row whose keys are summed, or, with `early`, whose last evaluation has ended;
+    without filters."""
     temperature = temperature_of(drawing, row)
     beta = inverse_temperature(temperature)
-    if variant.mask or variant.tempered:
+    if variant.early:
+        sums = solved_masses(mixing, state, fields, tiles, variant)
+        peaks = tl.where(tl.arange(0, variant.tiles) < tiles, 0.0, -INFINITY)
+        level = tl.zeros([], tl.float64)
+        norm = tl.log(tl.sum(sums.to(tl.float64), 0))
+        good = tl.where(tl.abs(norm) < INFINITY, tl.load(state + VALID), 0.0)
+    else:
+        level, norm, good = end_keys(state, fields, tiles, variant)
+    if variant.early:
+        pass
+    elif variant.mask or variant.tempered:
         peaks = tile_field(fields, DRAW_PEAK, tiles, variant, float("-inf"))
         sums = tile_field(fields, DRAW_SUM, tiles, variant, 0.0)
     else:

@@ -98,7 +98,8 @@ def launched(divergence: str) -> Launch:
 def phase_names(variant: Any) -> list[str]:
     """The phases of a variant in their order."""
     evaluations = ["evaluation"] * variant.evaluations
-    return ["sums"] * variant.sums + ["deficits"] * bool(evaluations) + evaluations + ["keys"]
+    keys = ["keys"] * (not variant.early)
+    return ["sums"] * variant.sums + ["deficits"] * bool(evaluations) + evaluations + keys
 
 
 def launch_per_phase(made: Launch) -> list[Launch]:

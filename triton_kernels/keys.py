@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .constants import EXCLUDED, INFINITY, LEAST_TAU, TILE
 from .elementary import exp
-from .normalizer import above_least, ratios
+from .normalizer import above_least
 from .own_mass import parameter
 from .parameters import inverse_temperature, masked_key, reference_weight, temperature_of
 from .tiles import deficit_tile, finite_log_linear_tile, log_linear_tile, sum_exp
@@ -82,36 +82,10 @@ def store_keys(mixing, drawing, work, fields, key, broken, row, tile, variant: t
 
 
 @triton.jit
-def store_deficit_keys(
-    mixing, drawing, work, state, fields, log_ref, q, broken, row, tile, variant: tl.constexpr
-):
-    """`store_keys` for all divergences but reverse KL, from a tile's deficits."""
-    KEPT: tl.constexpr = variant.mask or variant.tempered or variant.store_keys
-    if variant.exact and variant.excess is not None and not KEPT:
-        # Only sums are needed: a Stieltjes form gives them without logarithms.
-        point = tl.load(state + POINT).to(tl.float32)
-        excess = variant.excess(above_least(state, q, variant), mixing.alpha)
-        h, _ = ratios(point + excess, mixing, state, variant)
-        if variant.factor:
-            h = h * (1.0 - point)
-        total = tl.sum(tl.where(broken, float("nan"), exp(log_ref) * h), 0)
-        tl.store(fields + KEY_PEAK * variant.tiles + tile, 0.0)
-        tl.store(fields + KEY_SUM * variant.tiles + tile, total)
-    else:
-        key, broken = deficit_key(mixing, state, log_ref, q, broken, row, variant)
-        store_keys(mixing, drawing, work, fields, key, broken, row, tile, variant)
-
-
-@triton.jit
 def keys_of_tile(
     mixing, drawing, work, state, model_fields, fields, row, tile, tiles, variant: tl.constexpr
 ):
-    if variant.general:
-        log_ref, q, broken = deficit_tile(mixing, state, row, tile, variant)
-        store_deficit_keys(
-            mixing, drawing, work, state, fields, log_ref, q, broken, row, tile, variant
-        )
-    elif variant.sums or variant.model_logprobs:
+    if variant.sums or variant.model_logprobs:
         key, broken = key_tile(mixing, state, model_fields, row, tile, tiles, variant)
         store_keys(mixing, drawing, work, fields, key, broken, row, tile, variant)
     else:

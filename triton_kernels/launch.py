@@ -53,6 +53,7 @@ class Variant(NamedTuple):
     of_mass: str | None
     sums: bool  # a phase of its own for the log-sum-exps
     evaluations: int
+    early: bool  # drawn from the last evaluation
     finish: bool
     draw: bool  # draw in the mixture kernel
     mask: bool
@@ -105,6 +106,8 @@ def variant_of(
         top_k, top_p, min_p = drawing.filters()
         filters = drawing.needs_keys()
     finish = drawing is None
+    early = exact and divergence.excess is not None and drawing is not None
+    early = early and not (mask or tempered or filters)
     return Variant(
         models=mixing.model_count(),
         model_block=triton.next_power_of_2(mixing.model_count()),
@@ -118,6 +121,7 @@ def variant_of(
         **divergence._asdict(),
         sums=sums,
         evaluations=evaluations,
+        early=early,
         finish=finish,
         draw=drawing is not None and not filters,
         mask=mask,
@@ -130,7 +134,7 @@ def variant_of(
         store_keys=finish or filters,
         model_logprobs=drawing is not None and drawing.return_model_logprobs,
         proposal_logprobs=drawing is not None and drawing.return_proposal_logprobs,
-        phases=int(sums) + (evaluations + 1 if exact else 0) + 1 + int(finish),
+        phases=int(sums) + (evaluations + 1 if exact else 0) + 1 - early + int(finish),
         tiles=row_tiles(mixing.vocab_size),
         chunk=configured.chunk,
         filter_block=configured.filter_block,

@@ -11,10 +11,12 @@ so that a later phase finds its logits in the cache and waits briefly.
     SUMS      log-sum-exps of the models            off reverse KL, and for plausibility
     DEFICITS  p, Q, and what the bracket needs      off reverse KL, exact normaliser
     EVALUATE  G and its slope at a point            the same, at most `EVALUATIONS` times
-    KEYS      log pi* up to a constant              always; the only phase of most reverse KL
+    KEYS      log pi* up to a constant              the only phase of most reverse KL; not `early`
     FINISH    log pi* itself                        for log_probs
 
 A row that is not solved after its evaluations is solved by the program that ends the last of them.
+With a Stieltjes form and nothing between pi* and the draw (`early`), the sums of the last evaluation
+give the masses of the race: no KEYS phase sweeps the row again.
 """
 
 from __future__ import annotations
@@ -24,22 +26,14 @@ import triton.language as tl
 
 from .bracket import deficits_of_tile, end_deficits
 from .constants import TILE
-from .draw import end_draw
+from .draw import end_draw, store_invalid
+from .handoffs import arrive, break_launch, claim, end_arrivals, reset, wait_for
 from .keys import finish_tile, keys_of_tile
 from .normalizer import end_evaluation, evaluation_of_tile
 from .sums import end_sums, sums_of_tile
 from .workspace import SOLVED, STATE_FIELDS, TILE_FIELDS
 
 MAX_EVALUATIONS = tl.constexpr(32)
-
-
-@triton.jit
-def wait_for(flag, value):
-    """Wait until the row's earlier phase has ended."""
-    seen = tl.atomic_add(flag, 0, sem="acquire")
-    while seen < value:
-        seen = tl.atomic_add(flag, 0, sem="acquire")
-    tl.debug_barrier()
 
 
 # Arguments that change from call to call: specialising on them would compile the kernel again.
@@ -88,11 +82,13 @@ def mixture_kernel(
         groups = tl.cdiv(rows, group)
         slot_tasks = group * chunks
         total = groups * PHASES * slot_tasks
-        ticket = tl.atomic_add(work.tickets, 1, sem="relaxed")
+        ticket, done = claim(work, 0)
+        own = 0
         alone = 0
         while ticket < total:
-            slot = ticket // slot_tasks
-            inside = ticket % slot_tasks
+            task = ticket.to(tl.int32)
+            slot = task // slot_tasks
+            inside = task % slot_tasks
             # Step s runs phase p on group s - p.
             s = 0
             active = 1
@@ -110,37 +106,38 @@ def mixture_kernel(
             phase = tl.minimum(s, PHASES - 1) - slot
             row = (s - phase) * group + inside // chunks
             if row < rows:
+                ready = phase == 0
                 if phase > 0:
-                    wait_for(work.flags + row, phase)
-                chunk = inside % chunks
-                result = run_task(
-                    mixing,
-                    drawing,
-                    work,
-                    row,
-                    chunk,
-                    phase,
-                    alone,
-                    tiles,
-                    chunks,
-                    seed,
-                    position,
-                    variant,
-                )
-                alone = tl.maximum(result, 0)
-                if result < 0:
-                    tl.atomic_xchg(work.flags + row, -result, sem="release")
+                    ready = wait_for(work.flags + row, phase)
+                if ready:
+                    alone = run_task(
+                        mixing,
+                        drawing,
+                        work,
+                        row,
+                        inside % chunks,
+                        phase,
+                        alone,
+                        tiles,
+                        chunks,
+                        seed,
+                        position,
+                        variant,
+                    )
+                else:
+                    alone = 0
+                    break_launch(work)
             if alone == 0:
-                ticket = tl.atomic_add(work.tickets, 1, sem="relaxed")
-        # The last program to leave resets the counters. Earlier, another program may still be
-        # waiting on a flag of a phase that has ended.
-        leaving = tl.atomic_add(work.tickets + 1, 1, sem="acq_rel")
-        if leaving == tl.num_programs(0) - 1:
-            tl.atomic_xchg(work.tickets, 0, sem="relaxed")
-            tl.atomic_xchg(work.tickets + 1, 0, sem="relaxed")
-            for begin in range(0, rows, TILE):
-                i = begin + tl.arange(0, TILE)
-                tl.store(work.flags + i, 0, mask=i < rows)
+                ticket, done = claim(work, 1)
+                own = 1
+        # Each program claims one ticket too many. The last of these belongs to the last program.
+        last = total + tl.num_programs(0) - 1
+        if ticket >= last:
+            if (ticket == last) & (done + own == total):
+                reset(work, rows)
+            else:
+                break_launch(work)
+                store_invalid(mixing, drawing, work, 0, rows, variant)
 
 
 @triton.jit
@@ -160,11 +157,11 @@ def run_task(
 ):
     """Run one phase of one chunk of a row; if it is the phase's last chunk, end the phase too.
 
-    Returns 0 if the phase goes on, -(next phase) if it has ended, and a positive number if the last
-    evaluation has left the row unsolved. The caller passes that number back as `alone`: this
-    program then evaluates the whole row by itself.
+    Returns 0, or a positive number if the last evaluation has left the row unsolved. The caller
+    passes that number back as `alone`: this program then evaluates the whole row by itself.
     """
-    KEYS: tl.constexpr = variant.phases - 1 - variant.finish
+    # With `early` the row is through where KEYS would begin.
+    KEYS: tl.constexpr = variant.phases - 1 - variant.finish + variant.early
     MODEL_FIELDS: tl.constexpr = 2 * variant.models
     FIELDS: tl.constexpr = TILE_FIELDS + 2 * variant.models
     state = work.states + row.to(tl.int64) * STATE_FIELDS
@@ -181,11 +178,12 @@ def run_task(
         if (phase > 1) & (phase < KEYS):
             skipped = tl.load(state + SOLVED, cache_modifier=".cg") != 0.0
     # Each phase has a loop of its own, so that its loop constants take no registers in others.
-    if phase == KEYS:
-        for tile in range(begin, end):
-            keys_of_tile(
-                mixing, drawing, work, state, model_fields, fields, row, tile, tiles, variant
-            )
+    if variant.early == 0:
+        if phase == KEYS:
+            for tile in range(begin, end):
+                keys_of_tile(
+                    mixing, drawing, work, state, model_fields, fields, row, tile, tiles, variant
+                )
     if variant.sums:
         if phase == 0:
             for tile in range(begin, end):
@@ -203,19 +201,31 @@ def run_task(
             for tile in range(begin, end):
                 finish_tile(mixing, work, state, row, tile)
     tl.debug_barrier()
-    arrived = chunks - 1
-    if skipped:
-        arrived = -1
-    elif alone == 0:
-        arrived = tl.atomic_add(work.arrivals + row, 1, sem="acq_rel")
-    result = 0
-    if arrived == chunks - 1:
-        result = -(phase + 1)
+    ended = tl.full([], False, tl.int1)
+    good = tl.full([], True, tl.int1)
+    if variant.evaluations > 0:
+        ended = ended | (alone > 0)
+    if (skipped == 0) & (ended == 0):
+        before, good = arrive(work.arrivals + row, chunk, chunks)
+        ended = before == chunks - 1
+        if variant.phases == 1:
+            if (before < 0) | (before >= chunks):
+                store_invalid(mixing, drawing, work, row, row + 1, variant)
+    left = 0
+    if ended & (good == 0):
+        if variant.phases == 1:
+            store_invalid(mixing, drawing, work, row, row + 1, variant)
+        else:
+            break_launch(work)
+    elif ended:
+        following = phase + 1
         tl.debug_barrier()
-        if phase == KEYS:
-            end_draw(
-                mixing, drawing, state, model_fields, fields, row, tiles, seed, position, variant
-            )
+        if variant.early == 0:
+            if phase == KEYS:
+                end_draw(
+                    mixing, drawing, state, model_fields, fields, row, tiles, seed, position,
+                    variant,
+                )  # fmt: skip
         if variant.sums:
             if phase == 0:
                 end_sums(mixing, state, model_fields, row, tiles, variant)
@@ -226,10 +236,20 @@ def run_task(
                 end_evaluation(mixing, state, fields, tiles, variant)
                 tl.debug_barrier()
                 if tl.load(state + SOLVED) != 0.0:
-                    result = -KEYS  # skip the other evaluations
+                    following = KEYS  # skip the other evaluations
                 elif (phase == KEYS - 1) & (alone < MAX_EVALUATIONS):
-                    result = alone + 1
+                    left = alone + 1
+                if variant.early:
+                    if (following == KEYS) & (left == 0):
+                        end_draw(
+                            mixing, drawing, state, model_fields, fields, row, tiles, seed,
+                            position, variant,
+                        )  # fmt: skip
         tl.debug_barrier()
-        if result < 0:
-            tl.atomic_xchg(work.arrivals + row, 0, sem="relaxed")
-    return result
+        if left == 0:
+            end_arrivals(work.arrivals + row, chunks)
+            if phase < variant.phases - 1:
+                before = tl.atomic_xchg(work.flags + row, following, sem="release")
+                if (phase == 0) & (before != 0):
+                    break_launch(work)
+    return left

@@ -9,15 +9,16 @@ from .constants import INFINITY, SMALLEST_PREFIX_DIFFERENCE
 from .elementary import exp
 from .own_mass import counted_mass, shift_of_mass
 from .parameters import log_plausibility, reference_weight, weight
-from .tiles import level_of, model_tile, store_model_sum
+from .tiles import level_of, logits_of_tile, scaled, store_model_sum
 from .workspace import LOG_MASS, LOG_NORM, LOG_SUM, PEAK, SHIFT, VALID
 
 
 @triton.jit
 def sums_of_tile(mixing, model_fields, row, tile, variant: tl.constexpr):
     MODELS: tl.constexpr = variant.models
+    logits = logits_of_tile(mixing, row, tile, variant)
     for k in tl.static_range(MODELS):
-        store_model_sum(model_tile(mixing, k, row, tile), k, model_fields, tile, variant)
+        store_model_sum(scaled(mixing, logits, k), k, model_fields, tile, variant)
 
 
 @triton.jit

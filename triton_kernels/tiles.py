@@ -31,11 +31,36 @@ def load_tile(row_pointer, tile, vocab, OTHER: tl.constexpr):
 
 
 @triton.jit
-def model_tile(mixing, k: tl.constexpr, row, tile):
-    """The scaled logits of model k, -inf beyond the vocabulary."""
-    x = load_tile(
-        mixing.logits[k] + row.to(tl.int64) * mixing.strides[k], tile, mixing.vocab, float("-inf")
-    )
+def load_logits(mixing, row, tile, WHOLE: tl.constexpr, variant: tl.constexpr):
+    """The logits of all models as they are stored, -inf beyond the vocabulary. `WHOLE`: the tile
+    is known to lie inside, so that the loads need no mask."""
+    MODELS: tl.constexpr = variant.models
+    offsets = tile * TILE + tl.arange(0, TILE)
+    found = ()
+    for k in tl.static_range(MODELS):
+        pointers = mixing.logits[k] + row.to(tl.int64) * mixing.strides[k] + offsets
+        if WHOLE:
+            found = found + (tl.load(pointers),)
+        else:
+            inside = offsets < mixing.vocab
+            found = found + (tl.load(pointers, mask=inside, other=float("-inf")),)
+    return found
+
+
+@triton.jit
+def logits_of_tile(mixing, row, tile, variant: tl.constexpr):
+    """`load_logits`: all models' loads are issued before anything waits for one of them."""
+    if (tile + 1) * TILE <= mixing.vocab:
+        found = load_logits(mixing, row, tile, True, variant)
+    else:
+        found = load_logits(mixing, row, tile, False, variant)
+    return found
+
+
+@triton.jit
+def scaled(mixing, logits, k: tl.constexpr):
+    """The scaled logits of model k, float32."""
+    x = logits[k].to(tl.float32)
     if mixing.scales is not None:
         x = x * mixing.scales[k]
     return x
@@ -104,8 +129,9 @@ def log_linear_tile(
     inside = tile * TILE + tl.arange(0, TILE) < mixing.vocab
     broken = tl.zeros([TILE], tl.int1)
     plausible = inside
+    logits = logits_of_tile(mixing, row, tile, variant)
     for k in tl.static_range(MODELS):
-        x = model_tile(mixing, k, row, tile)
+        x = scaled(mixing, logits, k)
         if variant.model_logprobs and not variant.sums:
             store_model_sum(x, k, fields, tile, variant)
         if k < FIRST_POLICY:
@@ -136,14 +162,15 @@ def log_linear_tile(
 
 @triton.jit
 def finite_log_linear_tile(mixing, row, tile, variant: tl.constexpr):
-    """`log_linear_tile` to the bit where the reference and what counts is finite, NaN elsewhere,
-    in half the instructions."""
+    """`log_linear_tile` of a whole tile, to the bit where the reference and what counts is finite,
+    NaN elsewhere, in half the instructions."""
     MODELS: tl.constexpr = variant.models
     VALUES: tl.constexpr = variant.scores
     FIRST_POLICY: tl.constexpr = variant.first_policy
     key = tl.zeros([TILE], tl.float32)
+    logits = load_logits(mixing, row, tile, True, variant)
     for k in tl.static_range(MODELS):
-        x = model_tile(mixing, k, row, tile)
+        x = scaled(mixing, logits, k)
         if k < FIRST_POLICY:
             key = tl.fma(x, reference_weight(mixing, row, variant), key)
         else:
@@ -168,7 +195,8 @@ def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
     float64 where the call has values: a tilt moves min Q away from 0."""
     MODELS: tl.constexpr = variant.models
     VALUES: tl.constexpr = variant.scores
-    ref = model_tile(mixing, 0, row, tile)
+    logits = logits_of_tile(mixing, row, tile, variant)
+    ref = scaled(mixing, logits, 0)
     plausible = tl.full([TILE], True, tl.int1)
     if variant.plausible == 0:
         plausible = plausible_tile(mixing, state, ref, row, 0)
@@ -180,7 +208,7 @@ def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
     zeros = tl.zeros([TILE], tl.float32)
     q = zeros
     for k in tl.static_range(1, MODELS):
-        x = model_tile(mixing, k, row, tile)
+        x = scaled(mixing, logits, k)
         w = zeros + weight(mixing, row, k - 1).to(tl.float32)
         counts = w != 0.0
         if variant.plausible == k:

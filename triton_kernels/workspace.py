@@ -20,7 +20,7 @@ from .constants import INFINITY, TILE
 from .elementary import exp
 
 ALIGNMENT = 256  # bytes: each part begins at a multiple
-#: One byte in so many of a buffer is for counters: a row has 8 bytes of those, over 256 others.
+#: One byte in so many of a buffer is for counters: a row has 12 bytes of those, over 384 others.
 COUNTER_SHARE = 32
 
 # Fields of a row's state, float64.
@@ -40,7 +40,8 @@ VALID = tl.constexpr(36)
 STEPS = tl.constexpr(37)  # evaluations of G so far, without the first
 LOG_SUM = tl.constexpr(38)  # [9], LOG_NORM less the model's level
 LOG_MASS = tl.constexpr(47)  # log m of the response so far, see own_mass.py
-STATE_FIELDS = tl.constexpr(48)
+EVALUATED = tl.constexpr(48)  # the point of the last evaluation with a Stieltjes form
+STATE_FIELDS = tl.constexpr(49)
 
 # Fields of a tile, float32 [fields, variant.tiles] for each row. Before them are two fields for
 # each model: the tile's largest logit, and the sum of exp(logit - largest).
@@ -64,9 +65,9 @@ class Workspace(NamedTuple):
     leasts: Tensor  # float64 [B, tiles]
     winners: Tensor  # int32 [B, tiles]
     keys: Tensor | None  # float32 [B, V]
-    tickets: Tensor  # int32 [2]
+    tickets: Tensor  # int64 [1], the counters: see handoffs.py
     flags: Tensor  # int32 [B], how many phases of a row have ended
-    arrivals: Tensor  # int32 [B], how many chunks of the running phase are done
+    arrivals: Tensor  # int64 [B], which chunks of the running phase are done
 
 
 def cdiv(a: int, b: int) -> int:
@@ -106,7 +107,7 @@ class _Layout(NamedTuple):
 @cache
 def _counters(rows: int) -> _Layout:
     """tickets, flags, arrivals."""
-    return _Layout.of((torch.int32, 2), (torch.int32, rows), (torch.int32, rows))
+    return _Layout.of((torch.int64, 1), (torch.int32, rows), (torch.int64, rows))
 
 
 @cache
@@ -133,6 +134,11 @@ def workspace_bytes(rows: int, vocab: int, models: int, keys: bool) -> int:
     return units * COUNTER_SHARE * ALIGNMENT
 
 
+def counter_bytes(buffer: Tensor) -> int:
+    """How many bytes at the beginning of a buffer are for counters."""
+    return buffer.numel() // (COUNTER_SHARE * ALIGNMENT) * ALIGNMENT
+
+
 def make_workspace(
     like: Tensor, rows: int, vocab: int, models: int, keys: bool, buffer: Tensor | None
 ) -> Workspace:
@@ -142,7 +148,7 @@ def make_workspace(
     if buffer is None:
         buffer = like.new_empty((workspace_bytes(rows, vocab, models, keys),), dtype=torch.uint8)
         buffer[: counters.size].zero_()
-    begin = buffer.numel() // (COUNTER_SHARE * ALIGNMENT) * ALIGNMENT
+    begin = counter_bytes(buffer)
     states, fields, leasts, winners, *rest = data.views(buffer, begin)
     tickets, flags, arrivals = counters.views(buffer, 0)
     kept = rest[0] if keys else None

@@ -24,21 +24,27 @@ def _workspace_bytes(rows: int, vocab_size: int, models: int, filters: bool) -> 
     return workspace_bytes(rows, vocab_size, models, filters)
 
 
-def check_workspace(mixing: MixtureArguments, filters: bool, workspace: object) -> Tensor:
-    """The caller's `workspace`, checked; a call with `filters` needs a larger one."""
-    batch = mixing.batch_tensor()
+def _check_vector(workspace: object, expected: str) -> Tensor:
+    """A contiguous uint8 vector; `expected` begins the message of an error."""
     if not isinstance(workspace, Tensor):
         raise TypeError(f"workspace must be a tensor, got {type(workspace).__name__}")
-    needed = _workspace_bytes(batch.shape[0], mixing.vocab_size, mixing.model_count(), filters)
-    expected = f"workspace must be a contiguous uint8 vector of at least {needed} bytes"
     if workspace.dtype != torch.uint8:
         raise TypeError(f"{expected}, got {workspace.dtype}")
-    if workspace.device != batch.device:
-        raise ValueError(f"{expected} on {batch.device} like the logits, got {workspace.device}")
     if workspace.dim() != 1 or not workspace.is_contiguous():
         raise ValueError(
             f"{expected}, got shape {list(workspace.shape)}, strides {list(workspace.stride())}"
         )
+    return workspace
+
+
+def check_workspace(mixing: MixtureArguments, filters: bool, workspace: object) -> Tensor:
+    """The caller's `workspace`, checked; a call with `filters` needs a larger one."""
+    batch = mixing.batch_tensor()
+    needed = _workspace_bytes(batch.shape[0], mixing.vocab_size, mixing.model_count(), filters)
+    expected = f"workspace must be a contiguous uint8 vector of at least {needed} bytes"
+    workspace = _check_vector(workspace, expected)
+    if workspace.device != batch.device:
+        raise ValueError(f"{expected} on {batch.device} like the logits, got {workspace.device}")
     if workspace.numel() < needed:
         raise ValueError(f"{expected}, got {workspace.numel()}")
     # Dynamo cannot trace the offset. In compiled code Triton looks at the alignment itself.
@@ -77,3 +83,24 @@ def workspace_size(batch: int, vocab_size: int, policies: int = 2, *, filters: b
         if number(name, size, int) < least:
             raise ValueError(f"{name} must be at least {least}, got {size}")
     return _workspace_bytes(batch, vocab_size, policies + 1, filters)
+
+
+def reset_workspace(workspace: Tensor) -> None:
+    """Zero the counters at the beginning of a workspace, on the current stream of its device, as
+    its owner did at first.
+
+    Needed where the workspace was never zeroed, or a launch on it was stopped or overlapped
+    another: all rows of the calls that use it are invalid until then.
+
+    Args:
+        workspace: uint8 vector as in `sample`; no launch may be using it.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: not a contiguous vector.
+    """
+    _check_vector(workspace, "workspace must be a contiguous uint8 vector")
+    if _TRITON:
+        from ..triton_kernels.workspace import counter_bytes
+
+        workspace[: counter_bytes(workspace)].zero_()
