@@ -30,7 +30,10 @@ from .workspace import (
     STEPS,
     UPPER,
     VALID,
-    tile_field,
+    part_field,
+    part_sums,
+    places,
+    store_parts,
 )
 
 WIDEN = tl.constexpr(1e-4)
@@ -59,38 +62,43 @@ def deficits_of_tile(mixing, work, state, fields, row, tile, tiles, variant: tl.
     """Store a tile's sums for the bracket, and its part of the first evaluation."""
     log_ref, q, broken = deficit_tile(mixing, state, row, tile, variant)
     inside = q < EXCLUDED
-    i = tl.arange(0, TILE)
+    i = places(variant)
     p = tl.where(inside, exp(log_ref), 0.0)
-    least = tl.min(q, 0)
-    best = tl.min(tl.where(q == least, i, TILE - 1), 0)
-    tl.store(work.leasts + row.to(tl.int64) * tiles + tile, least.to(tl.float64))
-    tl.store(work.winners + row.to(tl.int64) * tiles + tile, best + tile * TILE)
-    tl.store(fields + BEST_P * variant.tiles + tile, tl.sum(tl.where(i == best, p, 0.0), 0))
-    tl.store(fields + MASS * variant.tiles + tile, tl.sum(tl.where(broken, float("nan"), p), 0))
-    tl.store(fields + FIRST * variant.tiles + tile, tl.sum(p * q.to(tl.float32), 0))
+    least = tl.min(q, 1)
+    best = tl.min(tl.where(q == least[:, None], i, TILE - 1), 1)
+    is_best = i == best[:, None]
+    own = row.to(tl.int64) * (variant.tiles * variant.parts)
+    own += tile * variant.parts + tl.arange(0, variant.parts)
+    tl.store(work.leasts + own, least.to(tl.float64))
+    tl.store(work.winners + own, best + tile * TILE)
+    store_parts(fields, BEST_P, tile, part_sums(tl.where(is_best, p, 0.0)), variant)
+    store_parts(fields, MASS, tile, part_sums(tl.where(broken, float("nan"), p)), variant)
+    store_parts(fields, FIRST, tile, part_sums(p * q.to(tl.float32)), variant)
     if variant.excess is not None:
-        p = tl.where(i == best, 0.0, p)  # it may be s*; `end_deficits` adds the others
+        p = tl.where(is_best, 0.0, p)  # it may be s*; `end_deficits` adds the others
     else:
         q = tl.where(inside, q, 1.0)
     h, slope = start_ratios(q, mixing, state, row, variant)
-    tl.store(fields + S1 * variant.tiles + tile, tl.sum(p * h, 0))
-    tl.store(fields + S2 * variant.tiles + tile, tl.sum(p * slope, 0))
+    store_parts(fields, S1, tile, part_sums(p * h), variant)
+    store_parts(fields, S2, tile, part_sums(p * slope), variant)
 
 
 @triton.jit
 def end_deficits(mixing, work, state, fields, row, tiles, variant: tl.constexpr):
     """Store s*, the bracket of the point where G is 1, and the next point to evaluate."""
     MODELS: tl.constexpr = variant.models
-    i = tl.arange(0, variant.tiles)
-    leasts = work.leasts + row.to(tl.int64) * tiles
-    winners = work.winners + row.to(tl.int64) * tiles
-    least_of = tl.load(leasts + i, mask=i < tiles, other=EXCLUDED, cache_modifier=".cg")
+    PARTS: tl.constexpr = variant.tiles * variant.parts
+    i = tl.arange(0, PARTS)
+    there = i < tiles * variant.parts
+    leasts = work.leasts + row.to(tl.int64) * PARTS
+    winners = work.winners + row.to(tl.int64) * PARTS
+    least_of = tl.load(leasts + i, mask=there, other=EXCLUDED, cache_modifier=".cg")
     least = tl.min(least_of, 0)
-    best_tile = tl.min(tl.where((least_of == least) & (i < tiles), i, variant.tiles - 1), 0)
-    best_token = tl.load(winners + best_tile, cache_modifier=".cg")
-    best = tl.load(fields + BEST_P * variant.tiles + best_tile, cache_modifier=".cg").to(tl.float64)
-    mass = tl.sum(tile_field(fields, MASS, tiles, variant, 0.0).to(tl.float64), 0)
-    first = tl.sum(tile_field(fields, FIRST, tiles, variant, 0.0).to(tl.float64), 0)
+    best_part = tl.min(tl.where((least_of == least) & there, i, PARTS - 1), 0)
+    best_token = tl.load(winners + best_part, cache_modifier=".cg")
+    best = tl.load(fields + BEST_P * PARTS + best_part, cache_modifier=".cg").to(tl.float64)
+    mass = tl.sum(part_field(fields, MASS, tiles, variant, 0.0).to(tl.float64), 0)
+    first = tl.sum(part_field(fields, FIRST, tiles, variant, 0.0).to(tl.float64), 0)
     good = (tl.abs(least) < EXCLUDED) & (mass > 0.0) & (best > 0.0)
     mass = tl.where(good, mass, 1.0)
     best = tl.where(good, best, 1.0)
@@ -132,18 +140,18 @@ def end_deficits(mixing, work, state, fields, row, tiles, variant: tl.constexpr)
     tl.store(state + VALID, tl.where(good, valid, 0.0))
 
     # The first step, from the sums of the first evaluation.
-    s1 = tl.sum(tile_field(fields, S1, tiles, variant, 0.0).to(tl.float64), 0)
-    s2 = tl.sum(tile_field(fields, S2, tiles, variant, 0.0).to(tl.float64), 0)
+    s1 = tl.sum(part_field(fields, S1, tiles, variant, 0.0).to(tl.float64), 0)
+    s2 = tl.sum(part_field(fields, S2, tiles, variant, 0.0).to(tl.float64), 0)
     tau = least + start_offset(mixing, state, row, variant).to(tl.float64)
     usable = good
     if variant.bounded:
         usable = good & (tau > 0.0)
     tau = tl.where(usable, tau, 1.0)
     if variant.excess is not None:
-        # Each tile's sums lack its best token: add all of these but s*.
-        others = (i < tiles) & (i != best_tile) & (least_of < EXCLUDED)
+        # Each part's sums lack its best token: add all of these but s*.
+        others = there & (i != best_part) & (least_of < EXCLUDED)
         h, slope = start_ratios(tl.where(others, least_of, least), mixing, state, row, variant)
-        p = tl.where(others, tile_field(fields, BEST_P, tiles, variant, 0.0), 0.0).to(tl.float64)
+        p = tl.where(others, part_field(fields, BEST_P, tiles, variant, 0.0), 0.0).to(tl.float64)
         s1 += tl.sum(p * h.to(tl.float64), 0)
         s2 += tl.sum(p * slope.to(tl.float64), 0)
         if variant.factor:

@@ -34,7 +34,9 @@ from .workspace import (
     MIX_LOG_NORM,
     STATE_FIELDS,
     VALID,
-    tile_field,
+    by_tile,
+    part_field,
+    part_sums,
 )
 
 
@@ -155,36 +157,37 @@ def draw(
     without filters."""
     temperature = temperature_of(drawing, row)
     beta = inverse_temperature(temperature)
+    valid = good_parameters(mixing, drawing, row, variant)
     if variant.early:
-        sums = solved_masses(mixing, state, fields, tiles, variant)
-        peaks = tl.where(tl.arange(0, variant.tiles) < tiles, 0.0, -INFINITY)
+        # These sum to one within the solver's tolerance; 0 is the level of all keys.
+        mass = solved_masses(mixing, state, fields, tiles, variant)
+        peaks = tl.zeros([variant.tiles], tl.float32)
+        peak = tl.zeros([], tl.float32)
         level = tl.zeros([], tl.float64)
-        norm = tl.log(tl.sum(sums.to(tl.float64), 0))
-        good = tl.where(tl.abs(norm) < INFINITY, tl.load(state + VALID), 0.0)
+        norm = tl.log(tl.sum(mass.to(tl.float64), 0))
+        valid &= (tl.abs(norm) < INFINITY) & (tl.load(state + VALID) > 0.0)
     else:
         level, norm, good = end_keys(state, fields, tiles, variant)
-    if variant.early:
-        pass
-    elif variant.mask or variant.tempered:
-        peaks = tile_field(fields, DRAW_PEAK, tiles, variant, float("-inf"))
-        sums = tile_field(fields, DRAW_SUM, tiles, variant, 0.0)
-    else:
-        peaks = tile_field(fields, KEY_PEAK, tiles, variant, float("-inf"))
-        sums = tile_field(fields, KEY_SUM, tiles, variant, 0.0)
-    peak = tl.max(peaks, 0)
-    valid = (
-        (good > 0.0) & (tl.abs(peak) < INFINITY) & good_parameters(mixing, drawing, row, variant)
-    )
-    peak = tl.where(valid, peak, 0.0)
-    mass = tl.where(peaks == -INFINITY, 0.0, sums * exp((peaks - peak) * beta))
+        if variant.mask or variant.tempered:
+            peaks = part_field(fields, DRAW_PEAK, tiles, variant, float("-inf"))
+            sums = part_field(fields, DRAW_SUM, tiles, variant, 0.0)
+        else:
+            peaks = part_field(fields, KEY_PEAK, tiles, variant, float("-inf"))
+            sums = part_field(fields, KEY_SUM, tiles, variant, 0.0)
+        peak = tl.max(peaks, 0)
+        valid &= (good > 0.0) & (tl.abs(peak) < INFINITY)
+        peak = tl.where(valid, peak, 0.0)
+        mass = tl.where(peaks == -INFINITY, 0.0, sums * exp((peaks - peak) * beta))
+        mass = part_sums(by_tile(mass, variant))
+        peaks = tl.max(by_tile(peaks, variant), 1)
     own_seed = row_seed(drawing, seed, row)
     own_position = row_parameter(
         position, drawing.position_pointer, drawing.position_stride, row, tl.int64
     )
     tile, found = winner_tile(mass, temperature, peaks, peak, own_seed, own_position, variant)
     tile = tl.where(valid & found, tile, 0)
-    key, _ = key_tile(mixing, state, model_fields, row, tile, tiles, variant)
-    key = masked_key(mixing, drawing, key, row, tile, variant)
+    key = key_tile(mixing, state, model_fields, row, tile, tiles, variant)
+    key = masked_key(mixing, drawing, key, row, tile * TILE + tl.arange(0, TILE), variant)
     token, token_key, inside = winner_token(
         key, exp((key - peak) * beta), tile, temperature, peak, own_seed, own_position
     )

@@ -24,8 +24,10 @@ from .workspace import (
     LEVEL,
     MIX_LOG_NORM,
     STATE_FIELDS,
-    TILE_FIELDS,
+    PART_FIELDS,
     VALID,
+    by_tile,
+    part_field,
     tile_field,
 )
 
@@ -148,7 +150,8 @@ def add_bias(drawing, state, fields, keys, row, vocab, tiles, variant: tl.conste
         # Both are measured from their largest, so that neither rounds the other away.
         key = tl.where(key > -INFINITY, (key - level) + (bias - highest), -INFINITY)
         tl.store(keys + offsets, key, mask=inside)
-        tl.store(fields + DRAW_PEAK * variant.tiles + tile, tl.max(key, 1), mask=tile < tiles)
+        peaks = fields + DRAW_PEAK * (variant.tiles * variant.parts) + tile
+        tl.store(peaks, tl.max(key, 1), mask=tile < tiles)
     tl.debug_barrier()
     return unreadable == 0
 
@@ -175,22 +178,25 @@ def filter_kernel(
     BLOCK: tl.constexpr = variant.filter_block
     ROWS: tl.constexpr = variant.filter_block // TILE
     MODEL_FIELDS: tl.constexpr = 2 * variant.models
-    FIELDS: tl.constexpr = TILE_FIELDS + 2 * variant.models
+    FIELDS: tl.constexpr = PART_FIELDS + 2 * variant.models
+    PARTS: tl.constexpr = variant.tiles * variant.parts
     row = tl.program_id(0)
     tiles = tl.cdiv(mixing.vocab, TILE)
     state = work.states + row.to(tl.int64) * STATE_FIELDS
-    model_fields = work.fields + row.to(tl.int64) * FIELDS * variant.tiles
-    fields = model_fields + MODEL_FIELDS * variant.tiles
+    model_fields = work.fields + row.to(tl.int64) * FIELDS * PARTS
+    fields = model_fields + MODEL_FIELDS * PARTS
     keys = work.keys + row.to(tl.int64) * mixing.vocab
     temperature = temperature_of(drawing, row)
     beta = inverse_temperature(temperature)
     readable = tl.full([], True, tl.int1)
     if variant.bias:
         readable = add_bias(drawing, state, fields, keys, row, mixing.vocab, tiles, variant)
-    if variant.mask or variant.tempered or variant.bias:
+    if variant.bias:
         peaks = tile_field(fields, DRAW_PEAK, tiles, variant, float("-inf"))
     else:
-        peaks = tile_field(fields, KEY_PEAK, tiles, variant, float("-inf"))
+        FIELD: tl.constexpr = DRAW_PEAK if variant.mask or variant.tempered else KEY_PEAK
+        peaks = part_field(fields, FIELD, tiles, variant, float("-inf"))
+        peaks = tl.max(by_tile(peaks, variant), 1)
     peak = tl.max(peaks, 0)
     valid = (
         (tl.load(state + VALID) > 0.0)
@@ -226,7 +232,7 @@ def filter_kernel(
         tile, offsets, inside = block_at(begin, mixing.vocab, variant)
         key = tl.load(keys + offsets, mask=inside, other=-INFINITY, cache_modifier=".cg")
         tl.store(
-            fields + DRAW_SUM * variant.tiles + tile,
+            fields + DRAW_SUM * PARTS + tile,
             tl.sum(kept_mass(key, peak, beta, least, log_min_p), 1),
             mask=tile < tiles,
         )
@@ -254,7 +260,7 @@ def filter_kernel(
     valid = valid & found & inside
     own_key = token_key
     if variant.bias:
-        unbiased, _ = key_tile(mixing, state, model_fields, row, tile, tiles, variant)
+        unbiased = key_tile(mixing, state, model_fields, row, tile, tiles, variant)
         own_key = tl.sum(tl.where(offsets == token, unbiased, 0.0), 0)
     logprob = own_key - tl.load(state + LEVEL) - tl.load(state + MIX_LOG_NORM)
     store_draw(mixing, drawing, state, model_fields, row, token, logprob, valid, tiles, variant)

@@ -10,7 +10,7 @@ from .elementary import exp
 from .normalizer import above_least
 from .own_mass import parameter
 from .parameters import inverse_temperature, masked_key, reference_weight, temperature_of
-from .tiles import deficit_tile, finite_log_linear_tile, log_linear_tile, sum_exp
+from .tiles import below, deficit_tile, finite_log_linear_tile, log_linear_tile
 from .workspace import (
     DRAW_PEAK,
     DRAW_SUM,
@@ -21,6 +21,9 @@ from .workspace import (
     POINT,
     VALID,
     log_sum_exp,
+    part_sums,
+    places,
+    store_parts,
 )
 
 
@@ -45,8 +48,9 @@ def deficit_key(mixing, state, log_ref, q, broken, row, variant: tl.constexpr):
 
 
 @triton.jit
-def key_tile(mixing, state, model_fields, row, tile, tiles, variant: tl.constexpr):
-    """The keys, -inf off the support, and which tokens have NaN or +inf in a tensor that counts."""
+def keys_and_broken(mixing, state, model_fields, row, tile, tiles, variant: tl.constexpr):
+    """The keys of a tile, -inf off the support, and which tokens have NaN or +inf in a tensor that
+    counts."""
     if variant.general:
         log_ref, q, broken = deficit_tile(mixing, state, row, tile, variant)
         return deficit_key(mixing, state, log_ref, q, broken, row, variant)
@@ -55,30 +59,35 @@ def key_tile(mixing, state, model_fields, row, tile, tiles, variant: tl.constexp
 
 
 @triton.jit
+def key_tile(mixing, state, model_fields, row, tile, tiles, variant: tl.constexpr):
+    """The keys of a tile, [TILE]."""
+    key, _ = keys_and_broken(mixing, state, model_fields, row, tile, tiles, variant)
+    return tl.reshape(key, [TILE])
+
+
+@triton.jit
 def store_key_sums(
     mixing, drawing, work, fields, key, peak, total, row, tile, variant: tl.constexpr
 ):
-    tl.store(fields + KEY_PEAK * variant.tiles + tile, peak)
-    tl.store(fields + KEY_SUM * variant.tiles + tile, total)
+    store_parts(fields, KEY_PEAK, tile, peak, variant)
+    store_parts(fields, KEY_SUM, tile, total, variant)
+    offsets = tile * TILE + places(variant)
     if variant.mask or variant.tempered:
         beta = inverse_temperature(temperature_of(drawing, row))
-        key = masked_key(mixing, drawing, key, row, tile, variant)
-        peak = tl.max(key, 0)
-        below = key - tl.where(peak == -INFINITY, 0.0, peak)
-        tl.store(fields + DRAW_PEAK * variant.tiles + tile, peak)
-        tl.store(fields + DRAW_SUM * variant.tiles + tile, tl.sum(exp(below * beta), 0))
+        key = masked_key(mixing, drawing, key, row, offsets, variant)
+        peak = tl.max(key, 1)
+        store_parts(fields, DRAW_PEAK, tile, peak, variant)
+        store_parts(fields, DRAW_SUM, tile, part_sums(exp(below(key, peak) * beta)), variant)
     if variant.store_keys:
-        offsets = tile * TILE + tl.arange(0, TILE)
         keys = work.keys + row.to(tl.int64) * mixing.vocab
         tl.store(keys + offsets, key, mask=offsets < mixing.vocab)
 
 
 @triton.jit
 def store_keys(mixing, drawing, work, fields, key, broken, row, tile, variant: tl.constexpr):
-    peak = tl.max(key, 0)
-    store_key_sums(
-        mixing, drawing, work, fields, key, peak, sum_exp(key, peak, broken), row, tile, variant
-    )
+    peak = tl.max(key, 1)
+    total = part_sums(tl.where(broken, float("nan"), exp(below(key, peak))))
+    store_key_sums(mixing, drawing, work, fields, key, peak, total, row, tile, variant)
 
 
 @triton.jit
@@ -86,22 +95,23 @@ def keys_of_tile(
     mixing, drawing, work, state, model_fields, fields, row, tile, tiles, variant: tl.constexpr
 ):
     if variant.sums or variant.model_logprobs:
-        key, broken = key_tile(mixing, state, model_fields, row, tile, tiles, variant)
+        key, broken = keys_and_broken(mixing, state, model_fields, row, tile, tiles, variant)
         store_keys(mixing, drawing, work, fields, key, broken, row, tile, variant)
     else:
         # A tile with an excluded or broken token is rare, and is read once more.
-        key = tl.zeros([TILE], tl.float32)
-        peak = tl.full([], 0.0, tl.float32)
-        total = tl.full([], float("nan"), tl.float32)
-        if (tile + 1) * TILE <= mixing.vocab:
+        whole = (tile + 1) * TILE <= mixing.vocab
+        if whole:
             key = finite_log_linear_tile(mixing, row, tile, variant)
-            peak = tl.max(key, 0)
-            total = tl.sum(exp(key - peak), 0)
-        if total != total:
-            key, broken = key_tile(mixing, state, model_fields, row, tile, tiles, variant)
-            peak = tl.max(key, 0)
-            total = sum_exp(key, peak, broken)
-        store_key_sums(mixing, drawing, work, fields, key, peak, total, row, tile, variant)
+            peak = tl.max(key, 1)
+            total = part_sums(exp(key - peak[:, None]))
+            whole = tl.max((total != total).to(tl.int32), 0) == 0
+            if whole:
+                store_key_sums(
+                    mixing, drawing, work, fields, key, peak, total, row, tile, variant
+                )
+        if whole == 0:
+            key, broken = keys_and_broken(mixing, state, model_fields, row, tile, tiles, variant)
+            store_keys(mixing, drawing, work, fields, key, broken, row, tile, variant)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from .filters import filter_kernel
 from .mixture import mixture_kernel
 from .own_mass import OF_MASS
 from .parameters import Drawing, dense, drawing_of, mixing_of
-from .workspace import cdiv, make_workspace, row_tiles
+from .workspace import cdiv, make_workspace, parts_of_tile, row_tiles
 
 #: Evaluations of G that are phases of their own, by the solver (normalizer.py). A row that needs
 #: more is finished by one program.
@@ -68,6 +68,7 @@ class Variant(NamedTuple):
     proposal_logprobs: bool
     phases: int
     tiles: int  # a power of two, at least the row's
+    parts: int  # of a tile
     chunk: int  # tiles of a task
     filter_block: int
 
@@ -136,6 +137,7 @@ def variant_of(
         proposal_logprobs=drawing is not None and drawing.return_proposal_logprobs,
         phases=int(sums) + (evaluations + 1 if exact else 0) + 1 - early + int(finish),
         tiles=row_tiles(mixing.vocab_size),
+        parts=parts_of_tile(max(x.element_size() for x in mixing.tensors())),
         chunk=configured.chunk,
         filter_block=configured.filter_block,
     )

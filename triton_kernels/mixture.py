@@ -31,7 +31,7 @@ from .handoffs import arrive, break_launch, claim, end_arrivals, reset, wait_for
 from .keys import finish_tile, keys_of_tile
 from .normalizer import end_evaluation, evaluation_of_tile
 from .sums import end_sums, sums_of_tile
-from .workspace import SOLVED, STATE_FIELDS, TILE_FIELDS
+from .workspace import PART_FIELDS, SOLVED, STATE_FIELDS
 
 MAX_EVALUATIONS = tl.constexpr(32)
 
@@ -163,10 +163,11 @@ def run_task(
     # With `early` the row is through where KEYS would begin.
     KEYS: tl.constexpr = variant.phases - 1 - variant.finish + variant.early
     MODEL_FIELDS: tl.constexpr = 2 * variant.models
-    FIELDS: tl.constexpr = TILE_FIELDS + 2 * variant.models
+    FIELDS: tl.constexpr = PART_FIELDS + 2 * variant.models
+    PARTS: tl.constexpr = variant.tiles * variant.parts
     state = work.states + row.to(tl.int64) * STATE_FIELDS
-    model_fields = work.fields + row.to(tl.int64) * FIELDS * variant.tiles
-    fields = model_fields + MODEL_FIELDS * variant.tiles
+    model_fields = work.fields + row.to(tl.int64) * FIELDS * PARTS
+    fields = model_fields + MODEL_FIELDS * PARTS
     begin = chunk * variant.chunk
     end = tl.minimum(begin + variant.chunk, tiles)
     if variant.evaluations > 0:

@@ -27,7 +27,11 @@ from .workspace import (
     SOLVED,
     STEPS,
     UPPER,
-    tile_field,
+    by_tile,
+    part_field,
+    part_sums,
+    places,
+    store_parts,
 )
 
 #: Below this |log G| a short step is the last: its error is about log G squared, the rounding of
@@ -64,7 +68,7 @@ def above_least(state, q, variant: tl.constexpr):
 
 @triton.jit
 def evaluation_of_tile(mixing, state, fields, row, tile, variant: tl.constexpr):
-    """Store sum p H and sum p (-H') of a tile at the row's point. With a Stieltjes form s* is left
+    """Store sum p H and sum p (-H') of a tile's parts at the row's point. With a Stieltjes form s* is left
     out: beside its pole float32 loses the other tokens."""
     log_ref, q, _ = deficit_tile(mixing, state, row, tile, variant)
     distance = above_least(state, q, variant)
@@ -74,25 +78,23 @@ def evaluation_of_tile(mixing, state, fields, row, tile, variant: tl.constexpr):
         best = tl.load(state + BEST_TOKEN).to(tl.int32) - tile * TILE
         p = exp(log_ref)
         if (best >= 0) & (best < TILE):
-            p = tl.where(tl.arange(0, TILE) == best, 0.0, p)
+            p = tl.where(places(variant) == best, 0.0, p)
         y = point + variant.excess(distance, mixing.alpha)
     else:
         inside = q < EXCLUDED
         p = tl.where(inside, exp(log_ref), 0.0)
         y = point + tl.where(inside, distance, 0.0)
     h, slope = ratios(y, mixing, state, variant)
-    s1 = tl.sum(p * h, 0)
-    s2 = tl.sum(p * slope, 0)
-    tl.store(fields + S1 * variant.tiles + tile, s1)
-    tl.store(fields + S2 * variant.tiles + tile, s2)
+    store_parts(fields, S1, tile, part_sums(p * h), variant)
+    store_parts(fields, S2, tile, part_sums(p * slope), variant)
 
 
 @triton.jit
 def end_evaluation(mixing, state, fields, tiles, variant: tl.constexpr):
     """The step after an evaluation: store the next point."""
     if tl.load(state + SOLVED) == 0.0:
-        s1 = tl.sum(tile_field(fields, S1, tiles, variant, 0.0).to(tl.float64), 0)
-        s2 = tl.sum(tile_field(fields, S2, tiles, variant, 0.0).to(tl.float64), 0)
+        s1 = tl.sum(part_field(fields, S1, tiles, variant, 0.0).to(tl.float64), 0)
+        s2 = tl.sum(part_field(fields, S2, tiles, variant, 0.0).to(tl.float64), 0)
         if variant.excess is not None:
             step_stieltjes(mixing, state, s1, s2, variant)
         else:
@@ -209,19 +211,20 @@ def step_stieltjes(mixing, state, s1, s2, variant: tl.constexpr):
 
 @triton.jit
 def solved_masses(mixing, state, fields, tiles, variant: tl.constexpr):
-    """The tiles' masses at the solution, float32, from the sums of the last evaluation: a tile
-    without s* is one pole there. The step from that evaluation is so short (LAST_STEP) that the
-    error is below 1e-5 of the row's mass."""
+    """The masses of the tiles at the solution, float32, from the sums of the last evaluation: a
+    part without s* is one pole there. The step from that evaluation is so short (LAST_STEP) that
+    the error is below 1e-5 of the row's mass."""
     t = tl.load(state + POINT)
     step = (t - tl.load(state + EVALUATED)).to(tl.float32)
-    s1 = tile_field(fields, S1, tiles, variant, 0.0)
-    s2 = tile_field(fields, S2, tiles, variant, 0.0)
+    s1 = part_field(fields, S1, tiles, variant, 0.0)
+    s2 = part_field(fields, S2, tiles, variant, 0.0)
     there = (s1 > 0.0) & (s2 > 0.0)
     growth = 1.0 + tl.where(there, step * s2 / tl.where(there, s1, 1.0), 0.0)
     if variant.root:
         mass = s1 * exp(-log_of(growth) * (1.0 / mixing.alpha))
     else:
         mass = s1 / growth
+    mass = part_sums(by_tile(mass, variant))
     best = tl.load(state + BEST_TOKEN).to(tl.int32) // TILE
     near = (tl.load(state + BEST_MASS) * power(t, mixing, variant)).to(tl.float32)
     mass += tl.where(tl.arange(0, variant.tiles) == best, near, 0.0)

@@ -321,9 +321,8 @@ def allowed(mixing, drawing, row, offsets, variant: tl.constexpr):
 
 
 @triton.jit
-def masked_key(mixing, drawing, key, row, tile, variant: tl.constexpr):
+def masked_key(mixing, drawing, key, row, offsets, variant: tl.constexpr):
+    """The keys of the tokens at `offsets`; -inf for those that the mask forbids."""
     if variant.mask:
-        key = tl.where(
-            allowed(mixing, drawing, row, tl.arange(0, TILE) + tile * TILE, variant), key, -INFINITY
-        )
+        key = tl.where(allowed(mixing, drawing, row, offsets, variant), key, -INFINITY)
     return key

@@ -1,4 +1,5 @@
-"""Computations on one tile of 1024 token ids: loads, log-sum-exps, log-linear keys and deficits.
+"""Computations on one tile of 1024 token ids, in the shape [parts, tokens of a part]: loads,
+log-sum-exps, log-linear keys and deficits.
 
 A key is log pi* of a token up to a constant of its row. The deficit of a ratio pi_i / pi_ref is how
 far f' of it lies below sup f'. Q is the weighted sum of a token's deficits over the policies, less
@@ -15,27 +16,15 @@ from .constants import EXCLUDED, FAR_LEVEL, INFINITY, SMALLEST_LOG_REF, TILE
 from .elementary import exp
 from .own_mass import policy_deficit, tilt_scale
 from .parameters import log_plausibility, reference_weight, value_weight, weight
-from .workspace import LOG_NORM, LOG_SUM, PEAK, SHIFT
-
-
-@triton.jit
-def load_tile(row_pointer, tile, vocab, OTHER: tl.constexpr):
-    """A row's tile as float32; `OTHER` beyond the vocabulary. Whole tiles are loaded without a
-    mask, which keeps the loads wide for any vocabulary size."""
-    offsets = tile * TILE + tl.arange(0, TILE)
-    if (tile + 1) * TILE <= vocab:
-        x = tl.load(row_pointer + offsets).to(tl.float32)
-    else:
-        x = tl.load(row_pointer + offsets, mask=offsets < vocab, other=OTHER).to(tl.float32)
-    return x
+from .workspace import LOG_NORM, LOG_SUM, PEAK, SHIFT, part_sums, places, store_parts
 
 
 @triton.jit
 def load_logits(mixing, row, tile, WHOLE: tl.constexpr, variant: tl.constexpr):
     """The logits of all models as they are stored, -inf beyond the vocabulary. `WHOLE`: the tile
-    is known to lie inside, so that the loads need no mask."""
+    is known to lie inside; without a mask the loads are wide for any vocabulary size."""
     MODELS: tl.constexpr = variant.models
-    offsets = tile * TILE + tl.arange(0, TILE)
+    offsets = tile * TILE + places(variant)
     found = ()
     for k in tl.static_range(MODELS):
         pointers = mixing.logits[k] + row.to(tl.int64) * mixing.strides[k] + offsets
@@ -67,11 +56,16 @@ def scaled(mixing, logits, k: tl.constexpr):
 
 
 @triton.jit
-def value_tile(mixing, j: tl.constexpr, row, tile):
-    """V_j, -inf beyond the vocabulary."""
+def value_tile(mixing, j: tl.constexpr, row, tile, variant: tl.constexpr):
+    """V_j, float32, -inf beyond the vocabulary."""
     pointer = mixing.scores + tl.full([], j, tl.int64) * mixing.value_strides[0]
     pointer += row.to(tl.int64) * mixing.value_strides[1]
-    return load_tile(pointer, tile, mixing.vocab, float("-inf"))
+    offsets = tile * TILE + places(variant)
+    if (tile + 1) * TILE <= mixing.vocab:
+        x = tl.load(pointer + offsets)
+    else:
+        x = tl.load(pointer + offsets, mask=offsets < mixing.vocab, other=float("-inf"))
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -80,26 +74,18 @@ def finite(x):
 
 
 @triton.jit
-def sum_exp(x, peak, broken):
-    """sum exp(x - peak), NaN if a token is broken. (One reduction, not two: each keeps registers
-    for the whole program.)"""
-    terms = exp(x - tl.where(peak == -INFINITY, 0.0, peak))
-    return tl.sum(tl.where(broken, float("nan"), terms), 0)
-
-
-@triton.jit
-def peak_and_sum(x):
-    """max x and sum exp(x - max) of a tile; the sum is NaN if the tile holds NaN or +inf."""
-    peak = tl.max(x, 0)
-    # +inf gives inf - inf. tl.max ignores NaN, but the difference keeps it.
-    return peak, tl.sum(exp(x - tl.where(peak == -INFINITY, 0.0, peak)), 0)
+def below(x, peak):
+    """x less its part's peak; x itself where the peak is -inf. +inf gives NaN."""
+    return x - tl.where(peak == -INFINITY, 0.0, peak)[:, None]
 
 
 @triton.jit
 def store_model_sum(x, k: tl.constexpr, fields, tile, variant: tl.constexpr):
-    peak, total = peak_and_sum(x)
-    tl.store(fields + 2 * k * variant.tiles + tile, peak)
-    tl.store(fields + (2 * k + 1) * variant.tiles + tile, total)
+    """Store max x and sum exp(x - max) of the parts; a sum is NaN if its part holds NaN or
+    +inf."""
+    peak = tl.max(x, 1)  # ignores NaN, which the sum keeps
+    store_parts(fields, 2 * k, tile, peak, variant)
+    store_parts(fields, 2 * k + 1, tile, part_sums(exp(below(x, peak))), variant)
 
 
 @triton.jit
@@ -124,10 +110,11 @@ def log_linear_tile(
     MODELS: tl.constexpr = variant.models
     VALUES: tl.constexpr = variant.scores
     FIRST_POLICY: tl.constexpr = variant.first_policy
-    zeros = tl.zeros([TILE], tl.float32)
+    i = tile * TILE + places(variant)
+    zeros = tl.zeros_like(i).to(tl.float32)
     key = zeros
-    inside = tile * TILE + tl.arange(0, TILE) < mixing.vocab
-    broken = tl.zeros([TILE], tl.int1)
+    inside = i < mixing.vocab
+    broken = zeros != 0.0
     plausible = inside
     logits = logits_of_tile(mixing, row, tile, variant)
     for k in tl.static_range(MODELS):
@@ -151,7 +138,7 @@ def log_linear_tile(
     inside &= plausible
     for j in tl.static_range(VALUES):
         v = zeros + value_weight(mixing, row, j).to(tl.float32)
-        x = value_tile(mixing, j, row, tile)
+        x = value_tile(mixing, j, row, tile, variant)
         counts = v != 0.0
         broken |= counts & ((x < INFINITY) == 0)
         inside &= finite(x) | (counts == 0)
@@ -167,8 +154,8 @@ def finite_log_linear_tile(mixing, row, tile, variant: tl.constexpr):
     MODELS: tl.constexpr = variant.models
     VALUES: tl.constexpr = variant.scores
     FIRST_POLICY: tl.constexpr = variant.first_policy
-    key = tl.zeros([TILE], tl.float32)
     logits = load_logits(mixing, row, tile, True, variant)
+    key = tl.zeros_like(logits[0]).to(tl.float32)
     for k in tl.static_range(MODELS):
         x = scaled(mixing, logits, k)
         if k < FIRST_POLICY:
@@ -178,7 +165,7 @@ def finite_log_linear_tile(mixing, row, tile, variant: tl.constexpr):
             key = tl.where(c != 0.0, tl.fma(x, c, key), key)
     for j in tl.static_range(VALUES):
         v = value_weight(mixing, row, j).to(tl.float32)
-        key = tl.where(v != 0.0, tl.fma(value_tile(mixing, j, row, tile), v, key), key)
+        key = tl.where(v != 0.0, tl.fma(value_tile(mixing, j, row, tile, variant), v, key), key)
     return tl.fma(key, 0.0, key)
 
 
@@ -197,7 +184,8 @@ def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
     VALUES: tl.constexpr = variant.scores
     logits = logits_of_tile(mixing, row, tile, variant)
     ref = scaled(mixing, logits, 0)
-    plausible = tl.full([TILE], True, tl.int1)
+    zeros = tl.zeros_like(ref)
+    plausible = zeros == 0.0
     if variant.plausible == 0:
         plausible = plausible_tile(mixing, state, ref, row, 0)
     ref = ref - level_of(tl.load(state + LOG_NORM))
@@ -205,7 +193,6 @@ def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
     # log pi_ref where all that counts is finite, else NaN: eight comparisons need more predicates
     # than there are.
     support = log_ref
-    zeros = tl.zeros([TILE], tl.float32)
     q = zeros
     for k in tl.static_range(1, MODELS):
         x = scaled(mixing, logits, k)
@@ -220,16 +207,14 @@ def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
         q = tl.where(counts, q + w * policy_deficit(d, mixing, state, variant), q)
     inside = plausible & (support >= SMALLEST_LOG_REF)
     inside &= q < EXCLUDED
-    broken = tl.zeros([TILE], tl.int1)
+    broken = zeros != 0.0
     if VALUES > 0:
         tilted = q.to(tl.float64)
         for j in tl.static_range(VALUES):
-            v = value_weight(mixing, row, j).to(tl.float32).to(tl.float64) + tl.zeros(
-                [TILE], tl.float64
-            )
+            v = value_weight(mixing, row, j).to(tl.float32).to(tl.float64) + zeros.to(tl.float64)
             if variant.own_mass:
                 v = v * tilt_scale(mixing, state, variant)
-            x = value_tile(mixing, j, row, tile)
+            x = value_tile(mixing, j, row, tile, variant)
             counts = v != 0.0
             broken |= counts & ((x < INFINITY) == 0)
             inside &= finite(x) | (counts == 0)

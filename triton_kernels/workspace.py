@@ -43,8 +43,8 @@ LOG_MASS = tl.constexpr(47)  # log m of the response so far, see own_mass.py
 EVALUATED = tl.constexpr(48)  # the point of the last evaluation with a Stieltjes form
 STATE_FIELDS = tl.constexpr(49)
 
-# Fields of a tile, float32 [fields, variant.tiles] for each row. Before them are two fields for
-# each model: the tile's largest logit, and the sum of exp(logit - largest).
+# Fields of a part of a tile, float32 [fields, row_parts] for each row. Before them are two fields
+# for each model: the part's largest logit, and the sum of exp(logit - largest).
 KEY_PEAK = tl.constexpr(0)
 KEY_SUM = tl.constexpr(1)  # sum exp(key - peak); NaN where a tensor that counts is broken
 DRAW_PEAK = tl.constexpr(2)  # the same two after mask and temperature
@@ -53,17 +53,27 @@ MASS = tl.constexpr(4)  # sum p; NaN where a value is broken
 FIRST = tl.constexpr(5)  # sum p Q
 S1 = tl.constexpr(6)  # sum p H, and S2 sum p (-H'); with a Stieltjes form see `ratios`
 S2 = tl.constexpr(7)
-BEST_P = tl.constexpr(8)  # p of the tile's argmin Q
-TILE_FIELDS = tl.constexpr(9)
+BEST_P = tl.constexpr(8)  # p of the part's argmin Q
+PART_FIELDS = tl.constexpr(9)
+
+
+#: The most parts of a tile, see `parts_of_tile`.
+MOST_PARTS = 8
+
+
+def parts_of_tile(logit_bytes: int) -> int:
+    """How many parts a tile has. A warp reads a part at once, 16 bytes of logits a thread, and sums
+    it without waiting for other warps."""
+    return TILE.value * min(logit_bytes, 4) // (32 * 16)
 
 
 class Workspace(NamedTuple):
     """The parts, each flat."""
 
     states: Tensor  # float64 [B, STATE_FIELDS]
-    fields: Tensor  # float32 [B, 2 models + TILE_FIELDS, row_tiles(V)]
-    leasts: Tensor  # float64 [B, tiles]
-    winners: Tensor  # int32 [B, tiles]
+    fields: Tensor  # float32 [B, 2 models + PART_FIELDS, row_tiles(V) parts]
+    leasts: Tensor  # float64 [B, row_tiles(V) parts], Q of the part's argmin
+    winners: Tensor  # int32 [B, row_tiles(V) parts], that token
     keys: Tensor | None  # float32 [B, V]
     tickets: Tensor  # int64 [1], the counters: see handoffs.py
     flags: Tensor  # int32 [B], how many phases of a row have ended
@@ -113,13 +123,13 @@ def _counters(rows: int) -> _Layout:
 @cache
 def _data(rows: int, vocab: int, models: int, keys: bool) -> _Layout:
     """states, fields, leasts, winners, keys."""
-    tiles = cdiv(vocab, TILE.value)
-    fields = 2 * models + TILE_FIELDS.value
+    parts = row_tiles(vocab) * MOST_PARTS
+    fields = 2 * models + PART_FIELDS.value
     return _Layout.of(
         (torch.float64, rows * STATE_FIELDS.value),
-        (torch.float32, rows * fields * row_tiles(vocab)),
-        (torch.float64, rows * tiles),
-        (torch.int32, rows * tiles),
+        (torch.float32, rows * fields * parts),
+        (torch.float64, rows * parts),
+        (torch.int32, rows * parts),
         *[(torch.float32, rows * vocab)] * keys,
     )
 
@@ -156,20 +166,60 @@ def make_workspace(
 
 
 @triton.jit
+def places(variant: tl.constexpr):
+    """The places of a tile's tokens in it, int32 [parts, tokens of a part]."""
+    PART: tl.constexpr = TILE // variant.parts
+    return tl.arange(0, variant.parts)[:, None] * PART + tl.arange(0, PART)[None, :]
+
+
+@triton.jit
+def part_sums(x):
+    """The sums [n] of parts [n, 2^k]: pairs of neighbours, then pairs of these. The order does not
+    depend on how many threads there are, so that no bit of a result does."""
+    PARTS: tl.constexpr = x.shape[0]
+    SIZE: tl.constexpr = x.shape[1]
+    if SIZE == 1:
+        return tl.reshape(x, [PARTS])
+    else:
+        return part_sums(tl.sum(tl.reshape(x, [PARTS, SIZE // 2, 2]), 2))
+
+
+@triton.jit
+def store_parts(fields, field, tile, x, variant: tl.constexpr):
+    """Store a number per part of a tile."""
+    i = tile * variant.parts + tl.arange(0, variant.parts)
+    tl.store(fields + field * (variant.tiles * variant.parts) + i, x)
+
+
+@triton.jit
+def part_field(fields, field, tiles, variant: tl.constexpr, OTHER: tl.constexpr):
+    """A number per part of a row."""
+    PARTS: tl.constexpr = variant.tiles * variant.parts
+    i = tl.arange(0, PARTS)
+    inside = i < tiles * variant.parts
+    return tl.load(fields + field * PARTS + i, mask=inside, other=OTHER, cache_modifier=".cg")
+
+
+@triton.jit
 def tile_field(fields, field, tiles, variant: tl.constexpr, OTHER: tl.constexpr):
-    """One number per tile of a row."""
+    """A number per tile of a row, at the field's beginning."""
     i = tl.arange(0, variant.tiles)
-    return tl.load(
-        fields + field * variant.tiles + i, mask=i < tiles, other=OTHER, cache_modifier=".cg"
-    )
+    own = fields + field * (variant.tiles * variant.parts) + i
+    return tl.load(own, mask=i < tiles, other=OTHER, cache_modifier=".cg")
+
+
+@triton.jit
+def by_tile(x, variant: tl.constexpr):
+    """A number per part of a row as [tiles, parts]."""
+    return tl.reshape(x, [variant.tiles, variant.parts])
 
 
 @triton.jit
 def log_sum_exp(fields, field, tiles, variant: tl.constexpr):
-    """The max and log-sum-exp of a row, from its tiles' (max, sum exp(. - max)) in the fields
+    """The max and log-sum-exp of a row, from its parts' (max, sum exp(. - max)) in the fields
     `field` and `field + 1`; NaN if a sum is NaN."""
-    peaks = tile_field(fields, field, tiles, variant, float("-inf"))
-    sums = tile_field(fields, field + 1, tiles, variant, 0.0)
+    peaks = part_field(fields, field, tiles, variant, float("-inf"))
+    sums = part_field(fields, field + 1, tiles, variant, 0.0)
     peak = tl.max(peaks, 0)
     scaled = exp(peaks - tl.where(peak == -INFINITY, 0.0, peak))
     parts = tl.where(peaks == -INFINITY, 0.0, scaled).to(tl.float64) * sums.to(tl.float64)

@@ -55,7 +55,7 @@ def logit_loads(variant: launch.Variant, logit_bytes: int, whole: int, last: int
     of every model once, and so does the race in the winner's tile, each in a branch for whole tiles
     and in one for a row's last tile; one branch runs. Log-linear keys have a second form, for whole
     tiles in which all logits are finite."""
-    phases = 1 + variant.sums + (2 if variant.evaluations else 0)
+    phases = 1 + variant.sums + (2 if variant.evaluations else 0) - variant.early
     finite = not (variant.general or variant.sums or variant.model_logprobs)
     loads: Counter[int] = Counter()
     for width, forms in ((whole, phases + variant.draw + finite), (last, phases + variant.draw)):
