@@ -21,8 +21,11 @@ from .workspace import (
     BEST_TOKEN,
     FIRST,
     LEAST,
+    LEAST_Q,
+    LEAST_REST,
     LOWER,
     MASS,
+    PART_FIELDS,
     POINT,
     S1,
     S2,
@@ -30,6 +33,7 @@ from .workspace import (
     STEPS,
     UPPER,
     VALID,
+    WINNER,
     part_field,
     part_sums,
     places,
@@ -58,7 +62,7 @@ def start_ratios(q, mixing, state, row, variant: tl.constexpr):
 
 
 @triton.jit
-def deficits_of_tile(mixing, work, state, fields, row, tile, tiles, variant: tl.constexpr):
+def deficits_of_tile(mixing, state, fields, row, tile, tiles, variant: tl.constexpr):
     """Store a tile's sums for the bracket, and its part of the first evaluation."""
     log_ref, q, broken = deficit_tile(mixing, state, row, tile, variant)
     inside = q < EXCLUDED
@@ -67,36 +71,35 @@ def deficits_of_tile(mixing, work, state, fields, row, tile, tiles, variant: tl.
     least = tl.min(q, 1)
     best = tl.min(tl.where(q == least[:, None], i, TILE - 1), 1)
     is_best = i == best[:, None]
-    own = row.to(tl.int64) * (variant.tiles * variant.parts)
-    own += tile * variant.parts + tl.arange(0, variant.parts)
-    tl.store(work.leasts + own, least.to(tl.float64))
-    tl.store(work.winners + own, best + tile * TILE)
-    store_parts(fields, BEST_P, tile, part_sums(tl.where(is_best, p, 0.0)), variant)
-    store_parts(fields, MASS, tile, part_sums(tl.where(broken, float("nan"), p)), variant)
-    store_parts(fields, FIRST, tile, part_sums(p * q.to(tl.float32)), variant)
+    high = least.to(tl.float32)
+    rest = (least - high).to(tl.float32)
+    mass = part_sums(tl.where(broken, float("nan"), p))
+    first = part_sums(p * q.to(tl.float32))
+    best_p = part_sums(tl.where(is_best, p, 0.0))
     if variant.excess is not None:
         p = tl.where(is_best, 0.0, p)  # it may be s*; `end_deficits` adds the others
     else:
         q = tl.where(inside, q, 1.0)
     h, slope = start_ratios(q, mixing, state, row, variant)
-    store_parts(fields, S1, tile, part_sums(p * h), variant)
-    store_parts(fields, S2, tile, part_sums(p * slope), variant)
+    sums = (part_sums(p * h), part_sums(p * slope))
+    numbers = (mass, first, best_p, high, rest, best + tile * TILE) + sums
+    store_parts(fields, MASS, tile, numbers, variant)
 
 
 @triton.jit
-def end_deficits(mixing, work, state, fields, row, tiles, variant: tl.constexpr):
+def end_deficits(mixing, state, fields, row, tiles, variant: tl.constexpr):
     """Store s*, the bracket of the point where G is 1, and the next point to evaluate."""
     MODELS: tl.constexpr = variant.models
     PARTS: tl.constexpr = variant.tiles * variant.parts
     i = tl.arange(0, PARTS)
     there = i < tiles * variant.parts
-    leasts = work.leasts + row.to(tl.int64) * PARTS
-    winners = work.winners + row.to(tl.int64) * PARTS
-    least_of = tl.load(leasts + i, mask=there, other=EXCLUDED, cache_modifier=".cg")
+    least_of = part_field(fields, LEAST_Q, tiles, variant, EXCLUDED).to(tl.float64)
+    least_of += part_field(fields, LEAST_REST, tiles, variant, 0.0)
     least = tl.min(least_of, 0)
     best_part = tl.min(tl.where((least_of == least) & there, i, PARTS - 1), 0)
-    best_token = tl.load(winners + best_part, cache_modifier=".cg")
-    best = tl.load(fields + BEST_P * PARTS + best_part, cache_modifier=".cg").to(tl.float64)
+    best_record = fields + best_part * (2 * variant.models + PART_FIELDS)
+    best_token = tl.load(best_record + WINNER, cache_modifier=".cg").to(tl.int32, bitcast=True)
+    best = tl.load(best_record + BEST_P, cache_modifier=".cg").to(tl.float64)
     mass = tl.sum(part_field(fields, MASS, tiles, variant, 0.0).to(tl.float64), 0)
     first = tl.sum(part_field(fields, FIRST, tiles, variant, 0.0).to(tl.float64), 0)
     good = (tl.abs(least) < EXCLUDED) & (mass > 0.0) & (best > 0.0)

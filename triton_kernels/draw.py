@@ -118,11 +118,12 @@ def store_invalid(mixing, drawing, work, begin, end, variant: tl.constexpr):
     """Make the rows from `begin` to before `end` invalid."""
     MODELS: tl.constexpr = variant.models
     nan = tl.full([], float("nan"), tl.float32)
-    for row in range(begin, end):
+    for i in range(begin, end):
+        row = tl.zeros([], tl.int64) + i
         if variant.finish:
             for tile in range(0, tl.cdiv(mixing.vocab, TILE)):
                 offsets = tile * TILE + tl.arange(0, TILE)
-                keys = work.keys + row.to(tl.int64) * mixing.vocab + offsets
+                keys = work.keys + row * mixing.vocab + offsets
                 tl.store(keys, nan, mask=offsets < mixing.vocab)
         elif variant.draw:
             tl.store(drawing.tokens + row, 0)
@@ -132,9 +133,9 @@ def store_invalid(mixing, drawing, work, begin, end, variant: tl.constexpr):
                 tl.store(drawing.proposal_logprobs + row, nan)
             if variant.model_logprobs:
                 for k in tl.static_range(MODELS):
-                    tl.store(drawing.model_logprobs + row.to(tl.int64) * MODELS + k, nan)
+                    tl.store(drawing.model_logprobs + row * MODELS + k, nan)
         else:
-            tl.store(work.states + row.to(tl.int64) * STATE_FIELDS + VALID, 0.0)
+            tl.store(work.states + row * STATE_FIELDS + VALID, 0.0)
 
 
 @triton.jit

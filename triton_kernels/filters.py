@@ -24,11 +24,12 @@ from .workspace import (
     LEVEL,
     MIX_LOG_NORM,
     STATE_FIELDS,
-    PART_FIELDS,
     VALID,
     by_tile,
     part_field,
+    row_fields,
     tile_field,
+    tile_fields,
 )
 
 FIXED_POINT = tl.constexpr(1099511627776.0)  # 2^40: masses are summed as integers of this unit
@@ -150,7 +151,7 @@ def add_bias(drawing, state, fields, keys, row, vocab, tiles, variant: tl.conste
         # Both are measured from their largest, so that neither rounds the other away.
         key = tl.where(key > -INFINITY, (key - level) + (bias - highest), -INFINITY)
         tl.store(keys + offsets, key, mask=inside)
-        peaks = fields + DRAW_PEAK * (variant.tiles * variant.parts) + tile
+        peaks = tile_fields(fields, DRAW_PEAK, tile, variant)
         tl.store(peaks, tl.max(key, 1), mask=tile < tiles)
     tl.debug_barrier()
     return unreadable == 0
@@ -177,14 +178,11 @@ def filter_kernel(
     """Filters and draws a row. `mixture_kernel` has stored its masked keys and their norm."""
     BLOCK: tl.constexpr = variant.filter_block
     ROWS: tl.constexpr = variant.filter_block // TILE
-    MODEL_FIELDS: tl.constexpr = 2 * variant.models
-    FIELDS: tl.constexpr = PART_FIELDS + 2 * variant.models
-    PARTS: tl.constexpr = variant.tiles * variant.parts
     row = tl.program_id(0)
     tiles = tl.cdiv(mixing.vocab, TILE)
     state = work.states + row.to(tl.int64) * STATE_FIELDS
-    model_fields = work.fields + row.to(tl.int64) * FIELDS * PARTS
-    fields = model_fields + MODEL_FIELDS * PARTS
+    model_fields = row_fields(work, row, variant)
+    fields = model_fields + 2 * variant.models
     keys = work.keys + row.to(tl.int64) * mixing.vocab
     temperature = temperature_of(drawing, row)
     beta = inverse_temperature(temperature)
@@ -232,7 +230,7 @@ def filter_kernel(
         tile, offsets, inside = block_at(begin, mixing.vocab, variant)
         key = tl.load(keys + offsets, mask=inside, other=-INFINITY, cache_modifier=".cg")
         tl.store(
-            fields + DRAW_SUM * PARTS + tile,
+            tile_fields(fields, DRAW_SUM, tile, variant),
             tl.sum(kept_mass(key, peak, beta, least, log_min_p), 1),
             mask=tile < tiles,
         )

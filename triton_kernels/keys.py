@@ -13,9 +13,7 @@ from .parameters import inverse_temperature, masked_key, reference_weight, tempe
 from .tiles import below, deficit_tile, finite_log_linear_tile, log_linear_tile
 from .workspace import (
     DRAW_PEAK,
-    DRAW_SUM,
     KEY_PEAK,
-    KEY_SUM,
     LEVEL,
     MIX_LOG_NORM,
     POINT,
@@ -69,15 +67,14 @@ def key_tile(mixing, state, model_fields, row, tile, tiles, variant: tl.constexp
 def store_key_sums(
     mixing, drawing, work, fields, key, peak, total, row, tile, variant: tl.constexpr
 ):
-    store_parts(fields, KEY_PEAK, tile, peak, variant)
-    store_parts(fields, KEY_SUM, tile, total, variant)
+    store_parts(fields, KEY_PEAK, tile, (peak, total), variant)
     offsets = tile * TILE + places(variant)
     if variant.mask or variant.tempered:
         beta = inverse_temperature(temperature_of(drawing, row))
         key = masked_key(mixing, drawing, key, row, offsets, variant)
         peak = tl.max(key, 1)
-        store_parts(fields, DRAW_PEAK, tile, peak, variant)
-        store_parts(fields, DRAW_SUM, tile, part_sums(exp(below(key, peak) * beta)), variant)
+        total = part_sums(exp(below(key, peak) * beta))
+        store_parts(fields, DRAW_PEAK, tile, (peak, total), variant)
     if variant.store_keys:
         keys = work.keys + row.to(tl.int64) * mixing.vocab
         tl.store(keys + offsets, key, mask=offsets < mixing.vocab)

@@ -15,7 +15,8 @@ so that a later phase finds its logits in the cache and waits briefly.
     FINISH    log pi* itself                        for log_probs
 
 A row that is not solved after its evaluations is solved by the program that ends the last of them.
-With a Stieltjes form and nothing between pi* and the draw (`early`), the sums of the last evaluation
+With a Stieltjes form and nothing between pi* and the draw (`early`), the sums of the last
+evaluation
 give the masses of the race: no KEYS phase sweeps the row again.
 """
 
@@ -31,7 +32,7 @@ from .handoffs import arrive, break_launch, claim, end_arrivals, reset, wait_for
 from .keys import finish_tile, keys_of_tile
 from .normalizer import end_evaluation, evaluation_of_tile
 from .sums import end_sums, sums_of_tile
-from .workspace import PART_FIELDS, SOLVED, STATE_FIELDS
+from .workspace import SOLVED, STATE_FIELDS, row_fields
 
 MAX_EVALUATIONS = tl.constexpr(32)
 
@@ -162,12 +163,9 @@ def run_task(
     """
     # With `early` the row is through where KEYS would begin.
     KEYS: tl.constexpr = variant.phases - 1 - variant.finish + variant.early
-    MODEL_FIELDS: tl.constexpr = 2 * variant.models
-    FIELDS: tl.constexpr = PART_FIELDS + 2 * variant.models
-    PARTS: tl.constexpr = variant.tiles * variant.parts
     state = work.states + row.to(tl.int64) * STATE_FIELDS
-    model_fields = work.fields + row.to(tl.int64) * FIELDS * PARTS
-    fields = model_fields + MODEL_FIELDS * PARTS
+    model_fields = row_fields(work, row, variant)
+    fields = model_fields + 2 * variant.models
     begin = chunk * variant.chunk
     end = tl.minimum(begin + variant.chunk, tiles)
     if variant.evaluations > 0:
@@ -192,7 +190,7 @@ def run_task(
     if variant.evaluations > 0:
         if phase == 1:
             for tile in range(begin, end):
-                deficits_of_tile(mixing, work, state, fields, row, tile, tiles, variant)
+                deficits_of_tile(mixing, state, fields, row, tile, tiles, variant)
         elif (phase > 1) & (phase < KEYS):
             if skipped == 0:
                 for tile in range(begin, end):
@@ -232,7 +230,7 @@ def run_task(
                 end_sums(mixing, state, model_fields, row, tiles, variant)
         if variant.evaluations > 0:
             if phase == 1:
-                end_deficits(mixing, work, state, fields, row, tiles, variant)
+                end_deficits(mixing, state, fields, row, tiles, variant)
             elif (phase > 1) & (phase < KEYS):
                 end_evaluation(mixing, state, fields, tiles, variant)
                 tl.debug_barrier()

@@ -68,8 +68,8 @@ def above_least(state, q, variant: tl.constexpr):
 
 @triton.jit
 def evaluation_of_tile(mixing, state, fields, row, tile, variant: tl.constexpr):
-    """Store sum p H and sum p (-H') of a tile's parts at the row's point. With a Stieltjes form s* is left
-    out: beside its pole float32 loses the other tokens."""
+    """Store sum p H and sum p (-H') of a tile's parts at the row's point. With a Stieltjes form s*
+    is left out: beside its pole float32 loses the other tokens."""
     log_ref, q, _ = deficit_tile(mixing, state, row, tile, variant)
     distance = above_least(state, q, variant)
     point = tl.load(state + POINT).to(tl.float32)
@@ -85,8 +85,7 @@ def evaluation_of_tile(mixing, state, fields, row, tile, variant: tl.constexpr):
         p = tl.where(inside, exp(log_ref), 0.0)
         y = point + tl.where(inside, distance, 0.0)
     h, slope = ratios(y, mixing, state, variant)
-    store_parts(fields, S1, tile, part_sums(p * h), variant)
-    store_parts(fields, S2, tile, part_sums(p * slope), variant)
+    store_parts(fields, S1, tile, (part_sums(p * h), part_sums(p * slope)), variant)
 
 
 @triton.jit

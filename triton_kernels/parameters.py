@@ -14,7 +14,7 @@ from torch import Tensor
 from ..call.arguments import DrawArguments, MixtureArguments
 from ..call.outputs import Outputs
 from ..divergence import alpha_of
-from .constants import FLOAT32_ROUNDING, INFINITY, SMALLEST_WEIGHT, TILE, WEIGHT_ROUNDING
+from .constants import FLOAT32_ROUNDING, INFINITY, SMALLEST_WEIGHT, WEIGHT_ROUNDING
 from .divergences import device_functions
 from .elementary import split_mix
 

@@ -10,7 +10,7 @@ from .elementary import exp
 from .own_mass import counted_mass, shift_of_mass
 from .parameters import log_plausibility, reference_weight, weight
 from .tiles import level_of, logits_of_tile, scaled, store_model_sum
-from .workspace import LOG_MASS, LOG_NORM, LOG_SUM, PEAK, SHIFT, VALID
+from .workspace import LOG_MASS, LOG_NORM, LOG_SUM, PART_FIELDS, PEAK, SHIFT, VALID
 
 
 @triton.jit
@@ -26,12 +26,12 @@ def store_model_norms(state, fields, tiles, variant: tl.constexpr):
     """Store `log_sum_exp` of all models in the row's state, and what it leaves when the level is
     taken off: beside a level of 1e17 float64 would lose it."""
     k = tl.arange(0, variant.model_block)
-    PARTS: tl.constexpr = variant.tiles * variant.parts
-    i = tl.arange(0, PARTS)
-    pointers = fields + 2 * k[:, None] * PARTS + i[None, :]
+    RECORD: tl.constexpr = 2 * variant.models + PART_FIELDS
+    i = tl.arange(0, variant.tiles * variant.parts)
+    pointers = fields + i[None, :] * RECORD + 2 * k[:, None]
     there = (k[:, None] < variant.models) & (i[None, :] < tiles * variant.parts)
     peaks = tl.load(pointers, mask=there, other=-INFINITY, cache_modifier=".cg")
-    sums = tl.load(pointers + PARTS, mask=there, other=0.0, cache_modifier=".cg")
+    sums = tl.load(pointers + 1, mask=there, other=0.0, cache_modifier=".cg")
     peak = tl.max(peaks, 1)
     scaled = exp(peaks - tl.where(peak == -INFINITY, 0.0, peak)[:, None])
     parts = tl.where(peaks == -INFINITY, 0.0, scaled).to(tl.float64) * sums.to(tl.float64)

@@ -84,8 +84,7 @@ def store_model_sum(x, k: tl.constexpr, fields, tile, variant: tl.constexpr):
     """Store max x and sum exp(x - max) of the parts; a sum is NaN if its part holds NaN or
     +inf."""
     peak = tl.max(x, 1)  # ignores NaN, which the sum keeps
-    store_parts(fields, 2 * k, tile, peak, variant)
-    store_parts(fields, 2 * k + 1, tile, part_sums(exp(below(x, peak))), variant)
+    store_parts(fields, 2 * k, tile, (peak, part_sums(exp(below(x, peak)))), variant)
 
 
 @triton.jit

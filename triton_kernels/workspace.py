@@ -43,7 +43,7 @@ LOG_MASS = tl.constexpr(47)  # log m of the response so far, see own_mass.py
 EVALUATED = tl.constexpr(48)  # the point of the last evaluation with a Stieltjes form
 STATE_FIELDS = tl.constexpr(49)
 
-# Fields of a part of a tile, float32 [fields, row_parts] for each row. Before them are two fields
+# Numbers of a part of a tile, float32: a record for each part of a row. It begins with two numbers
 # for each model: the part's largest logit, and the sum of exp(logit - largest).
 KEY_PEAK = tl.constexpr(0)
 KEY_SUM = tl.constexpr(1)  # sum exp(key - peak); NaN where a tensor that counts is broken
@@ -51,10 +51,26 @@ DRAW_PEAK = tl.constexpr(2)  # the same two after mask and temperature
 DRAW_SUM = tl.constexpr(3)
 MASS = tl.constexpr(4)  # sum p; NaN where a value is broken
 FIRST = tl.constexpr(5)  # sum p Q
-S1 = tl.constexpr(6)  # sum p H, and S2 sum p (-H'); with a Stieltjes form see `ratios`
-S2 = tl.constexpr(7)
-BEST_P = tl.constexpr(8)  # p of the part's argmin Q
-PART_FIELDS = tl.constexpr(9)
+BEST_P = tl.constexpr(6)  # p of the part's argmin Q
+LEAST_Q = tl.constexpr(7)  # Q of it, float64 as two numbers
+LEAST_REST = tl.constexpr(8)
+WINNER = tl.constexpr(9)  # the token, the bits of an int32
+S1 = tl.constexpr(10)  # sum p H, and S2 sum p (-H'); with a Stieltjes form see `ratios`
+S2 = tl.constexpr(11)
+#: Odd, and so a record: the compiler would give a thread two numbers of an even one to store, and
+#: pass them to other warps.
+PART_FIELDS = tl.constexpr(13)
+
+
+class Workspace(NamedTuple):
+    """The parts, each flat."""
+
+    states: Tensor  # float64 [B, STATE_FIELDS]
+    fields: Tensor  # float32 [B, row_tiles(V) parts, 2 models + PART_FIELDS]
+    keys: Tensor | None  # float32 [B, V]
+    tickets: Tensor  # int64 [1], the counters: see handoffs.py
+    flags: Tensor  # int32 [B], how many phases of a row have ended
+    arrivals: Tensor  # int64 [B], which chunks of the running phase are done
 
 
 #: The most parts of a tile, see `parts_of_tile`.
@@ -65,19 +81,6 @@ def parts_of_tile(logit_bytes: int) -> int:
     """How many parts a tile has. A warp reads a part at once, 16 bytes of logits a thread, and sums
     it without waiting for other warps."""
     return TILE.value * min(logit_bytes, 4) // (32 * 16)
-
-
-class Workspace(NamedTuple):
-    """The parts, each flat."""
-
-    states: Tensor  # float64 [B, STATE_FIELDS]
-    fields: Tensor  # float32 [B, 2 models + PART_FIELDS, row_tiles(V) parts]
-    leasts: Tensor  # float64 [B, row_tiles(V) parts], Q of the part's argmin
-    winners: Tensor  # int32 [B, row_tiles(V) parts], that token
-    keys: Tensor | None  # float32 [B, V]
-    tickets: Tensor  # int64 [1], the counters: see handoffs.py
-    flags: Tensor  # int32 [B], how many phases of a row have ended
-    arrivals: Tensor  # int64 [B], which chunks of the running phase are done
 
 
 def cdiv(a: int, b: int) -> int:
@@ -122,14 +125,12 @@ def _counters(rows: int) -> _Layout:
 
 @cache
 def _data(rows: int, vocab: int, models: int, keys: bool) -> _Layout:
-    """states, fields, leasts, winners, keys."""
+    """states, fields, keys."""
     parts = row_tiles(vocab) * MOST_PARTS
     fields = 2 * models + PART_FIELDS.value
     return _Layout.of(
         (torch.float64, rows * STATE_FIELDS.value),
         (torch.float32, rows * fields * parts),
-        (torch.float64, rows * parts),
-        (torch.int32, rows * parts),
         *[(torch.float32, rows * vocab)] * keys,
     )
 
@@ -159,10 +160,10 @@ def make_workspace(
         buffer = like.new_empty((workspace_bytes(rows, vocab, models, keys),), dtype=torch.uint8)
         buffer[: counters.size].zero_()
     begin = counter_bytes(buffer)
-    states, fields, leasts, winners, *rest = data.views(buffer, begin)
+    states, fields, *rest = data.views(buffer, begin)
     tickets, flags, arrivals = counters.views(buffer, 0)
     kept = rest[0] if keys else None
-    return Workspace(states, fields, leasts, winners, kept, tickets, flags, arrivals)
+    return Workspace(states, fields, kept, tickets, flags, arrivals)
 
 
 @triton.jit
@@ -185,26 +186,47 @@ def part_sums(x):
 
 
 @triton.jit
-def store_parts(fields, field, tile, x, variant: tl.constexpr):
-    """Store a number per part of a tile."""
-    i = tile * variant.parts + tl.arange(0, variant.parts)
-    tl.store(fields + field * (variant.tiles * variant.parts) + i, x)
+def row_fields(work, row, variant: tl.constexpr):
+    """A row's records."""
+    RECORD: tl.constexpr = 2 * variant.models + PART_FIELDS
+    return work.fields + row.to(tl.int64) * (variant.tiles * variant.parts * RECORD)
+
+
+@triton.jit
+def store_parts(fields, first: tl.constexpr, tile, numbers, variant: tl.constexpr):
+    """Store numbers of a tile's parts, a tuple of [parts] of 32 bits, in the fields from `first`
+    on. Each lane of a warp stores one of them: so its own part's need not go to other warps."""
+    RECORD: tl.constexpr = 2 * variant.models + PART_FIELDS
+    COUNT: tl.constexpr = len(numbers)
+    lane = tl.arange(0, 32)[None, :]
+    part = tile * variant.parts + tl.arange(0, variant.parts)[:, None]
+    x = numbers[0].to(tl.int32, bitcast=True)[:, None]
+    for k in tl.static_range(1, COUNT):
+        x = tl.where(lane == k, numbers[k].to(tl.int32, bitcast=True)[:, None], x)
+    bits = fields.to(tl.pointer_type(tl.int32), bitcast=True) + part * RECORD + (first + lane)
+    tl.store(bits, x, mask=lane < COUNT)
 
 
 @triton.jit
 def part_field(fields, field, tiles, variant: tl.constexpr, OTHER: tl.constexpr):
     """A number per part of a row."""
-    PARTS: tl.constexpr = variant.tiles * variant.parts
-    i = tl.arange(0, PARTS)
-    inside = i < tiles * variant.parts
-    return tl.load(fields + field * PARTS + i, mask=inside, other=OTHER, cache_modifier=".cg")
+    RECORD: tl.constexpr = 2 * variant.models + PART_FIELDS
+    i = tl.arange(0, variant.tiles * variant.parts)
+    own = fields + i * RECORD + field
+    return tl.load(own, mask=i < tiles * variant.parts, other=OTHER, cache_modifier=".cg")
+
+
+@triton.jit
+def tile_fields(fields, field, tile, variant: tl.constexpr):
+    """Where a number per tile stands: in the record of its first part."""
+    return fields + tile * (variant.parts * (2 * variant.models + PART_FIELDS)) + field
 
 
 @triton.jit
 def tile_field(fields, field, tiles, variant: tl.constexpr, OTHER: tl.constexpr):
-    """A number per tile of a row, at the field's beginning."""
+    """A number per tile of a row."""
     i = tl.arange(0, variant.tiles)
-    own = fields + field * (variant.tiles * variant.parts) + i
+    own = tile_fields(fields, field, i, variant)
     return tl.load(own, mask=i < tiles, other=OTHER, cache_modifier=".cg")
 
 
