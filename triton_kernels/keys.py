@@ -103,9 +103,7 @@ def keys_of_tile(
             total = part_sums(exp(key - peak[:, None]))
             whole = tl.max((total != total).to(tl.int32), 0) == 0
             if whole:
-                store_key_sums(
-                    mixing, drawing, work, fields, key, peak, total, row, tile, variant
-                )
+                store_key_sums(mixing, drawing, work, fields, key, peak, total, row, tile, variant)
         if whole == 0:
             key, broken = keys_and_broken(mixing, state, model_fields, row, tile, tiles, variant)
             store_keys(mixing, drawing, work, fields, key, broken, row, tile, variant)

@@ -18,7 +18,7 @@ from mod_fused.call.checks import check_draw, check_mixture
 
 pytestmark = pytest.mark.interpreted
 
-ROWS, VOCAB = 3, 2100
+ROWS, VOCAB = 2, 2100
 CALLS: dict[str, dict[str, Any]] = {
     "one phase": {},
     "two phases": {"plausibility": 1e-3},
@@ -58,8 +58,11 @@ def bits(out: Any) -> list[bytes]:
     return [x.numpy().tobytes() for x in out]
 
 
-@pytest.mark.parametrize("fill", [1, 127, 255, "noise"])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("call", "fill"),
+    [(call, 1) for call in CALLS]
+    + [(call, x) for call in ("one phase", "early") for x in (255, "noise")],
+)
 def test_a_workspace_that_was_never_zeroed_gives_invalid_rows_until_it_is_reset(call, fill):
     expected = bits(sample(call, new_workspace()))
     workspace = new_workspace()
@@ -68,11 +71,10 @@ def test_a_workspace_that_was_never_zeroed_gives_invalid_rows_until_it_is_reset(
         workspace.random_(1, 256, generator=generator)
     else:
         workspace.fill_(fill)
-    for _ in range(3):
+    for _ in range(2):
         assert_invalid(sample(call, workspace))
     mod_fused.reset_workspace(workspace)
-    for _ in range(2):
-        assert bits(sample(call, workspace)) == expected
+    assert bits(sample(call, workspace)) == expected
 
 
 @pytest.mark.parametrize("call", ["one phase", "early"])
@@ -88,15 +90,15 @@ def test_log_probs_are_nan_then(call):
 
 #: One counter that is not zero: (its name, its place, what it holds).
 COUNTERS = [("tickets", 0, 1), ("tickets", 0, 7), ("tickets", 0, 1 << 32), ("tickets", 0, -1)]
-COUNTERS += [("flags", 1, 1), ("flags", 2, 3), ("flags", 0, -1), ("arrivals", 1, 1)]
-COUNTERS += [("arrivals", 0, 2), ("arrivals", 2, 1 + (1 << 32)), ("arrivals", 1, -1)]
+COUNTERS += [("flags", 1, 1), ("flags", 1, 3), ("flags", 0, -1), ("arrivals", 1, 1)]
+COUNTERS += [("arrivals", 0, 2), ("arrivals", 1, 1 + (1 << 32)), ("arrivals", 1, -1)]
 
 
 def launched(call: str, scale: float, workspace: torch.Tensor) -> tuple[launch.Launch, Any]:
     """The launch of a call without a second one, and its outputs; of `scale` depends what it
     draws."""
     mixing = check_mixture(scale * REF, POLICIES, [0.6, 0.3], **CALLS[call])
-    drawing = check_draw(mixing, seed=[4, 5, 6])
+    drawing = check_draw(mixing, seed=[4, 5])
     out = poisoned(ROWS, None, "cpu")
     (made,), _ = launch.sample_launches(mixing, drawing, tuple(out), workspace)
     return made, out
@@ -112,13 +114,13 @@ def assert_right_or_invalid(out: mod_fused.Sample, expected: mod_fused.Sample) -
 
 
 @pytest.mark.parametrize("counter", COUNTERS, ids=str)
-@pytest.mark.parametrize("call", ["one phase", "two phases", "early", "newton"])
+@pytest.mark.parametrize("call", ["one phase", "two phases", "early"])
 def test_one_wrong_counter_makes_rows_invalid_and_no_token_wrong(call, counter):
     name, place, content = counter
     made, expected = launched(call, 1.0, new_workspace())
     made.run(torch.device("cpu"))
     workspace = new_workspace()
-    for turn in range(3):
+    for turn in range(2):
         made, out = launched(call, 1.0, workspace)
         if turn == 0:
             for x in made.arguments[2]:
@@ -131,24 +133,23 @@ def test_one_wrong_counter_makes_rows_invalid_and_no_token_wrong(call, counter):
             assert out.valid.tolist() == [False] * ROWS
 
 
-@pytest.mark.parametrize("call", ["two phases", "early", "newton"])
+@pytest.mark.parametrize("call", ["two phases", "early"])
 def test_after_a_launch_was_stopped_rows_are_invalid_or_right(call, monkeypatch):
     made, expected = launched(call, 1.0, new_workspace())
     made.run(torch.device("cpu"))
     monkeypatch.setattr(launch, "processors", lambda device: 2)
     stopped = 0
-    for seed in range(6):
-        for most in (1, 3, 6, 10, 15, 25, 40):
-            workspace = new_workspace()
-            made, _ = launched(call, 0.5, workspace)
-            try:
-                interleave(made, seed, monkeypatch, most=most)
-            except Stuck:
-                stopped += 1
-            made, out = launched(call, 1.0, workspace)
-            made.run(torch.device("cpu"))
-            assert_right_or_invalid(out, expected)
-    assert stopped > 10
+    for seed, most in enumerate((1, 3, 6, 10, 15, 20, 25, 30, 40, 50)):
+        workspace = new_workspace()
+        made, _ = launched(call, 0.5, workspace)
+        try:
+            interleave(made, seed, monkeypatch, most=most)
+        except Stuck:
+            stopped += 1
+        made, out = launched(call, 1.0, workspace)
+        made.run(torch.device("cpu"))
+        assert_right_or_invalid(out, expected)
+    assert stopped >= 5
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(64), torch.zeros(64, 2, dtype=torch.uint8)[:, 0], 5])

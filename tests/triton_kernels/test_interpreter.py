@@ -65,9 +65,8 @@ def workspaces(monkeypatch):
 
     def record(*args):
         workspace = make(*args)
-        for x in (workspace.states, workspace.fields, workspace.leasts):
+        for x in (workspace.states, workspace.fields):
             assert x.isnan().all()
-        assert (workspace.winners == -1).all()
         made.append(workspace)
         return workspace
 
