@@ -79,9 +79,11 @@ def test_compiled_kernels_spill_nothing_and_read_each_logit_once(target: str, na
         expected[16] += 2  # the keys of a tile, for the last phase
     assert {w: n for w, n in code.loads.items() if w in expected or w > 8} == expected, code
     if mixture.variant.phases == 1 and not mixture.variant.model_logprobs:
-        # Besides logits: two numbers of every tile, four where they are kept at a temperature too,
+        # Besides logits: two numbers of every part, four where they are kept at a temperature too,
         # and the mask of a tile and of the winner's, at most byte by byte.
-        others = 4 + mixture.variant.mask * 2 * TILE // THREADS
+        parts = -(-mixture.variant.tiles * mixture.variant.parts // THREADS)
+        others = (2 + 2 * mixture.variant.tempered) * parts
+        others += mixture.variant.mask * 2 * TILE // THREADS
         assert code.loads.total() - expected.total() <= others, code
     for filter_launch in filters:
         code = machine_code(compile_launch(filter_launch, TARGETS[target]))
