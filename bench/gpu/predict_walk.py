@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -119,8 +118,9 @@ class Program:
         """The instructions with one of these opcodes."""
         return [i for i, name in enumerate(self.names) if name in names]
 
-    @cached_property
+    @property
     def exits(self) -> list[int]:
+        """Where the program ends."""
         return self.find("EXIT")
 
     def cost(self, path: Sequence[int], threads: int, memory: int = L2, first: int = 0) -> Cost:
@@ -190,7 +190,7 @@ class Program:
     def _tile(self, before: set[int], threads: int, memory: int) -> Cost | None:
         """The cost of a pass of the loop over tiles; None if there is no loop."""
         found = []
-        for loop in loops(self.graph.subgraph(before)):
+        for loop in loops(self.graph.subgraph(before).copy()):
             wide = sum(_kind(self.names[i], self.text[i])[-1] for i in loop.inside)
             store = self._last(loop.inside, loop.header, [*self.find("ST", "STG")])
             if store is None:
@@ -206,73 +206,73 @@ class Program:
         """The cost of a launch whose programs each do a row of float32 [vocab]: as it usually runs,
         and as it runs where all loops do. A loop that loads is a sweep over the row. A loop around
         a sweep, or without loads, is a search: it has as many passes as its code compares with,
-        else `SEARCH`. Usually no search sweeps, if the kernel can search without."""
-        swept, _ = self._row(self.graph, threads, vocab)
+        else `SEARCH`. Where all sweeps can be avoided, usually none is made."""
+        swept = self._row(self.graph, threads, vocab)
         graph = self.graph.copy()
         for loop in loops(graph):
-            if any(self._loads(inner.inside) for inner in loops(loop.inside)):
+            if self._loads(loop.inside):
                 graph.remove_nodes_from(loop.inside)
-        if len(graph) == len(self.graph) or 0 not in graph:
-            return swept, swept
-        usual, searches = self._row(graph, threads, vocab)
-        return (usual if searches else swept), swept
+        avoids = 0 in graph and networkx.descendants(graph, 0) & {*self.exits}
+        return (self._row(graph, threads, vocab) if avoids else swept), swept
 
-    def _row(self, graph: Any, threads: int, vocab: int) -> tuple[Cost, bool]:
-        """The cost of a row with the instructions of `graph`, and whether a loop searches."""
+    def _row(self, graph: Any, threads: int, vocab: int) -> Cost:
+        """The cost of a row with the instructions of `graph`."""
         alive = [networkx.ancestors(graph, i) | {i} for i in self.exits if i in graph]
-        graph = graph.subgraph(set().union(*alive))
-        goal = self._last(graph, 0, self.find("ST", "STG", "EXIT"))
+        graph = graph.subgraph(set().union(*alive)).copy()
+        goal = self._last(graph, 0, self.exits)
         assert goal is not None
-        walks, searches = self._walks(graph, 0, goal, 4 * vocab / threads)
-        walks[0].path.extend(self._leave(goal)[1:])
-        costs = [(1.0, self.cost(walks[0].path, threads))]
-        costs += [(x.times, self.repeated(x.path, threads)) for x in walks[1:]]
-        return total(costs), searches
+        first, *others = self._walks(graph, 0, goal, 4 * vocab / threads)
+        costs = [(1.0, self.cost(first.path, threads))]
+        costs += [(x.times, self.repeated(x.path, threads)) for x in others]
+        return total(costs)
 
     def _loads(self, nodes: Iterable[int]) -> int:
         """Bytes that a thread loads from global memory."""
         return sum(_loaded(self.text[i]) for i in nodes if self.names[i] == "LDG")
 
-    def _walks(
-        self, graph: Any, start: int, goal: int, row_bytes: float
-    ) -> tuple[list[_Walk], bool]:
-        """The walk from start to goal through the costliest chain of loops, each once; then their
-        further passes. Also whether a loop searches."""
-        chain = networkx.DiGraph()
-        chain.add_edge(start, goal, weight=1)  # of nothing: the goal counts
-        bodies: dict[int, tuple[float, list[_Walk], bool]] = {}
-        after_start = networkx.descendants(graph, start)
-        found = [x for x in loops(graph) if x.header in after_start and goal not in x.inside]
+    def _walks(self, graph: Any, start: int, goal: int, row_bytes: float) -> list[_Walk]:
+        """The walk from start to goal through those loops, stores and atomic operations that are
+        the most work, each once; then the further passes of the loops."""
+        after = networkx.descendants(graph, start)
+        found = [x for x in loops(graph) if x.header in after and goal not in x.inside]
+        inside = {i for loop in found for i in loop.inside}
+        single = {*self.find("ST", "STG", "ATOM", "ATOMG", "RED", "REDG")} & after
+        bodies: dict[int, tuple[float, list[_Walk]]] = {}
+        ends = {i: i for i in single - inside - {start, goal}}
         for loop in found:
-            body, searches = self._walks(loop.inside, loop.header, loop.latch, row_bytes)
-            loaded = self._loads(body[0].path)
-            searches = searches or len(body) > 1 or not loaded
-            if searches:
-                limits = [_LIMIT.search(self.text[i]) for i in body[0].path]
-                shown = [int(x[1], 16) for x in limits if x]
-                times = float(shown[-1] if shown and 1 < shown[-1] <= 64 else SEARCH)
-            else:
-                times = max(1.0, row_bytes / loaded)
-            bodies[loop.header] = times, body, searches
-        reached = {x.header: networkx.descendants(graph, x.latch) for x in found}
-        reached[start] = after_start
-        for a, after in reached.items():
-            for b in bodies.keys() - {a}:
-                if b in after and goal in reached[b]:
-                    times, body, _ = bodies[b]
-                    work = times * sum(x.times * len(x.path) for x in body)
-                    chain.add_edge(a, b, weight=work)
-                    chain.add_edge(b, goal, weight=1)
-        main, extra, searches = [start], [], False
-        for header in networkx.dag_longest_path(chain, weight="weight")[1:]:
-            main += networkx.shortest_path(graph, main[-1], header)[1:]
-            if header in bodies:
-                times, (own, *inner), searching = bodies[header]
+            body = self._walks(loop.inside, loop.header, loop.latch, row_bytes)
+            bodies[loop.header] = self._passes(body, row_bytes), body
+            ends[loop.header] = loop.latch
+        work = {i: 1.0 for i in ends}
+        for header, (times, body) in bodies.items():
+            work[header] = times * sum(x.times * len(x.path) for x in body)
+        reached = {i: networkx.descendants(graph, end) for i, end in ends.items()}
+        chain = networkx.DiGraph([(start, goal, {"weight": 1.0})])
+        useful = [i for i in ends if goal in reached[i]]
+        for i in useful:
+            chain.add_edge(start, i, weight=work[i])
+            chain.add_edge(i, goal, weight=1.0)
+            for j in useful:
+                if j in reached[i] and j != i:
+                    chain.add_edge(i, j, weight=work[j])
+        main, extra = [start], []
+        for i in networkx.dag_longest_path(chain)[1:]:
+            main += networkx.shortest_path(graph, main[-1], i)[1:]
+            if i in bodies:
+                times, (own, *inner) = bodies[i]
                 main += own.path[1:]
                 extra += [_Walk(times - 1, own.path)]
                 extra += [_Walk(times * x.times, x.path) for x in inner]
-                searches |= searching
-        return [_Walk(1.0, main), *extra], searches
+        return [_Walk(1.0, main), *extra]
+
+    def _passes(self, body: Sequence[_Walk], row_bytes: float) -> float:
+        """How many passes a loop has."""
+        loaded = self._loads(body[0].path)
+        if loaded and len(body) == 1:
+            return max(1.0, row_bytes / loaded)
+        limits = [_LIMIT.search(self.text[i]) for i in body[0].path]
+        shown = [int(x[1], 16) for x in limits if x]
+        return float(shown[-1]) if shown and 1 < shown[-1] <= 64 else SEARCH
 
 
 class Loop(NamedTuple):

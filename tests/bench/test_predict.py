@@ -125,38 +125,39 @@ def test_a_phase_is_its_tiles_its_arrival_and_its_end() -> None:
     assert PHASE.idle(128).instructions == 9  # leaves after the arrival
 
 
-# A search of 9 passes, each with a sweep over the row; around it a way that searches in registers;
-# then a sweep for the masses.
+# A search of 9 passes, each with a sweep over the row; around it a way that searches in registers
+# and adds up what it finds; then a store.
 LOAD, STORE = "LDG.E.128 R4, desc[UR8][R2.64]", "STG.E desc[UR8][R2.64], R4"
 ROWS = assembly(
-    ("@P3 BRA 0x60", word(1)),
+    ("@P3 BRA 0x70", word(1)),
     ("MOV R1, RZ", word(1)),  # 1: the search
     (LOAD, word(1)),  # 2: the sweep
     ("@P0 BRA 0x20", word(1)),
     ("ISETP.NE.AND P1, PT, R3, 0x9, PT", word(1)),
     ("@P1 BRA 0x10", word(1)),
-    ("@P4 BRA 0xa0", word(1)),
-    ("FADD R1, R1, R1", word(1)),  # 7: in registers
+    ("BRA 0xd0", word(1)),
+    ("@P4 BRA 0xd0", word(1)),
+    ("FADD R1, R1, R1", word(1)),  # 8: in registers
     ("ISETP.NE.AND P1, PT, R3, 0x5, PT", word(1)),
-    ("@P1 BRA 0x70", word(1)),
-    (LOAD, word(1)),  # 10: the masses
-    (STORE, word(1)),
-    ("@P0 BRA 0xa0", word(1)),
+    ("@P1 BRA 0x80", word(1)),
+    ("@P4 BRA 0xd0", word(1)),
+    ("RED.E.ADD.64.STRONG.GPU desc[UR8][R2.64], R4", word(1)),
     (STORE, word(1)),
     ("EXIT", word(1)),
 )
 
 
-def test_sweeps_over_a_row_are_counted_in_searches_and_without() -> None:
+def test_sweeps_over_a_row_are_counted_in_searches_and_left_out_where_they_can_be() -> None:
     usual, sweeping = Program(ROWS).rows(threads=256, vocab=4096)
     # A pass of a sweep takes 4 * 256 tokens of 4096. In registers: 5 passes of 3.
-    assert usual.instructions == 1 + 1 + 5 * 3 + 4 * 3 + 2
-    assert usual.wide_loads == 4
-    assert sweeping.instructions == 1 + 9 * (3 + 4 * 2) + 1 + 5 * 3 + 4 * 3 + 2
-    assert sweeping.wide_loads == 9 * 4 + 4
-    # Where nothing else searches, the sweeps must be made.
-    without = ROWS.replace("@P1 BRA 0x70", "@P1 BRA 0xa0")
-    usual, sweeping = Program(without).rows(threads=256, vocab=4096)
+    assert usual.instructions == 2 + 5 * 3 + 2 + 2
+    assert usual.wide_loads == 0
+    assert sweeping.instructions == 1 + 9 * (3 + 4 * 2) + 1 + 2
+    assert sweeping.wide_loads == 9 * 4
+    # Where a sweep is always made, so are the others.
+    masses = ROWS.replace(STORE, LOAD).replace("EXIT", "@P0 BRA 0xd0") + "\n"
+    masses += assembly(("EXIT", word(1))).replace("0000", "00f0", 1)
+    usual, sweeping = Program(masses).rows(threads=256, vocab=4096)
     assert usual == sweeping and sweeping.wide_loads == 9 * 4 + 4
 
 
