@@ -2,7 +2,7 @@
 code of the Triton kernels, without a GPU. It compiles for sm_90 and measures nothing.
 
     python -m bench.gpu.predict --out bench/results            # predicted.json, predicted.md
-    python -m bench.gpu.predict --only jsd --baseline FILE     # one call, beside an earlier JSON
+    python -m bench.gpu.predict --only jsd --vocab 128256 --baseline FILE    # less, beside FILE
 
 What is assumed; ratios can be trusted more than times, which are right to about 30%:
 
@@ -61,8 +61,9 @@ from .predict_report import markdown
 from .predict_walk import HBM, L2, Cost, Phase, Program
 
 VOCAB = 128256
+VOCABULARIES = (VOCAB, 32000, 262144)
 SHAPES = [(VOCAB, rows) for rows in (1, 8, 64, 256)]
-SHAPES += [(vocab, rows) for vocab in (32000, 262144) for rows in (1, 256)]
+SHAPES += [(vocab, rows) for vocab in VOCABULARIES[1:] for rows in (1, 256)]
 #: The shapes whose phases the report shows: few rows and many.
 SHOWN = ((VOCAB, 1), (VOCAB, 256))
 EVALUATIONS = {"jeffrey": 2}  # that solve a row; else 1
@@ -178,11 +179,13 @@ def beside(rows: Sequence[dict[str, Any]], baseline: report.Result) -> None:
         row["before_us"] = earlier.get(tuple(row[k] for k in keys))
 
 
-def predictions(calls: Sequence[str], baseline: report.Result | None) -> report.Result:
+def predictions(
+    calls: Sequence[str], vocabularies: Sequence[int], baseline: report.Result | None
+) -> report.Result:
     """The result of a run."""
     rows, phases = [], []
     for call in calls:
-        for vocab, batch in SHAPES:
+        for vocab, batch in (shape for shape in SHAPES if shape[0] in vocabularies):
             report.note(f"{call}, V = {vocab}, B = {batch}")
             row, records = predict(call, vocab, batch)
             rows.append(row)
@@ -211,10 +214,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", help="writes predicted.json and predicted.md")
     add("--only", nargs="+", choices=CALLS, metavar="CALL", help=f"some of: {'; '.join(CALLS)}")
+    add("--vocab", nargs="+", type=int, choices=VOCABULARIES, metavar="V", help="these alone")
     add("--baseline", type=Path, metavar="FILE", help="an earlier predicted.json, shown beside")
     args = parser.parse_args(argv)
     baseline = report.load(args.baseline) if args.baseline else None
-    result = report.rounded(predictions(args.only or list(CALLS), baseline))
+    result = report.rounded(
+        predictions(args.only or [*CALLS], args.vocab or VOCABULARIES, baseline)
+    )
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         report.save(result, args.out / "predicted.json")

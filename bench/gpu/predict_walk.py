@@ -31,6 +31,7 @@ OPERANDS = 12  # cycles until a store has read its operands
 PORT = 64  # bytes that a multiprocessor gets from the L2 cache in a cycle
 #: Passes of a loop that searches, where its code does not show a number: 32 bits, three at a time.
 SEARCH = 11
+_ATOMIC = ("ATOM", "ATOMG", "RED", "REDG")
 _LIMIT = re.compile(r"U?ISETP\.\S+ U?P\d, U?PT, \S+, (0x[0-9a-f]+), ")
 _WIDTH = re.compile(r"\.[US]?(8|16|64|128)\b")
 
@@ -206,25 +207,30 @@ class Program:
         """The cost of a launch whose programs each do a row of float32 [vocab]: as it usually runs,
         and as it runs where all loops do. A loop that loads is a sweep over the row. A loop around
         a sweep, or without loads, is a search: it has as many passes as its code compares with,
-        else `SEARCH`. Where all sweeps can be avoided, usually none is made."""
+        else `SEARCH`. A kernel that can search or add up without a sweep usually makes none."""
         swept = self._row(self.graph, threads, vocab)
         graph = self.graph.copy()
         for loop in loops(graph):
             if self._loads(loop.inside):
                 graph.remove_nodes_from(loop.inside)
-        avoids = 0 in graph and networkx.descendants(graph, 0) & {*self.exits}
-        return (self._row(graph, threads, vocab) if avoids else swept), swept
+        unswept = self._row(graph, threads, vocab) if 0 in graph else []
+        gathers = len(unswept) > 1 or any(self.names[i] in _ATOMIC for x in unswept for i in x.path)
+        return self._cost(unswept if gathers else swept, threads), self._cost(swept, threads)
 
-    def _row(self, graph: Any, threads: int, vocab: int) -> Cost:
-        """The cost of a row with the instructions of `graph`."""
+    def _cost(self, walks: Sequence[_Walk], threads: int) -> Cost:
+        first, *further = walks
+        costs = [(1.0, self.cost(first.path, threads))]
+        return total(costs + [(x.times, self.repeated(x.path, threads)) for x in further])
+
+    def _row(self, graph: Any, threads: int, vocab: int) -> list[_Walk]:
+        """The walks through a row with the instructions of `graph`; none if it has no way out."""
         alive = [networkx.ancestors(graph, i) | {i} for i in self.exits if i in graph]
         graph = graph.subgraph(set().union(*alive)).copy()
+        if 0 not in graph:
+            return []
         goal = self._last(graph, 0, self.exits)
         assert goal is not None
-        first, *others = self._walks(graph, 0, goal, 4 * vocab / threads)
-        costs = [(1.0, self.cost(first.path, threads))]
-        costs += [(x.times, self.repeated(x.path, threads)) for x in others]
-        return total(costs)
+        return self._walks(graph, 0, goal, 4 * vocab / threads)
 
     def _loads(self, nodes: Iterable[int]) -> int:
         """Bytes that a thread loads from global memory."""
@@ -236,7 +242,7 @@ class Program:
         after = networkx.descendants(graph, start)
         found = [x for x in loops(graph) if x.header in after and goal not in x.inside]
         inside = {i for loop in found for i in loop.inside}
-        single = {*self.find("ST", "STG", "ATOM", "ATOMG", "RED", "REDG")} & after
+        single = {*self.find("ST", "STG", *_ATOMIC)} & after
         bodies: dict[int, tuple[float, list[_Walk]]] = {}
         ends = {i: i for i in single - inside - {start, goal}}
         for loop in found:

@@ -154,11 +154,13 @@ def test_sweeps_over_a_row_are_counted_in_searches_and_left_out_where_they_can_b
     assert usual.wide_loads == 0
     assert sweeping.instructions == 1 + 9 * (3 + 4 * 2) + 1 + 2
     assert sweeping.wide_loads == 9 * 4
-    # Where a sweep is always made, so are the others.
-    masses = ROWS.replace(STORE, LOAD).replace("EXIT", "@P0 BRA 0xd0") + "\n"
-    masses += assembly(("EXIT", word(1))).replace("0000", "00f0", 1)
-    usual, sweeping = Program(masses).rows(threads=256, vocab=4096)
-    assert usual == sweeping and sweeping.wide_loads == 9 * 4 + 4
+    # What neither searches nor adds up without a sweep makes them all.
+    other = ROWS.replace("@P1 BRA 0x80", "FADD R1, R1, R1").replace("RED.E.ADD.64", "FADD")
+    usual, sweeping = Program(other).rows(threads=256, vocab=4096)
+    assert usual == sweeping and sweeping.wide_loads == 9 * 4
+    # Adding up is enough.
+    usual, _ = Program(ROWS.replace("@P1 BRA 0x80", "FADD R1, R1, R1")).rows(256, 4096)
+    assert usual.instructions == 2 + 3 + 2 + 2
 
 
 @pytest.mark.parametrize(
