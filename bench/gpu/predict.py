@@ -20,7 +20,9 @@ What is assumed; ratios can be trusted more than times, which are right to about
   latencies (predict_model.py).
 - One evaluation solves a row, two for Jeffrey. The others are skipped.
 - The launch of the filters begins 1 µs after the mixture's end; each of its programs does a row.
-  Loops over the row and the search's passes are counted as predict_walk.py says.
+  Usually a row makes no sweep over its keys that the kernel can avoid; the report's last column is
+  with all of them. A search has the passes that its code shows, else `--search`: 11, for 32 bits
+  at three a pass. That is too many where a kernel stops early.
 - The time in front of the kernel is not counted: host and launch.
 """
 
@@ -58,7 +60,7 @@ from .predict_model import (
     resident,
 )
 from .predict_report import markdown
-from .predict_walk import HBM, L2, Cost, Phase, Program
+from .predict_walk import HBM, L2, SEARCH, Cost, Phase, Program
 
 VOCAB = 128256
 VOCABULARIES = (VOCAB, 32000, 262144)
@@ -140,7 +142,7 @@ def _ending(end: Cost) -> dict[str, Any]:
 
 
 def _selections(
-    launches: Sequence[Launch], vocab: int
+    launches: Sequence[Launch], vocab: int, search: int
 ) -> tuple[list[Selection], list[Selection], list[dict[str, Any]]]:
     """The launches of the filters as they usually run, as they run where all loops do, and what the
     report shows of the former."""
@@ -148,7 +150,7 @@ def _selections(
     for launch in launches:
         program, code = compiled(launch)
         programs = resident(launch.threads, code.registers, code.shared)
-        rows = program.rows(launch.threads, vocab)
+        rows = program.rows(launch.threads, vocab, search)
         for out, row in zip((usual, sweeping), rows, strict=True):
             out.append(Selection(launch.threads, programs, row))
         about = {"phase": launch.kernel.fn.__name__, "registers": code.registers}
@@ -157,12 +159,14 @@ def _selections(
     return usual, sweeping, records
 
 
-def predict(call: str, vocab: int, rows: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def predict(
+    call: str, vocab: int, rows: int, search: int = SEARCH
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The report's row of a call, and its records of the call's phases."""
     divergence, filters = CALLS[call]
     mixture, *others = launched(divergence, rows, vocab, **filters)
     kernel, records = _mixture(mixture, divergence, rows)
-    usual, sweeping, more = _selections(others, vocab)
+    usual, sweeping, more = _selections(others, vocab, search)
     found = predicted(kernel, usual, rows, vocab, ROW_BYTES * vocab)
     out = {"call": call, "vocab": vocab, "batch": rows, **found._asdict()}
     if others:
@@ -180,14 +184,17 @@ def beside(rows: Sequence[dict[str, Any]], baseline: report.Result) -> None:
 
 
 def predictions(
-    calls: Sequence[str], vocabularies: Sequence[int], baseline: report.Result | None
+    calls: Sequence[str],
+    vocabularies: Sequence[int],
+    search: int = SEARCH,
+    baseline: report.Result | None = None,
 ) -> report.Result:
     """The result of a run."""
     rows, phases = [], []
     for call in calls:
         for vocab, batch in (shape for shape in SHAPES if shape[0] in vocabularies):
             report.note(f"{call}, V = {vocab}, B = {batch}")
-            row, records = predict(call, vocab, batch)
+            row, records = predict(call, vocab, batch, search)
             rows.append(row)
             phases += records if (vocab, batch) in SHOWN else []
     result: report.Result = {
@@ -204,7 +211,7 @@ def predictions(
         beside(rows, baseline)
         machine = baseline["machine"]
         result["base"] = f"commit {machine['commit']}, triton {machine['triton']}"
-    return result | {"rows": rows, "phases": phases}
+    return result | {"search": search, "rows": rows, "phases": phases}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -215,12 +222,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", type=Path, metavar="DIR", help="writes predicted.json and predicted.md")
     add("--only", nargs="+", choices=CALLS, metavar="CALL", help=f"some of: {'; '.join(CALLS)}")
     add("--vocab", nargs="+", type=int, choices=VOCABULARIES, metavar="V", help="these alone")
+    add("--search", type=int, default=SEARCH, metavar="N", help="passes of a search of the filters")
     add("--baseline", type=Path, metavar="FILE", help="an earlier predicted.json, shown beside")
     args = parser.parse_args(argv)
     baseline = report.load(args.baseline) if args.baseline else None
-    result = report.rounded(
-        predictions(args.only or [*CALLS], args.vocab or VOCABULARIES, baseline)
-    )
+    calls, vocabularies = args.only or [*CALLS], args.vocab or VOCABULARIES
+    result = report.rounded(predictions(calls, vocabularies, args.search, baseline))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         report.save(result, args.out / "predicted.json")

@@ -203,17 +203,18 @@ class Program:
             return None
         return self.repeated(max(found)[1], threads, memory)
 
-    def rows(self, threads: int, vocab: int) -> tuple[Cost, Cost]:
+    def rows(self, threads: int, vocab: int, search: int = SEARCH) -> tuple[Cost, Cost]:
         """The cost of a launch whose programs each do a row of float32 [vocab]: as it usually runs,
         and as it runs where all loops do. A loop that loads is a sweep over the row. A loop around
         a sweep, or without loads, is a search: it has as many passes as its code compares with,
-        else `SEARCH`. A kernel that can search or add up without a sweep usually makes none."""
-        swept = self._row(self.graph, threads, vocab)
+        else `search`. A kernel that can search or add up without a sweep usually makes none."""
+        row_bytes = 4 * vocab / threads  # of a thread
+        swept = self._row(self.graph, row_bytes, search)
         graph = self.graph.copy()
         for loop in loops(graph):
             if self._loads(loop.inside):
                 graph.remove_nodes_from(loop.inside)
-        unswept = self._row(graph, threads, vocab) if 0 in graph else []
+        unswept = self._row(graph, row_bytes, search) if 0 in graph else []
         gathers = len(unswept) > 1 or any(self.names[i] in _ATOMIC for x in unswept for i in x.path)
         return self._cost(unswept if gathers else swept, threads), self._cost(swept, threads)
 
@@ -222,7 +223,7 @@ class Program:
         costs = [(1.0, self.cost(first.path, threads))]
         return total(costs + [(x.times, self.repeated(x.path, threads)) for x in further])
 
-    def _row(self, graph: Any, threads: int, vocab: int) -> list[_Walk]:
+    def _row(self, graph: Any, row_bytes: float, search: int) -> list[_Walk]:
         """The walks through a row with the instructions of `graph`; none if it has no way out."""
         alive = [networkx.ancestors(graph, i) | {i} for i in self.exits if i in graph]
         graph = graph.subgraph(set().union(*alive)).copy()
@@ -230,13 +231,15 @@ class Program:
             return []
         goal = self._last(graph, 0, self.exits)
         assert goal is not None
-        return self._walks(graph, 0, goal, 4 * vocab / threads)
+        return self._walks(graph, 0, goal, row_bytes, search)
 
     def _loads(self, nodes: Iterable[int]) -> int:
         """Bytes that a thread loads from global memory."""
         return sum(_loaded(self.text[i]) for i in nodes if self.names[i] == "LDG")
 
-    def _walks(self, graph: Any, start: int, goal: int, row_bytes: float) -> list[_Walk]:
+    def _walks(
+        self, graph: Any, start: int, goal: int, row_bytes: float, search: int
+    ) -> list[_Walk]:
         """The walk from start to goal through those loops, stores and atomic operations that are
         the most work, each once; then the further passes of the loops."""
         after = networkx.descendants(graph, start)
@@ -246,8 +249,8 @@ class Program:
         bodies: dict[int, tuple[float, list[_Walk]]] = {}
         ends = {i: i for i in single - inside - {start, goal}}
         for loop in found:
-            body = self._walks(loop.inside, loop.header, loop.latch, row_bytes)
-            bodies[loop.header] = self._passes(body, row_bytes), body
+            body = self._walks(loop.inside, loop.header, loop.latch, row_bytes, search)
+            bodies[loop.header] = self._passes(body, row_bytes, search), body
             ends[loop.header] = loop.latch
         work = {i: 1.0 for i in ends}
         for header, (times, body) in bodies.items():
@@ -271,14 +274,14 @@ class Program:
                 extra += [_Walk(times * x.times, x.path) for x in inner]
         return [_Walk(1.0, main), *extra]
 
-    def _passes(self, body: Sequence[_Walk], row_bytes: float) -> float:
+    def _passes(self, body: Sequence[_Walk], row_bytes: float, search: int) -> float:
         """How many passes a loop has."""
         loaded = self._loads(body[0].path)
         if loaded and len(body) == 1:
             return max(1.0, row_bytes / loaded)
         limits = [_LIMIT.search(self.text[i]) for i in body[0].path]
         shown = [int(x[1], 16) for x in limits if x]
-        return float(shown[-1]) if shown and 1 < shown[-1] <= 64 else SEARCH
+        return float(shown[-1]) if shown and 1 < shown[-1] <= 64 else search
 
 
 class Loop(NamedTuple):

@@ -154,6 +154,10 @@ def test_sweeps_over_a_row_are_counted_in_searches_and_left_out_where_they_can_b
     assert usual.wide_loads == 0
     assert sweeping.instructions == 1 + 9 * (3 + 4 * 2) + 1 + 2
     assert sweeping.wide_loads == 9 * 4
+    # A search that does not show its passes has as many as are given.
+    hidden = Program(ROWS.replace("0x5, PT", "R6, PT"))
+    assert hidden.rows(256, 4096)[0].instructions == usual.instructions + (11 - 5) * 3
+    assert hidden.rows(256, 4096, 7)[0].instructions == usual.instructions + (7 - 5) * 3
     # What neither searches nor adds up without a sweep makes them all.
     other = ROWS.replace("@P1 BRA 0x80", "FADD R1, R1, R1").replace("RED.E.ADD.64", "FADD")
     usual, sweeping = Program(other).rows(threads=256, vocab=4096)
@@ -234,9 +238,9 @@ def test_the_real_kernel_is_predicted_from_its_machine_code(tmp_path, monkeypatc
     assert row["hbm_us"] < row["us"] < 4 * row["hbm_us"]
     assert (tmp_path / "predicted.md").read_text() == predict.markdown(result)
 
-    # Beside itself, twice as fast.
-    result["rows"][0]["us"] *= 2
-    report.save(result, earlier := tmp_path / "earlier.json")
+    # Beside itself, twice as slow.
+    slow = result | {"rows": [row | {"us": 2 * row["us"]}]}
+    report.save(slow, earlier := tmp_path / "earlier.json")
     predict.main(["--only", "reverse_kl", "--baseline", str(earlier)])
     shown = f"{report.number(row['us'])} | {report.number(2 * row['us'])} | 2.00 |"
     assert f"| reverse_kl | 128256 | 256 | {shown}" in capsys.readouterr().out
