@@ -33,6 +33,7 @@ PORT = 64  # bytes that a multiprocessor gets from the L2 cache in a cycle
 SEARCH = 11
 _ATOMIC = ("ATOM", "ATOMG", "RED", "REDG")
 _LIMIT = re.compile(r"U?ISETP\.\S+ U?P\d, U?PT, \S+, (0x[0-9a-f]+), ")
+_DOWN = re.compile(r"IADD3 (U?R\d+), \1, -0x1, U?RZ")
 _WIDTH = re.compile(r"\.[US]?(8|16|64|128)\b")
 
 
@@ -67,7 +68,7 @@ class Phase(NamedTuple):
 
     task: Cost  # from the start of a program to its arrival, with one tile
     tile: Cost  # a further tile
-    end: Cost  # from the arrival on, in the program that arrives last
+    end: Cost  # from the arrival on, in the program that arrives last, with its loops' passes
 
 
 def total(parts: Iterable[tuple[float, Cost]]) -> Cost:
@@ -185,8 +186,13 @@ class Program:
         path += self._leave(path[-1])[1:]
         at = path.index(arrival)
         task = self.cost(path[:at], threads, memory)
-        end = self.cost(path, threads, L2, at)
-        return Phase(task, self._tile(before, threads, memory) or task, end)
+        end = [(1.0, self.cost(path, threads, L2, at))]
+        for loop in loops(self.graph.subgraph(networkx.descendants(self.graph, arrival)).copy()):
+            if loop.header in path:
+                body = self._walks(loop.inside, loop.header, loop.latch, 0.0, 1)
+                further = self._passes(body, 0.0, 1) - 1.0
+                end.append((further, self.repeated(body[0].path, threads)))
+        return Phase(task, self._tile(before, threads, memory) or task, total(end))
 
     def _tile(self, before: set[int], threads: int, memory: int) -> Cost | None:
         """The cost of a pass of the loop over tiles; None if there is no loop."""
@@ -275,13 +281,24 @@ class Program:
         return [_Walk(1.0, main), *extra]
 
     def _passes(self, body: Sequence[_Walk], row_bytes: float, search: int) -> float:
-        """How many passes a loop has."""
-        loaded = self._loads(body[0].path)
+        """How many passes a loop has; `search` if its code does not show it."""
+        path = body[0].path
+        loaded = self._loads(path)
         if loaded and len(body) == 1:
             return max(1.0, row_bytes / loaded)
-        limits = [_LIMIT.search(self.text[i]) for i in body[0].path]
-        shown = [int(x[1], 16) for x in limits if x]
-        return float(shown[-1]) if shown and 1 < shown[-1] <= 64 else search
+        shown = [self._counted_down(i, path[0]) for i in path]
+        limits = [_LIMIT.search(self.text[i]) for i in path]
+        shown += [int(x[1], 16) for x in limits if x]
+        return float(next((x for x in shown if x and 1 < x <= 64), search))
+
+    def _counted_down(self, i: int, header: int) -> int | None:
+        """If an instruction counts a register down: what that is before the loop."""
+        down = _DOWN.search(self.text[i])
+        if down is None:
+            return None
+        begin = re.compile(rf"MOV\S* {down[1]}, (?:U?RZ, U?RZ, )?(0x[0-9a-f]+)$")
+        found = (begin.search(self.text[n]) for n in range(header - 1, -1, -1))
+        return next((int(x[1], 16) for x in found if x), None)
 
 
 class Loop(NamedTuple):

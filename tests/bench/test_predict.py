@@ -94,25 +94,24 @@ def test_a_loop_that_loads_ahead_hides_its_own_instructions(ahead: bool, cycles:
 
 # A phase: a loop over tiles with a branch for a rare tile, the arrival, and for the last program a
 # step with float64 behind a branch; the store of the state comes last.
-PHASE = Program(
-    assembly(
-        ("S2R R0, SR_TID.X", word(1)),
-        ("LDG.E.128 R4, desc[UR8][R2.64]", word(1, write=0)),  # 1: the loop
-        ("@P3 BRA 0xb0", word(1)),
-        ("MUFU.EX2 R4, R4", word(1, wait=0b1)),
-        ("STG.E desc[UR8][R2.64], R4", word(1)),
-        ("@P0 BRA 0x10", word(1)),
-        ("MEMBAR.ALL.GPU", word(1)),
-        ("ATOMG.E.ADD.STRONG.GPU PT, R2, desc[UR4][R2.64], R5", word(1, write=0)),  # 7
-        ("@P1 EXIT", word(1, wait=0b1)),
-        ("DFMA R2, R2, R2, R4", word(1, write=0)),
-        ("BRA 0xd0", word(1)),
-        ("SHFL.BFLY PT, R4, R4, 0x10, 0x1f", word(1, write=0)),  # 11: the rare tile
-        ("BRA 0x30", word(1)),
-        ("STG.E.64 desc[UR8][R2.64], R2", word(1, wait=0b1)),  # 13
-        ("EXIT", word(1)),
-    )
-)
+PHASE_LINES = [
+    ("S2R R0, SR_TID.X", word(1)),
+    ("LDG.E.128 R4, desc[UR8][R2.64]", word(1, write=0)),  # 1: the loop
+    ("@P3 BRA 0xb0", word(1)),
+    ("MUFU.EX2 R4, R4", word(1, wait=0b1)),
+    ("STG.E desc[UR8][R2.64], R4", word(1)),
+    ("@P0 BRA 0x10", word(1)),
+    ("MEMBAR.ALL.GPU", word(1)),
+    ("ATOMG.E.ADD.STRONG.GPU PT, R2, desc[UR4][R2.64], R5", word(1, write=0)),  # 7
+    ("@P1 EXIT", word(1, wait=0b1)),
+    ("DFMA R2, R2, R2, R4", word(1, write=0)),
+    ("BRA 0xd0", word(1)),
+    ("SHFL.BFLY PT, R4, R4, 0x10, 0x1f", word(1, write=0)),  # 11: the rare tile
+    ("BRA 0x30", word(1)),
+    ("STG.E.64 desc[UR8][R2.64], R2", word(1, wait=0b1)),  # 13
+    ("EXIT", word(1)),
+]
+PHASE = Program(assembly(*PHASE_LINES))
 
 
 def test_a_phase_is_its_tiles_its_arrival_and_its_end() -> None:
@@ -120,6 +119,16 @@ def test_a_phase_is_its_tiles_its_arrival_and_its_end() -> None:
     assert task == Cost(1 + 832 + 4 - 1 + 500 + 1, 7, 0, 0, 1, 0, 1)
     assert tile == Cost(pytest.approx(832 + 3, abs=1), 5, 0, 0, 1, 0, 1)
     assert end == Cost(350 + 1 + 16 + 2, 6, 0, 0, 0, 1, 0)
+    # The end again, with a loop of 8 passes in it, counted down.
+    looped = [*PHASE_LINES]
+    looped[9:11] = [
+        ("UMOV UR4, 0x8", word(1)),
+        ("UIADD3 UR4, UR4, -0x1, URZ", word(1)),
+        ("@P2 BRA 0xa0", word(1)),
+        ("BRA 0xf0", word(1)),
+    ]
+    looped[2] = ("@P3 BRA 0xd0", word(1))
+    assert Program(assembly(*looped)).phase(128, 800).end.instructions == 6 + 1 + 8 * 2 - 1
     assert PHASE.cost([6], 128).cycles == 501
     assert Program(assembly(("MEMBAR.ALL.CTA", word(1)))).cost([0], 128).cycles == 21
     assert PHASE.idle(128).instructions == 9  # leaves after the arrival
