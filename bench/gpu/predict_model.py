@@ -48,7 +48,7 @@ class Prediction(NamedTuple):
     us: float
     hbm_us: float
     issue_us: float
-    bound: str  # latency, issue, HBM or chain: a single row
+    bound: str  # latency, issue, HBM, chain (a single row) or filters
 
 
 def resident(threads: int, registers: int, shared: int) -> int:
@@ -115,7 +115,10 @@ def predicted(
     chain, full = _chain(kernel, tiles), sum(bounds.values())
     cycles = max(chain, full + 0.5 * chain)
     bound = "chain" if chain > full else max(bounds, key=bounds.__getitem__)
-    cycles += sum(_selected(x, rows) for x in selections)
+    filters = sum(_selected(x, rows) for x in selections)
+    if filters > cycles:
+        bound = "filters"
+    cycles += filters
     issued = sum(x.tile.instructions for x in kernel.phases) * tiles * kernel.threads
     issued += sum(x.row.instructions * x.threads for x in selections)
     issue = rows * issued / 32 / SCHEDULERS / PROCESSORS

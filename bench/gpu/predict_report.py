@@ -9,9 +9,10 @@ from .. import report
 _ABOUT = """The times are computed from the instructions of the compiled kernels and nominal
 latencies; nothing has run. Trust ratios more than times, which are right to about 30%.
 `bench/gpu/predict.py` lists what is assumed. *Latency*: of a full GPU's tasks; *chain*: of one
-row's phases, one after the other. The floors are the time to read the logits once at 4.3 TB/s, and
-the time to issue the instructions on a full GPU. *Sweeping*: with all sweeps of the filters over a
-row's keys. A search of the filters whose code does not show its passes has {search}."""
+row's phases, one after the other; *filters*: of their launch. The floors are the time to read the
+logits once at 4.3 TB/s, and the time to issue the instructions on a full GPU. *Sweeping*: with all
+sweeps of the filters over a row's keys. A search of the filters whose code does not show its passes
+has {search}."""
 _PHASES = """## Phases
 
 V = 128256. A task is a program's way to its arrival with one tile; then what a further tile of 1024

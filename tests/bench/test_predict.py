@@ -230,6 +230,7 @@ def test_a_launch_of_rows_runs_in_rounds() -> None:
     assert time(1) == time(132) == pytest.approx(1 + 9000 / 1980)
     assert time(265) == pytest.approx(1 + 2 * 9000 / 1980)
     busy = row._replace(row=Cost(cycles=9000.0, instructions=3000.0))
+    assert predict_model.predicted(kernel(), [busy], rows=1, **ask).bound == "filters"
     row = busy  # 16 warps of 3000 instructions: two programs keep a scheduler busy for longer
     assert time(264) == pytest.approx(1 + 3000 * 4 * 2 / 1980)
 
