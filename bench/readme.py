@@ -19,6 +19,7 @@ from . import report
 from .alignment import plots, tables
 from .case import Case, Picture
 from .cases import CASES
+from .gpu import predict_report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
@@ -36,6 +37,7 @@ PICTURES: dict[str, dict[str, Picture]] = {
 REPORTS: dict[str, Callable[[report.Result], str]] = {
     "alignment": tables.alignment,
     "control": tables.control,
+    "predicted": predict_report.markdown,
     "rules": tables.rules,
     "sizes": tables.sizes,
     "vllm": report.plain,

@@ -31,7 +31,19 @@ VOCAB, ROWS = 128256, 64
 PHASES = ("sums", "deficits", "evaluation", "keys")
 #: An H100 or H200 (SXM) at its highest clock; other clocks scale.
 PROCESSORS, LANES, GHZ = 132, 128, 1.98
+_LINE = re.compile(
+    r"/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;(?:\s*/\* 0x[0-9a-f]+ \*/\s*/\* (0x[0-9a-f]+) \*/)?"
+)
 _BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
+
+
+class Instruction(NamedTuple):
+    """An instruction of an NVIDIA kernel."""
+
+    text: str
+    target: int | None  # of a branch: the index of an instruction
+    always: bool  # a branch that is always taken
+    word: int  # the upper half of its 16 bytes; 0 where the assembly does not show it
 
 
 class Loop(NamedTuple):
@@ -42,28 +54,34 @@ class Loop(NamedTuple):
     wide_loads: int  # loads of 16 bytes
 
 
-def _shortest(code: Sequence[str], targets: Sequence[int | None], first: int, last: int) -> Loop:
+def decoded(assembly: str) -> list[Instruction]:
+    """The instructions in `cuobjdump -sass` of an NVIDIA kernel."""
+    lines = _LINE.findall(assembly)
+    at = {int(address, 16): i for i, (address, _, _) in enumerate(lines)}
+    code = []
+    for _, text, word in lines:
+        branch = _BRANCH.search(text)
+        target = at.get(int(branch[1], 16)) if branch else None
+        code.append(Instruction(text, target, text.startswith("BRA 0x"), int(word or "0", 16)))
+    return code
+
+
+def _shortest(code: Sequence[Instruction], first: int, last: int) -> Loop:
     """The shortest path from a loop's first instruction to the jump back."""
-    edges = [(i, target) for i, target in enumerate(targets) if target is not None]
-    always = {i for i, _ in edges if code[i].startswith("BRA 0x")}
-    edges += [(i, i + 1) for i in range(first, last) if i not in always]
+    edges = [(i, x.target) for i, x in enumerate(code) if x.target is not None]
+    edges += [(i, i + 1) for i in range(first, last) if not code[i].always]
     inside = networkx.DiGraph(edges).subgraph(range(first, last + 1))
-    way = networkx.shortest_path(inside, first, last)
-    text = [code[i] for i in way]
+    text = [code[i].text for i in networkx.shortest_path(inside, first, last)]
     special, wide = (sum(name in x for x in text) for name in ("MUFU", "LDG.E.128"))
-    return Loop(len(way), special, wide)
+    return Loop(len(text), special, wide)
 
 
 def loops(assembly: str) -> list[Loop]:
     """The innermost loops of an NVIDIA kernel's assembly, in their order."""
-    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", assembly)
-    at = {int(address, 16): i for i, (address, _) in enumerate(lines)}
-    code = [text for _, text in lines]
-    found = [_BRANCH.search(text) for text in code]
-    targets = [at.get(int(m[1], 16)) if m else None for m in found]
-    spans = [(t, i) for i, t in enumerate(targets) if t is not None and t < i]
+    code = decoded(assembly)
+    spans = [(x.target, i) for i, x in enumerate(code) if x.target is not None and x.target < i]
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return [_shortest(code, targets, *span) for span in inner]
+    return [_shortest(code, *span) for span in inner]
 
 
 @triton.jit(do_not_specialize=["seed", "position"])
@@ -86,13 +104,13 @@ def phase_kernel(
     run_task(mixing, drawing, work, row, chunk, phase, 0, tiles, chunks, seed, position, variant)
 
 
-def launched(divergence: str) -> Launch:
-    """The launch of a call with two policies in bfloat16."""
-    logits = torch.empty((ROWS, VOCAB), dtype=torch.bfloat16, device="meta")
+def launched(divergence: str, rows: int = ROWS, vocab: int = VOCAB, **filters: Any) -> list[Launch]:
+    """The launches of a call with two policies in bfloat16; more than one with `filters`, the
+    arguments of `mod_fused.sample`."""
+    logits = torch.empty((rows, vocab), dtype=torch.bfloat16, device="meta")
     mixing = check_mixture(logits, [logits] * 2, [0.6, 0.3], divergence=divergence)
-    drawing = check_draw(mixing, seed=1)
-    (made,), _ = sample_launches(mixing, drawing, new_outputs(mixing, drawing))
-    return made
+    drawing = check_draw(mixing, seed=1, **filters)
+    return sample_launches(mixing, drawing, new_outputs(mixing, drawing))[0]
 
 
 def phase_names(variant: Any) -> list[str]:
@@ -115,7 +133,7 @@ def launch_per_phase(made: Launch) -> list[Launch]:
 
 def measure(divergence: str) -> dict[str, Any]:
     """Registers of the kernel, and instructions per token of each kind of phase."""
-    made = launched(divergence)
+    (made,) = launched(divergence)
     whole = machine_code(compile_launch(made, TARGETS["sm_90"]))
     tokens = TILE.value // made.threads
     phases: dict[str, Any] = {}

@@ -1,1 +1,1 @@
-"""The parts of `bench.gpu_check`: device and benchmark; also counts of instructions."""
+"""The parts of `bench.gpu_check`: device and benchmark; and times predicted from machine code."""
