@@ -34,6 +34,7 @@ from .workspace import (
     UPPER,
     VALID,
     WINNER,
+    four_sums,
     part_field,
     part_sums,
     places,
@@ -95,13 +96,25 @@ def end_deficits(mixing, state, fields, row, tiles, variant: tl.constexpr):
     there = i < tiles * variant.parts
     least_of = part_field(fields, LEAST_Q, tiles, variant, EXCLUDED).to(tl.float64)
     least_of += part_field(fields, LEAST_REST, tiles, variant, 0.0)
-    least = tl.min(least_of, 0)
-    best_part = tl.min(tl.where((least_of == least) & there, i, PARTS - 1), 0)
+    least, best_part = tl.min(least_of, 0, return_indices=True, return_indices_tie_break_left=True)
     best_record = fields + best_part * (2 * variant.models + PART_FIELDS)
     best_token = tl.load(best_record + WINNER, cache_modifier=".cg").to(tl.int32, bitcast=True)
     best = tl.load(best_record + BEST_P, cache_modifier=".cg").to(tl.float64)
-    mass = tl.sum(part_field(fields, MASS, tiles, variant, 0.0).to(tl.float64), 0)
-    first = tl.sum(part_field(fields, FIRST, tiles, variant, 0.0).to(tl.float64), 0)
+    s1 = part_field(fields, S1, tiles, variant, 0.0).to(tl.float64)
+    s2 = part_field(fields, S2, tiles, variant, 0.0).to(tl.float64)
+    if variant.excess is not None:
+        # Each part's sums lack its best token: add all of these but s*.
+        others = there & (i != best_part) & (least_of < EXCLUDED)
+        h, slope = start_ratios(tl.where(others, least_of, least), mixing, state, row, variant)
+        p = tl.where(others, part_field(fields, BEST_P, tiles, variant, 0.0), 0.0).to(tl.float64)
+        s1 += p * h.to(tl.float64)
+        s2 += p * slope.to(tl.float64)
+    mass, first, s1, s2 = four_sums(
+        part_field(fields, MASS, tiles, variant, 0.0).to(tl.float64),
+        part_field(fields, FIRST, tiles, variant, 0.0).to(tl.float64),
+        s1,
+        s2,
+    )
     good = (tl.abs(least) < EXCLUDED) & (mass > 0.0) & (best > 0.0)
     mass = tl.where(good, mass, 1.0)
     best = tl.where(good, best, 1.0)
@@ -143,20 +156,12 @@ def end_deficits(mixing, state, fields, row, tiles, variant: tl.constexpr):
     tl.store(state + VALID, tl.where(good, valid, 0.0))
 
     # The first step, from the sums of the first evaluation.
-    s1 = tl.sum(part_field(fields, S1, tiles, variant, 0.0).to(tl.float64), 0)
-    s2 = tl.sum(part_field(fields, S2, tiles, variant, 0.0).to(tl.float64), 0)
     tau = least + start_offset(mixing, state, row, variant).to(tl.float64)
     usable = good
     if variant.bounded:
         usable = good & (tau > 0.0)
     tau = tl.where(usable, tau, 1.0)
     if variant.excess is not None:
-        # Each part's sums lack its best token: add all of these but s*.
-        others = there & (i != best_part) & (least_of < EXCLUDED)
-        h, slope = start_ratios(tl.where(others, least_of, least), mixing, state, row, variant)
-        p = tl.where(others, part_field(fields, BEST_P, tiles, variant, 0.0), 0.0).to(tl.float64)
-        s1 += tl.sum(p * h.to(tl.float64), 0)
-        s2 += tl.sum(p * slope.to(tl.float64), 0)
         if variant.factor:
             # There y is expm1(tau + D) = e^tau (t + x).
             growth = tl.exp(tau)
@@ -165,22 +170,23 @@ def end_deficits(mixing, state, fields, row, tiles, variant: tl.constexpr):
         lower = variant.shift(lower.to(tl.float32), mixing.alpha).to(tl.float64)
         upper = variant.shift(upper.to(tl.float32), mixing.alpha).to(tl.float64)
         tau = variant.shift(tau.to(tl.float32), mixing.alpha).to(tl.float64)
-        # Without those sums: all tokens but s* at their mean deficit, left of the solution.
-        rest = tl.maximum(mass - best, 0.0)
-        apart = tl.maximum(mean - least, 0.0) * mass / tl.where(rest > 0.0, rest, 1.0)
-        distance = variant.excess(tl.minimum(apart, EXCLUDED).to(tl.float32), mixing.alpha).to(
-            tl.float64
-        )
-        point = point_of_poles(mixing, best, rest, distance, variant)
-        point = tl.where((point >= lower) & (point <= upper), point, tl.sqrt(lower * upper))
         following = secular_point(mixing, best, s1, s2, tau, variant)
         usable = usable & (s1 < INFINITY) & (s2 < INFINITY)
+        usable = usable & (following >= lower) & (following <= upper)
+        if usable == 0:
+            # Without those sums: all tokens but s* at their mean deficit, left of the solution.
+            rest = tl.maximum(mass - best, 0.0)
+            apart = tl.maximum(mean - least, 0.0) * mass / tl.where(rest > 0.0, rest, 1.0)
+            distance = variant.excess(tl.minimum(apart, EXCLUDED).to(tl.float32), mixing.alpha)
+            following = point_of_poles(mixing, best, rest, distance.to(tl.float64), variant)
+            inside = (following >= lower) & (following <= upper)
+            following = tl.where(inside, following, tl.sqrt(lower * upper))
     else:
-        point = lower
         following = newton_point(mixing, state, tau, s1, s2, variant)
-    usable = usable & (following >= lower) & (following <= upper)
+        usable = usable & (following >= lower) & (following <= upper)
+        following = tl.where(usable, following, lower)
     tl.store(state + LOWER, lower)
     tl.store(state + UPPER, upper)
-    tl.store(state + POINT, tl.where(usable, following, point).to(tl.float32).to(tl.float64))
+    tl.store(state + POINT, following.to(tl.float32).to(tl.float64))
     tl.store(state + STEPS, 0.0)
     tl.store(state + SOLVED, 0.0)

@@ -41,23 +41,16 @@ from .workspace import (
 
 
 @triton.jit
-def first_least(x, index, END: tl.constexpr):
-    """The lowest index at which x is least, and whether that least x is finite."""
-    least = tl.min(x, 0)
-    return tl.min(tl.where(x == least, index, END), 0), least < INFINITY
-
-
-@triton.jit
-def race(
-    mass, highest, cold, index, local, seed, position, STREAM: tl.constexpr, END: tl.constexpr
-):
-    """argmin of E / mass, as an entry of `local`; at temperature 0 (`cold`) the first of the
-    highest. A mass of 0 never wins. No winner's quotient overflows: the peak arrives before 45 and
-    E is at least 2^-65, so that a winning tile weighs 2^-71 of the peak, its best token 2^-81."""
+def race(mass, highest, cold, index, seed, position, STREAM: tl.constexpr):
+    """The place where E / mass is least, the first of equal ones, and whether that is finite. At
+    temperature 0 (`cold`) it is the first of the highest. A mass of 0 never wins. No winner's
+    quotient overflows: the peak arrives before 45 and E is at least 2^-65, so that a winning tile
+    weighs 2^-71 of the peak, its best token 2^-81."""
     arrival = exponential(seed, position, index, STREAM) / mass
     arrival = tl.where(mass > 0.0, arrival, INFINITY)
     arrival = tl.where(cold, tl.where(highest, 0.0, INFINITY), arrival)
-    return first_least(arrival, local, END)
+    least, place = tl.min(arrival, 0, return_indices=True, return_indices_tie_break_left=True)
+    return place, least < INFINITY
 
 
 @triton.jit
@@ -66,7 +59,7 @@ def winner_tile(mass, temperature, peaks, peak, seed, position, variant: tl.cons
     the largest key."""
     i = tl.arange(0, variant.tiles)
     cold = temperature == 0.0
-    return race(mass, peaks == peak, cold, i, i, seed, position, 0, variant.tiles)
+    return race(mass, peaks == peak, cold, i, seed, position, 0)
 
 
 @triton.jit
@@ -74,9 +67,9 @@ def winner_token(key, mass, tile, temperature, peak, seed, position):
     """The winning token of its tile, its key, and whether there is one."""
     i = tl.arange(0, TILE)
     cold = temperature == 0.0
-    local, found = race(mass, key == peak, cold, tile * TILE + i, i, seed, position, 1, TILE)
-    token_key = tl.sum(tl.where(i == local, key, 0.0), 0)
-    return local + tile * TILE, token_key, found
+    place, found = race(mass, key == peak, cold, tile * TILE + i, seed, position, 1)
+    token_key = tl.sum(tl.where(i == place, key, 0.0), 0)
+    return place + tile * TILE, token_key, found
 
 
 @triton.jit

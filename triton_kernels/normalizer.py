@@ -32,6 +32,7 @@ from .workspace import (
     part_sums,
     places,
     store_parts,
+    two_sums,
 )
 
 #: Below this |log G| a short step is the last: its error is about log G squared, the rounding of
@@ -92,8 +93,10 @@ def evaluation_of_tile(mixing, state, fields, row, tile, variant: tl.constexpr):
 def end_evaluation(mixing, state, fields, tiles, variant: tl.constexpr):
     """The step after an evaluation: store the next point."""
     if tl.load(state + SOLVED) == 0.0:
-        s1 = tl.sum(part_field(fields, S1, tiles, variant, 0.0).to(tl.float64), 0)
-        s2 = tl.sum(part_field(fields, S2, tiles, variant, 0.0).to(tl.float64), 0)
+        s1, s2 = two_sums(
+            part_field(fields, S1, tiles, variant, 0.0).to(tl.float64),
+            part_field(fields, S2, tiles, variant, 0.0).to(tl.float64),
+        )
         if variant.excess is not None:
             step_stieltjes(mixing, state, s1, s2, variant)
         else:
@@ -102,7 +105,7 @@ def end_evaluation(mixing, state, fields, tiles, variant: tl.constexpr):
 
 @triton.jit
 def two_poles(near, far, distance, right, order, variant: tl.constexpr):
-    """The y with near y^-order + far (y + distance)^-order = right, from the left."""
+    """The y, a scalar, with near y^-order + far (y + distance)^-order = right, from the left."""
     # Start: bounding the power mean of the two poles by their sum gives a quadratic equation. Its
     # root is the solution for order 1, and left of the solution otherwise.
     inverse = 1.0 / order
@@ -123,7 +126,9 @@ def two_poles(near, far, distance, right, order, variant: tl.constexpr):
         alone = tl.exp(tl.log(near / right) * inverse)
         together = tl.exp(tl.log((near + far) / right) * inverse) - distance
         y = tl.maximum(tl.maximum(y, alone), together)
-        for _ in range(8):
+        moved = y
+        passes = 0
+        while (passes < 8) & (moved > 1e-8 * y):
             a = near * tl.exp(-order * tl.log(y))
             b = far * tl.exp(-order * tl.log(y + distance))
             g = a + b
@@ -133,7 +138,10 @@ def two_poles(near, far, distance, right, order, variant: tl.constexpr):
             target = tl.exp(tl.log(near / left) * inverse)
             other = (target - y) / (1.0 + target / left * b / (y + distance))
             step = tl.where((left > 0.0) & (other > step), other, step)
-            y = tl.where((y + step > 0.0) & (step == step), y + step, y)
+            good = (y + step > 0.0) & (step == step)
+            moved = tl.where(good, tl.abs(step), 0.0)
+            y = tl.where(good, y + step, y)
+            passes += 1
     return y
 
 

@@ -186,6 +186,21 @@ def part_sums(x):
 
 
 @triton.jit
+def two_sums(a, b):
+    """The sums of two vectors by one reduction: its steps wait for all warps."""
+    return tl.split(tl.sum(tl.join(a, b), 0))
+
+
+@triton.jit
+def four_sums(a, b, c, d):
+    """The sums of four vectors by one reduction."""
+    left, right = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0))
+    first, second = tl.split(left)
+    third, fourth = tl.split(right)
+    return first, second, third, fourth
+
+
+@triton.jit
 def row_fields(work, row, variant: tl.constexpr):
     """A row's records."""
     RECORD: tl.constexpr = 2 * variant.models + PART_FIELDS
