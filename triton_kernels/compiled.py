@@ -11,10 +11,9 @@ import torch
 _AMD = torch.version.hip is not None
 #: Compiled kernels by what they were compiled for: Triton's own look-up takes three times as long.
 _compiled: dict[Any, Any] = {}
-#: The most registers of a thread on NVIDIA, so that three programs of 128 threads fit a
-#: multiprocessor. With 255 kernels take up to 217 and issue as many instructions; with 128, or
-#: without a limit, they spill (all with Triton 3.6).
-MOST_REGISTERS = 168
+#: The most registers of a thread on NVIDIA, so that four programs of 128 threads fit a
+#: multiprocessor. The kernels with roots spill then: three programs fit.
+MOST_REGISTERS, MOST_WITH_ROOTS = 128, 168
 _REGISTERS = 65536  # registers of a multiprocessor
 #: The cache is cleared at so many kernels, more than a process has; Triton's own keeps them.
 _MOST = 4096
@@ -55,7 +54,8 @@ class Launch(NamedTuple):
         options = {"variant": self.variant, "num_warps": self.threads // warp_size}
         options["enable_fp_fusion"] = True  # the newest Triton asks for it
         if self.variant.general and not amd:
-            options["maxnreg"] = min(MOST_REGISTERS, _REGISTERS // self.threads)
+            most = MOST_WITH_ROOTS if self.variant.root else MOST_REGISTERS
+            options["maxnreg"] = min(most, _REGISTERS // self.threads)
         return options
 
     def run(self, device: torch.device) -> None:

@@ -155,7 +155,7 @@ def draw(
     if variant.early:
         # These sum to one within the solver's tolerance; 0 is the level of all keys.
         mass = solved_masses(mixing, state, fields, tiles, variant)
-        peaks = tl.zeros([variant.tiles], tl.float32)
+        peaks = tl.zeros_like(mass)
         peak = tl.zeros([], tl.float32)
         level = tl.zeros([], tl.float64)
         norm = tl.log(tl.sum(mass.to(tl.float64), 0))
