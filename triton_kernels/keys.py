@@ -10,8 +10,9 @@ from .elementary import exp
 from .normalizer import above_least, ratios
 from .own_mass import parameter
 from .parameters import inverse_temperature, masked_key, reference_weight, temperature_of
-from .tiles import deficit_tile, finite_log_linear_tile, log_linear_tile, sum_exp
+from .tiles import deficit_tile, finite_log_linear_tile, load_tile, log_linear_tile, sum_exp
 from .workspace import (
+    BIAS_PEAK,
     DRAW_PEAK,
     DRAW_SUM,
     KEY_PEAK,
@@ -55,14 +56,34 @@ def key_tile(mixing, state, model_fields, row, tile, tiles, variant: tl.constexp
 
 
 @triton.jit
+def store_maxima(work, key, row, tile, tiles, variant: tl.constexpr):
+    """Store the largest key of each cell of a tile."""
+    CELLS: tl.constexpr = TILE // variant.cell
+    maxima = work.maxima + (row.to(tl.int64) * tiles + tile) * CELLS
+    tl.store(maxima + tl.arange(0, CELLS), tl.max(tl.reshape(key, [CELLS, variant.cell]), 1))
+
+
+@triton.jit
+def store_bias_peak(mixing, drawing, fields, key, row, tile, variant: tl.constexpr):
+    """Store the largest bias of a tile's tokens that are left; +inf where the bias holds NaN or
+    +inf."""
+    biases = drawing.bias + row.to(tl.int64) * drawing.bias_stride
+    bias = load_tile(biases, tile, mixing.vocab, 0.0)
+    left = tl.where(bias < INFINITY, tl.where(key > -INFINITY, bias, -INFINITY), INFINITY)
+    tl.store(fields + BIAS_PEAK * variant.tiles + tile, tl.max(left, 0))
+
+
+@triton.jit
 def store_key_sums(
     mixing, drawing, work, fields, key, peak, total, row, tile, variant: tl.constexpr
 ):
     tl.store(fields + KEY_PEAK * variant.tiles + tile, peak)
     tl.store(fields + KEY_SUM * variant.tiles + tile, total)
-    if variant.mask or variant.tempered:
+    key = masked_key(mixing, drawing, key, row, tile, variant)
+    if variant.bias:
+        store_bias_peak(mixing, drawing, fields, key, row, tile, variant)
+    elif variant.mask or variant.tempered:
         beta = inverse_temperature(temperature_of(drawing, row))
-        key = masked_key(mixing, drawing, key, row, tile, variant)
         peak = tl.max(key, 0)
         below = key - tl.where(peak == -INFINITY, 0.0, peak)
         tl.store(fields + DRAW_PEAK * variant.tiles + tile, peak)
@@ -71,6 +92,8 @@ def store_key_sums(
         offsets = tile * TILE + tl.arange(0, TILE)
         keys = work.keys + row.to(tl.int64) * mixing.vocab
         tl.store(keys + offsets, key, mask=offsets < mixing.vocab)
+        if not (variant.finish or variant.bias):
+            store_maxima(work, key, row, tile, tl.cdiv(mixing.vocab, TILE), variant)
 
 
 @triton.jit

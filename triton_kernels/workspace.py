@@ -53,7 +53,13 @@ FIRST = tl.constexpr(5)  # sum p Q
 S1 = tl.constexpr(6)  # sum p H, and S2 sum p (-H'); with a Stieltjes form see `ratios`
 S2 = tl.constexpr(7)
 BEST_P = tl.constexpr(8)  # p of the tile's argmin Q
-TILE_FIELDS = tl.constexpr(9)
+BIAS_PEAK = tl.constexpr(9)  # the largest bias of the tokens that are left, +inf if it is broken
+TILE_FIELDS = tl.constexpr(10)
+
+#: Most keys that the filters hold in registers, to find the least that they keep.
+CANDIDATES = tl.constexpr(4096)
+#: A cell is so many tokens of a tile, or more where a row would have more than MOST_CELLS.
+SMALLEST_CELL, MOST_CELLS = 8, 16384
 
 
 class Workspace(NamedTuple):
@@ -63,7 +69,10 @@ class Workspace(NamedTuple):
     fields: Tensor  # float32 [B, 2 models + TILE_FIELDS, row_tiles(V)]
     leasts: Tensor  # float64 [B, tiles]
     winners: Tensor  # int32 [B, tiles]
-    keys: Tensor | None  # float32 [B, V]
+    keys: Tensor | None  # float32 [B, V]; without keys the next three are None too
+    maxima: Tensor | None  # float32 [B, tiles, TILE / cell], the largest key of each cell
+    candidates: Tensor | None  # int32 [B, min(V, CANDIDATES)]
+    masses: Tensor | None  # int64 [B, tiles], what the filters keep, in fixed point
     tickets: Tensor  # int32 [2]
     flags: Tensor  # int32 [B], how many phases of a row have ended
     arrivals: Tensor  # int32 [B], how many chunks of the running phase are done
@@ -78,6 +87,12 @@ def cdiv(a: int, b: int) -> int:
 def row_tiles(vocab: int) -> int:
     """The number of a row's tiles, rounded up to a power of two."""
     return triton.next_power_of_2(cdiv(vocab, TILE.value))
+
+
+@cache
+def cell_size(vocab: int) -> int:
+    """Tokens of a cell, a power of two."""
+    return min(TILE.value, max(SMALLEST_CELL, row_tiles(vocab) * TILE.value // MOST_CELLS))
 
 
 class _Layout(NamedTuple):
@@ -111,7 +126,7 @@ def _counters(rows: int) -> _Layout:
 
 @cache
 def _data(rows: int, vocab: int, models: int, keys: bool) -> _Layout:
-    """states, fields, leasts, winners, keys."""
+    """states, fields, leasts, winners; with `keys`, keys, maxima, candidates, masses."""
     tiles = cdiv(vocab, TILE.value)
     fields = 2 * models + TILE_FIELDS.value
     return _Layout.of(
@@ -119,14 +134,20 @@ def _data(rows: int, vocab: int, models: int, keys: bool) -> _Layout:
         (torch.float32, rows * fields * row_tiles(vocab)),
         (torch.float64, rows * tiles),
         (torch.int32, rows * tiles),
-        *[(torch.float32, rows * vocab)] * keys,
+        *[
+            (torch.float32, rows * vocab),
+            (torch.float32, rows * tiles * (TILE.value // SMALLEST_CELL)),
+            (torch.int32, rows * min(vocab, CANDIDATES.value)),
+            (torch.int64, rows * tiles),
+        ]
+        * keys,
     )
 
 
 @cache
 def workspace_bytes(rows: int, vocab: int, models: int, keys: bool) -> int:
     """Size of the buffer for launches of up to `rows` rows, `vocab` ids and `models` tensors of
-    logits; `keys`: with room for a key per token, as the filters need."""
+    logits; `keys`: with room for the keys and what else the filters need."""
     # A unit is ALIGNMENT bytes of counters and COUNTER_SHARE - 1 times as many of data.
     data = cdiv(_data(rows, vocab, models, keys).size, (COUNTER_SHARE - 1) * ALIGNMENT)
     units = max(data, _counters(rows).size // ALIGNMENT)
@@ -145,8 +166,8 @@ def make_workspace(
     begin = buffer.numel() // (COUNTER_SHARE * ALIGNMENT) * ALIGNMENT
     states, fields, leasts, winners, *rest = data.views(buffer, begin)
     tickets, flags, arrivals = counters.views(buffer, 0)
-    kept = rest[0] if keys else None
-    return Workspace(states, fields, leasts, winners, kept, tickets, flags, arrivals)
+    rest = rest[:4] if keys else [None] * 4
+    return Workspace(states, fields, leasts, winners, *rest, tickets, flags, arrivals)
 
 
 @triton.jit

@@ -1,0 +1,156 @@
+"""The least key such that it and all larger ones weigh enough: of keys in registers, or of a row.
+
+A key's *order* is the integer with its place among the floats. Between two orders, `low` and
+`high`, lies the one that is looked for; *pivots* cut what is between into equal parts, and the
+weights of the keys from each pivot on say which part to go on with. Sums of integers do not depend
+on the order of the keys. *Lanes* are the keys of a row that a program reads at once; a sweep over
+the row adds up in each lane, and sums the lanes in the end.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .constants import INFINITY, TILE
+from .elementary import exp
+from .workspace import CANDIDATES
+
+FIXED_POINT = tl.constexpr(1099511627776.0)  # 2^40: masses are summed as integers of this unit
+PIVOTS = tl.constexpr(4)
+LEAST_ORDER = tl.constexpr(-2139095040)  # of the least finite key
+
+
+@triton.jit
+def ordered(x):
+    """An int32 with the order of the floats; equal for -0 and +0."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def unordered(order):
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fixed_mass(key, peak, beta):
+    """exp(beta (key - peak)) in fixed point, int64."""
+    return (exp((key - peak) * beta) * FIXED_POINT).to(tl.int64)
+
+
+@triton.jit
+def share_of(share, total):
+    """What top-p needs of a fixed-point total."""
+    return tl.ceil(share * total.to(tl.float64)).to(tl.int64)
+
+
+@triton.jit
+def pivots_of(low, high):
+    """Orders above `low` that cut [low, high) into parts, int32 [PIVOTS]."""
+    unit = (high.to(tl.int64) - low) // (PIVOTS + 1) + 1
+    return (low + (tl.arange(0, PIVOTS) + 1) * unit).to(tl.int32)
+
+
+@triton.jit
+def narrowed(low, high, pivot, enough):
+    """The part to go on with: the keys from `low` on weigh enough, those from `high` on do not."""
+    return tl.max(tl.where(enough, pivot, low), 0), tl.min(tl.where(enough, high, pivot), 0)
+
+
+@triton.jit
+def least_order(order, weight, needed, low, high):
+    """The largest order in [low, high) such that the keys [1, N] from it on weigh `needed`; `low`
+    if there is none."""
+    while low + 1 < high:
+        pivot = pivots_of(low, high)
+        total = tl.sum(tl.where(order >= pivot[:, None], weight, 0), 1)
+        low, high = narrowed(low, high, pivot, total >= needed)
+    return low
+
+
+@triton.jit
+def lane_keys(keys, begin, vocab, variant: tl.constexpr):
+    """The keys of the lanes [1, LANES]: of each tile as many columns, from `begin` on."""
+    COLUMNS: tl.constexpr = variant.filter_block // variant.tiles
+    lane = tl.arange(0, variant.filter_block)[None, :]
+    offsets = lane // COLUMNS * TILE + begin + lane % COLUMNS
+    return tl.load(keys + offsets, mask=offsets < vocab, other=-INFINITY, cache_modifier=".cg")
+
+
+@triton.jit
+def weights_from(keys, pivot, peak, beta, vocab, MASS: tl.constexpr, variant: tl.constexpr):
+    """How many keys of a row there are from each pivot [P] on, int32 [P]; and what they weigh,
+    int64 [P]: their number or, with MASS, their mass."""
+    COLUMNS: tl.constexpr = variant.filter_block // variant.tiles
+    count = tl.zeros([pivot.shape[0], variant.filter_block], tl.int32)
+    mass = tl.zeros([pivot.shape[0], variant.filter_block], tl.int64)
+    for begin in range(0, TILE, COLUMNS):
+        key = lane_keys(keys, begin, vocab, variant)
+        reached = ordered(key) >= pivot[:, None]
+        count += reached.to(tl.int32)
+        if MASS:
+            mass += tl.where(reached, fixed_mass(key, peak, beta), 0)
+    count = tl.sum(count, 1)
+    if MASS:
+        return count, tl.sum(mass, 1)
+    else:
+        return count, count.to(tl.int64)
+
+
+@triton.jit
+def collected(keys, candidates, low, high, vocab, variant: tl.constexpr):
+    """The keys of a row in [low, high), which are no more than CANDIDATES: [1, CANDIDATES], -inf
+    behind the last. Returns them in any order; `candidates` is where they are written."""
+    COLUMNS: tl.constexpr = variant.filter_block // variant.tiles
+    count = tl.zeros([1, variant.filter_block], tl.int32)
+    for begin in range(0, TILE, COLUMNS):
+        order = ordered(lane_keys(keys, begin, vocab, variant))
+        count += ((order >= low) & (order < high)).to(tl.int32)
+    at = tl.cumsum(count, 1) - count
+    total = tl.sum(tl.sum(count, 1), 0)
+    for begin in range(0, TILE, COLUMNS):
+        key = lane_keys(keys, begin, vocab, variant)
+        order = ordered(key)
+        inside = (order >= low) & (order < high)
+        tl.store(candidates + at, key.to(tl.int32, bitcast=True), mask=inside)
+        at += inside.to(tl.int32)
+    tl.debug_barrier()
+    i = tl.arange(0, CANDIDATES)[None, :]
+    bits = tl.load(candidates + i, mask=i < total, other=0, cache_modifier=".cg")
+    return tl.where(i < total, bits.to(tl.float32, bitcast=True), -INFINITY)
+
+
+@triton.jit
+def least_order_of_row(
+    keys,
+    candidates,
+    needed,
+    low,
+    high,
+    held,
+    peak,
+    beta,
+    vocab,
+    MASS: tl.constexpr,
+    variant: tl.constexpr,
+):
+    """`least_order` of a row of keys; `held` is at least the number of keys in [low, high)."""
+    fewer = tl.zeros([], tl.int32)  # keys from `high` on, and what they weigh
+    above = tl.zeros([], tl.int64)
+    while (low + 1 < high) & (held - fewer > CANDIDATES):
+        pivot = pivots_of(low, high)
+        count, weight = weights_from(keys, pivot, peak, beta, vocab, MASS, variant)
+        enough = weight >= needed
+        low, high = narrowed(low, high, pivot, enough)
+        held = tl.min(tl.where(enough, count, held), 0)
+        fewer = tl.max(tl.where(enough, fewer, count), 0)
+        above = tl.max(tl.where(enough, above, weight), 0)
+    if low + 1 < high:
+        key = collected(keys, candidates, low, high, vocab, variant)
+        if MASS:
+            weight = fixed_mass(key, peak, beta)
+        else:
+            weight = tl.full([1, CANDIDATES], 1, tl.int64)
+        low = least_order(ordered(key), weight, needed - above, low, high)
+    return low
