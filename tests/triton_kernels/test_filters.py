@@ -172,7 +172,7 @@ def test_a_long_vocabulary_has_larger_cells(watched):
 )  # fmt: skip
 def test_flat_rows_are_swept(setting, watched, monkeypatch):
     found = []
-    collected = filters.least_order_of_row.fn.__globals__["collected"]
+    collected = thresholds.collected
 
     def count(*args):
         found.append(collected(*args))
