@@ -96,12 +96,10 @@ def bound_of_maxima(
         more = use_k | use_p
         while more & (low + 1 < high) & (count > MOST) & (fewer <= MOST):
             pivot = pivots_of(low, high)
-            reached = order >= pivot[:, None]
-            counts = tl.sum(reached.to(tl.int32), 1)
-            enough = tl.sum(tl.where(reached, weight, 0.0), 1) >= needed
-            low, high = narrowed(low, high, pivot, enough)
-            count = tl.min(tl.where(enough, counts, count), 0)
-            fewer = tl.max(tl.where(enough, fewer, counts), 0)
+            reached = tl.sum(tl.where(order >= pivot[:, None], weight, 0.0), 1)
+            low, high = narrowed(low, high, pivot, reached >= needed)
+            count = tl.sum(tl.sum((order >= low).to(tl.int32), 1), 0)
+            fewer = tl.sum(tl.sum((order >= high).to(tl.int32), 1), 0)
     return low, count
 
 

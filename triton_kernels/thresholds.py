@@ -60,12 +60,17 @@ def narrowed(low, high, pivot, enough):
 
 @triton.jit
 def least_order(order, weight, needed, low, high):
-    """The largest order in [low, high) such that the keys [1, N] from it on weigh `needed`; `low`
-    if there is none."""
+    """The largest order in [low, high) such that the keys [1, N] from it on weigh `needed`; one
+    that is below all keys if there is none."""
     while low + 1 < high:
         pivot = pivots_of(low, high)
         total = tl.sum(tl.where(order >= pivot[:, None], weight, 0), 1)
         low, high = narrowed(low, high, pivot, total >= needed)
+        # Go on from key to key: a few are left where there are many orders.
+        inside = (order >= low) & (order < high)
+        least = tl.min(tl.min(tl.where(inside, order, high - 1), 1), 0)
+        high = tl.max(tl.max(tl.where(inside, order, low), 1), 0) + 1
+        low = least
     return low
 
 
