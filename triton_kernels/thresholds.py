@@ -18,6 +18,7 @@ from .workspace import CANDIDATES
 
 FIXED_POINT = tl.constexpr(1099511627776.0)  # 2^40: masses are summed as integers of this unit
 PIVOTS = tl.constexpr(4)
+NARROW = tl.constexpr(1024.0)  # range of keys
 LEAST_ORDER = tl.constexpr(-2139095040)  # of the least finite key
 
 
@@ -47,9 +48,16 @@ def share_of(share, total):
 
 @triton.jit
 def pivots_of(low, high):
-    """Orders above `low` that cut [low, high) into parts, int32 [PIVOTS]."""
+    """Orders between `low` and `high` that cut what is between into parts, int32 [PIVOTS]: equal
+    parts of the keys' range or, where that is wide, of the orders, half of which are next to 0."""
+    i = tl.arange(0, PIVOTS) + 1
+    least = unordered(low)
+    width = unordered(high) - least
     unit = (high.to(tl.int64) - low) // (PIVOTS + 1) + 1
-    return (low + (tl.arange(0, PIVOTS) + 1) * unit).to(tl.int32)
+    pivot = (low + i * unit).to(tl.int32)
+    even = ordered(least + width * (i.to(tl.float32) * (1.0 / (PIVOTS + 1))))
+    pivot = tl.where(width < NARROW, even, pivot)
+    return tl.minimum(tl.maximum(pivot, low + 1), high - 1)
 
 
 @triton.jit

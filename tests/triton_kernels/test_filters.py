@@ -253,11 +253,25 @@ def pivots_kernel(ends, out):
     tl.store(out + tl.arange(0, thresholds.PIVOTS), thresholds.pivots_of(low, high))
 
 
-@pytest.mark.parametrize("width", [2, 3, 4, 5, 6, 7, 1000, 2**32 - 2**24])
-def test_pivots_cut_what_is_between_into_shorter_parts(width):
-    low = thresholds.LEAST_ORDER.value
+def pivots_between(low: int, high: int) -> np.ndarray:
     pivots = torch.empty(thresholds.PIVOTS.value, dtype=torch.int32)
-    pivots_kernel[(1,)](torch.tensor([low, low + width], dtype=torch.int32), pivots)
-    steps = np.diff([0, *(x - low for x in pivots.tolist())])
-    assert (steps == steps[0]).all() and 1 <= steps[0] < width
-    assert width - steps.sum() <= steps[0] <= 1 + width // 5
+    pivots_kernel[(1,)](torch.tensor([low, high], dtype=torch.int32), pivots)
+    return pivots.numpy().astype(np.int64)
+
+
+@pytest.mark.parametrize("width", [2, 3, 4, 5, 6, 7, 1000, 2**32 - 2**24])
+@pytest.mark.parametrize("low", [thresholds.LEAST_ORDER.value, -1, 0x41200000])
+def test_pivots_lie_between_their_ends_and_leave_shorter_parts(width, low):
+    width = min(width, 0x7F800000 - low)
+    pivots = pivots_between(low, low + width)
+    assert (low < pivots).all() and (pivots < low + width).all() and (np.diff(pivots) >= 0).all()
+    parts = np.diff([low, *pivots, low + width])
+    assert parts.max() <= 2 + width // 5
+
+
+def test_pivots_are_even_among_keys_around_0():
+    ends = np.array([-3.0, 5.0], np.float32).view(np.int32).astype(np.int64)
+    ends[0] ^= 0x7FFFFFFF
+    keys = pivots_between(*ends.tolist()).astype(np.int32)
+    keys = np.where(keys < 0, keys ^ 0x7FFFFFFF, keys).astype(np.int32).view(np.float32)
+    np.testing.assert_allclose(keys, [-1.4, 0.2, 1.8, 3.4], rtol=1e-5)
