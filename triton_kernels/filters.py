@@ -25,6 +25,7 @@ from .parameters import (
 from .thresholds import (
     FIXED_POINT,
     LEAST_ORDER,
+    STORED,
     fixed_mass,
     lane_keys,
     least_order,
@@ -33,6 +34,7 @@ from .thresholds import (
     ordered,
     pivots_of,
     share_of,
+    store_inside,
     unordered,
     weights_from,
 )
@@ -66,13 +68,12 @@ def key_below(peak, distance):
 
 @triton.jit
 def bound_of_maxima(
-    maxima, peaks, k, use_k, use_p, most, total, log_min_p, peak, beta, vocab, tiles,
+    cell_peaks, order, peaks, k, use_k, use_p, most, total, log_min_p, peak, beta, vocab, tiles,
     variant: tl.constexpr,
 ):  # fmt: skip
-    """A lower bound of the order of the least key that the filters keep, and how many maxima
-    [1, CELLS] reach it. `most` is the most mass that top-p needs, of `total`."""
+    """A lower bound of the order of the least key that the filters keep, and how many of the cells'
+    maxima [1, CELLS] reach it. `most` is the most mass that top-p needs, of `total`."""
     MOST: tl.constexpr = CANDIDATES // variant.cell
-    order = ordered(maxima)
     low = tl.full([], LEAST_ORDER, tl.int32)
     count = tl.sum(tl.sum((order >= low).to(tl.int32), 1), 0)
     if count > MOST:
@@ -90,7 +91,7 @@ def bound_of_maxima(
         count = tl.sum(tl.sum((order >= low).to(tl.int32), 1), 0)
         # Of the maxima alone as many as are needed, or so much mass, reach an order.
         needed = tl.where(use_k, k.to(tl.float32), (most * (1.0 + 1e-5)).to(tl.float32))
-        weight = tl.where(use_k, 1.0, exp((maxima - peak) * beta))
+        weight = tl.where(use_k, 1.0, exp((cell_peaks - peak) * beta))
         high = ordered(peak) + 1
         fewer = tl.zeros([], tl.int32)  # maxima that reach `high`
         more = use_k | use_p
@@ -104,17 +105,29 @@ def bound_of_maxima(
 
 
 @triton.jit
+def store_reached(maxima, candidates, cells, order, low, high, CELLS: tl.constexpr):
+    """Store the numbers of the cells whose maxima, of this `order` [1, CELLS], lie in [low, high).
+    The maxima are read once more: that takes less time than moving registers."""
+    LANES: tl.constexpr = STORED if CELLS > STORED else CELLS
+    inside = (order >= low) & (order < high)
+    counts = tl.sum(tl.reshape(inside.to(tl.int32), [CELLS // LANES, LANES]), 0)
+    at = tl.cumsum(counts, 0) - counts
+    for begin in tl.static_range(0, CELLS, LANES):
+        at = store_inside(maxima, candidates, at, begin, cells, low, high, True, LANES)
+
+
+@triton.jit
 def kept_of_cells(
-    work, row, keys, maxima, low, count, k, use_k, p, use_p, most, fewest, log_min_p, peak, beta,
-    vocab, tiles, variant: tl.constexpr,
+    work, row, keys, maxima, order, low, count, k, use_k, p, use_p, most, fewest, log_min_p, peak,
+    beta, vocab, tiles, variant: tl.constexpr,
 ):  # fmt: skip
     """`kept` where the cells from `low` on, `count` of them, have all the keys that are kept."""
     CELLS: tl.constexpr = variant.tiles * TILE // variant.cell
     candidates = work.candidates + row.to(tl.int64) * tl.minimum(vocab, CANDIDATES)
     masses = work.masses + row.to(tl.int64) * tiles
-    reached = ordered(maxima) >= low
-    at = tl.cumsum(reached.to(tl.int32), 1) - 1
-    tl.store(candidates + at, tl.arange(0, CELLS)[None, :], mask=reached)
+    cells = tiles * (TILE // variant.cell)
+    high = ordered(peak) + 1
+    store_reached(maxima, candidates, cells, order, low, high, CELLS)
     t = tl.arange(0, variant.tiles)
     tl.store(masses + t, tl.zeros([variant.tiles], tl.int64), mask=t < tiles)
     tl.debug_barrier()
@@ -128,7 +141,6 @@ def kept_of_cells(
     mass = fixed_mass(key, peak, beta)
 
     least = low
-    high = ordered(peak) + 1
     if variant.top_k:
         if use_k:
             one = tl.full([1, CANDIDATES], 1, tl.int32)
@@ -226,17 +238,17 @@ def kept(
         fewest = p * total * (1.0 - ROUNDING)
         cells = tiles * (TILE // variant.cell)
         i = tl.arange(0, CELLS)[None, :]
-        maxima = tl.load(
-            work.maxima + row.to(tl.int64) * cells + i, mask=i < cells, other=-INFINITY
-        )
+        maxima = work.maxima + row.to(tl.int64) * cells
+        cell_peaks = tl.load(maxima + i, mask=i < cells, other=-INFINITY)
+        order = ordered(cell_peaks)
         low, count = bound_of_maxima(
-            maxima, peaks, k, use_k, use_p, most, total, log_min_p, peak, beta, vocab, tiles,
-            variant,
+            cell_peaks, order, peaks, k, use_k, use_p, most, total, log_min_p, peak, beta, vocab,
+            tiles, variant,
         )  # fmt: skip
         if count <= CANDIDATES // variant.cell:
             least, mass = kept_of_cells(
-                work, row, keys, maxima, low, count, k, use_k, p, use_p, most, fewest, log_min_p,
-                peak, beta, vocab, tiles, variant,
+                work, row, keys, maxima, order, low, count, k, use_k, p, use_p, most, fewest,
+                log_min_p, peak, beta, vocab, tiles, variant,
             )  # fmt: skip
         else:
             least, mass = kept_of_row(

@@ -19,6 +19,7 @@ from .workspace import CANDIDATES
 FIXED_POINT = tl.constexpr(1099511627776.0)  # 2^40: masses are summed as integers of this unit
 PIVOTS = tl.constexpr(4)
 NARROW = tl.constexpr(1024.0)  # range of keys
+STORED = tl.constexpr(2048)  # how many keys are stored at once, where some of them are
 LEAST_ORDER = tl.constexpr(-2139095040)  # of the least finite key
 
 
@@ -112,22 +113,41 @@ def weights_from(keys, pivot, peak, beta, vocab, MASS: tl.constexpr, variant: tl
 
 
 @triton.jit
-def collected(keys, candidates, low, high, vocab, variant: tl.constexpr):
+def load_one_by_one(keys, begin, size, LANES: tl.constexpr):
+    """LANES keys, each lane's in a load of its own: then stores need no other layout."""
+    i = begin + tl.max_contiguous(tl.arange(0, LANES), 1)
+    return i, tl.load(keys + i, mask=i < size, other=-INFINITY, cache_modifier=".cg")
+
+
+@triton.jit
+def store_inside(
+    keys, candidates, at, begin, size, low, high, NUMBER: tl.constexpr, LANES: tl.constexpr
+):
+    """Store those of LANES keys in [low, high), or with NUMBER their numbers, lane by lane `at` an
+    index; returns the following index of each lane."""
+    i, key = load_one_by_one(keys, begin, size, LANES)
+    order = ordered(key)
+    inside = (order >= low) & (order < high)
+    if NUMBER:
+        tl.store(candidates + at, i, mask=inside)
+    else:
+        tl.store(candidates + at, key.to(tl.int32, bitcast=True), mask=inside)
+    return at + inside.to(tl.int32)
+
+
+@triton.jit
+def collected(keys, candidates, low, high, vocab):
     """The keys of a row in [low, high), which are no more than CANDIDATES: [1, CANDIDATES], -inf
     behind the last. Returns them in any order; `candidates` is where they are written."""
-    COLUMNS: tl.constexpr = variant.filter_block // variant.tiles
-    count = tl.zeros([1, variant.filter_block], tl.int32)
-    for begin in range(0, TILE, COLUMNS):
-        order = ordered(lane_keys(keys, begin, vocab, variant))
-        count += ((order >= low) & (order < high)).to(tl.int32)
-    at = tl.cumsum(count, 1) - count
-    total = tl.sum(tl.sum(count, 1), 0)
-    for begin in range(0, TILE, COLUMNS):
-        key = lane_keys(keys, begin, vocab, variant)
+    count = tl.zeros([STORED], tl.int32)
+    for begin in range(0, vocab, STORED):
+        _, key = load_one_by_one(keys, begin, vocab, STORED)
         order = ordered(key)
-        inside = (order >= low) & (order < high)
-        tl.store(candidates + at, key.to(tl.int32, bitcast=True), mask=inside)
-        at += inside.to(tl.int32)
+        count += ((order >= low) & (order < high)).to(tl.int32)
+    at = tl.cumsum(count, 0) - count
+    total = tl.sum(count, 0)
+    for begin in range(0, vocab, STORED):
+        at = store_inside(keys, candidates, at, begin, vocab, low, high, False, STORED)
     tl.debug_barrier()
     i = tl.arange(0, CANDIDATES)[None, :]
     bits = tl.load(candidates + i, mask=i < total, other=0, cache_modifier=".cg")
@@ -160,7 +180,7 @@ def least_order_of_row(
         fewer = tl.max(tl.where(enough, fewer, count), 0)
         above = tl.max(tl.where(enough, above, weight), 0)
     if low + 1 < high:
-        key = collected(keys, candidates, low, high, vocab, variant)
+        key = collected(keys, candidates, low, high, vocab)
         if MASS:
             weight = fixed_mass(key, peak, beta)
         else:
