@@ -49,7 +49,8 @@ def bias_kernel(
         bias = load_tile(biases, tile, mixing.vocab, 0.0)
         # Both are measured from their largest, so that neither rounds the other away.
         total = (key - level) + (bias - highest)
-        key = tl.where((key > -INFINITY) & readable, total, -INFINITY)
+        key = tl.where(key > -INFINITY, total, -INFINITY)
+        key = tl.where(readable, key, -INFINITY)
         offsets = tile * TILE + tl.arange(0, TILE)
         tl.store(keys + offsets, key, mask=offsets < mixing.vocab)
         store_maxima(work, key, row, tile, tiles, variant)
