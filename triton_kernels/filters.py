@@ -123,13 +123,14 @@ def kept_of_cells(
 ):  # fmt: skip
     """`kept` where the cells from `low` on, `count` of them, have all the keys that are kept."""
     CELLS: tl.constexpr = variant.tiles * TILE // variant.cell
+    TILES: tl.constexpr = variant.tiles
     candidates = work.candidates + row.to(tl.int64) * tl.minimum(vocab, CANDIDATES)
     masses = work.masses + row.to(tl.int64) * tiles
     cells = tiles * (TILE // variant.cell)
     high = ordered(peak) + 1
     store_reached(maxima, candidates, cells, order, low, high, CELLS)
     t = tl.arange(0, variant.tiles)
-    tl.store(masses + t, tl.zeros([variant.tiles], tl.int64), mask=t < tiles)
+    tl.store(masses + t, tl.zeros([TILES], tl.int64), mask=t < tiles)
     tl.debug_barrier()
     i = tl.arange(0, CANDIDATES)[None, :]
     there = i // variant.cell < count
@@ -170,6 +171,7 @@ def kept_of_row(
     work, row, keys, low, k, use_k, p, use_p, log_min_p, peak, beta, vocab, variant: tl.constexpr
 ):
     """`kept` by sweeps over the row; no key below `low` is kept."""
+    LANES: tl.constexpr = variant.filter_block
     COLUMNS: tl.constexpr = variant.filter_block // variant.tiles
     candidates = work.candidates + row.to(tl.int64) * tl.minimum(vocab, CANDIDATES)
     least = low
@@ -197,7 +199,7 @@ def kept_of_row(
                 keys, candidates, needed, least, high, tl.sum(counts, 0), peak, beta, vocab, True,
                 variant,
             )  # fmt: skip
-    lanes = tl.zeros([1, variant.filter_block], tl.int64)
+    lanes = tl.zeros([1, LANES], tl.int64)
     for begin in range(0, TILE, COLUMNS):
         key = lane_keys(keys, begin, vocab, variant)
         stays = (ordered(key) >= least) & ((key - peak) * beta >= log_min_p)

@@ -97,8 +97,9 @@ def weights_from(keys, pivot, peak, beta, vocab, MASS: tl.constexpr, variant: tl
     """How many keys of a row there are from each pivot [P] on, int32 [P]; and what they weigh,
     int64 [P]: their number or, with MASS, their mass."""
     COLUMNS: tl.constexpr = variant.filter_block // variant.tiles
-    count = tl.zeros([pivot.shape[0], variant.filter_block], tl.int32)
-    mass = tl.zeros([pivot.shape[0], variant.filter_block], tl.int64)
+    LANES: tl.constexpr = variant.filter_block
+    count = tl.zeros([pivot.shape[0], LANES], tl.int32)
+    mass = tl.zeros([pivot.shape[0], LANES], tl.int64)
     for begin in range(0, TILE, COLUMNS):
         key = lane_keys(keys, begin, vocab, variant)
         reached = ordered(key) >= pivot[:, None]
