@@ -182,12 +182,10 @@ def kept_of_row(
             counts, _ = weights_from(
                 keys, tl.zeros([1], tl.int32) + low, peak, beta, vocab, False, variant
             )
-            held = tl.sum(counts, 0)
-            if held >= k:
-                least = least_order_of_row(
-                    keys, candidates, k.to(tl.int64), low, high, held, peak, beta, vocab, False,
-                    variant,
-                )  # fmt: skip
+            least = least_order_of_row(
+                keys, candidates, k.to(tl.int64), low, high, tl.sum(counts, 0), peak, beta, vocab,
+                False, variant,
+            )  # fmt: skip
             floor = least
     if variant.top_p:
         if use_p:

@@ -169,7 +169,7 @@ def least_order_of_row(
     MASS: tl.constexpr,
     variant: tl.constexpr,
 ):
-    """`least_order` of a row of keys; `held` is at least the number of keys in [low, high)."""
+    """`least_order` of a row of keys; `held` is at least the number of keys from `low` on."""
     fewer = tl.zeros([], tl.int32)  # keys from `high` on, and what they weigh
     above = tl.zeros([], tl.int64)
     while (low + 1 < high) & (held - fewer > CANDIDATES):
