@@ -14,6 +14,7 @@ from .elementary import exp
 from .normalizer import newton_point, point_of_poles, ratios, secular_point
 from .own_mass import parameter
 from .parameters import reference_weight, weight
+from .parts import four_sums, part_field, part_sums, places, store_parts
 from .tiles import deficit_tile
 from .workspace import (
     BEST_MASS,
@@ -34,11 +35,6 @@ from .workspace import (
     UPPER,
     VALID,
     WINNER,
-    four_sums,
-    part_field,
-    part_sums,
-    places,
-    store_parts,
 )
 
 WIDEN = tl.constexpr(1e-4)

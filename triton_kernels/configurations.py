@@ -36,7 +36,7 @@ class Configuration:
     chunk: int = 1  # tiles of a task
     programs_per_processor: int = 4  # of the persistent kernel
     filter_threads: int = 512
-    filter_block: int = 4096  # tokens that a filter reads at once
+    filter_block: int = 2048  # tokens that a sweep of a filter reads at once
 
     def __post_init__(self) -> None:
         for field in fields(self):

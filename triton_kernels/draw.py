@@ -21,6 +21,7 @@ from .parameters import (
     row_seed,
     temperature_of,
 )
+from .parts import by_tile, part_field, part_sums
 from .sums import store_model_norms
 from .tiles import level_of
 from .workspace import (
@@ -34,9 +35,6 @@ from .workspace import (
     MIX_LOG_NORM,
     STATE_FIELDS,
     VALID,
-    by_tile,
-    part_field,
-    part_sums,
 )
 
 
@@ -144,6 +142,24 @@ def store_proposal(drawing, row, valid, token_key, peak, mass, temperature):
 
 
 @triton.jit
+def summed_masses(fields, tiles, beta, valid, variant: tl.constexpr):
+    """The masses and the peaks of a row's tiles, the row's peak, and whether that is finite where
+    the row is `valid`."""
+    if variant.mask or variant.tempered or variant.bias:
+        peaks = part_field(fields, DRAW_PEAK, tiles, variant, float("-inf"))
+        sums = part_field(fields, DRAW_SUM, tiles, variant, 0.0)
+    else:
+        peaks = part_field(fields, KEY_PEAK, tiles, variant, float("-inf"))
+        sums = part_field(fields, KEY_SUM, tiles, variant, 0.0)
+    peak = tl.max(peaks, 0)
+    valid = valid & (tl.abs(peak) < INFINITY)
+    peak = tl.where(valid, peak, 0.0)
+    mass = tl.where(peaks == -INFINITY, 0.0, sums * exp((peaks - peak) * beta))
+    mass = part_sums(by_tile(mass, variant))
+    return mass, tl.max(by_tile(peaks, variant), 1), peak, valid
+
+
+@triton.jit
 def draw(
     mixing, drawing, state, model_fields, fields, row, tiles, seed, position, variant: tl.constexpr
 ):
@@ -162,18 +178,8 @@ def draw(
         valid &= (tl.abs(norm) < INFINITY) & (tl.load(state + VALID) > 0.0)
     else:
         level, norm, good = end_keys(state, fields, tiles, variant)
-        if variant.mask or variant.tempered:
-            peaks = part_field(fields, DRAW_PEAK, tiles, variant, float("-inf"))
-            sums = part_field(fields, DRAW_SUM, tiles, variant, 0.0)
-        else:
-            peaks = part_field(fields, KEY_PEAK, tiles, variant, float("-inf"))
-            sums = part_field(fields, KEY_SUM, tiles, variant, 0.0)
-        peak = tl.max(peaks, 0)
-        valid &= (good > 0.0) & (tl.abs(peak) < INFINITY)
-        peak = tl.where(valid, peak, 0.0)
-        mass = tl.where(peaks == -INFINITY, 0.0, sums * exp((peaks - peak) * beta))
-        mass = part_sums(by_tile(mass, variant))
-        peaks = tl.max(by_tile(peaks, variant), 1)
+        valid &= good > 0.0
+        mass, peaks, peak, valid = summed_masses(fields, tiles, beta, valid, variant)
     own_seed = row_seed(drawing, seed, row)
     own_position = row_parameter(
         position, drawing.position_pointer, drawing.position_stride, row, tl.int64

@@ -1,5 +1,10 @@
-"""The second launch, where a bias, top-k, top-p or min-p are on: for each row one program adds the
-bias, finds the least key that the filters keep, by counting, and draws."""
+"""The last launch where a bias, top-k, top-p or min-p are on: one program for each row finds the
+least key that the filters keep, and draws.
+
+The launches before have stored the largest key of every *cell*, of 8 tokens or more. A lower bound
+of the least key follows from these maxima alone. Only few cells reach it: their keys fit registers,
+where the least key is found. A row with more such cells, a flat one, is swept (thresholds.py).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .constants import INFINITY, TILE
-from .draw import store_draw, store_proposal, winner_tile, winner_token
+from .draw import store_draw, store_proposal, summed_masses, winner_tile, winner_token
 from .elementary import exp
 from .keys import key_tile
 from .parameters import (
@@ -17,151 +22,229 @@ from .parameters import (
     row_seed,
     temperature_of,
 )
-from .workspace import (
-    DRAW_PEAK,
-    DRAW_SUM,
-    KEY_PEAK,
-    LEVEL,
-    MIX_LOG_NORM,
-    STATE_FIELDS,
-    VALID,
-    by_tile,
-    part_field,
-    row_fields,
-    tile_field,
-    tile_fields,
+from .parts import row_fields
+from .thresholds import (
+    FIXED_POINT,
+    LEAST_ORDER,
+    STORED,
+    fixed_mass,
+    lane_keys,
+    least_order,
+    least_order_of_row,
+    narrowed,
+    ordered,
+    pivots_of,
+    share_of,
+    store_inside,
+    unordered,
+    weights_from,
 )
+from .workspace import CANDIDATES, LEVEL, MIX_LOG_NORM, STATE_FIELDS, VALID
 
-FIXED_POINT = tl.constexpr(1099511627776.0)  # 2^40: masses are summed as integers of this unit
-BITS = tl.constexpr(3)  # bits of the threshold that one sweep over the row finds
-
-
-@triton.jit
-def ordered(x):
-    """An unsigned integer with the order of the floats; equal for -0 and +0."""
-    bits = (x + 0.0).to(tl.uint32, bitcast=True)
-    sign = tl.full([], 0x80000000, tl.uint32)
-    ones = tl.full([], 0xFFFFFFFF, tl.uint32)  # Triton 3.6's interpreter lacks ~ for uint32
-    return tl.where((bits & sign) != 0, bits ^ ones, bits | sign)
+#: By how much a row's mass, summed in float32 in each tile, may differ from its keys' in fixed
+#: point: 1.5e-5 of it. The largest part is the rounding of exponents as large as 27, where fixed
+#: point ends.
+ROUNDING = tl.constexpr(1.5e-5)
+MARGIN = tl.constexpr(2e-6)  # of a bound: 16 roundings of float32
 
 
 @triton.jit
-def unordered(x):
-    sign = tl.full([], 0x80000000, tl.uint32)
-    ones = tl.full([], 0xFFFFFFFF, tl.uint32)
-    return tl.where((x & sign) != 0, x ^ sign, x ^ ones).to(tl.float32, bitcast=True)
+def key_below(peak, distance):
+    """The order of a key that is no larger than any rounding of peak + distance."""
+    bound = peak + distance - MARGIN * (tl.abs(peak) + tl.abs(distance))
+    return tl.maximum(ordered(bound), LEAST_ORDER)
 
 
 @triton.jit
-def weights_of(keys, begin, vocab, peak, beta, least, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The `ordered` keys of a block and their weights: 1, or with MASS the mass in fixed point. The
-    weight is 0 below `least` and where the mask forbids the token."""
-    offsets = begin + tl.arange(0, BLOCK)
-    key = tl.load(keys + offsets, mask=offsets < vocab, other=-INFINITY, cache_modifier=".cg")
-    kept = (key > -INFINITY) & (key >= least)
-    if MASS:
-        mass = exp((tl.where(kept, key, peak) - peak) * beta) * FIXED_POINT
-        weight = tl.where(kept, mass.to(tl.int64), 0)
-    else:
-        weight = kept.to(tl.int64)
-    return ordered(key), weight
+def bound_of_maxima(
+    cell_peaks, order, peaks, k, use_k, use_p, most, total, log_min_p, peak, beta, vocab, tiles,
+    variant: tl.constexpr,
+):  # fmt: skip
+    """A lower bound of the order of the least key that the filters keep, and how many of the cells'
+    maxima [1, CELLS] reach it. `most` is the most mass that top-p needs, of `total`."""
+    MOST: tl.constexpr = CANDIDATES // variant.cell
+    low = tl.full([], LEAST_ORDER, tl.int32)
+    count = tl.sum(tl.sum((order >= low).to(tl.int32), 1), 0)
+    if count > MOST:
+        # All tokens lighter than this together weigh so little that top-p drops them.
+        light = (total * (1.0 - ROUNDING) - most) / vocab
+        distance = tl.log(tl.where(light > 0.0, light, 1.0)).to(tl.float32)
+        distance = tl.where(light > 0.0, distance, -INFINITY)
+        distance = tl.where(use_p, distance, log_min_p)
+        low = key_below(peak, distance / beta)
+        # Each tile has a key that reaches the least of their peaks.
+        i = tl.arange(0, variant.tiles)
+        least_peak = tl.min(tl.where(i < tiles, peaks, INFINITY), 0)
+        least_peak = tl.where(k <= tiles, least_peak, -INFINITY)
+        low = tl.where(use_k, tl.maximum(ordered(least_peak), LEAST_ORDER), low)
+        count = tl.sum(tl.sum((order >= low).to(tl.int32), 1), 0)
+        # Of the maxima alone as many as are needed, or so much mass, reach an order.
+        needed = tl.where(use_k, k.to(tl.float32), (most * (1.0 + 1e-5)).to(tl.float32))
+        weight = tl.where(use_k, 1.0, exp((cell_peaks - peak) * beta))
+        high = ordered(peak) + 1
+        fewer = tl.zeros([], tl.int32)  # maxima that reach `high`
+        more = use_k | use_p
+        while more & (low + 1 < high) & (count > MOST) & (fewer <= MOST):
+            pivot = pivots_of(low, high)
+            reached = tl.sum(tl.where(order >= pivot[:, None], weight, 0.0), 1)
+            low, high = narrowed(low, high, pivot, reached >= needed)
+            count = tl.sum(tl.sum((order >= low).to(tl.int32), 1), 0)
+            fewer = tl.sum(tl.sum((order >= high).to(tl.int32), 1), 0)
+    return low, count
 
 
 @triton.jit
-def weighted_rank(
-    keys, vocab, peak, beta, least, share, count, MASS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The largest key such that it and all larger keys together weigh at least `count`, or with
-    MASS ceil(share * total); -inf if all keys weigh less. Sums of integers do not depend on the
-    order."""
-    needed = count.to(tl.int64)
-    if MASS:
-        total = tl.zeros([], tl.int64)
-        for begin in range(0, vocab, BLOCK):
-            _, weight = weights_of(keys, begin, vocab, peak, beta, least, MASS, BLOCK)
-            total += tl.sum(weight, 0)
-        needed = tl.ceil(share.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
-    found = tl.zeros([], tl.uint32)
-    shift = 32
-    lowest = tl.full([], False, tl.int1)
-    while shift > 0:
-        bits = tl.minimum(shift, BITS)
-        shift -= bits
-        steps = (1 << bits) - 1
-        # w_j: the weight of all keys from the candidate found + (j << shift) on.
-        w1 = tl.zeros([], tl.int64)
-        w2 = tl.zeros([], tl.int64)
-        w3 = tl.zeros([], tl.int64)
-        w4 = tl.zeros([], tl.int64)
-        w5 = tl.zeros([], tl.int64)
-        w6 = tl.zeros([], tl.int64)
-        w7 = tl.zeros([], tl.int64)
-        w0 = tl.zeros([], tl.int64)
-        for begin in range(0, vocab, BLOCK):
-            order, weight = weights_of(keys, begin, vocab, peak, beta, least, MASS, BLOCK)
-            order = order.to(tl.int64)
-            base = found.to(tl.int64)
-            unit = (tl.zeros([], tl.int64) + 1) << shift
-            w0 += tl.sum(weight, 0)
-            w1 += tl.sum(tl.where(order >= base + unit, weight, 0), 0)
-            w2 += tl.sum(tl.where(order >= base + 2 * unit, weight, 0), 0)
-            w3 += tl.sum(tl.where(order >= base + 3 * unit, weight, 0), 0)
-            w4 += tl.sum(tl.where(order >= base + 4 * unit, weight, 0), 0)
-            w5 += tl.sum(tl.where(order >= base + 5 * unit, weight, 0), 0)
-            w6 += tl.sum(tl.where(order >= base + 6 * unit, weight, 0), 0)
-            w7 += tl.sum(tl.where(order >= base + 7 * unit, weight, 0), 0)
-        lowest = w0 < needed
-        step = (w1 >= needed).to(tl.int32) + (w2 >= needed).to(tl.int32)
-        step += (w3 >= needed).to(tl.int32) + (w4 >= needed).to(tl.int32)
-        step += (w5 >= needed).to(tl.int32) + (w6 >= needed).to(tl.int32)
-        step += (w7 >= needed).to(tl.int32)
-        step = tl.minimum(step, steps)
-        found += step.to(tl.uint32) << shift.to(tl.uint32)
-    return tl.where(lowest, -INFINITY, unordered(found))
+def store_reached(maxima, candidates, cells, order, low, high, CELLS: tl.constexpr):
+    """Store the numbers of the cells whose maxima, of this `order` [1, CELLS], lie in [low, high).
+    The maxima are read once more: that takes less time than moving registers."""
+    LANES: tl.constexpr = STORED if CELLS > STORED else CELLS
+    inside = (order >= low) & (order < high)
+    counts = tl.sum(tl.reshape(inside.to(tl.int32), [CELLS // LANES, LANES]), 0)
+    at = tl.cumsum(counts, 0) - counts
+    for begin in tl.static_range(0, CELLS, LANES):
+        at = store_inside(maxima, candidates, at, begin, cells, low, high, True, LANES)
 
 
 @triton.jit
-def block_at(begin, vocab, variant: tl.constexpr):
-    """The tiles of a block from tile `begin` on, their tokens, and which of these there are."""
-    tile = begin + tl.arange(0, variant.filter_block // TILE)
-    offsets = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    return tile, offsets, offsets < vocab
-
-
-@triton.jit
-def add_bias(drawing, state, fields, keys, row, vocab, tiles, variant: tl.constexpr):
-    """Add the bias to a row's keys, up to a constant, and store the tiles' peaks. Returns whether
-    the bias holds neither NaN nor +inf."""
-    ROWS: tl.constexpr = variant.filter_block // TILE
-    biases = drawing.bias + row.to(tl.int64) * drawing.bias_stride
-    level = tl.load(state + LEVEL).to(tl.float32)
-    highest = tl.full([], float("-inf"), tl.float32)
-    unreadable = tl.zeros([], tl.int32)
-    for begin in range(0, tiles, ROWS):
-        _, offsets, inside = block_at(begin, vocab, variant)
-        key = tl.load(keys + offsets, mask=inside, other=-INFINITY, cache_modifier=".cg")
-        bias = tl.load(biases + offsets, mask=inside, other=0.0).to(tl.float32)
-        unreadable += tl.sum(tl.sum(((bias < INFINITY) == 0).to(tl.int32), 1), 0)
-        left = tl.where((key > -INFINITY) & (bias < INFINITY), bias, -INFINITY)
-        highest = tl.maximum(highest, tl.max(tl.max(left, 1), 0))
-    for begin in range(0, tiles, ROWS):
-        tile, offsets, inside = block_at(begin, vocab, variant)
-        key = tl.load(keys + offsets, mask=inside, other=-INFINITY, cache_modifier=".cg")
-        bias = tl.load(biases + offsets, mask=inside, other=0.0).to(tl.float32)
-        # Both are measured from their largest, so that neither rounds the other away.
-        key = tl.where(key > -INFINITY, (key - level) + (bias - highest), -INFINITY)
-        tl.store(keys + offsets, key, mask=inside)
-        peaks = tile_fields(fields, DRAW_PEAK, tile, variant)
-        tl.store(peaks, tl.max(key, 1), mask=tile < tiles)
+def kept_of_cells(
+    work, row, keys, maxima, order, low, count, k, use_k, p, use_p, most, fewest, log_min_p, peak,
+    beta, vocab, tiles, variant: tl.constexpr,
+):  # fmt: skip
+    """`kept` where the cells from `low` on, `count` of them, have all the keys that are kept."""
+    CELLS: tl.constexpr = variant.tiles * TILE // variant.cell
+    TILES: tl.constexpr = variant.tiles
+    candidates = work.candidates + row.to(tl.int64) * tl.minimum(vocab, CANDIDATES)
+    masses = work.masses + row.to(tl.int64) * tiles
+    cells = tiles * (TILE // variant.cell)
+    high = ordered(peak) + 1
+    store_reached(maxima, candidates, cells, order, low, high, CELLS)
+    t = tl.arange(0, variant.tiles)
+    tl.store(masses + t, tl.zeros([TILES], tl.int64), mask=t < tiles)
     tl.debug_barrier()
-    return unreadable == 0
+    i = tl.arange(0, CANDIDATES)[None, :]
+    there = i // variant.cell < count
+    cell = tl.load(candidates + i // variant.cell, mask=there, other=0, cache_modifier=".cg")
+    offsets = cell * variant.cell + i % variant.cell
+    there &= offsets < vocab
+    key = tl.load(keys + offsets, mask=there, other=-INFINITY, cache_modifier=".cg")
+    order = ordered(key)
+    mass = fixed_mass(key, peak, beta)
+
+    least = low
+    if variant.top_k:
+        if use_k:
+            one = tl.full([1, CANDIDATES], 1, tl.int32)
+            least = least_order(order, one, k, low, high)
+    if variant.top_p:
+        if use_p:
+            whole = tl.sum(tl.sum(tl.where(order >= least, mass, 0), 1), 0)
+            exact = use_k | (low == LEAST_ORDER)  # all that counts is here
+            needed = tl.where(exact, share_of(p, whole), tl.ceil(most * FIXED_POINT).to(tl.int64))
+            cut = least_order(order, mass, needed, least, high)
+            above = tl.sum(tl.sum(tl.where(order > cut, mass, 0), 1), 0)
+            if (exact == 0) & (above >= tl.ceil(fewest * FIXED_POINT).to(tl.int64)):
+                # The rounding of the row's mass decides: sum it in fixed point.
+                pivot = tl.full([1], LEAST_ORDER, tl.int32)
+                _, wholes = weights_from(keys, pivot, peak, beta, vocab, True, variant)
+                needed = share_of(p, tl.sum(wholes, 0))
+                cut = least_order(order, mass, needed, least, high)
+            least = cut
+    stays = (order >= least) & ((key - peak) * beta >= log_min_p) & (mass > 0)
+    tl.atomic_add(masses + offsets // TILE, mass, mask=stays, sem="relaxed")
+    tl.debug_barrier()
+    return least, tl.load(masses + t, mask=t < tiles, other=0, cache_modifier=".cg")
 
 
 @triton.jit
-def kept_mass(key, peak, beta, least, log_min_p):
-    scaled = (tl.where(key > -INFINITY, key, peak) - peak) * beta
-    kept = (key > -INFINITY) & (key >= least) & (scaled >= log_min_p)
-    return tl.where(kept, exp(scaled), 0.0)
+def kept_of_row(
+    work, row, keys, low, k, use_k, p, use_p, log_min_p, peak, beta, vocab, variant: tl.constexpr
+):
+    """`kept` by sweeps over the row; no key below `low` is kept."""
+    LANES: tl.constexpr = variant.filter_block
+    COLUMNS: tl.constexpr = variant.filter_block // variant.tiles
+    candidates = work.candidates + row.to(tl.int64) * tl.minimum(vocab, CANDIDATES)
+    least = low
+    high = ordered(peak) + 1
+    floor = tl.full([], LEAST_ORDER, tl.int32)
+    if variant.top_k:
+        if use_k:
+            counts, _ = weights_from(
+                keys, tl.zeros([1], tl.int32) + low, peak, beta, vocab, False, variant
+            )
+            least = least_order_of_row(
+                keys, candidates, k.to(tl.int64), low, high, tl.sum(counts, 0), peak, beta, vocab,
+                False, variant,
+            )  # fmt: skip
+            floor = least
+    if variant.top_p:
+        if use_p:
+            counts, wholes = weights_from(
+                keys, tl.zeros([1], tl.int32) + floor, peak, beta, vocab, True, variant
+            )
+            needed = share_of(p, tl.sum(wholes, 0))
+            least = least_order_of_row(
+                keys, candidates, needed, least, high, tl.sum(counts, 0), peak, beta, vocab, True,
+                variant,
+            )  # fmt: skip
+    lanes = tl.zeros([1, LANES], tl.int64)
+    for begin in range(0, TILE, COLUMNS):
+        key = lane_keys(keys, begin, vocab, variant)
+        stays = (ordered(key) >= least) & ((key - peak) * beta >= log_min_p)
+        lanes += tl.where(stays, fixed_mass(key, peak, beta), 0)
+    return least, tl.sum(tl.reshape(lanes, [variant.tiles, COLUMNS]), 1)
+
+
+@triton.jit
+def kept(
+    mixing, drawing, work, top_k, row, keys, peaks, parts, peak, beta, tiles, searching,
+    variant: tl.constexpr,
+):  # fmt: skip
+    """What top-k, then top-p, then min-p leave of a row: the least key, the least log of a mass,
+    and the masses of the tiles, `parts` before."""
+    CELLS: tl.constexpr = variant.tiles * TILE // variant.cell
+    vocab = mixing.vocab
+    least = tl.full([], LEAST_ORDER, tl.int32)
+    k = tl.zeros([], tl.int32)
+    p = tl.full([], 1.0, tl.float64)
+    log_min_p = tl.full([], float("-inf"), tl.float32)
+    if variant.top_k:
+        given = row_parameter(top_k, drawing.top_k_pointer, drawing.top_k_stride, row, tl.int64)
+        k = tl.where(given < vocab, given, 0).to(tl.int32)
+    if variant.top_p:
+        p = row_parameter(
+            drawing.top_p, drawing.top_p_pointer, drawing.top_p_stride, row, tl.float64
+        )
+    if variant.min_p:
+        min_p = row_parameter(
+            drawing.min_p, drawing.min_p_pointer, drawing.min_p_stride, row, tl.float32
+        )
+        log_min_p = tl.where(min_p > 0.0, tl.log(tl.where(min_p > 0.0, min_p, 1.0)), log_min_p)
+    use_k = k > 0
+    use_p = p < 1.0
+    if searching & (use_k | use_p | (log_min_p > -INFINITY)):
+        total = tl.sum(parts.to(tl.float64), 0)
+        most = p * total * (1.0 + ROUNDING)
+        fewest = p * total * (1.0 - ROUNDING)
+        cells = tiles * (TILE // variant.cell)
+        i = tl.arange(0, CELLS)[None, :]
+        maxima = work.maxima + row.to(tl.int64) * cells
+        cell_peaks = tl.load(maxima + i, mask=i < cells, other=-INFINITY)
+        order = ordered(cell_peaks)
+        low, count = bound_of_maxima(
+            cell_peaks, order, peaks, k, use_k, use_p, most, total, log_min_p, peak, beta, vocab,
+            tiles, variant,
+        )  # fmt: skip
+        if count <= CANDIDATES // variant.cell:
+            least, mass = kept_of_cells(
+                work, row, keys, maxima, order, low, count, k, use_k, p, use_p, most, fewest,
+                log_min_p, peak, beta, vocab, tiles, variant,
+            )  # fmt: skip
+        else:
+            least, mass = kept_of_row(
+                work, row, keys, low, k, use_k, p, use_p, log_min_p, peak, beta, vocab, variant
+            )
+        parts = mass.to(tl.float32) * (1.0 / FIXED_POINT)
+    return unordered(least), log_min_p, parts
 
 
 @triton.jit(do_not_specialize=["seed", "position", "top_k"])
@@ -175,9 +258,8 @@ def filter_kernel(
     # Meta-parameters
     variant: tl.constexpr,
 ):
-    """Filters and draws a row. `mixture_kernel` has stored its masked keys and their norm."""
-    BLOCK: tl.constexpr = variant.filter_block
-    ROWS: tl.constexpr = variant.filter_block // TILE
+    """Filters and draws a row. The launches before have stored its masked and biased keys, their
+    peaks and sums, and the maxima of the cells."""
     row = tl.program_id(0)
     tiles = tl.cdiv(mixing.vocab, TILE)
     state = work.states + row.to(tl.int64) * STATE_FIELDS
@@ -186,56 +268,16 @@ def filter_kernel(
     keys = work.keys + row.to(tl.int64) * mixing.vocab
     temperature = temperature_of(drawing, row)
     beta = inverse_temperature(temperature)
-    readable = tl.full([], True, tl.int1)
-    if variant.bias:
-        readable = add_bias(drawing, state, fields, keys, row, mixing.vocab, tiles, variant)
-    if variant.bias:
-        peaks = tile_field(fields, DRAW_PEAK, tiles, variant, float("-inf"))
-    else:
-        FIELD: tl.constexpr = DRAW_PEAK if variant.mask or variant.tempered else KEY_PEAK
-        peaks = part_field(fields, FIELD, tiles, variant, float("-inf"))
-        peaks = tl.max(by_tile(peaks, variant), 1)
-    peak = tl.max(peaks, 0)
-    valid = (
-        (tl.load(state + VALID) > 0.0)
-        & (tl.abs(peak) < INFINITY)
-        & readable
-        & good_parameters(mixing, drawing, row, variant)
-    )
-    peak = tl.where(valid, peak, 0.0)
-    searching = valid & (temperature > 0.0)
-
+    valid = tl.load(state + VALID) > 0.0
+    valid &= good_parameters(mixing, drawing, row, variant)
+    mass, peaks, peak, valid = summed_masses(fields, tiles, beta, valid, variant)
     least = tl.full([], float("-inf"), tl.float32)
-    one = tl.full([], 1.0, tl.float64)
-    if variant.top_k:
-        k = row_parameter(top_k, drawing.top_k_pointer, drawing.top_k_stride, row, tl.int64)
-        if searching & (k > 0) & (k < mixing.vocab):
-            least = weighted_rank(keys, mixing.vocab, peak, beta, least, one, k, False, BLOCK)
-    if variant.top_p:
-        p = row_parameter(
-            drawing.top_p, drawing.top_p_pointer, drawing.top_p_stride, row, tl.float64
-        )
-        if searching & (p < 1.0):
-            none = tl.zeros([], tl.int64)
-            cut = weighted_rank(keys, mixing.vocab, peak, beta, least, p, none, True, BLOCK)
-            least = tl.maximum(least, cut)
     log_min_p = tl.full([], float("-inf"), tl.float32)
-    if variant.min_p:
-        min_p = row_parameter(
-            drawing.min_p, drawing.min_p_pointer, drawing.min_p_stride, row, tl.float32
-        )
-        log_min_p = tl.where(min_p > 0.0, tl.log(tl.where(min_p > 0.0, min_p, 1.0)), log_min_p)
-
-    for begin in range(0, tiles, ROWS):
-        tile, offsets, inside = block_at(begin, mixing.vocab, variant)
-        key = tl.load(keys + offsets, mask=inside, other=-INFINITY, cache_modifier=".cg")
-        tl.store(
-            tile_fields(fields, DRAW_SUM, tile, variant),
-            tl.sum(kept_mass(key, peak, beta, least, log_min_p), 1),
-            mask=tile < tiles,
-        )
-    tl.debug_barrier()
-    mass = tile_field(fields, DRAW_SUM, tiles, variant, 0.0)
+    if variant.top_k or variant.top_p or variant.min_p:
+        least, log_min_p, mass = kept(
+            mixing, drawing, work, top_k, row, keys, peaks, mass, peak, beta, tiles,
+            valid & (temperature > 0.0), variant,
+        )  # fmt: skip
     own_seed = row_seed(drawing, seed, row)
     own_position = row_parameter(
         position, drawing.position_pointer, drawing.position_stride, row, tl.int64
@@ -246,14 +288,10 @@ def filter_kernel(
     key = tl.load(
         keys + offsets, mask=offsets < mixing.vocab, other=-INFINITY, cache_modifier=".cg"
     )
+    scaled = (key - peak) * beta
+    stays = (key > -INFINITY) & (key >= least) & (scaled >= log_min_p)
     token, token_key, inside = winner_token(
-        key,
-        kept_mass(key, peak, beta, least, log_min_p),
-        tile,
-        temperature,
-        peak,
-        own_seed,
-        own_position,
+        key, tl.where(stays, exp(scaled), 0.0), tile, temperature, peak, own_seed, own_position
     )
     valid = valid & found & inside
     own_key = token_key

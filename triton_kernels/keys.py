@@ -10,19 +10,9 @@ from .elementary import exp
 from .normalizer import above_least
 from .own_mass import parameter
 from .parameters import inverse_temperature, masked_key, reference_weight, temperature_of
-from .tiles import below, deficit_tile, finite_log_linear_tile, log_linear_tile
-from .workspace import (
-    DRAW_PEAK,
-    KEY_PEAK,
-    LEVEL,
-    MIX_LOG_NORM,
-    POINT,
-    VALID,
-    log_sum_exp,
-    part_sums,
-    places,
-    store_parts,
-)
+from .parts import log_sum_exp, part_sums, places, store_parts
+from .tiles import below, deficit_tile, finite_log_linear_tile, load_tile, log_linear_tile
+from .workspace import BIAS_PEAK, DRAW_PEAK, KEY_PEAK, LEVEL, MIX_LOG_NORM, POINT, VALID
 
 
 @triton.jit
@@ -64,20 +54,48 @@ def key_tile(mixing, state, model_fields, row, tile, tiles, variant: tl.constexp
 
 
 @triton.jit
+def store_maxima(work, key, row, tile, tiles, variant: tl.constexpr):
+    """Store the largest key of each cell of a tile."""
+    CELLS: tl.constexpr = TILE // variant.cell
+    maxima = work.maxima + (row.to(tl.int64) * tiles + tile) * CELLS
+    tl.store(maxima + tl.arange(0, CELLS), tl.max(tl.reshape(key, [CELLS, variant.cell]), 1))
+
+
+@triton.jit
+def store_bias_peak(mixing, drawing, fields, key, row, tile, variant: tl.constexpr):
+    """Store the largest bias of the tokens that are left in a tile's parts; +inf where the bias
+    holds NaN or +inf."""
+    biases = drawing.bias + row.to(tl.int64) * drawing.bias_stride
+    bias = load_tile(biases, tile, mixing.vocab, 0.0, variant)
+    left = tl.where(bias < INFINITY, tl.where(key > -INFINITY, bias, -INFINITY), INFINITY)
+    store_parts(fields, BIAS_PEAK, tile, (tl.max(left, 1),), variant)
+
+
+@triton.jit
+def store_draw_sums(drawing, fields, key, row, tile, variant: tl.constexpr):
+    """Store the sums of the race, from the keys after mask and bias."""
+    beta = inverse_temperature(temperature_of(drawing, row))
+    peak = tl.max(key, 1)
+    total = part_sums(exp(below(key, peak) * beta))
+    store_parts(fields, DRAW_PEAK, tile, (peak, total), variant)
+
+
+@triton.jit
 def store_key_sums(
     mixing, drawing, work, fields, key, peak, total, row, tile, variant: tl.constexpr
 ):
     store_parts(fields, KEY_PEAK, tile, (peak, total), variant)
     offsets = tile * TILE + places(variant)
-    if variant.mask or variant.tempered:
-        beta = inverse_temperature(temperature_of(drawing, row))
-        key = masked_key(mixing, drawing, key, row, offsets, variant)
-        peak = tl.max(key, 1)
-        total = part_sums(exp(below(key, peak) * beta))
-        store_parts(fields, DRAW_PEAK, tile, (peak, total), variant)
+    key = masked_key(mixing, drawing, key, row, offsets, variant)
+    if variant.bias:
+        store_bias_peak(mixing, drawing, fields, key, row, tile, variant)
+    elif variant.mask or variant.tempered:
+        store_draw_sums(drawing, fields, key, row, tile, variant)
     if variant.store_keys:
         keys = work.keys + row.to(tl.int64) * mixing.vocab
         tl.store(keys + offsets, key, mask=offsets < mixing.vocab)
+        if not (variant.finish or variant.bias):
+            store_maxima(work, key, row, tile, tl.cdiv(mixing.vocab, TILE), variant)
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-"""Turns a call into launches of `mixture_kernel` and `filter_kernel`: variant, grid, workspace.
+"""Turns a call into launches of `mixture_kernel`, `bias_kernel` and `filter_kernel`: variant, grid,
+workspace.
 
 `log_probs_out` and `sample_out` are the backend `triton`.
 """
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..call.arguments import DrawArguments, MixtureArguments
 from ..call.outputs import Outputs
+from .bias import bias_kernel
 from .compiled import Launch
 from .configurations import Configuration, configuration, processors, rows_together
 from .constants import TILE
@@ -21,7 +23,7 @@ from .filters import filter_kernel
 from .mixture import mixture_kernel
 from .own_mass import OF_MASS
 from .parameters import Drawing, dense, drawing_of, mixing_of
-from .workspace import cdiv, make_workspace, parts_of_tile, row_tiles
+from .workspace import cdiv, cell_size, make_workspace, parts_of_tile, row_tiles
 
 #: Evaluations of G that are phases of their own, by the solver (normalizer.py). A row that needs
 #: more is finished by one program.
@@ -70,7 +72,8 @@ class Variant(NamedTuple):
     tiles: int  # a power of two, at least the row's
     parts: int  # of a tile
     chunk: int  # tiles of a task
-    filter_block: int
+    cell: int  # tokens of a cell, see workspace.py
+    filter_block: int  # tokens that a sweep reads at once: a power of two, at least `tiles`
 
     @property
     def cache_key(self) -> str:
@@ -109,6 +112,7 @@ def variant_of(
     finish = drawing is None
     early = exact and divergence.excess is not None and drawing is not None
     early = early and not (mask or tempered or filters)
+    tiles = row_tiles(mixing.vocab_size)
     return Variant(
         models=mixing.model_count(),
         model_block=triton.next_power_of_2(mixing.model_count()),
@@ -136,10 +140,11 @@ def variant_of(
         model_logprobs=drawing is not None and drawing.return_model_logprobs,
         proposal_logprobs=drawing is not None and drawing.return_proposal_logprobs,
         phases=int(sums) + (evaluations + 1 if exact else 0) + 1 - early + int(finish),
-        tiles=row_tiles(mixing.vocab_size),
+        tiles=tiles,
         parts=parts_of_tile(max(x.element_size() for x in mixing.tensors())),
         chunk=configured.chunk,
-        filter_block=configured.filter_block,
+        cell=cell_size(mixing.vocab_size),
+        filter_block=min(max(configured.filter_block, tiles), tiles * TILE.value),
     )
 
 
@@ -202,6 +207,10 @@ def sample_launches(
     arguments = (*records, rows, group, seed, position)
     launches = [Launch(mixture_kernel, grid, arguments, variant, configured.threads)]
     if not variant.draw:
+        if variant.bias:
+            chunks = cdiv(cdiv(mixing.vocab_size, TILE.value), variant.chunk)
+            grid = (rows * chunks,)
+            launches.append(Launch(bias_kernel, grid, records, variant, configured.threads))
         filtering = (*records, seed, position, top_k)
         launches.append(
             Launch(filter_kernel, (rows,), filtering, variant, configured.filter_threads)

@@ -31,8 +31,9 @@ from .draw import end_draw, store_invalid
 from .handoffs import arrive, break_launch, claim, end_arrivals, reset, wait_for
 from .keys import finish_tile, keys_of_tile
 from .normalizer import end_evaluation, evaluation_of_tile
+from .parts import row_fields
 from .sums import end_sums, sums_of_tile
-from .workspace import SOLVED, STATE_FIELDS, row_fields
+from .workspace import SOLVED, STATE_FIELDS
 
 MAX_EVALUATIONS = tl.constexpr(32)
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from .constants import EXCLUDED, INFINITY, TILE
 from .elementary import exp, log_of, reciprocal
 from .own_mass import parameter
+from .parts import by_tile, part_field, part_sums, places, store_parts, two_sums
 from .tiles import deficit_tile
 from .workspace import (
     BEST_MASS,
@@ -27,12 +28,6 @@ from .workspace import (
     SOLVED,
     STEPS,
     UPPER,
-    by_tile,
-    part_field,
-    part_sums,
-    places,
-    store_parts,
-    two_sums,
 )
 
 #: Below this |log G| a short step is the last: its error is about log G squared, the rounding of

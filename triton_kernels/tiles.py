@@ -16,7 +16,8 @@ from .constants import EXCLUDED, FAR_LEVEL, INFINITY, SMALLEST_LOG_REF, TILE
 from .elementary import exp
 from .own_mass import policy_deficit, tilt_scale
 from .parameters import log_plausibility, reference_weight, value_weight, weight
-from .workspace import LOG_NORM, LOG_SUM, PEAK, SHIFT, part_sums, places, store_parts
+from .parts import part_sums, places, store_parts
+from .workspace import LOG_NORM, LOG_SUM, PEAK, SHIFT
 
 
 @triton.jit
@@ -56,16 +57,23 @@ def scaled(mixing, logits, k: tl.constexpr):
 
 
 @triton.jit
+def load_tile(row_pointer, tile, vocab, OTHER: tl.constexpr, variant: tl.constexpr):
+    """A row's tile as float32; `OTHER` beyond the vocabulary. Whole tiles are loaded without a
+    mask, which keeps the loads wide for any vocabulary size."""
+    offsets = tile * TILE + places(variant)
+    if (tile + 1) * TILE <= vocab:
+        x = tl.load(row_pointer + offsets)
+    else:
+        x = tl.load(row_pointer + offsets, mask=offsets < vocab, other=OTHER)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def value_tile(mixing, j: tl.constexpr, row, tile, variant: tl.constexpr):
-    """V_j, float32, -inf beyond the vocabulary."""
+    """V_j, -inf beyond the vocabulary."""
     pointer = mixing.scores + tl.full([], j, tl.int64) * mixing.value_strides[0]
     pointer += row.to(tl.int64) * mixing.value_strides[1]
-    offsets = tile * TILE + places(variant)
-    if (tile + 1) * TILE <= mixing.vocab:
-        x = tl.load(pointer + offsets)
-    else:
-        x = tl.load(pointer + offsets, mask=offsets < mixing.vocab, other=float("-inf"))
-    return x.to(tl.float32)
+    return load_tile(pointer, tile, mixing.vocab, float("-inf"), variant)
 
 
 @triton.jit

@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .constants import INFINITY, TILE
-from .elementary import exp
+from .constants import TILE
 
 ALIGNMENT = 256  # bytes: each part begins at a multiple
 #: One byte in so many of a buffer is for counters: a row has 12 bytes of those, over 384 others.
@@ -57,9 +56,15 @@ LEAST_REST = tl.constexpr(8)
 WINNER = tl.constexpr(9)  # the token, the bits of an int32
 S1 = tl.constexpr(10)  # sum p H, and S2 sum p (-H'); with a Stieltjes form see `ratios`
 S2 = tl.constexpr(11)
+BIAS_PEAK = tl.constexpr(12)  # the largest bias of the tokens that are left, +inf if it is broken
 #: Odd, and so a record: the compiler would give a thread two numbers of an even one to store, and
 #: pass them to other warps.
 PART_FIELDS = tl.constexpr(13)
+
+#: Most keys that the filters hold in registers, to find the least that they keep.
+CANDIDATES = tl.constexpr(4096)
+#: A cell is so many tokens of a tile, or more where a row would have more than MOST_CELLS.
+SMALLEST_CELL, MOST_CELLS = 8, 16384
 
 
 class Workspace(NamedTuple):
@@ -67,7 +72,10 @@ class Workspace(NamedTuple):
 
     states: Tensor  # float64 [B, STATE_FIELDS]
     fields: Tensor  # float32 [B, row_tiles(V) parts, 2 models + PART_FIELDS]
-    keys: Tensor | None  # float32 [B, V]
+    keys: Tensor | None  # float32 [B, V]; without keys the next three are None too
+    maxima: Tensor | None  # float32 [B, tiles, TILE / cell], the largest key of each cell
+    candidates: Tensor | None  # int32 [B, min(V, CANDIDATES)]
+    masses: Tensor | None  # int64 [B, tiles], what the filters keep, in fixed point
     tickets: Tensor  # int64 [1], the counters: see handoffs.py
     flags: Tensor  # int32 [B], how many phases of a row have ended
     arrivals: Tensor  # int64 [B], which chunks of the running phase are done
@@ -92,6 +100,12 @@ def cdiv(a: int, b: int) -> int:
 def row_tiles(vocab: int) -> int:
     """The number of a row's tiles, rounded up to a power of two."""
     return triton.next_power_of_2(cdiv(vocab, TILE.value))
+
+
+@cache
+def cell_size(vocab: int) -> int:
+    """Tokens of a cell, a power of two."""
+    return min(TILE.value, max(SMALLEST_CELL, row_tiles(vocab) * TILE.value // MOST_CELLS))
 
 
 class _Layout(NamedTuple):
@@ -125,20 +139,26 @@ def _counters(rows: int) -> _Layout:
 
 @cache
 def _data(rows: int, vocab: int, models: int, keys: bool) -> _Layout:
-    """states, fields, keys."""
-    parts = row_tiles(vocab) * MOST_PARTS
-    fields = 2 * models + PART_FIELDS.value
+    """states, fields; with `keys`, keys, maxima, candidates, masses."""
+    tiles = cdiv(vocab, TILE.value)
+    numbers = row_tiles(vocab) * MOST_PARTS * (2 * models + PART_FIELDS.value)
     return _Layout.of(
         (torch.float64, rows * STATE_FIELDS.value),
-        (torch.float32, rows * fields * parts),
-        *[(torch.float32, rows * vocab)] * keys,
+        (torch.float32, rows * numbers),
+        *[
+            (torch.float32, rows * vocab),
+            (torch.float32, rows * tiles * (TILE.value // SMALLEST_CELL)),
+            (torch.int32, rows * min(vocab, CANDIDATES.value)),
+            (torch.int64, rows * tiles),
+        ]
+        * keys,
     )
 
 
 @cache
 def workspace_bytes(rows: int, vocab: int, models: int, keys: bool) -> int:
     """Size of the buffer for launches of up to `rows` rows, `vocab` ids and `models` tensors of
-    logits; `keys`: with room for a key per token, as the filters need."""
+    logits; `keys`: with room for the keys and what else the filters need."""
     # A unit is ALIGNMENT bytes of counters and COUNTER_SHARE - 1 times as many of data.
     data = cdiv(_data(rows, vocab, models, keys).size, (COUNTER_SHARE - 1) * ALIGNMENT)
     units = max(data, _counters(rows).size // ALIGNMENT)
@@ -162,102 +182,5 @@ def make_workspace(
     begin = counter_bytes(buffer)
     states, fields, *rest = data.views(buffer, begin)
     tickets, flags, arrivals = counters.views(buffer, 0)
-    kept = rest[0] if keys else None
-    return Workspace(states, fields, kept, tickets, flags, arrivals)
-
-
-@triton.jit
-def places(variant: tl.constexpr):
-    """The places of a tile's tokens in it, int32 [parts, tokens of a part]."""
-    PART: tl.constexpr = TILE // variant.parts
-    return tl.arange(0, variant.parts)[:, None] * PART + tl.arange(0, PART)[None, :]
-
-
-@triton.jit
-def part_sums(x):
-    """The sums [n] of parts [n, 2^k]: pairs of neighbours, then pairs of these. The order does not
-    depend on how many threads there are, so that no bit of a result does."""
-    PARTS: tl.constexpr = x.shape[0]
-    SIZE: tl.constexpr = x.shape[1]
-    if SIZE == 1:
-        return tl.reshape(x, [PARTS])
-    else:
-        return part_sums(tl.sum(tl.reshape(x, [PARTS, SIZE // 2, 2]), 2))
-
-
-@triton.jit
-def two_sums(a, b):
-    """The sums of two vectors by one reduction: its steps wait for all warps."""
-    return tl.split(tl.sum(tl.join(a, b), 0))
-
-
-@triton.jit
-def four_sums(a, b, c, d):
-    """The sums of four vectors by one reduction."""
-    left, right = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0))
-    first, second = tl.split(left)
-    third, fourth = tl.split(right)
-    return first, second, third, fourth
-
-
-@triton.jit
-def row_fields(work, row, variant: tl.constexpr):
-    """A row's records."""
-    RECORD: tl.constexpr = 2 * variant.models + PART_FIELDS
-    return work.fields + row.to(tl.int64) * (variant.tiles * variant.parts * RECORD)
-
-
-@triton.jit
-def store_parts(fields, first: tl.constexpr, tile, numbers, variant: tl.constexpr):
-    """Store numbers of a tile's parts, a tuple of [parts] of 32 bits, in the fields from `first`
-    on. Each lane of a warp stores one of them: so its own part's need not go to other warps."""
-    RECORD: tl.constexpr = 2 * variant.models + PART_FIELDS
-    COUNT: tl.constexpr = len(numbers)
-    lane = tl.arange(0, 32)[None, :]
-    part = tile * variant.parts + tl.arange(0, variant.parts)[:, None]
-    x = numbers[0].to(tl.int32, bitcast=True)[:, None]
-    for k in tl.static_range(1, COUNT):
-        x = tl.where(lane == k, numbers[k].to(tl.int32, bitcast=True)[:, None], x)
-    bits = fields.to(tl.pointer_type(tl.int32), bitcast=True) + part * RECORD + (first + lane)
-    tl.store(bits, x, mask=lane < COUNT)
-
-
-@triton.jit
-def part_field(fields, field, tiles, variant: tl.constexpr, OTHER: tl.constexpr):
-    """A number per part of a row."""
-    RECORD: tl.constexpr = 2 * variant.models + PART_FIELDS
-    i = tl.arange(0, variant.tiles * variant.parts)
-    own = fields + i * RECORD + field
-    return tl.load(own, mask=i < tiles * variant.parts, other=OTHER, cache_modifier=".cg")
-
-
-@triton.jit
-def tile_fields(fields, field, tile, variant: tl.constexpr):
-    """Where a number per tile stands: in the record of its first part."""
-    return fields + tile * (variant.parts * (2 * variant.models + PART_FIELDS)) + field
-
-
-@triton.jit
-def tile_field(fields, field, tiles, variant: tl.constexpr, OTHER: tl.constexpr):
-    """A number per tile of a row."""
-    i = tl.arange(0, variant.tiles)
-    own = tile_fields(fields, field, i, variant)
-    return tl.load(own, mask=i < tiles, other=OTHER, cache_modifier=".cg")
-
-
-@triton.jit
-def by_tile(x, variant: tl.constexpr):
-    """A number per part of a row as [tiles, parts]."""
-    return tl.reshape(x, [variant.tiles, variant.parts])
-
-
-@triton.jit
-def log_sum_exp(fields, field, tiles, variant: tl.constexpr):
-    """The max and log-sum-exp of a row, from its parts' (max, sum exp(. - max)) in the fields
-    `field` and `field + 1`; NaN if a sum is NaN."""
-    peaks = part_field(fields, field, tiles, variant, float("-inf"))
-    sums = part_field(fields, field + 1, tiles, variant, 0.0)
-    peak = tl.max(peaks, 0)
-    scaled = exp(peaks - tl.where(peak == -INFINITY, 0.0, peak))
-    parts = tl.where(peaks == -INFINITY, 0.0, scaled).to(tl.float64) * sums.to(tl.float64)
-    return peak.to(tl.float64), tl.log(tl.sum(parts, 0)) + peak
+    rest = rest[:4] if keys else [None] * 4
+    return Workspace(states, fields, *rest, tickets, flags, arrivals)

@@ -67,8 +67,9 @@ def workspace_size(batch: int, vocab_size: int, policies: int = 2, *, filters: b
         batch: B, the most rows of a call.
         vocab_size: V, the most token ids.
         policies: M, the most policies; room for a reference model is included.
-        filters: whether calls may have a bias, top-k, top-p or min-p: they need 4 B V bytes more,
-            a float32 per token.
+        filters: whether calls may have a bias, top-k, top-p or min-p: they need about 4.5 B V bytes
+            more, for a float32 of each token and of every 8 tokens, and 4 bytes more of each of at
+            most 4096 tokens.
 
     Returns:
         The bytes; 0 where triton is not installed: the other backends need no workspace.

@@ -39,6 +39,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "reverse_kl-bias": {"bias": torch.empty(128256, device="meta")},
     "jsd-bias": {"divergence": "jsd", "top_p": 0.9, "bias": torch.empty(128256, device="meta")},
     "reverse_kl-filters": {"top_k": 50, "top_p": 0.9, "min_p": 0.1},
+    "reverse_kl-top_k": {"top_k": 50},
+    "reverse_kl-long": {"vocab": 262144, "top_p": 0.9, "temperature": 0.7},
     "reverse_kl-log_probs": {"op": "log_probs"},
     "forward_kl": {"divergence": "forward_kl"},
     "jsd": {"divergence": "jsd"},
@@ -77,6 +79,8 @@ def test_compiled_kernels_spill_nothing_and_read_each_logit_once(target: str, na
     expected = logit_loads(mixture.variant, logit_bytes, whole, last)
     if mixture.variant.finish:
         expected[16] += 2  # the keys of a tile, for the last phase
+    if mixture.variant.bias:
+        expected[16] += 2 * TILE // THREADS * 4 // 16  # that of a whole tile, that of the last
     assert {w: n for w, n in code.loads.items() if w in expected or w > 8} == expected, code
     if mixture.variant.phases == 1 and not mixture.variant.model_logprobs:
         # Besides logits: two numbers of every part, four where they are kept at a temperature too,
