@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .call.checks import check_draw, check_mixture
-from .call.outputs import Sample, check_log_probs_out, check_out, new_log_probs, new_outputs
+from .call.outputs import Sample, as_sample, check_log_probs_out, new_log_probs
 from .dispatch import registration
 from .dispatch.backends import backends, choose
 from .dispatch.packing import pack
 from .dispatch.tracing import draw_without_symbols, mixture_without_symbols
-from .dispatch.workspace import check_workspace, workspace_size
+from .dispatch.workspace import check_memory, check_workspace, workspace_size
 from .divergence import Divergence
 
 __all__ = ["Sample", "backends", "log_probs", "sample", "workspace_size"]
@@ -239,12 +239,6 @@ def sample(
     if out is None and workspace is None and not return_proposal_logprobs:
         outputs = *registration.sample[name](*pack(mixing, drawing)), None
     else:
-        if workspace is not None:
-            workspace = check_workspace(mixing, drawing.needs_keys(), workspace)
-        outputs = new_outputs(mixing, drawing) if out is None else check_out(mixing, drawing, out)
+        outputs, workspace = check_memory(mixing, drawing, out, workspace)
         registration.sample_out[name](*pack(mixing, drawing), *outputs, workspace)
-    if out is not None:
-        return out
-    tokens, logprobs, valid, model_logprobs, proposal_logprobs = outputs
-    wanted = model_logprobs if return_model_logprobs else None
-    return Sample(tokens, logprobs, valid, wanted, proposal_logprobs)
+    return as_sample(outputs, drawing) if out is None else out

@@ -17,7 +17,12 @@ if INTERPRETED:
 
 from mod_fused.triton_kernels import compiled  # noqa: E402
 from mod_fused.triton_kernels.ahead_of_time import TARGETS  # noqa: E402
-from mod_fused.triton_kernels.compiled import Launch, specialization  # noqa: E402
+from mod_fused.triton_kernels.compiled import (  # noqa: E402
+    BoundLaunches,
+    Launch,
+    specialization,
+)
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton.compiler.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
@@ -84,6 +89,8 @@ class Compiled:
 class Kernel:
     """A kernel that has to be compiled each time it is called by its own name."""
 
+    arg_names = ("mixing", "drawing", "work", "rows", "group", "seed", "position", "variant")
+
     def __init__(self, constant: int = -1) -> None:
         self.compiled: list[tuple[dict[str, Any], Compiled]] = []
         self.params = [SimpleNamespace(is_constexpr=i == constant) for i in range(8)]
@@ -91,6 +98,7 @@ class Kernel:
     def __getitem__(self, grid: Any) -> Any:
         def run(*arguments: Any, **options: Any) -> Compiled:
             self.compiled.append((options, Compiled()))
+            self.first = arguments
             return self.compiled[-1][1]
 
         return run
@@ -142,6 +150,62 @@ def test_kernels_are_not_kept_for_ever(launch, monkeypatch):
     for threads in (32, 64, 128, 256, 512):
         launch._replace(threads=threads).run(CPU)
     assert len(compiled._compiled) <= 3
+
+
+def flat(x: Any) -> list[Any]:
+    return [z for y in x for z in flat(y)] if isinstance(x, tuple) else [x]
+
+
+def test_a_bound_launch_compiles_once_and_passes_addresses(launch):
+    x = torch.zeros(1, 2048)
+    mixing, *rest = launch.arguments
+    launch = launch._replace(arguments=(mixing._replace(logits=(x, x, x[:, 1024:])), *rest))
+    bound = BoundLaunches([launch, launch._replace(grid=(9,))], CPU)
+    bound(5, 3)
+    given = (*launch.arguments[:5], 5, 3)
+    assert all(a is b for a, b in zip(launch.kernel.first[:5], given, strict=False))
+    assert launch.kernel.first[5:] == (5, 3)
+    ((_, shared),) = launch.kernel.compiled  # the second launch found it
+    ((grid, _),) = shared.calls
+    assert grid == (9, 1, 1)
+    shared.calls.clear()
+    with TorchOps() as ops:
+        bound(2**62, 0)
+    assert ops.seen == [] and len(launch.kernel.compiled) == 1
+    for (grid, arguments), wanted in zip(shared.calls, (launch.grid[0], 9), strict=True):
+        assert grid == (wanted, 1, 1)
+        assert arguments[5:] == (2**62, 0, launch.variant)
+        assert arguments[0][0] == tuple(y.data_ptr() for y in (x, x, x[:, 1024:]))
+        for old, new in zip(flat(given[:5]), flat(arguments[:5]), strict=True):
+            assert new == (old.data_ptr() if isinstance(old, torch.Tensor) else old)
+
+
+class TorchOps(TorchDispatchMode):
+    """The torch operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_no_kernel_depends_on_the_numbers_of_seed_and_position(target):
+    for launch in launches(divergence="jsd", top_k=50):
+        kernel = launch.kernel
+        options = launch.options(target == "gfx942", 64 if target == "gfx942" else 32)
+        backend = make_backend(TARGETS[target])
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        at = kernel.arg_names.index("seed")
+        assert kernel.arg_names[at + 1] == "position"
+        before, after = launch.arguments[:at], launch.arguments[at + 2 :]
+        found = {
+            repr(bind(*before, a, b, *after, **options)[1]) for a, b in product(INTEGERS, INTEGERS)
+        }
+        assert len(found) == 1
 
 
 def test_it_runs_on_the_tensors_gpu_and_each_gpu_has_its_own_kernel(launch, monkeypatch):
