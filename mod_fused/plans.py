@@ -29,7 +29,7 @@ class Plan:
     """A call of `sample` with its tensors, as `plan` makes it.
 
     Calling it draws with what the tensors hold now: `plan()` is `sample` of the same arguments, to
-    the bit. It checks nothing but that the tensors are where they were.
+    the bit. It checks that the tensors are where they were, and no more.
 
     Attributes:
         out: the `Sample` that each call fills and returns. Copy what has to outlive the next call.
@@ -58,10 +58,10 @@ class Plan:
         self.backend: str = choose(given["backend"], batch.device, mixing.divergence)
         out, workspace = given["out"], given["workspace"]
         outputs, self.workspace = check_memory(mixing, drawing, out, workspace)
-        self.out: Sample = as_sample(outputs, drawing) if out is None else out
+        filled = as_sample(outputs, drawing)
+        self.out: Sample = filled if out is None else out
         if self.workspace is None and self.backend == "triton":
             self.workspace = new_workspace(mixing, drawing.needs_keys())
-        filled = as_sample(outputs, drawing)
         self._run = bind(self.backend, mixing, drawing, filled, self.workspace)
         # 0 where the call has a tensor: the number is not looked at.
         self._numbers = tuple(
@@ -74,7 +74,7 @@ class Plan:
         }
         held = _named_tensors({**given, "out": self.out, "workspace": self.workspace})
         self._names, self._tensors = list(held), list(held.values())
-        self._addresses = [*map(Tensor.data_ptr, self._tensors)]
+        self._placed = _places(self._tensors)
 
     def __call__(self, *, seed: int | None = None, position: int | None = None) -> Sample:
         """Draw with what the tensors hold now.
@@ -87,12 +87,12 @@ class Plan:
             `Plan.out`, filled.
 
         Raises:
-            ValueError: a tensor of the plan has moved; a number out of range or of no use.
+            ValueError: a tensor that has moved or another size; a number out of range or of no use.
             TypeError: a number that is no integer; a call in code that torch.compile traces.
         """
         if torch.compiler.is_compiling():
             raise TypeError("a plan cannot be called in compiled code: call mod_fused.sample there")
-        if [*map(Tensor.data_ptr, self._tensors)] != self._addresses:
+        if _places(self._tensors) != self._placed:
             self._refuse_moved()
         own_seed, own_position = self._numbers
         if seed is not None:
@@ -107,13 +107,12 @@ class Plan:
         return self.out
 
     def _refuse_moved(self) -> NoReturn:
-        moved = [
-            name
-            for name, x, address in zip(self._names, self._tensors, self._addresses, strict=True)
-            if x.data_ptr() != address
-        ]
+        count, now = len(self._tensors), _places(self._tensors)
+        which = next(i for i, x in enumerate(now) if x != self._placed[i]) % count
+        where = "the same" if now[which] == self._placed[which] else "another"
         raise ValueError(
-            f"{moved[0]} must stay where it was in memory when the plan was made, got another "
+            f"{self._names[which]} must keep its memory and its {self._placed[count + which]} "
+            f"elements while the plan is used, got {now[count + which]} elements at {where} "
             "address: copy new contents into the tensor, or make a new plan"
         )
 
@@ -126,6 +125,11 @@ class Plan:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a Plan cannot be copied or pickled: it is bound to its tensors' memory")
+
+
+def _places(tensors: list[Tensor]) -> list[int]:
+    """The addresses of tensors, then how many elements they have."""
+    return [*map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
 
 
 def _named_tensors(given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -166,19 +170,19 @@ def plan(*args: Any, **kwargs: Any) -> Plan:
             tokens = step(position=position).tokens
 
     A tensor keeps its memory, its shape and its strides for as long as the plan is used. Each call
-    refuses a tensor that is elsewhere than it was, after `set_` or an assignment to `.data`. A
-    change of shape or strides in place is not seen: the plan goes on with those it was made with or
-    those of the tensor, and its result is undefined.
+    refuses a tensor of another size or at another address, as after `resize_`, `set_` or an
+    assignment to `.data`. It does not see another shape of as many elements, nor other strides:
+    what it draws then is undefined.
 
     With seed=None each call draws new seeds, as `sample` does. With `bias_ids` each call makes the
-    bias dense again, and allocates. So it is with `value_ids` on the triton backend, where such a
-    plan takes as long as `sample`. All others allocate nothing there, and are captured in a CUDA
-    graph as `sample` is with `out` and `workspace`. The first call compiles, if no call of `sample`
-    has.
+    bias dense again, and allocates. With `value_ids` the triton backend does the same for the
+    values, and such a plan takes as long as `sample`. Every other plan allocates nothing on the
+    triton and cpu backends, and can be captured in a CUDA graph. The first call compiles the
+    kernels, if no call of `sample` has.
 
-    A plan serves one stream at a time, as its workspace and its `out` do. Several may share a
-    workspace. It cannot be copied or pickled. In a function that torch.compile traces, making or
-    calling a plan breaks the graph, and fullgraph=True refuses it.
+    A plan is made and called on one stream, as its workspace and its `out` are. Several plans may
+    share a workspace. A plan cannot be copied or pickled. In a function that torch.compile traces,
+    making or calling one breaks the graph, and fullgraph=True refuses it.
 
     Returns:
         A `Plan`. Without `out` and `workspace` it has its own, allocated here.

@@ -205,6 +205,7 @@ MOVES: dict[str, Any] = {
     "weights": lambda t: moved(t["args"][2]),
     "mask": lambda t: t["mask"].untyped_storage().resize_(0),
     "bias_ids": lambda t: moved(t["bias_ids"]),
+    "bias": lambda t: t["bias"].resize_(B, 3),
     "seed": lambda t: t["seed"].resize_(10 * B),
     "out.logprobs": lambda t: moved(t["out"].logprobs),
     "workspace": lambda t: moved(t["workspace"]),
@@ -212,7 +213,7 @@ MOVES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", MOVES)
-def test_a_call_refuses_a_tensor_that_has_moved(name):
+def test_a_call_refuses_a_tensor_that_has_moved_or_another_size(name):
     args = (REF.clone(), cloned(POLICIES), torch.tensor(WEIGHTS))
     tensors: dict[str, Any] = {
         "mask": torch.ones(B, V, dtype=torch.bool),
@@ -226,7 +227,7 @@ def test_a_call_refuses_a_tensor_that_has_moved(name):
     kept = step().tokens.clone()
     MOVES[name]({"args": args, **tensors})
     tensors["out"].tokens.fill_(-7)
-    with pytest.raises(ValueError, match=f"^{name} must stay where it was in memory"):
+    with pytest.raises(ValueError, match=f"^{name} must keep its memory and its .* elements"):
         step()
     assert (tensors["out"].tokens == -7).all() and (kept >= 0).all()
 
