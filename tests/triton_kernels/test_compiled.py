@@ -221,7 +221,7 @@ def tuple_of_addresses(x: Any) -> Any:
     return x.data_ptr() if isinstance(x, torch.Tensor) else x
 
 
-def test_a_profiler_is_told_of_bound_launches(launch, runtime):
+def test_a_profiler_is_told_of_bound_launches(launch, runtime, monkeypatch):
     launch.kernel.make = runtime.compile
     bound = BoundLaunches([launch], CPU)
     bound(5, 3)
@@ -240,6 +240,10 @@ def test_a_profiler_is_told_of_bound_launches(launch, runtime):
         (arguments,) = runtime.launched
         assert any(isinstance(x, LazyDict) for x in arguments)
         assert any(x is chain for x in arguments)
+    runtime.launched.clear()
+    monkeypatch.setattr(knobs.runtime, "launch_exit_hook", None)  # as Triton allows
+    bound(5, 3)
+    assert len(runtime.launched) == 1
 
 
 class TorchOps(TorchDispatchMode):
