@@ -18,6 +18,7 @@ from .divergence import (
 )
 from .explain import Explanation, explain
 from .ops import Sample, backends, log_probs, reset_workspace, sample, workspace_size
+from .plans import Plan, plan
 from .warmup import warmup
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "JeffreyDivergence",
     "JensenShannonDivergence",
     "Likelihood",
+    "Plan",
     "ReverseKL",
     "Sample",
     "backends",
@@ -48,6 +50,7 @@ __all__ = [
     "guidance",
     "log_probs",
     "loglikelihood",
+    "plan",
     "recipes",
     "register_divergence",
     "reset_workspace",

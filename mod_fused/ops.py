@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from .call.checks import check_draw, check_mixture
-from .call.outputs import Sample, check_log_probs_out, check_out, new_log_probs, new_outputs
+from .call.outputs import Sample, as_sample, check_log_probs_out, new_log_probs
 from .dispatch import registration
 from .dispatch.backends import backends, choose
 from .dispatch.packing import pack
 from .dispatch.tracing import draw_without_symbols, mixture_without_symbols
-from .dispatch.workspace import check_workspace, reset_workspace, workspace_size
+from .dispatch.workspace import (
+    check_memory,
+    check_workspace,
+    reset_workspace,
+    workspace_size,
+)
 from .divergence import Divergence
 
 __all__ = ["Sample", "backends", "log_probs", "reset_workspace", "sample", "workspace_size"]
@@ -187,9 +192,9 @@ def sample(
             zeros that the next one needs, whatever its shapes. Pass the same tensor each time, not
             another part of it. Launches that may overlap need two: one workspace per stream. If it
             was not zero, or a launch on it was stopped, no call waits for ever: the rows are
-            invalid until `reset_workspace`. None allocates one for each call. The torch and cpu backends use no workspace and leave it as
-            it is. A call on a GPU allocates nothing, and can be captured in a CUDA graph, when it
-            is given `out`, `workspace`, and tensors or single numbers for everything that goes by
+            invalid until `reset_workspace`. None allocates one for each call. The torch and cpu
+            backends use no workspace and leave it as it is. A call on a GPU allocates nothing, and
+            can be captured in a CUDA graph, when it is given `out`, `workspace`, and tensors or single numbers for everything that goes by
             row (weights for all rows may be a list). `value_ids` and `bias_ids` allocate even
             then, and so do seed=None, which draws seeds, and lists per row, which are copied to the
             device. A list per row is refused while a graph is captured.
@@ -240,12 +245,6 @@ def sample(
     if out is None and workspace is None and not return_proposal_logprobs:
         outputs = *registration.sample[name](*pack(mixing, drawing)), None
     else:
-        if workspace is not None:
-            workspace = check_workspace(mixing, drawing.needs_keys(), workspace)
-        outputs = new_outputs(mixing, drawing) if out is None else check_out(mixing, drawing, out)
+        outputs, workspace = check_memory(mixing, drawing, out, workspace)
         registration.sample_out[name](*pack(mixing, drawing), *outputs, workspace)
-    if out is not None:
-        return out
-    tokens, logprobs, valid, model_logprobs, proposal_logprobs = outputs
-    wanted = model_logprobs if return_model_logprobs else None
-    return Sample(tokens, logprobs, valid, wanted, proposal_logprobs)
+    return as_sample(outputs, drawing) if out is None else out

@@ -15,7 +15,7 @@ LAYERS = [
     {"dispatch"},
     {"explained_draw"},
     {"ops", "recipes", "explain"},
-    {"warmup"},
+    {"plans", "warmup"},
     {"decoding"},
     {"guidance"},
     {"training"},

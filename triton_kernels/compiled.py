@@ -4,9 +4,12 @@ time on the host."""
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from triton import knobs
+from triton.runtime.driver import driver
 
 _AMD = torch.version.hip is not None
 #: Compiled kernels by what they were compiled for: Triton's own look-up takes three times as long.
@@ -58,8 +61,9 @@ class Launch(NamedTuple):
             options["maxnreg"] = min(most, _REGISTERS // self.threads)
         return options
 
-    def run(self, device: torch.device) -> None:
-        """Launch on the current stream of `device`, which holds the arguments."""
+    def run(self, device: torch.device) -> Any:
+        """Launch on the current stream of `device`, which holds the arguments. Returns the compiled
+        kernel, or None in the interpreter."""
         with _current(device):
             options = self.options(_AMD, 64 if _AMD else 32)
             # Constants enter the key by value. The interpreter's kernels have no parameters.
@@ -70,12 +74,68 @@ class Launch(NamedTuple):
             compiled = _compiled.get(key)
             if compiled is not None:
                 compiled[self.grid[0], 1, 1](*self.arguments, self.variant)
-                return
+                return compiled
             compiled = self.kernel[self.grid](*self.arguments, **options)
             if compiled is not None:  # the interpreter compiles nothing
                 if len(_compiled) >= _MOST:
                     _compiled.clear()
                 _compiled[key] = compiled
+            return compiled
+
+
+class BoundLaunch:
+    """A launch on the same tensors again and again, with other numbers for `seed` and `position`,
+    for which no kernel is compiled anew.
+
+    The compiled kernel is looked up once. It gets the tensors' addresses: Triton's launcher would
+    ask each tensor for its own, and the driver what lies there.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._at = launch.kernel.arg_names.index("seed")
+        self._rest = self._at + len(("seed", "position"))
+        arguments = _addresses(launch.arguments)
+        self._before = arguments[: self._at]
+        self._after = (*arguments[self._rest :], launch.variant)
+        self._kernel: Any = None
+
+    def run(self, device: torch.device, seed: int, position: int) -> None:
+        """Launch on the current stream of `device`, the current one."""
+        launch, kernel = self._launch, self._kernel
+        if kernel is None:
+            given = launch.arguments
+            given = (*given[: self._at], seed, position, *given[self._rest :])
+            self._kernel = launch._replace(arguments=given).run(device)
+            return
+        grid, arguments = (launch.grid[0], 1, 1), (*self._before, seed, position, *self._after)
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        if getattr(enter, "calls", True) or getattr(leave, "calls", True):
+            kernel[grid](*arguments)  # a profiler wants to know of each launch
+            return
+        # What that does, without what hooks would get: half of its time.
+        stream = driver.active.get_current_stream(device.index)
+        known = kernel.function, kernel.packed_metadata
+        kernel.run(*grid, stream, *known, None, None, None, *arguments)
+
+
+class BoundLaunches:
+    """Launches one after another, as `BoundLaunch`. They hold their tensors."""
+
+    def __init__(self, launches: Sequence[Launch], device: torch.device) -> None:
+        self._launches, self._device = [BoundLaunch(x) for x in launches], device
+
+    def __call__(self, seed: int, position: int) -> None:
+        with _current(self._device):
+            for launch in self._launches:
+                launch.run(self._device, seed, position)
+
+
+def _addresses(x: Any) -> Any:
+    """Tensors as their addresses, in tuples however deep."""
+    if isinstance(x, tuple):
+        return tuple([_addresses(y) for y in x])
+    return x.data_ptr() if isinstance(x, torch.Tensor) else x
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -99,10 +99,10 @@ def store_key_sums(
 
 
 @triton.jit
-def store_keys(mixing, drawing, work, fields, key, broken, row, tile, variant: tl.constexpr):
+def peak_and_sum(key, broken):
+    """The largest keys of the parts, and their sums, NaN where a token is broken."""
     peak = tl.max(key, 1)
-    total = part_sums(tl.where(broken, float("nan"), exp(below(key, peak))))
-    store_key_sums(mixing, drawing, work, fields, key, peak, total, row, tile, variant)
+    return peak, part_sums(tl.where(broken, float("nan"), exp(below(key, peak))))
 
 
 @triton.jit
@@ -111,7 +111,8 @@ def keys_of_tile(
 ):
     if variant.sums or variant.model_logprobs:
         key, broken = keys_and_broken(mixing, state, model_fields, row, tile, tiles, variant)
-        store_keys(mixing, drawing, work, fields, key, broken, row, tile, variant)
+        peak, total = peak_and_sum(key, broken)
+        store_key_sums(mixing, drawing, work, fields, key, peak, total, row, tile, variant)
     else:
         # A tile with an excluded or broken token is rare, and is read once more.
         whole = (tile + 1) * TILE <= mixing.vocab
@@ -124,7 +125,8 @@ def keys_of_tile(
                 store_key_sums(mixing, drawing, work, fields, key, peak, total, row, tile, variant)
         if whole == 0:
             key, broken = keys_and_broken(mixing, state, model_fields, row, tile, tiles, variant)
-            store_keys(mixing, drawing, work, fields, key, broken, row, tile, variant)
+            peak, total = peak_and_sum(key, broken)
+            store_key_sums(mixing, drawing, work, fields, key, peak, total, row, tile, variant)
 
 
 @triton.jit

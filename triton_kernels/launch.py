@@ -15,7 +15,7 @@ from torch import Tensor
 from ..call.arguments import DrawArguments, MixtureArguments
 from ..call.outputs import Outputs
 from .bias import bias_kernel
-from .compiled import Launch
+from .compiled import BoundLaunches, Launch
 from .configurations import Configuration, configuration, processors, rows_together
 from .constants import TILE
 from .divergences import device_functions
@@ -242,3 +242,16 @@ def sample_out(
             model_logprobs.masked_fill_(bad[:, None], torch.nan)
         if proposal_logprobs is not None:
             proposal_logprobs.masked_fill_(bad, torch.nan)
+
+
+def bound_sample(
+    mixing: MixtureArguments,
+    drawing: DrawArguments,
+    outputs: Outputs,
+    workspace: Tensor | None,
+) -> BoundLaunches:
+    """What `sample_out` launches, to be run again and again with other numbers for seed and
+    position. Without candidates, for at least one row, model_logprobs None unless asked for."""
+    launches, bad = sample_launches(mixing, drawing, outputs, workspace)
+    assert bad is None
+    return BoundLaunches(launches, outputs[0].device)

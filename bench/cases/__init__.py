@@ -10,6 +10,7 @@ from .distributions import DISTRIBUTIONS
 from .filters import FILTERS
 from .host import HOST
 from .scaling import SCALING
+from .triton_host import TRITON_HOST
 
 CASES: dict[str, Case | Procedure] = {
     "cpu": CPU,
@@ -18,5 +19,6 @@ CASES: dict[str, Case | Procedure] = {
     "distributions": DISTRIBUTIONS,
     "decoder": DECODER,
     "host": HOST,
+    "triton_host": TRITON_HOST,
     "adapters": ADAPTERS,
 }

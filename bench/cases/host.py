@@ -2,8 +2,9 @@
 
 The parts of a call are timed one by one: the checks of its arguments, the choice of the backend,
 packing the arguments into the four of the op, the op itself (dispatcher, reading the arguments,
-kernel, outputs). Bare C++ ops of torch are timed beside them. The rest of `mod_fused.sample` is
-Python's function calls and the tuple of results.
+kernel, outputs). `plan` is the same call, checked and packed before. Bare C++ ops of torch are
+timed beside them. The rest of `mod_fused.sample` is Python's function calls and the tuple of
+results.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mod_fused
 from mod_fused.call.checks import check_draw, check_mixture
 from mod_fused.dispatch.backends import choose
 from mod_fused.dispatch.packing import pack
@@ -35,6 +37,9 @@ def _parts(problem: Problem, logits: list[Tensor]) -> dict[str, Call]:
     packing = functools.partial(pack, mixture(), draw())
     divergence = get_divergence(problem.divergence)
     return {
+        "plan": mod_fused.plan(
+            ref, policies, weights, divergence=problem.divergence, seed=1, backend="cpu"
+        ),
         "op": functools.partial(torch.ops.mod_fused.sample_cpu.default, *packing()),
         "check_mixture": mixture,
         "check_draw": draw,
@@ -44,6 +49,9 @@ def _parts(problem: Problem, logits: list[Tensor]) -> dict[str, Call]:
         # a bare C++ op that allocates nothing
         "add_out": functools.partial(torch.add, ref, logits[1], out=torch.empty_like(ref)),
     }
+
+
+_PARTS = ("plan", "op", "check_mixture", "check_draw", "choose", "pack", "add", "add_out")
 
 
 def _part(name: str) -> Contestant:
@@ -57,7 +65,16 @@ HOST = Case(
     backends=("cpu",),
     contestants={
         name: _part(name)
-        for name in ("op", "check_mixture", "check_draw", "choose", "pack", "add", "add_out")
+        for name in (
+            "plan",
+            "op",
+            "check_mixture",
+            "check_draw",
+            "choose",
+            "pack",
+            "add",
+            "add_out",
+        )
     },
     grids=(_GRID,),
     quick=(_GRID._replace(shapes=((1, 64),), divergences=("reverse_kl",)),),

@@ -6,7 +6,8 @@ or its operands are read; and for which of them it waits. Latencies that are the
 issue are in the stalls. The others are taken from `LATENCY`: nominal figures, not measured.
 
 A path is the one with the fewest instructions between its points. So every branch goes the cheap
-way, except where a point lies on the other: a phase goes through the store that comes last.
+way, except where a point lies on the other: a tile's sums are stored, and a phase ends with the
+store that comes last.
 """
 
 from __future__ import annotations
@@ -180,9 +181,10 @@ class Program:
         arrival = min(arrivals, key=way.__getitem__)
         stores = self.find("ST", "STG")
         before = networkx.ancestors(self.graph, arrival)
-        points = [0, self._last(self.graph, 0, set(stores) & before), arrival]
-        points.append(self._last(self.graph, arrival, stores))
-        path = route(self.graph, *(i for i in points if i is not None))
+        path = self._storing(self.graph, 0, [arrival], set(stores) & before)
+        last = self._last(self.graph, arrival, stores)
+        if last is not None:
+            path += route(self.graph, arrival, last)[1:]
         path += self._leave(path[-1])[1:]
         at = path.index(arrival)
         task = self.cost(path[:at], threads, memory)
@@ -194,17 +196,26 @@ class Program:
                 end.append((further, self.repeated(body[0].path, threads)))
         return Phase(task, self._tile(before, threads, memory) or task, total(end))
 
+    def _storing(
+        self, graph: Any, start: int, goals: Iterable[int], stores: Iterable[int]
+    ) -> list[int]:
+        """The shortest path from `start` over one of the stores to one of the goals; over a wide
+        load too, if such a path has one."""
+        begins = networkx.single_source_shortest_path(graph, start)
+        found = []
+        for store in {i for i in stores if i in begins} or {start}:
+            ends = networkx.single_source_shortest_path(graph, store)
+            found += [begins[store] + ends[i][1:] for i in goals if i in ends]
+        wide = [x for x in found if any(_kind(self.names[i], self.text[i])[-1] for i in x)]
+        return min(wide or found, key=len)
+
     def _tile(self, before: set[int], threads: int, memory: int) -> Cost | None:
         """The cost of a pass of the loop over tiles; None if there is no loop."""
         found = []
         for loop in loops(self.graph.subgraph(before).copy()):
             wide = sum(_kind(self.names[i], self.text[i])[-1] for i in loop.inside)
-            store = self._last(loop.inside, loop.header, [*self.find("ST", "STG")])
-            if store is None:
-                store = loop.latch
-            ends = networkx.single_source_shortest_path(loop.inside, store)
-            tail = min((ends[i] for i in loop.latches if i in ends), key=len)
-            found.append((wide, route(loop.inside, loop.header, store) + tail[1:]))
+            stores = [i for i in self.find("ST", "STG") if i in loop.inside] or [loop.latch]
+            found.append((wide, self._storing(loop.inside, loop.header, loop.latches, stores)))
         if not found:
             return None
         return self.repeated(max(found)[1], threads, memory)

@@ -32,10 +32,10 @@ def check_bias(
     bias = check_tensor("bias", bias, LOGIT_DTYPES, device, shapes)
     like = {"that of bias": shape_of(bias)}
     ids = check_tensor("bias_ids", ids, (torch.int64,), device, like)
-    return _dense(bias.expand(batch, -1), ids.expand(batch, -1), vocab_size)
+    return dense_bias(bias.expand(batch, -1), ids.expand(batch, -1), vocab_size)
 
 
-def _dense(bias: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
+def dense_bias(bias: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
     """bias [B, K] of the tokens `ids` [B, K] as float32 [B, V]; other tokens have 0."""
     inside = (ids >= 0) & (ids < vocab_size)
     ordered = ids.sort(1).values

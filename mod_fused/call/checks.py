@@ -275,10 +275,10 @@ def _check_seed(seed: object, batch: int, device: torch.device) -> int | Tensor:
         return check_tensor("seed", seed, (torch.int64,), device, {"[B]": [batch]})
     seed = seed.tolist() if isinstance(seed, np.ndarray) else seed
     if not isinstance(seed, (list, tuple)):
-        return _seed(seed)
+        return seed_number(seed)
     if len(seed) != batch:
         raise ValueError(f"seed must be one integer or B = {batch} of them, got {len(seed)}")
-    return on_device("seed", [_seed(x) for x in seed], torch.int64, device)
+    return on_device("seed", [seed_number(x) for x in seed], torch.int64, device)
 
 
 def _is_temperature(x: float) -> bool:
@@ -301,7 +301,14 @@ def _is_position(x: int) -> bool:
     return 0 <= x < 2**63
 
 
-def _seed(seed: object) -> int:
+def position_number(position: object) -> int:
+    """A position that is one integer, checked."""
+    if not _is_position(count := number("position", position, int)):
+        raise ValueError(f"position must be in [0, 2^63), got {count}")
+    return count
+
+
+def seed_number(seed: object) -> int:
     """An integer seed as the int64 of the same 64 bits."""
     bits = number("seed", seed, int)
     if not -(2**63) <= bits < 2**64:

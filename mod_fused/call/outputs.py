@@ -59,6 +59,13 @@ def new_outputs(mixing: MixtureArguments, drawing: DrawArguments) -> Outputs:
     )
 
 
+def as_sample(outputs: Outputs, drawing: DrawArguments) -> Sample:
+    """The outputs of a call as its caller gets them."""
+    tokens, logprobs, valid, model_logprobs, proposal_logprobs = outputs
+    wanted = model_logprobs if drawing.return_model_logprobs else None
+    return Sample(tokens, logprobs, valid, wanted, proposal_logprobs)
+
+
 def _check_output(
     name: str,
     tensor: object,

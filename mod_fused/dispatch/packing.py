@@ -30,6 +30,8 @@ Packed = tuple[list[Tensor], list[Tensor | None], list[int], list[float]]
 
 #: How many slots of each list belong to the mixture; those of the draw follow.
 _TENSORS, _INTEGERS, _NUMBERS = 7, 5, 2
+#: The slots of two integers that may change while all else stays; one follows the other.
+SEED, POSITION = _INTEGERS + 1, _INTEGERS + 2
 
 
 def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Packed:

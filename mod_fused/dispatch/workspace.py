@@ -1,4 +1,4 @@
-"""The workspace of a call: its size and its check."""
+"""The memory of a call: the size of its workspace, and the checks of what the caller gives."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ..call.arguments import MixtureArguments
+from ..call.arguments import DrawArguments, MixtureArguments
 from ..call.fields import number
+from ..call.outputs import Outputs, Sample, check_out, new_outputs
 
 #: A workspace begins at a multiple of so many bytes.
 ALIGNMENT = 16
@@ -54,6 +55,24 @@ def check_workspace(mixing: MixtureArguments, filters: bool, workspace: object) 
             f"got a view from byte {workspace.storage_offset()} on"
         )
     return workspace
+
+
+def new_workspace(mixing: MixtureArguments, filters: bool) -> Tensor:
+    """A workspace as `check_workspace` wants it."""
+    batch = mixing.batch_tensor()
+    size = _workspace_bytes(batch.shape[0], mixing.vocab_size, mixing.model_count(), filters)
+    return torch.zeros(size, dtype=torch.uint8, device=batch.device)
+
+
+def check_memory(
+    mixing: MixtureArguments, drawing: DrawArguments, out: Sample | None, workspace: Tensor | None
+) -> tuple[Outputs, Tensor | None]:
+    """The outputs and the workspace of a call of `sample`: the caller's, checked, or new outputs
+    and no workspace."""
+    if workspace is not None:
+        workspace = check_workspace(mixing, drawing.needs_keys(), workspace)
+    outputs = new_outputs(mixing, drawing) if out is None else check_out(mixing, drawing, out)
+    return outputs, workspace
 
 
 def workspace_size(batch: int, vocab_size: int, policies: int = 2, *, filters: bool = True) -> int:

@@ -54,6 +54,14 @@ def test_case_runs_on_every_problem_of_its_quick_grid(tmp_path, words):
         assert {row[field] for row in result["rows"]} == wanted
 
 
+def test_the_host_path_of_a_gpu_is_timed_without_one(tmp_path):
+    pytest.importorskip("triton")
+    status, result = run_json(tmp_path, "triton_host", "--quick")
+    assert status == 0 and len(result["rows"]) == 4
+    for row in result["rows"]:
+        assert row["timings"].keys() == {"sample", "into out", "plan", "plan, new position"}
+
+
 def test_peers_that_are_not_installed_are_said_to_be_left_out(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     words = ["filters", "--quick", "--budget", "0.001", "--divergences", "reverse_kl"]

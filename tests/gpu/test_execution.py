@@ -132,6 +132,41 @@ def test_replays_write_to_the_caller_s_tensors(gpu, calls, options):
     assert [x.data_ptr() for x in outputs[:3]] == [x.data_ptr() for x in owned["out"][:3]]
 
 
+@pytest.mark.parametrize("owned", [False, True], ids=["its memory", "the caller's"])
+def test_a_plan_draws_what_calls_draw_and_so_does_its_graph(gpu, calls, options, owned):
+    """New logits, seeds and positions in place; the graph has one of the plan's calls."""
+    seed, position = torch.arange(calls.batch, device=gpu.device), calls.zeros()
+    logits = calls.logits()
+    memory = calls.own_memory() if owned else {}
+    given = {"seed": seed, "position": position, "backend": "triton", **options}
+    call = calls.sample(logits, **given)
+    step = mod_fused.plan(logits[0], logits[1:], WEIGHTS, **given, **memory)
+    _, replay = gpu.graph(step)
+    for number in range(gpu.pick(20, 1)):
+        position.fill_(number)
+        for x in logits:
+            x.copy_(x.roll(7, -1))
+        for again in (step, replay):
+            for x in step.out[:3]:
+                x.fill_(1)
+            again()
+            gpu.synchronize()
+            assert same(step.out, call()), f"step {number}"
+
+
+def test_a_plan_takes_new_numbers_and_draws_seeds(gpu, calls):
+    logits = calls.logits()
+    numbered = mod_fused.plan(logits[0], logits[1:], WEIGHTS, seed=5, backend="triton")
+    drawing = mod_fused.plan(logits[0], logits[1:], WEIGHTS, backend="triton")
+    for number in (0, 1, 2**40)[: gpu.pick(3, 1)]:
+        call = calls.sample(logits, seed=number + 5, position=number)
+        assert same(numbered(seed=number + 5, position=number), call())
+        torch.manual_seed(number)
+        expected = kept(calls.sample(logits, seed=None, position=0)())
+        torch.manual_seed(number)
+        assert same(drawing(), expected)
+
+
 def test_seeds_drawn_by_torch_differ_between_replays(gpu, calls):
     outputs, replay = gpu.graph(calls.sample(calls.logits(), divergence="jsd", seed=None))
     seen = set()
@@ -143,11 +178,14 @@ def test_seeds_drawn_by_torch_differ_between_replays(gpu, calls):
 
 
 def test_no_call_makes_the_host_wait(gpu, calls, options):
-    call = calls.sample(calls.logits(), **options)
-    call()  # compiled before
-    gpu.synchronize()
-    with no_sync(gpu):
-        call()
+    logits = calls.logits()
+    call = calls.sample(logits, **options)
+    step = mod_fused.plan(logits[0], logits[1:], WEIGHTS, seed=5, backend="triton", **options)
+    for one in (call, step):
+        one()  # compiled before
+        gpu.synchronize()
+        with no_sync(gpu):
+            one()
 
 
 @pytest.mark.parametrize("owned", [False, True], ids=["allocating", "two workspaces"])
