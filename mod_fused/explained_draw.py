@@ -123,7 +123,7 @@ def torch_kept(drawing: DrawArguments) -> Kept:
                 0, ~torch.from_numpy(reference.unpack_mask(settings["mask"][0], len(log_pi)))
             ] = -torch.inf
         if settings["bias"] is not None:
-            key = biased(key[:, None], settings["bias"], level)[0][:, 0]
+            key, _ = biased(key, settings["bias"], level)
         cpu, one = torch.device("cpu"), slice(0, 1)
         t = row_scalar(settings["temperature"], one, cpu, torch.float32)
         k = row_scalar(settings.get("top_k", 0), one, cpu, torch.int64)
