@@ -130,9 +130,8 @@ def torch_kept(drawing: DrawArguments) -> Kept:
         p = row_scalar(settings.get("top_p", 1.0), one, cpu, torch.float64)
         m = row_scalar(settings.get("min_p", 0.0), one, cpu, torch.float32)
         on = drawing._replace(top_k=k, top_p=p, min_p=m)
-        peak = key.max(1).values
-        scaled = scaled_key(key, peak, t)
-        keep = kept(on, key, peak, scaled, t, k, p, m)
+        scaled = scaled_key(key, key.amax(1), t)
+        keep = kept(on, key, scaled, k, p, m)
         scores = torch.where(keep, scaled, -torch.inf)[0].double()
         return (scores - scores.logsumexp(0)).numpy()
 

@@ -86,8 +86,7 @@ def drawn_from(log_p: Tensor, **drawing: Any) -> Tensor:
         key = torch.where(unpacked(given.mask, vocab), key, -torch.inf)
     if given.bias is not None:
         key, _ = biased(key, given.bias, log_p.amax(1))
-    peak = key.amax(1)
-    scaled = scaled_key(key, peak, temperature)
-    keep = kept(given, key, peak, scaled, temperature, top_k, top_p, min_p)
+    scaled = scaled_key(key, key.amax(1), temperature)
+    keep = kept(given, key, scaled, top_k, top_p, min_p)
     keep = keep | (temperature == 0)[:, None]
     return torch.where(keep, scaled, -torch.inf).log_softmax(1)

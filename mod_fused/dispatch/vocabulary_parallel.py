@@ -57,10 +57,12 @@ def _outline(x: Any) -> str:
 
 def log_probs(*, group: Any, **arguments: Any) -> Tensor:
     """`mod_fused.log_probs` with `group`; `arguments` are all its other ones."""
-    out = arguments.pop("out")
+    out, workspace = arguments.pop("out"), arguments.pop("workspace")
 
     def check() -> _Call:
-        mixing, vocab_size = _check_shard(arguments, False)
+        mixing, vocab_size = _check_shard(**arguments)
+        if workspace is not None:
+            check_workspace(mixing, False, workspace)
         result = new_log_probs(mixing) if out is None else check_log_probs_out(mixing, out)
         return _Call(mixing, vocab_size, out=result)
 
@@ -71,17 +73,19 @@ def log_probs(*, group: Any, **arguments: Any) -> Tensor:
 
 def sample(*, group: Any, **arguments: Any) -> Sample:
     """`mod_fused.sample` with `group`; `arguments` are all its other ones."""
-    out = arguments.pop("out")
+    out, workspace = arguments.pop("out"), arguments.pop("workspace")
     of_draw = {name: arguments.pop(name) for name in _OF_DRAW}
 
     def check() -> _Call:
-        mixing, vocab_size = _check_shard(arguments, True)
+        mixing, vocab_size = _check_shard(**arguments)
         listed = None
         if of_draw["bias_ids"] is not None:
             like = mixing.batch_tensor()
             bias, ids = of_draw.pop("bias"), of_draw.pop("bias_ids")
             listed = check_listed_bias(bias, ids, len(like), like.device)
         drawing = check_draw(mixing, **of_draw)
+        if workspace is not None:
+            check_workspace(mixing, drawing.needs_keys(), workspace)
         result = new_outputs(mixing, drawing) if out is None else check_out(mixing, drawing, out)
         return _Call(mixing, vocab_size, drawing, of_draw["seed"] is None, listed, result)
 
@@ -102,10 +106,10 @@ def sample(*, group: Any, **arguments: Any) -> Sample:
     )
 
 
-def _check_shard(arguments: dict[str, Any], filters: bool) -> tuple[MixtureArguments, int | None]:
+def _check_shard(
+    *, backend: object, vocab_size: Any, **arguments: Any
+) -> tuple[MixtureArguments, int | None]:
     """The mixture's arguments of this rank, and V as it was given."""
-    backend, workspace = arguments.pop("backend"), arguments.pop("workspace")
-    vocab_size = arguments.pop("vocab_size")
     if backend not in (None, "torch"):
         raise ValueError(f"group runs on backend 'torch', got {backend!r}")
     if vocab_size is not None:
@@ -117,8 +121,6 @@ def _check_shard(arguments: dict[str, Any], filters: bool) -> tuple[MixtureArgum
             f"with group the logits of a rank must have one width, got {widths}: the columns of "
             "all models must be the same ids"
         )
-    if workspace is not None:
-        check_workspace(mixing, filters, workspace)
     device = mixing.batch_tensor().device
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ValueError("group cannot be captured in a CUDA graph: its ranks agree on the host")

@@ -62,7 +62,7 @@ def draw(
     valid = valid & peak.isfinite()
 
     scaled = scaled_key(flat, peak, temperature)
-    keep = kept(drawing, flat, peak, scaled, temperature, top_k, top_p, min_p, vocabulary)
+    keep = kept(drawing, flat, scaled, top_k, top_p, min_p, vocabulary)
     mass = torch.where(keep, torch.exp(scaled), 0.0).unflatten(1, (-1, TILE))
     by_tile = vocabulary.tile_sums(mass.sum(-1))
 

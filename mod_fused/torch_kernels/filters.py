@@ -49,15 +49,14 @@ def biased(
 def kept(
     drawing: DrawArguments,
     key: Tensor,
-    peak: Tensor,
     scaled: Tensor,
-    temperature: Tensor,
     top_k: Tensor,
     top_p: Tensor,
     min_p: Tensor,
     vocabulary: Vocabulary = WHOLE,
 ) -> Tensor:
-    """What top-k, then top-p, then min-p leave of each row: bool like `key` [b, N]."""
+    """What top-k, then top-p, then min-p leave of each row: bool like `key` [b, N], and like
+    `scaled`, the key less its peak over the temperature."""
     keep = torch.ones_like(key, dtype=torch.bool)
     use_top_k, use_top_p, _ = drawing.filters()
     if use_top_k:
@@ -66,7 +65,7 @@ def kept(
         keep = (key >= kth[:, None]) | (top_k == 0)[:, None]
     if use_top_p:
         # int64 sums do not depend on their order, so every backend cuts at the same token.
-        mass = (torch.exp(scaled_key(key, peak, temperature)) * _FIXED_POINT).long()
+        mass = (torch.exp(scaled) * _FIXED_POINT).long()
         mass = torch.where(keep, mass, 0)
         total = vocabulary.add(mass.sum(1))
         last = _reaching(key, mass, torch.ceil(top_p * total.double()).long(), vocabulary)
