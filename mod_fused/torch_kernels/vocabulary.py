@@ -160,7 +160,7 @@ class VocabularyShard(Vocabulary):
         missing = self._widest - x.shape[-1]
         padded = torch.nn.functional.pad(x, (0, missing))  # cuts what holds padding alone
         every = self.gather(padded).movedim(0, -2).flatten(-2)
-        return [(every[..., at], here) for at, here in self._places]
+        return [(every.index_select(-1, at), here) for at, here in self._places]
 
     def _gathered(self, *fields: Tensor) -> Tensor:
         """Fields [b], float32, float64 or ids, as float64 [ranks, b, fields]: they fit."""
