@@ -158,7 +158,7 @@ class VocabularyShard(Vocabulary):
         """x [..., T here] of all ranks, by tile: the first, second, ... rank's [..., all T] that
         has columns of a tile, and which tiles have so many, bool [all T]."""
         missing = self._widest - x.shape[-1]
-        padded = torch.nn.functional.pad(x, (0, missing))  # cuts what holds padding alone
+        padded = torch.nn.functional.pad(x, (0, missing))
         every = self.gather(padded).movedim(0, -2).flatten(-2)
         return [(every.index_select(-1, at), here) for at, here in self._places]
 
