@@ -201,8 +201,8 @@ def sample(
             ranks, and the same columns of dense `values`, `mask` (packed from its first column on)
             and `bias`; all else is the same on all ranks, ids count from the first rank's first
             column, and V is `vocab_size` or the columns of all ranks. Ids from V on are padding.
-            Shards may have any widths. It runs on the torch backend, and not in a CUDA graph nor in
-            compiled code. Every rank returns the same `Sample`.
+            Shards may have any widths. It runs on the torch backend, and not inside a graph (CUDA's
+            or torch.compile's). Every rank returns the same `Sample`.
 
     Returns:
         `Sample`, which is `out` where that is given. A row is invalid if a tensor that counts holds
