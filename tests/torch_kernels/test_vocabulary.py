@@ -8,6 +8,10 @@ import pytest
 import torch
 from cases import normal
 
+from mod_fused.call.checks import check_draw, check_mixture
+from mod_fused.call.outputs import new_outputs
+from mod_fused.torch_kernels import launch
+from mod_fused.torch_kernels.mixture import mix
 from mod_fused.torch_kernels.vocabulary import Vocabulary, VocabularyShard
 
 CPU = torch.device("cpu")
@@ -103,3 +107,46 @@ def test_of_equals_the_first_shard_has_the_least():
     for least, token in together("least", *zip(x, ids, strict=True)):
         assert least.tolist() == [0.5, 5.0] and token.tolist() == [10, 1]
         assert token.dtype == torch.int64
+
+
+#: Of docs/backends.md: collectives, and numbers of each row, for 3 tiles and M = 1.
+EXCHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
+    "reverse_kl": ({}, {}, 1 + 3, 2 * 3 + 3 + 4),
+    "zero": ({"divergence": "jsd", "normalizer": "zero"}, {}, 3 + 3, 4 * 3 + 2 * 3 + 2 + 3 + 4),
+    "plausibility": ({"plausibility": 0.1}, {}, 1 + 3 + 1, 2 * 3 + 3 + 4 + 1),
+    "bias": ({}, {"bias": torch.zeros(2, 3000)}, 1 + 3 + 2, 2 * 3 + 3 + 4 + 2),
+    "top_k": ({}, {"top_k": 7}, 1 + 3 + 4, 2 * 3 + 3 + 4 + 1024),
+    "top_p": ({}, {"top_p": 0.9}, 1 + 3 + 5, 2 * 3 + 3 + 4 + 1025),
+    "models": ({}, {"return_model_logprobs": True}, 1 + 3 + 1, 2 * 3 + 3 + 4 + 2 + 4 * 3),
+}
+
+
+def exchanged(mixing: dict[str, Any], drawing: dict[str, Any]) -> tuple[int, int, int]:
+    """Collectives of a call with one shard, numbers of each row in them, and evaluations."""
+    x, y = normal(5, 2, 2, 3000)
+    given = check_mixture(x, [y], [0.7], **mixing)
+    draws = check_draw(given, **drawing, seed=1)
+    sent: list[int] = []
+
+    def gather(x: torch.Tensor) -> torch.Tensor:
+        sent.append(x.numel() // 2)
+        return x[None]
+
+    one = VocabularyShard(3000, [3000], 0, gather, CPU)
+    launch.sample_out(given, draws, new_outputs(given, draws), None, one)
+    record: dict[str, Any] = {"evaluations": 0}
+    mix(given, slice(0, 2), Vocabulary(3000), record)
+    return len(sent), sum(sent), record["evaluations"]
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_the_documented_numbers_are_exchanged(name):
+    mixing, drawing, collectives, numbers = EXCHANGES[name]
+    assert exchanged(mixing, drawing) == (collectives, numbers, 0)
+
+
+def test_an_evaluation_is_one_collective():
+    collectives, numbers, evaluations = exchanged({"divergence": "jsd"}, {})
+    assert evaluations > 1
+    assert collectives == 4 + evaluations + 3
+    assert numbers == 4 * 3 + 6 * 3 + 4 * 3 * evaluations + 2 + 3 + 4
