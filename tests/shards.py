@@ -236,6 +236,14 @@ def _chunks(case: Case, rng: int) -> Case:
     return _filters_by_row(case, rng)._replace(chunk_tokens=4096)
 
 
+def _greedy(case: Case, rng: int) -> Case:
+    """The most likely token is the last, ties with the first, or stands in the middle."""
+    models = [x.clone() for x in (case.args[0], *case.args[1])]
+    for x in models:
+        x[:2, -1] = x[1, 0] = x[2, case.vocab // 2] = 20.0
+    return _with(case, args=(models[0], models[1:], WEIGHTS), temperature=0.0)
+
+
 def _no_reference(case: Case, rng: int) -> Case:
     return _with(case, args=(None, case.args[1], [0.5, 0.5]))
 
@@ -246,6 +254,7 @@ OPTIONS: dict[str, Any] = {
     "values_alone": _values_alone, "history": _history, "own_mass": _own_mass, "zero": _zero,
     "plausibility_by_row": _plausibility_by_row, "broken": _broken, "signed": _signed,
     "sixteen_bits": _sixteen_bits, "chunks": _chunks, "no_reference": _no_reference,
+    "greedy": _greedy,
 }  # fmt: skip
 #: Options that need more than a few tokens.
 WIDE = {"filters_by_row", "chunks", "zero", "plausibility_by_row"}
