@@ -35,6 +35,7 @@ from .torch_kernels.mixture import (
 )
 from .torch_kernels.normalizer import bracket
 from .torch_kernels.parameters import row_vector
+from .torch_kernels.vocabulary import Vocabulary
 
 
 class Explanation(NamedTuple):
@@ -217,7 +218,7 @@ def _one_row(
 def _recorded(mixing: MixtureArguments) -> dict[str, Any]:
     """What the solver of the torch backend found on its way."""
     record: dict[str, Any] = {}
-    mixture = mix(mixing, slice(0, 1), record)
+    mixture = mix(mixing, slice(0, 1), Vocabulary(mixing.vocab_size), record)
     fields: dict[str, Any] = {"normalizer": float(mixture.level.double() + mixture.log_norm)}
     if mixing.mixture_prefix_logprobs is not None and record:  # the rest has the row's scale
         return fields | {"evaluations": record["evaluations"]}
@@ -290,7 +291,8 @@ def _solved(
     total = torch.where(w[0] == 0, 0.0, w[0] * q).sum()
     if mixing.values is not None:
         v = normal(row_vector(mixing.value_weights, one, cpu))[0]
-        scores = torch.stack([x.flatten()[token] for x in dense_values(mixing, one)[0]]).double()
+        dense, *_ = dense_values(mixing, one, Vocabulary(mixing.vocab_size))
+        scores = torch.stack([x.flatten()[token] for x in dense]).double()
         total = total - torch.where(v == 0, 0.0, v * scores).sum()
 
     offset = kind.supremum * (1.0 - w.sum())
@@ -307,7 +309,8 @@ def _solved(
     if mixing.normalizer == "exact":
         log_ref = (rows[0] - norms[0])[log_pi > -torch.inf]
         log_ref = log_ref - log_mass
-        lower, upper = bracket(kind, log_ref[None, None], (each - tau)[None, None], best[None])
+        rest = (each - tau)[None, None]
+        lower, upper = bracket(kind, log_ref[None, None], rest, log_ref[best][None])
         ends = {"lower": float(lower), "upper": float(upper)}
     return (
         fields

@@ -123,16 +123,15 @@ def torch_kept(drawing: DrawArguments) -> Kept:
                 0, ~torch.from_numpy(reference.unpack_mask(settings["mask"][0], len(log_pi)))
             ] = -torch.inf
         if settings["bias"] is not None:
-            key = biased(key[:, None], settings["bias"], level)[0][:, 0]
+            key, _ = biased(key, settings["bias"], level)
         cpu, one = torch.device("cpu"), slice(0, 1)
         t = row_scalar(settings["temperature"], one, cpu, torch.float32)
         k = row_scalar(settings.get("top_k", 0), one, cpu, torch.int64)
         p = row_scalar(settings.get("top_p", 1.0), one, cpu, torch.float64)
         m = row_scalar(settings.get("min_p", 0.0), one, cpu, torch.float32)
         on = drawing._replace(top_k=k, top_p=p, min_p=m)
-        peak = key.max(1).values
-        scaled = scaled_key(key, peak, t)
-        keep = kept(on, key, peak, scaled, t, k, p, m)
+        scaled = scaled_key(key, key.amax(1), t)
+        keep = kept(on, key, scaled, k, p, m)
         scores = torch.where(keep, scaled, -torch.inf)[0].double()
         return (scores - scores.logsumexp(0)).numpy()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .call.checks import check_draw, check_mixture
 from .call.outputs import Sample, as_sample, check_log_probs_out, new_log_probs
-from .dispatch import registration
+from .dispatch import registration, vocabulary_parallel
 from .dispatch.backends import backends, choose
 from .dispatch.packing import pack
 from .dispatch.tracing import draw_without_symbols, mixture_without_symbols
@@ -43,6 +43,7 @@ def log_probs(
     backend: str | None = None,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """log pi*, the log-probabilities of the mixture.
 
@@ -50,12 +51,14 @@ def log_probs(
 
     Returns:
         float32 [B, V] in nats, which is `out` where that is given: -inf for excluded tokens, NaN
-        throughout an invalid row.
+        throughout an invalid row. With `group` the columns of this rank, -inf for padding.
 
     Raises:
         ValueError: wrong shapes, devices, names, or numbers out of range.
         TypeError: wrong types or dtypes.
     """
+    if group is not None:
+        return vocabulary_parallel.log_probs(**locals())
     mixing = check_mixture(
         ref_logits,
         policy_logits,
@@ -114,6 +117,7 @@ def sample(
     backend: str | None = None,
     out: Sample | None = None,
     workspace: Tensor | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Sample:
     """Draw the next token of each row from the multi-objective policy (MOD, arXiv 2406.18853, eq.
     6).
@@ -194,10 +198,17 @@ def sample(
             was not zero, or a launch on it was stopped, no call waits for ever: the rows are
             invalid until `reset_workspace`. None allocates one for each call. The torch and cpu
             backends use no workspace and leave it as it is. A call on a GPU allocates nothing, and
-            can be captured in a CUDA graph, when it is given `out`, `workspace`, and tensors or single numbers for everything that goes by
-            row (weights for all rows may be a list). `value_ids` and `bias_ids` allocate even
-            then, and so do seed=None, which draws seeds, and lists per row, which are copied to the
-            device. A list per row is refused while a graph is captured.
+            can be captured in a CUDA graph, when it is given `out`, `workspace`, and tensors or
+            single numbers for everything that goes by row (weights for all rows may be a list).
+            `value_ids` and `bias_ids` allocate even then, and so do seed=None, which draws seeds,
+            and lists per row, which are copied to the device. A list per row is refused while a graph is captured.
+        group: a torch.distributed process group whose ranks hold the vocabulary in shards; None:
+            all of it is here. Each rank passes its own columns of all logits, in the order of the
+            ranks, and the same columns of dense `values`, `mask` (packed from its first column on)
+            and `bias`; all else is the same on all ranks, ids count from the first rank's first
+            column, and V is `vocab_size` or the columns of all ranks. Ids from V on are padding.
+            Shards may have any widths. It runs on the torch backend, and not inside a graph (CUDA's
+            or torch.compile's). Every rank returns the same `Sample`.
 
     Returns:
         `Sample`, which is `out` where that is given. A row is invalid if a tensor that counts holds
@@ -208,6 +219,8 @@ def sample(
         ValueError: wrong shapes, devices, names, or numbers out of range.
         TypeError: wrong types or dtypes.
     """
+    if group is not None:
+        return vocabulary_parallel.sample(**locals())
     mixing = check_mixture(
         ref_logits,
         policy_logits,

@@ -39,6 +39,8 @@ class Plan:
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         """`given`: all arguments of `sample` by name."""
+        if given["group"] is not None:
+            raise ValueError("group must be None for a plan, whose calls run on one device")
         mixing = check_mixture(**{name: given[name] for name in _MIXTURE})
         draw = {name: given[name] for name in _DRAW}
         draws_seeds = draw["seed"] is None

@@ -257,6 +257,11 @@ def test_it_refuses_what_sample_refuses_with_the_same_words(name):
     assert errors[0] == errors[1]
 
 
+def test_shards_of_a_vocabulary_are_refused():
+    with pytest.raises(ValueError, match="^group must be None for a plan"):
+        mod_fused.plan(REF, POLICIES, WEIGHTS, seed=1, group="any")
+
+
 def test_it_has_the_arguments_of_sample():
     planned, called = map(inspect.signature, (mod_fused.plan, mod_fused.sample))
     assert planned.parameters == called.parameters

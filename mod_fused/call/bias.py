@@ -12,19 +12,26 @@ def check_bias(
     bias: object, ids: object, batch: int, vocab_size: int, device: torch.device
 ) -> Tensor:
     """The bias as a tensor [B, V]. A row whose `ids` are no such list holds NaN."""
+    if ids is not None:
+        return dense_bias(*check_listed_bias(bias, ids, batch, device), vocab_size)
+    shapes = {"[B, V]": [batch, vocab_size], "[V]": [vocab_size]}
+    bias = check_tensor("bias", bias, LOGIT_DTYPES, device, shapes)
+    if vocab_size > 1 and bias.stride(-1) != 1:
+        raise ValueError(
+            "bias must be contiguous in the last dimension (stride 1), "
+            f"got stride {bias.stride(-1)}"
+        )
+    return bias.expand(batch, -1)
+
+
+def check_listed_bias(
+    bias: object, ids: object, batch: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The bias of listed tokens [B, K], and their `ids` [B, K], whose range is not looked at."""
     if bias is None:
         raise ValueError("bias_ids needs bias, got bias=None")
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a tensor, got {type(bias).__name__}")
-    if ids is None:
-        shapes = {"[B, V]": [batch, vocab_size], "[V]": [vocab_size]}
-        bias = check_tensor("bias", bias, LOGIT_DTYPES, device, shapes)
-        if vocab_size > 1 and bias.stride(-1) != 1:
-            raise ValueError(
-                "bias must be contiguous in the last dimension (stride 1), "
-                f"got stride {bias.stride(-1)}"
-            )
-        return bias.expand(batch, -1)
     if bias.dim() not in (1, 2):
         raise ValueError(f"bias must have shape [B, K] or [K] with bias_ids, got {shape_of(bias)}")
     width = bias.shape[-1]
@@ -32,7 +39,7 @@ def check_bias(
     bias = check_tensor("bias", bias, LOGIT_DTYPES, device, shapes)
     like = {"that of bias": shape_of(bias)}
     ids = check_tensor("bias_ids", ids, (torch.int64,), device, like)
-    return dense_bias(bias.expand(batch, -1), ids.expand(batch, -1), vocab_size)
+    return bias.expand(batch, -1), ids.expand(batch, -1)
 
 
 def dense_bias(bias: Tensor, ids: Tensor, vocab_size: int) -> Tensor:

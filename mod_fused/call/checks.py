@@ -254,7 +254,7 @@ def check_draw(
         row_parameter(
             "temperature", temperature, 1.0, batch, device, _is_temperature, "in [0, 3.4e38]"
         ),
-        ks if isinstance(ks, Tensor) else min(ks, mixing.vocab_size),
+        ks if isinstance(ks, Tensor) else min(ks, 2**63 - 1),
         row_parameter("top_p", top_p, 1.0, batch, device, _is_top_p, "in (0, 1]"),
         row_parameter("min_p", min_p, 0.0, batch, device, _is_share, "in [0, 1]"),
         mask,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..call.fields import check_tensor
-from ..torch_kernels.filters import allowed
+from ..torch_kernels import filters
 from .options import Limits, count, plain
 
 _BAD_ID = "a token id of bad_words_ids"
@@ -156,4 +156,4 @@ def unpacked(mask: Any, like: Tensor) -> Tensor:
     else:
         shapes = {"[B, V]": [rows, vocab]}
     mask = check_tensor("mask", mask, (torch.bool, torch.int32), like.device, shapes)
-    return allowed(mask, like[:, None], vocab)[:, 0]
+    return filters.unpacked(mask, vocab)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..call.checks import check_draw, check_mixture
 from ..ops import log_probs
-from ..torch_kernels.filters import allowed, biased, kept, scaled_key
+from ..torch_kernels.filters import biased, kept, scaled_key, unpacked
 from ..torch_kernels.parameters import row_scalar
 
 
@@ -83,11 +83,10 @@ def drawn_from(log_p: Tensor, **drawing: Any) -> Tensor:
     min_p = row_scalar(given.min_p, rows, device, torch.float32)
     key = log_p
     if given.mask is not None:
-        key = torch.where(allowed(given.mask, key[:, None], vocab)[:, 0], key, -torch.inf)
+        key = torch.where(unpacked(given.mask, vocab), key, -torch.inf)
     if given.bias is not None:
-        key = biased(key[:, None], given.bias, log_p.amax(1))[0][:, 0]
-    peak = key.amax(1)
-    scaled = scaled_key(key, peak, temperature)
-    keep = kept(given, key, peak, scaled, temperature, top_k, top_p, min_p)
+        key, _ = biased(key, given.bias, log_p.amax(1))
+    scaled = scaled_key(key, key.amax(1), temperature)
+    keep = kept(given, key, scaled, top_k, top_p, min_p)
     keep = keep | (temperature == 0)[:, None]
     return torch.where(keep, scaled, -torch.inf).log_softmax(1)

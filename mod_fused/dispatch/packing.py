@@ -69,7 +69,7 @@ def pack(mixing: MixtureArguments, drawing: DrawArguments | None = None) -> Pack
         tensors += (mask, bias, None if t else temperature, None if k else top_k)
         tensors += (None if p else top_p, None if m else min_p)
         tensors += (None if s else seed, None if n else position)
-        integers += (top_k if k else 0, seed if s else 0, position if n else 0)
+        integers += (min(top_k, vocab) if k else 0, seed if s else 0, position if n else 0)
         integers += (int(of_models), int(of_proposal))
         numbers += (temperature if t else 0.0, top_p if p else 0.0, min_p if m else 0.0)
     if w:

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..call.arguments import DrawArguments
 from . import philox
-from .filters import allowed, biased, kept, scaled_key
+from .filters import biased, kept, scaled_key, unpacked
+from .mixture import Mixture
 from .parameters import row_scalar
 from .philox import TILE
+from .vocabulary import Vocabulary
+
+
+class Draw(NamedTuple):
+    """A token a row, and the distribution that it was drawn from."""
+
+    token: Tensor  # int64 [b]
+    valid: Tensor  # bool [b]: the row's parameters are good and it has a token left
+    scaled: Tensor  # float32 [b, T * TILE], log of the mass of tokens that the filters leave
+    log_total: Tensor  # float64 [b], log of all mass that they leave
+    greedy: Tensor  # bool [b]: temperature 0, the most likely token
 
 
 def draw(
-    drawing: DrawArguments, rows: slice, batch: int, key: Tensor, level: Tensor, vocab_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    drawing: DrawArguments, rows: slice, batch: int, mixture: Mixture, vocabulary: Vocabulary
+) -> Draw:
     """Draw one token a row.
 
     Args:
         drawing: the op's arguments.
         rows: which rows of the batch these are.
         batch: B, the number of rows of the whole batch.
-        key: float32 [b, T, TILE], log pi* up to a constant of the row, -inf where it is 0.
-        level: float32 [b], the largest key.
-        vocab_size: V; entries from V on are padding.
-
-    Returns:
-        token ids int64 [b]; float32 [b], the log of the probability with which each was drawn; and
-        bool [b]: whether the row's parameters are good and it has a token left.
+        mixture: of these rows.
     """
+    key = mixture.key
     device = key.device
 
     temperature = row_scalar(drawing.temperature, rows, device, torch.float32)
@@ -40,41 +49,58 @@ def draw(
     valid = valid & (top_p > 0) & (top_p <= 1) & (min_p >= 0) & (min_p <= 1)
 
     if drawing.mask is not None:
-        key = torch.where(allowed(drawing.mask[rows], key, vocab_size), key, -torch.inf)
+        mask = unpacked(drawing.mask[rows], vocabulary.count)
+        key = torch.where(vocabulary.tiled(mask, False), key, -torch.inf)
     if drawing.bias is not None:
-        key, readable = biased(key, drawing.bias[rows], level)
+        bias = vocabulary.tiled(drawing.bias[rows], 0.0)
+        key, readable = biased(key, bias, mixture.level, vocabulary)
         valid = valid & readable
     flat = key.flatten(1)
-    peak, greedy = flat.max(1)  # the first of equal keys
+    highest, first = flat.max(1)  # the first of equal keys
+    changed = drawing.mask is not None or drawing.bias is not None
+    peak = vocabulary.largest(highest) if changed else mixture.level
     valid = valid & peak.isfinite()
 
     scaled = scaled_key(flat, peak, temperature)
-    keep = kept(drawing, flat, peak, scaled, temperature, top_k, top_p, min_p)
+    keep = kept(drawing, flat, scaled, top_k, top_p, min_p, vocabulary)
     mass = torch.where(keep, torch.exp(scaled), 0.0).unflatten(1, (-1, TILE))
+    by_tile = vocabulary.tile_sums(mass.sum(-1))
 
     seed = drawing.seed
     seeds = seed if isinstance(seed, Tensor) else philox.split_mix(seed, batch, device)
-    token = _race(mass[..., :vocab_size], seeds[rows], position)
-    token = torch.where(temperature == 0, greedy, token)
-    log_mass = scaled.gather(1, token[:, None]).squeeze(1)
-    proposal = (log_mass - mass.sum(-1).double().sum(-1).log()).clamp(max=0.0)
-    return token, torch.where(temperature == 0, 0.0, proposal).float(), valid
+    arrival, token = _race(mass, by_tile, seeds[rows], position, vocabulary)
+    greedy = temperature == 0
+    arrival = torch.where(greedy, -highest, arrival)
+    token = torch.where(greedy, first + vocabulary.first_tile * TILE, token)
+    _, token = vocabulary.least(arrival, token)
+    return Draw(token, valid, scaled, by_tile.double().sum(-1).log(), greedy)
 
 
-def _race(mass: Tensor, seed: Tensor, position: Tensor) -> Tensor:
-    """argmin of E / mass over tiles, then over the tokens of the winner: mass [b, T, TILE] -> ids
-    [b]."""
-    tiles = torch.arange(mass.shape[1], dtype=torch.int64, device=mass.device)[None]
-    tile = _first(philox.exponential(seed, position, tiles, 0), mass.sum(-1))
-    width = mass.shape[2]  # less than a tile only where the vocabulary is
-    within = torch.arange(width, dtype=torch.int64, device=mass.device)[None]
-    ids = tile[:, None] * TILE + within
-    inside = mass.gather(1, tile[:, None, None].expand(-1, 1, width)).squeeze(1)
-    return tile * TILE + _first(philox.exponential(seed, position, ids, 1), inside)
+def _race(
+    mass: Tensor, by_tile: Tensor, seed: Tensor, position: Tensor, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor]:
+    """argmin of E / mass over tiles, then over the tokens of the winner that are here.
+
+    Args:
+        mass: float32 [b, T, TILE] of the tokens here.
+        by_tile: float32 [b, all T] of all tiles.
+
+    Returns:
+        The winner's E / mass, float32 [b], +inf where none is here, and its id, int64 [b].
+    """
+    tiles = torch.arange(by_tile.shape[1], dtype=torch.int64, device=mass.device)[None]
+    tile = _quotients(philox.exponential(seed, position, tiles, 0), by_tile).argmin(1)
+    at, count = tile - vocabulary.first_tile, mass.shape[1]
+    place = at.clamp(0, count - 1)[:, None, None].expand(-1, 1, TILE)
+    inside = mass.gather(1, place).squeeze(1)
+    inside = torch.where(((at >= 0) & (at < count))[:, None], inside, 0.0)
+    ids = tile[:, None] * TILE + torch.arange(TILE, dtype=torch.int64, device=mass.device)
+    arrival, first = _quotients(philox.exponential(seed, position, ids, 1), inside).min(1)
+    return arrival, tile * TILE + first
 
 
-def _first(arrival: Tensor, mass: Tensor) -> Tensor:
-    """argmin of arrival / mass, [b, K] -> [b]. A mass of 0 never wins, not even against a quotient
-    that overflows."""
+def _quotients(arrival: Tensor, mass: Tensor) -> Tensor:
+    """arrival / mass, [b, K]. A mass of 0 never wins, not even against a quotient that
+    overflows."""
     quotient = (arrival / mass).clamp(max=torch.finfo(torch.float32).max)
-    return torch.where(mass > 0, quotient, torch.inf).argmin(1)
+    return torch.where(mass > 0, quotient, torch.inf)

@@ -18,7 +18,7 @@ from ..divergence import ReverseKL
 from . import normalizer
 from .own_mass import RowFunctions, own_mass
 from .parameters import row_scalar, row_vector
-from .philox import TILE
+from .vocabulary import Vocabulary
 
 # The range of float32, the same in every backend and in the oracle (design §2).
 _SMALLEST_LOG_REF = -80.0
@@ -29,6 +29,10 @@ _LEAST_TAU = 1e-36
 _WEIGHT_ROUNDING, _FLOAT32_ROUNDING = 2.0**-40, 2.0**-24  # of a sum, of each number of one
 
 
+#: Levels [b] and logs of the sums [b] of some rows, `normalizer.levels_and_log_sums`.
+Norms = tuple[list[Tensor], list[Tensor]]
+
+
 class Mixture(NamedTuple):
     """A chunk of b rows after the mathematics: log pi* = (key - level) - log_norm."""
 
@@ -37,13 +41,12 @@ class Mixture(NamedTuple):
     log_norm: Tensor  # float64 [b]
     valid: Tensor  # bool [b]
     logits: list[Tensor]  # float32 [b, T, TILE] each: scaled, reference first if there is one
+    norms: Norms | None  # of the logits, where the mathematics needs them
 
 
-def _tiles(x: Tensor, vocab_size: int) -> Tensor:
-    """The first V columns of [b, >= V] as float32 [b, T, TILE], the tail filled with -inf."""
-    x = x[:, :vocab_size].float()
-    padded = torch.nn.functional.pad(x, (0, -vocab_size % TILE), value=-torch.inf)
-    return padded.unflatten(1, (-1, TILE))
+def _tiles(x: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """The columns of [b, >= V] as float32 [b, T, TILE], the rest filled with -inf."""
+    return vocabulary.tiled(x.float(), -torch.inf)
 
 
 def normal(weights: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ def _fma(c: Tensor, x: Tensor, total: Tensor) -> Tensor:
 
 
 def dense_values(
-    mixing: MixtureArguments, rows: slice
+    mixing: MixtureArguments, rows: slice, vocabulary: Vocabulary
 ) -> tuple[list[Tensor], Tensor | None, Tensor]:
     """Values as J tensors [b, T, TILE], the candidate set (None: every token), and bool [b]: all
     ids in range."""
@@ -73,26 +76,29 @@ def dense_values(
     values = mixing.values[:, rows].float()
     if mixing.value_ids is None:
         ids_ok = torch.ones(values.shape[1], dtype=torch.bool, device=values.device)
-        return [_tiles(x, mixing.vocab_size) for x in values], None, ids_ok
+        return [_tiles(x, vocabulary) for x in values], None, ids_ok
     ids = mixing.value_ids[rows]
-    inside = (ids >= 0) & (ids < mixing.vocab_size)
-    ids_ok = (inside | (ids == -1)).all(1)
-    # One column more than the row has takes what the padding writes.
-    width = mixing.vocab_size + -mixing.vocab_size % TILE
-    target = torch.where(inside, ids, width)
-    zeros = values.new_zeros((ids.shape[0], width + 1))
-    dense = [zeros.scatter(1, target, x)[:, :width].unflatten(1, (-1, TILE)) for x in values]
-    candidates = zeros.scatter(1, target, 1.0)[:, :width].unflatten(1, (-1, TILE)) > 0
+    ids_ok = ((ids >= -1) & (ids < vocabulary.size)).all(1)
+    # One column more than the row has takes what is not here.
+    here, count = ids - vocabulary.start, vocabulary.count
+    target = torch.where((ids >= 0) & (here >= 0) & (here < count), here, count)
+    zeros = values.new_zeros((ids.shape[0], count + 1))
+    dense = [_tiles(zeros.scatter(1, target, x), vocabulary) for x in values]
+    candidates = vocabulary.tiled(zeros.scatter(1, target, 1.0) > 0, False)
     return dense, candidates, ids_ok
 
 
-def mix(mixing: MixtureArguments, rows: slice, record: dict[str, Any] | None = None) -> Mixture:
+def mix(
+    mixing: MixtureArguments,
+    rows: slice,
+    vocabulary: Vocabulary,
+    record: dict[str, Any] | None = None,
+) -> Mixture:
     """Support, validity and log pi* of a chunk of rows (design §2). `record` takes what the solver
     found on its way, for `explain`."""
     divergence = mixing.divergence
-    vocab_size = mixing.vocab_size
     tensors = [x[rows] for x in mixing.tensors()]
-    logits = [_tiles(x, vocab_size) for x in tensors]
+    logits = [_tiles(x, vocabulary) for x in tensors]
     if mixing.logit_scales:
         logits = [x * scale for x, scale in zip(logits, mixing.logit_scales, strict=True)]
     policies = logits[mixing.ref_logits is not None :]
@@ -100,13 +106,13 @@ def mix(mixing: MixtureArguments, rows: slice, record: dict[str, Any] | None = N
 
     weights = normal(row_vector(mixing.weights, rows, device))
     valid = weights.isfinite().all(1)
-    columns = torch.arange(logits[0][0].numel(), device=device).view(logits[0].shape[1:])
-    support = (columns < vocab_size).expand(count, -1, -1)
+    here = torch.ones((count, vocabulary.count), dtype=torch.bool, device=device)
+    support = vocabulary.tiled(here, False)
 
     values: list[Tensor] = []
     value_weights = weights.new_zeros((count, 0))
     if mixing.values is not None:
-        values, candidates, ids_ok = dense_values(mixing, rows)
+        values, candidates, ids_ok = dense_values(mixing, rows, vocabulary)
         value_weights = normal(row_vector(mixing.value_weights, rows, device))
         valid = valid & ids_ok & value_weights.isfinite().all(1)
         if candidates is not None:
@@ -128,31 +134,34 @@ def mix(mixing: MixtureArguments, rows: slice, record: dict[str, Any] | None = N
         support = support & (x.isfinite() | ~counts[:, None, None])
 
     if mixing.plausibility_is_on():
-        kept, readable = _plausible(mixing, rows, logits)
+        kept, readable = _plausible(mixing, rows, logits, vocabulary)
         valid, support = valid & readable, support & kept
 
+    norms = None
     if type(divergence) is ReverseKL:
         key = _log_linear(own, logits, weights, values, value_weights)
     else:
+        norms = normalizer.levels_and_log_sums(logits, vocabulary)
         key, support, solvable = _general(
-            mixing, rows, logits, weights, values, value_weights, support, record
+            mixing, rows, logits, norms, weights, values, value_weights, support, vocabulary, record
         )
         valid = valid & solvable
-    key = torch.where(support, key, -torch.inf)
-    level = key.amax((-2, -1))
+    # What is broken is off the support. Its NaN tells the other processes with a part of the row.
+    off = torch.where(valid, -torch.inf, torch.nan)
+    key = torch.where(support, key, off[:, None, None])
+    (level,), (log_norm,) = normalizer.levels_and_log_sums([key], vocabulary)
     # Neither an empty support (-inf) nor an overflow (NaN, +inf) leaves a finite level.
-    log_norm = normalizer.row_logsumexp(key - level[:, None, None])
-    return Mixture(key, level, log_norm, valid & level.isfinite(), logits)
+    return Mixture(key, level, log_norm, valid & level.isfinite(), logits, norms)
 
 
 def _plausible(
-    mixing: MixtureArguments, rows: slice, logits: list[Tensor]
+    mixing: MixtureArguments, rows: slice, logits: list[Tensor], vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
     """The tokens that plausibility keeps [b, T, TILE], none where it is out of range, and the rows
     where it is off or its tensor holds neither NaN nor +inf [b]."""
     x = logits[mixing.plausibility_tensor - (mixing.ref_logits is None)]
     share = row_scalar(mixing.plausibility, rows, x.device, torch.float64)
-    peak = x.amax((-2, -1))  # NaN and +inf both end up there
+    peak = vocabulary.largest(x.amax((-2, -1)))  # NaN and +inf both end up there
     off = share == 0.0
     kept = x - peak[:, None, None] >= share.log().float()[:, None, None]
     return off[:, None, None] | kept, off | peak.isfinite()
@@ -214,21 +223,18 @@ def _general(
     mixing: MixtureArguments,
     rows: slice,
     logits: list[Tensor],
+    norms: Norms,
     weights: Tensor,
     values: list[Tensor],
     value_weights: Tensor,
     support: Tensor,
+    vocabulary: Vocabulary,
     record: dict[str, Any] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every other divergence, in deficit form: the key lr + log H(tau + D), the support, and
     whether Z exists [b]."""
-    log_norms = [normalizer.row_logsumexp(x) for x in logits]
-    # Levels and log-sums apart: beside a level of 1e17 float64 would lose the other.
-    levels = [x.amax((-2, -1)).double()[:, None, None] for x in logits]
-    log_sums = [
-        normalizer.row_logsumexp((x - level).float())
-        for x, level in zip(logits, levels, strict=True)
-    ]
+    log_sums = norms[1]
+    levels = [level.double()[:, None, None] for level in norms[0]]
     ref = logits[0] - levels[0]
     log_ref = (ref - log_sums[0][:, None, None]).float()
     support = support & (log_ref >= _SMALLEST_LOG_REF)
@@ -255,7 +261,8 @@ def _general(
         d = torch.maximum(d, least_log_ratio.to(real)[:, None, None])
         w = weights[:, i, None, None].float()
         deficit = torch.where(w == 0, deficit, deficit + w * divergence.deficit(d))
-        log_policy = x - log_norms[i + 1].float()[:, None, None]  # may be beyond float32
+        log_norm = (levels[i + 1] + log_sums[i + 1][:, None, None]).float()
+        log_policy = x - log_norm  # may be beyond float32
         support = support & ((w == 0) | (log_policy > -torch.inf))
     support = support & (deficit < _LARGEST_DEFICIT)
     # A tilt moves min Q away from 0, and D would keep only its rounding: in float64 until then.
@@ -265,10 +272,10 @@ def _general(
 
     support = support & (deficit < _LARGEST_DEFICIT)
     log_ref = torch.where(support, log_ref, -torch.inf)
-    excess, least, best = normalizer.excess_deficit(deficit, support)
+    excess, least, log_ref_best = normalizer.excess_deficit(deficit, log_ref, support, vocabulary)
     solvable = solvable & (least > -_LARGEST_DEFICIT)
     if mixing.normalizer == "exact":
-        tau = normalizer.solve(divergence, log_ref, excess, best, record)
+        tau = normalizer.solve(divergence, log_ref, excess, log_ref_best, record, vocabulary)
         q = tau[:, None, None] + excess
     else:
         # In float64: H magnifies the rounding of Q by 1 / alpha, and near its pole by more.
