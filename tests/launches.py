@@ -21,16 +21,17 @@ def launches(
     vocab: int = 128256,
     policies: int = 2,
     dtype: torch.dtype = torch.bfloat16,
+    rows: int = 1,
     **arguments: Any,
 ) -> list[launch.Launch]:
-    """What a call launches for one row."""
-    logits = torch.empty((1, vocab), dtype=dtype, device="meta")
+    """What a call launches."""
+    logits = torch.empty((rows, vocab), dtype=dtype, device="meta")
     mixture = {k: x for k, x in arguments.items() if k not in DRAW}
     draw = {k: x for k, x in arguments.items() if k in DRAW} | {"seed": 5, "position": 3}
     weights = [0.9 / policies] * policies
     mixing = check_mixture(logits, [logits] * policies, weights, **mixture)
     if op == "log_probs":
-        out = logits.new_empty((1, vocab), dtype=torch.float32)
+        out = logits.new_empty((rows, vocab), dtype=torch.float32)
         return launch.log_probs_launches(mixing, out)[0]
     drawing = check_draw(mixing, **draw)
     return launch.sample_launches(mixing, drawing, new_outputs(mixing, drawing))[0]

@@ -14,9 +14,10 @@ from triton.runtime.driver import driver
 _AMD = torch.version.hip is not None
 #: Compiled kernels by what they were compiled for: Triton's own look-up takes three times as long.
 _compiled: dict[Any, Any] = {}
-#: The most registers of a thread on NVIDIA, so that four programs of 128 threads fit a
-#: multiprocessor. The kernels with roots spill then: three programs fit.
-MOST_REGISTERS, MOST_WITH_ROOTS = 128, 168
+#: The most registers of a thread on NVIDIA: so four programs of 128 threads fit a multiprocessor,
+#: three where kernels have roots, and six of 64 threads, five without a Stieltjes form. With fewer
+#: registers these kernels spill.
+MOST_REGISTERS, MOST_WITH_ROOTS, MOST_WITHOUT_FORM = 128, 168, 200
 _REGISTERS = 65536  # registers of a multiprocessor
 #: The cache is cleared at so many kernels, more than a process has; Triton's own keeps them.
 _MOST = 4096
@@ -57,7 +58,10 @@ class Launch(NamedTuple):
         options = {"variant": self.variant, "num_warps": self.threads // warp_size}
         options["enable_fp_fusion"] = True  # the newest Triton asks for it
         if self.variant.general and not amd:
-            most = MOST_WITH_ROOTS if self.variant.root else MOST_REGISTERS
+            most = MOST_REGISTERS
+            if self.variant.root or self.threads < 128:
+                plain = self.variant.excess is not None
+                most = MOST_WITH_ROOTS if plain else MOST_WITHOUT_FORM
             options["maxnreg"] = min(most, _REGISTERS // self.threads)
         return options
 

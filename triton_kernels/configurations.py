@@ -23,7 +23,7 @@ from .divergences import device_functions
 
 TABLE_VARIABLE = "MOD_FUSED_TRITON_TABLE"
 #: From this number of rows on, tasks are coarse: the rows fill the device.
-MANY_ROWS = 8
+MANY_ROWS = 16
 #: The most bytes of logits of rows in progress: they fit an H100's L2 cache of 50 MB.
 BYTES_IN_FLIGHT = 40_000_000
 
@@ -32,7 +32,7 @@ BYTES_IN_FLIGHT = 40_000_000
 class Configuration:
     """How a call is cut into programs. A *task* is a phase of some tiles of a row (mixture.py)."""
 
-    threads: int = 128  # each reads 8 tokens of a tile: 16 bytes of 16-bit logits
+    threads: int = 128  # then each reads 8 tokens of a tile: 16 bytes of 16-bit logits
     chunk: int = 1  # tiles of a task
     programs_per_processor: int = 4  # of the persistent kernel
     filter_threads: int = 512
@@ -52,12 +52,13 @@ class Configuration:
 
 Table = Mapping[str, Configuration]
 
-#: By `regime`. Not measured yet: with few rows, tasks of one tile fill the device.
+#: By `regime`. Chosen by predicted times (bench/gpu/predict.py), not measured yet: with few rows,
+#: tasks of one tile fill the device and threads shorten them; with many, small programs wait less.
 TABLE: Table = {
-    "log_linear, few rows": Configuration(),
+    "log_linear, few rows": Configuration(threads=256),
     "log_linear, many rows": Configuration(chunk=4),
     "general, few rows": Configuration(),
-    "general, many rows": Configuration(chunk=4),
+    "general, many rows": Configuration(threads=64, chunk=4, programs_per_processor=6),
 }
 
 

@@ -22,7 +22,7 @@ from mod_fused.triton_kernels.ahead_of_time import (  # noqa: E402
     machine_code,
 )
 
-THREADS, TILE = 128, 1024  # of a program
+TILE = 1024
 #: Names, and arguments that differ from the defaults; `vocab`, `policies`, `dtype` and `op` too.
 CALLS: dict[str, dict[str, Any]] = {
     "reverse_kl": {},
@@ -30,7 +30,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "reverse_kl-8_policies": {"policies": 8},
     "reverse_kl-misaligned": {"vocab": 50257},
     "reverse_kl-padded": {"vocab": 50304, "vocab_size": 50257},
-    "reverse_kl-model_logprobs": {"return_model_logprobs": True},
+    "reverse_kl-model_logprobs": {"return_model_logprobs": True, "rows": 64},
     "reverse_kl-proposal_logprobs": {"return_proposal_logprobs": True},
     "reverse_kl-mask": {
         "temperature": 0.7,
@@ -41,27 +41,33 @@ CALLS: dict[str, dict[str, Any]] = {
     "reverse_kl-filters": {"top_k": 50, "top_p": 0.9, "min_p": 0.1},
     "reverse_kl-top_k": {"top_k": 50},
     "reverse_kl-long": {"vocab": 262144, "top_p": 0.9, "temperature": 0.7},
-    "reverse_kl-log_probs": {"op": "log_probs"},
+    "reverse_kl-log_probs": {"op": "log_probs", "rows": 64},
     "forward_kl": {"divergence": "forward_kl"},
     "jsd": {"divergence": "jsd"},
     "jsd-log_probs": {"divergence": "jsd", "op": "log_probs"},
     "alpha": {"divergence": "alpha:0.5"},
     "jeffrey": {"divergence": "jeffrey"},
+    "reverse_kl-many_rows": {"rows": 64},
+    "forward_kl-many_rows": {"divergence": "forward_kl", "rows": 64},
+    "jsd-many_rows": {"divergence": "jsd", "rows": 64},
+    "alpha-many_rows": {"divergence": "alpha:0.5", "rows": 64},
+    "jeffrey-many_rows": {"divergence": "jeffrey", "rows": 64},
 }
-EVERYWHERE = ("reverse_kl", "reverse_kl-filters", "jsd")
+EVERYWHERE = ("reverse_kl", "reverse_kl-filters", "jsd", "jsd-many_rows", "jeffrey-many_rows")
 CASES = [(t, name) for t in TARGETS for name in CALLS if t == "sm_90" or name in EVERYWHERE]
 
 
-def logit_loads(variant: launch.Variant, logit_bytes: int, whole: int, last: int) -> Counter[int]:
+def logit_loads(made: launch.Launch, logit_bytes: int, whole: int, last: int) -> Counter[int]:
     """Loads by bytes that a thread of the mixture kernel has for logits: every phase reads its tile
     of every model once, and so does the race in the winner's tile, each in a branch for whole tiles
     and in one for a row's last tile; one branch runs. Log-linear keys have a second form, for whole
     tiles in which all logits are finite."""
+    variant, tokens = made.variant, TILE // made.threads
     phases = 1 + variant.sums + (2 if variant.evaluations else 0) - variant.early
     finite = not (variant.general or variant.sums or variant.model_logprobs)
     loads: Counter[int] = Counter()
     for width, forms in ((whole, phases + variant.draw + finite), (last, phases + variant.draw)):
-        loads[width] += variant.models * forms * (TILE // THREADS) * logit_bytes // width
+        loads[width] += variant.models * forms * tokens * logit_bytes // width
     return loads
 
 
@@ -74,22 +80,24 @@ def test_compiled_kernels_spill_nothing_and_read_each_logit_once(target: str, na
     logit_bytes = call.get("dtype", torch.bfloat16).itemsize
     # Rows that do not start at multiples of 16 bytes are read logit by logit, and so is the last
     # tile where the vocabulary ends at no such multiple.
-    whole = logit_bytes if call.get("vocab", 128256) % 8 else 16
+    tokens = TILE // mixture.threads
+    widest = min(16, tokens * logit_bytes)
+    whole = logit_bytes if call.get("vocab", 128256) % 8 else widest
     last = logit_bytes if mixture.arguments[0].vocab % 8 else whole
-    expected = logit_loads(mixture.variant, logit_bytes, whole, last)
+    expected = logit_loads(mixture, logit_bytes, whole, last)
     if mixture.variant.finish:
         expected[16] += 2  # the keys of a tile, for the last phase
     if mixture.variant.bias:
         # That of a whole tile and that of the last; once more where keys have a second form.
         forms = 3 if mixture.variant.phases == 1 else 2
-        expected[16] += forms * TILE // THREADS * 4 // 16
+        expected[16] += forms * tokens * 4 // 16
     assert {w: n for w, n in code.loads.items() if w in expected or w > 8} == expected, code
     if mixture.variant.phases == 1 and not mixture.variant.model_logprobs:
         # Besides logits: two numbers of every part, four where they are kept at a temperature too,
         # and the mask of a tile and of the winner's, at most byte by byte.
-        parts = -(-mixture.variant.tiles * mixture.variant.parts // THREADS)
+        parts = -(-mixture.variant.tiles * mixture.variant.parts // mixture.threads)
         others = (2 + 2 * mixture.variant.tempered) * parts
-        others += mixture.variant.mask * 2 * TILE // THREADS
+        others += mixture.variant.mask * 2 * tokens
         assert code.loads.total() - expected.total() <= others, code
     for filter_launch in filters:
         code = machine_code(compile_launch(filter_launch, TARGETS[target]))
