@@ -57,11 +57,11 @@ class Launch(NamedTuple):
         """The compiler's options."""
         options = {"variant": self.variant, "num_warps": self.threads // warp_size}
         options["enable_fp_fusion"] = True  # the newest Triton asks for it
-        if self.variant.general and not amd:
+        if not amd:
             most = MOST_REGISTERS
-            if self.variant.root or self.threads < 128:
-                plain = self.variant.excess is not None
-                most = MOST_WITH_ROOTS if plain else MOST_WITHOUT_FORM
+            if self.variant.general and (self.variant.root or self.threads < 128):
+                form = self.variant.excess is not None
+                most = MOST_WITH_ROOTS if form else MOST_WITHOUT_FORM
             options["maxnreg"] = min(most, _REGISTERS // self.threads)
         return options
 
