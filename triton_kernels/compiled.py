@@ -14,10 +14,9 @@ from triton.runtime.driver import driver
 _AMD = torch.version.hip is not None
 #: Compiled kernels by what they were compiled for: Triton's own look-up takes three times as long.
 _compiled: dict[Any, Any] = {}
-#: The most registers of a thread on NVIDIA: so four programs of 128 threads fit a multiprocessor,
-#: three where kernels have roots, and six of 64 threads, five without a Stieltjes form. With fewer
-#: registers these kernels spill.
-MOST_REGISTERS, MOST_WITH_ROOTS, MOST_WITHOUT_FORM = 128, 168, 200
+#: The most registers of a thread on NVIDIA: so three programs of 128 threads fit a multiprocessor,
+#: and four of the kernels that do not spill then, with Triton 3.6 and 3.9.
+MOST_REGISTERS, MOST_OF_SMALL = 168, 128
 _REGISTERS = 65536  # registers of a multiprocessor
 #: The cache is cleared at so many kernels, more than a process has; Triton's own keeps them.
 _MOST = 4096
@@ -58,10 +57,10 @@ class Launch(NamedTuple):
         options = {"variant": self.variant, "num_warps": self.threads // warp_size}
         options["enable_fp_fusion"] = True  # the newest Triton asks for it
         if not amd:
-            most = MOST_REGISTERS
-            if self.variant.general and (self.variant.root or self.threads < 128):
-                form = self.variant.excess is not None
-                most = MOST_WITH_ROOTS if form else MOST_WITHOUT_FORM
+            v = self.variant
+            form = v.excess is not None and not v.root
+            small = not v.general or (form and v.chunk > 1)
+            most = MOST_OF_SMALL if small else MOST_REGISTERS
             options["maxnreg"] = min(most, _REGISTERS // self.threads)
         return options
 

@@ -53,12 +53,12 @@ class Configuration:
 Table = Mapping[str, Configuration]
 
 #: By `regime`. Chosen by predicted times (bench/gpu/predict.py), not measured yet: with few rows,
-#: tasks of one tile fill the device and threads shorten them; with many, small programs wait less.
+#: tasks of one tile fill the device.
 TABLE: Table = {
     "log_linear, few rows": Configuration(threads=256),
     "log_linear, many rows": Configuration(chunk=4),
     "general, few rows": Configuration(),
-    "general, many rows": Configuration(threads=64, chunk=4, programs_per_processor=6),
+    "general, many rows": Configuration(chunk=4),
 }
 
 
