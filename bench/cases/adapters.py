@@ -244,6 +244,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     ratios = [f"{row['step / one model']:.2f}" for row in rows[-len(loops) :]]
                     note(f"{name} {dtype} M={count} B={batch}: {' '.join(ratios)}")
                 del loops
+    except KeyboardInterrupt:  # a run of hours keeps what it has
+        missing.append("what would have come next: the run was stopped")
     finally:
         set_threads(threads)
     what = (

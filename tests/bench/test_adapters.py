@@ -43,3 +43,18 @@ def test_a_contestant_that_draws_other_tokens_stops_the_run() -> None:
     with pytest.raises(RuntimeError, match="c draws other tokens than a"):
         adapters._check(loops | {"c": loop(1, 3)}, prompts, exact=True)
     adapters._check(loops | {"c": loop(1, 3)}, prompts, exact=False)
+
+
+def test_a_run_that_is_stopped_keeps_the_cells_that_are_through(tmp_path, monkeypatch) -> None:
+    def rows(head: dict[str, Any], *_: Any) -> Any:
+        if head["B"] == 3:
+            raise KeyboardInterrupt
+        yield head | {"contestant": "a", "ms / step": 1.0, "step / one model": 1.0}
+
+    monkeypatch.setattr(adapters, "_contestants", lambda *_: ({"a": None}, {"separate": 1}))
+    monkeypatch.setattr(adapters, "_rows", rows)
+    words = ["adapters", "--quick", "--dtypes", "float32", "--policies", "2", "--batches", "1", "3"]
+    assert run.main([*words, "4", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "adapters.json").read_text())
+    assert len(result["rows"]["records"]) == 1
+    assert "the run was stopped" in result["left_out"][0]
