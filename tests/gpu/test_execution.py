@@ -4,6 +4,7 @@ tensors beyond 2^31."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -228,6 +229,31 @@ def test_nothing_is_read_that_was_not_written(gpu, calls, options):
     torch.utils.deterministic.fill_uninitialized_memory = False
     call()  # leaves its memory to the next
     assert same(call(), expected)
+
+
+def test_the_number_of_threads_changes_no_token(gpu, calls, options):
+    from mod_fused.triton_kernels import configurations
+
+    call = calls.sample(calls.logits(), **options)
+    expected = kept(call())
+    for threads in (64, 128, 256):
+        table = {
+            name: dataclasses.replace(entry, threads=threads)
+            for name, entry in configurations.TABLE.items()
+        }
+        with configurations.using(table):
+            found = call()
+        assert bool(found.valid.all()) and torch.equal(found.tokens, expected.tokens), threads
+
+
+def test_a_workspace_that_was_not_zeroed_ends_in_invalid_rows(gpu, calls, options):
+    memory = calls.own_memory()
+    memory["workspace"].fill_(1)
+    call = calls.sample(calls.logits(), **options, **memory)
+    for _ in range(2):
+        assert not call().valid.any()
+    mod_fused.reset_workspace(memory["workspace"])
+    assert same(call(), calls.sample(calls.logits(), **options)())
 
 
 def test_a_call_runs_on_the_device_of_its_tensors(gpu, calls):
