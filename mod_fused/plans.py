@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from numbers import Number
 from typing import Any, NoReturn, ParamSpec
 
 import torch
@@ -72,7 +73,7 @@ class Plan:
         self._fixed = {
             name: "draws seeds" if given[name] is None else f"has a {type(given[name]).__name__}"
             for name in ("seed", "position")
-            if isinstance(getattr(drawing, name), Tensor)
+            if isinstance(getattr(drawing, name), Tensor) or not isinstance(given[name], Number)
         }
         held = _named_tensors({**given, "out": self.out, "workspace": self.workspace})
         self._names, self._tensors = list(held), list(held.values())
@@ -174,7 +175,8 @@ def plan(*args: Any, **kwargs: Any) -> Plan:
     A tensor keeps its memory, its shape and its strides for as long as the plan is used. Each call
     refuses a tensor of another size or at another address, as after `resize_`, `set_` or an
     assignment to `.data`. It does not see another shape of as many elements, nor other strides:
-    what it draws then is undefined.
+    what it draws then is undefined. Another tensor in the list `policy_logits` is not seen: write
+    new logits into the old one.
 
     With seed=None each call draws new seeds, as `sample` does. With `bias_ids` each call makes the
     bias dense again, and allocates. With `value_ids` the triton backend does the same for the

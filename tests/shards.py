@@ -277,6 +277,21 @@ REFUSALS = {
     "weights": Refusal(_rank_two(weights=[0.25]), r"weights must .*\[0.5\] on rank 0, \[0.25\]"),
     "divergence": Refusal(_rank_two(divergence="jsd"), "divergence must .* reverse_kl on rank 0"),
     "top_k": Refusal(_rank_two(top_k=3), "top_k must be the same on all ranks"),
+    "list by row": Refusal(_rank_two(temperature=[1.0, 0.1, 1.0]), "temperature must be the same"),
+    "numbers in a list": Refusal(
+        tuple({"top_k": [1, 2, 3 + (rank == 2)]} for rank in range(RANKS)),
+        r"top_k must .*\[1, 2, 3\] on rank 0, \[1, 2, 4\] on rank 2",
+    ),
+    "values": Refusal(
+        tuple(
+            {
+                "values": torch.zeros(1 + (rank == 2), 3, 50),
+                "value_weights": torch.ones(1 + (rank == 2)),
+            }
+            for rank in range(RANKS)
+        ),
+        r"values must be the same .* \[1, 3\] of torch.float32 on rank 0",
+    ),
     "mask": Refusal(_rank_two(mask=torch.ones(3, 50) > 0), "mask must .* got None on rank 0"),
     "seed": Refusal(_rank_two(seed=None), "seed must .* got 1 on rank 0, seed=None on rank 2"),
     "vocab_size": Refusal(_rank_two(vocab_size=90), "vocab_size must be the same on all ranks"),

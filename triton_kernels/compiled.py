@@ -96,8 +96,10 @@ class BoundLaunch:
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
-        self._at = launch.kernel.arg_names.index("seed")
-        self._rest = self._at + len(("seed", "position"))
+        names = launch.kernel.arg_names
+        self._numbered = "seed" in names  # then "position" comes behind it
+        self._at = names.index("seed") if self._numbered else len(launch.arguments)
+        self._rest = self._at + 2 * self._numbered
         arguments = _addresses(launch.arguments)
         self._before = arguments[: self._at]
         self._after = (*arguments[self._rest :], launch.variant)
@@ -106,12 +108,13 @@ class BoundLaunch:
     def run(self, device: torch.device, seed: int, position: int) -> None:
         """Launch on the current stream of `device`, the current one."""
         launch, kernel = self._launch, self._kernel
+        numbers = (seed, position) if self._numbered else ()
         if kernel is None:
             given = launch.arguments
-            given = (*given[: self._at], seed, position, *given[self._rest :])
+            given = (*given[: self._at], *numbers, *given[self._rest :])
             self._kernel = launch._replace(arguments=given).run(device)
             return
-        grid, arguments = (launch.grid[0], 1, 1), (*self._before, seed, position, *self._after)
+        grid, arguments = (launch.grid[0], 1, 1), (*self._before, *numbers, *self._after)
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         if getattr(enter, "calls", True) or getattr(leave, "calls", True):
             kernel[grid](*arguments)  # a profiler wants to know of each launch

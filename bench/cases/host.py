@@ -63,19 +63,7 @@ _GRID = Grid(dtypes=("bfloat16",), shapes=((1, 64), (8, 64)), threads=(1,), dive
 HOST = Case(
     help="what a call costs on tiny inputs: checks, packing, op; beside a bare C++ op of torch",
     backends=("cpu",),
-    contestants={
-        name: _part(name)
-        for name in (
-            "plan",
-            "op",
-            "check_mixture",
-            "check_draw",
-            "choose",
-            "pack",
-            "add",
-            "add_out",
-        )
-    },
+    contestants={name: _part(name) for name in _PARTS},
     grids=(_GRID,),
     quick=(_GRID._replace(shapes=((1, 64),), divergences=("reverse_kl",)),),
 )

@@ -4,9 +4,10 @@ on, and the torch backend with sums over all of them."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +23,8 @@ from ..torch_kernels.vocabulary import VocabularyShard
 from .workspace import check_memory, check_workspace
 
 _OF_DRAW = tuple(inspect.signature(check_draw).parameters)[1:]
+#: Tensors that a rank may give in another dtype, or packed.
+_OF_ANY_FORM = {"ref_logits", "mask"}
 
 
 class _Call(NamedTuple):
@@ -33,26 +36,47 @@ class _Call(NamedTuple):
     draws_seeds: bool = False  # seed=None
     listed_bias: tuple[Tensor, Tensor] | None = None  # with bias_ids
     out: Any = None  # tensors to fill
+    lists: Mapping[str, str] = {}  # arguments that were lists of numbers, as text
 
     def outline(self) -> dict[str, str]:
         """By name what has to be the same on all ranks, as far as the host can see it."""
         found = {"the function": "log_probs" if self.drawing is None else "sample"}
         found["B"] = str(len(self.mixing.batch_tensor()))
-        fields = self.mixing._asdict() | {"vocab_size": self.vocab_size}
+        fields: dict[str, Any] = self.mixing._asdict() | {"vocab_size": self.vocab_size}
         if self.drawing is not None:
             fields |= self.drawing._asdict()
             fields["seed"] = "seed=None" if self.draws_seeds else self.drawing.seed
             fields["bias_ids"] = self.listed_bias
-        return found | {name: _outline(x) for name, x in fields.items()}
+        of_shard = {"bias"} if self.mixing.value_ids is not None else {"bias", "values"}
+        outlines = {name: _outline(x, name in of_shard) for name, x in fields.items()}
+        outlines["policy_logits"] = str(len(self.mixing.policy_logits))
+        for name in _OF_ANY_FORM & outlines.keys():
+            outlines[name] = "None" if fields[name] is None else "a tensor"
+        return found | outlines | dict(self.lists)
 
 
-def _outline(x: Any) -> str:
-    """A number by its value, a tensor by being one."""
+def _outline(x: Any, of_shard: bool = False) -> str:
+    """A number by its value, a tensor by its dtype and shape, without its columns if it is as wide
+    as the rank's shard."""
     if isinstance(x, Tensor):
-        return "a tensor"
+        return f"a tensor {list(x.shape[:-1] if of_shard else x.shape)} of {x.dtype}"
     if isinstance(x, (list, tuple)):
         return f"[{', '.join(map(_outline, x))}]"
     return x.name if isinstance(x, Divergence) else str(x)
+
+
+def _lists(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Arguments that are lists or arrays of numbers, as text."""
+    given = {
+        name: x.tolist() if isinstance(x, np.ndarray) else list(x)
+        for name, x in arguments.items()
+        if isinstance(x, (list, tuple, np.ndarray))
+    }
+    return {
+        name: str(x)
+        for name, x in given.items()
+        if not any(isinstance(y, (Tensor, np.ndarray)) for y in x)
+    }
 
 
 def log_probs(*, group: Any, **arguments: Any) -> Tensor:
@@ -64,7 +88,7 @@ def log_probs(*, group: Any, **arguments: Any) -> Tensor:
         if workspace is not None:
             check_workspace(mixing, False, workspace)
         result = new_log_probs(mixing) if out is None else check_log_probs_out(mixing, out)
-        return _Call(mixing, vocab_size, out=result)
+        return _Call(mixing, vocab_size, out=result, lists=_lists(arguments))
 
     call, vocabulary = _agree(group, check)
     launch.log_probs_out(call.mixing, call.out, None, vocabulary)
@@ -85,7 +109,8 @@ def sample(*, group: Any, **arguments: Any) -> Sample:
             listed = check_listed_bias(bias, ids, len(like), like.device)
         drawing = check_draw(mixing, **of_draw)
         result, _ = check_memory(mixing, drawing, out, workspace)
-        return _Call(mixing, vocab_size, drawing, of_draw["seed"] is None, listed, result)
+        lists = _lists({**arguments, **of_draw})
+        return _Call(mixing, vocab_size, drawing, of_draw["seed"] is None, listed, result, lists)
 
     call, vocabulary = _agree(group, check)
     drawing = call.drawing

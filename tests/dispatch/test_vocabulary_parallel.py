@@ -16,7 +16,6 @@ from cases import (
     assert_tokens_are_the_oracle_s,
 )
 from shards import (
-    LAYOUTS,
     ONE_REFUSES,
     POSITIONS,
     RANKS,
@@ -68,11 +67,9 @@ def same(one: Any, other: Any) -> bool:
     """Equal to the bit; NaN equals NaN."""
     if one is None or other is None:
         return one is other
-    return (
-        torch.equal(one, other)
-        if one.dtype != torch.float32
-        else one.equal(other) or (torch.equal(one.view(torch.int32), other.view(torch.int32)))
-    )
+    if one.dtype == torch.float32:
+        one, other = one.view(torch.int32), other.view(torch.int32)
+    return torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -172,7 +169,3 @@ def test_without_initialisation_it_is_refused():
     x = torch.randn(2, 9)
     with pytest.raises(ValueError, match="init_process_group"):
         sample(x, [x], WEIGHTS[:1], seed=1, group=group)
-
-
-def test_every_layout_is_run():
-    assert {x.layout for x in CASES.values()} == set(LAYOUTS)

@@ -299,3 +299,11 @@ def test_it_runs_on_the_tensors_gpu_and_each_gpu_has_its_own_kernel(launch, monk
     for index in (1, 0, 1, 0):
         launch.run(torch.device("cuda", index))
     assert seen == [1, 0, ("again", 1), ("again", 0)] and current == [0]
+
+
+def test_a_launch_that_takes_no_numbers_is_bound_too():
+    made = launches(bias=torch.empty(128256, device="meta"))
+    assert ["seed" in launch.kernel.arg_names for launch in made] == [True, False, True]
+    bound = [compiled.BoundLaunch(launch) for launch in made]
+    lengths = [len(x._before) + 2 * x._numbered + len(x._after) for x in bound]
+    assert lengths == [len(launch.kernel.arg_names) for launch in made]
