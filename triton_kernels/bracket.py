@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .constants import EXCLUDED, INFINITY, TILE
 from .elementary import exp
-from .normalizer import newton_point, point_of_poles, ratios, secular_point
+from .normalizer import newton_point, point_of_poles, secular_point, weighted_ratios
 from .own_mass import parameter
 from .parameters import reference_weight, weight
 from .parts import four_sums, part_field, part_sums, places, store_parts
@@ -49,13 +49,13 @@ def start_offset(mixing, state, row, variant: tl.constexpr):
 
 
 @triton.jit
-def start_ratios(q, mixing, state, row, variant: tl.constexpr):
-    """`ratios` at the first point, where G is summed together with the deficits: tau = least +
-    `start_offset`. There Z = 0 if the reference counts as a policy of weight 1 - sum w."""
+def start_ratios(p, q, mixing, state, row, variant: tl.constexpr):
+    """`weighted_ratios` at the first point, where G is summed together with the deficits: tau =
+    least + `start_offset`. There Z = 0 if the reference counts as a policy of weight 1 - sum w."""
     y = (q + start_offset(mixing, state, row, variant)).to(tl.float32)
     if variant.excess is not None:
         y = variant.excess(y, mixing.alpha)
-    return ratios(y, mixing, state, variant)
+    return weighted_ratios(p, y, mixing, state, variant)
 
 
 @triton.jit
@@ -77,8 +77,8 @@ def deficits_of_tile(mixing, state, fields, row, tile, tiles, variant: tl.conste
         p = tl.where(is_best, 0.0, p)  # it may be s*; `end_deficits` adds the others
     else:
         q = tl.where(inside, q, 1.0)
-    h, slope = start_ratios(q, mixing, state, row, variant)
-    sums = (part_sums(p * h), part_sums(p * slope))
+    h, slope = start_ratios(p, q, mixing, state, row, variant)
+    sums = (part_sums(h), part_sums(slope))
     numbers = (mass, first, best_p, high, rest, best + tile * TILE) + sums
     store_parts(fields, MASS, tile, numbers, variant)
 
@@ -101,10 +101,11 @@ def end_deficits(mixing, state, fields, row, tiles, variant: tl.constexpr):
     if variant.excess is not None:
         # Each part's sums lack its best token: add all of these but s*.
         others = there & (i != best_part) & (least_of < EXCLUDED)
-        h, slope = start_ratios(tl.where(others, least_of, least), mixing, state, row, variant)
-        p = tl.where(others, part_field(fields, BEST_P, tiles, variant, 0.0), 0.0).to(tl.float64)
-        s1 += p * h.to(tl.float64)
-        s2 += p * slope.to(tl.float64)
+        p = tl.where(others, part_field(fields, BEST_P, tiles, variant, 0.0), 0.0)
+        q = tl.where(others, least_of, least)
+        h, slope = start_ratios(p, q, mixing, state, row, variant)
+        s1 += h.to(tl.float64)
+        s2 += slope.to(tl.float64)
     mass, first, s1, s2 = four_sums(
         part_field(fields, MASS, tiles, variant, 0.0).to(tl.float64),
         part_field(fields, FIRST, tiles, variant, 0.0).to(tl.float64),

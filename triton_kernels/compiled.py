@@ -59,7 +59,7 @@ class Launch(NamedTuple):
         if not amd:
             v = self.variant
             form = v.excess is not None and not v.root
-            small = not v.general or (form and v.chunk > 1)
+            small = not v.general or (form and v.chunk > 1 and v.models * v.parts <= 24)
             most = MOST_OF_SMALL if small else MOST_REGISTERS
             options["maxnreg"] = min(most, _REGISTERS // self.threads)
         return options

@@ -4,7 +4,8 @@ arrivals and flags.
 The counters are zero before and after a launch. If they are not, because the workspace was never
 zeroed, or a launch on it was stopped or overlapped another, no program waits for ever: the launch
 is *broken*. All its rows are invalid, and so are those of later launches until
-`mod_fused.reset_workspace`.
+`mod_fused.reset_workspace`. A launch of one phase counts arrivals alone: it sees a workspace that
+was not zeroed, but not every launch that was stopped or overlapped.
 """
 
 from __future__ import annotations

@@ -16,8 +16,7 @@ so that a later phase finds its logits in the cache and waits briefly.
 
 A row that is not solved after its evaluations is solved by the program that ends the last of them.
 With a Stieltjes form and nothing between pi* and the draw (`early`), the sums of the last
-evaluation
-give the masses of the race: no KEYS phase sweeps the row again.
+evaluation give the masses of the race: no KEYS phase sweeps the row again.
 """
 
 from __future__ import annotations

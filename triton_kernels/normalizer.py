@@ -38,19 +38,19 @@ TOLERANCE = tl.constexpr(1e-6)  # the rounding of log G in float32 sums
 
 
 @triton.jit
-def ratios(y, mixing, state, variant: tl.constexpr):
-    """H and -H' at y = tau + D. With a Stieltjes form: y^-order and y^-order / y, at y = t + x."""
+def weighted_ratios(p, y, mixing, state, variant: tl.constexpr):
+    """p H and p (-H') at y = tau + D. With a Stieltjes form: p y^-order and that over y, at y = t +
+    x. p comes first: without it the slope of a token whose p is e^-50 is beyond float32."""
     if variant.excess is not None:
         fall = reciprocal(y)
         h = fall
         if variant.root:
             h = exp(-log_of(y) * (1.0 / mixing.alpha))
-        slope = h * fall
+        weighted = p * h
+        return weighted, weighted * fall
     else:
         a = parameter(mixing, state, variant)
-        h = exp(variant.log_ratio(y, a))
-        slope = exp(variant.log_slope(y, a))
-    return h, slope
+        return p * exp(variant.log_ratio(y, a)), p * exp(variant.log_slope(y, a))
 
 
 @triton.jit
@@ -80,8 +80,8 @@ def evaluation_of_tile(mixing, state, fields, row, tile, variant: tl.constexpr):
         inside = q < EXCLUDED
         p = tl.where(inside, exp(log_ref), 0.0)
         y = point + tl.where(inside, distance, 0.0)
-    h, slope = ratios(y, mixing, state, variant)
-    store_parts(fields, S1, tile, (part_sums(p * h), part_sums(p * slope)), variant)
+    h, slope = weighted_ratios(p, y, mixing, state, variant)
+    store_parts(fields, S1, tile, (part_sums(h), part_sums(slope)), variant)
 
 
 @triton.jit
@@ -215,12 +215,12 @@ def step_stieltjes(mixing, state, s1, s2, variant: tl.constexpr):
 def solved_masses(mixing, state, fields, tiles, variant: tl.constexpr):
     """The masses of the tiles at the solution, float32, from the sums of the last evaluation: a
     part without s* is one pole there. The step from that evaluation is so short (LAST_STEP) that
-    the error is below 1e-5 of the row's mass."""
+    the error is about 1e-5 of the row's mass at most."""
     t = tl.load(state + POINT)
     step = (t - tl.load(state + EVALUATED)).to(tl.float32)
     s1 = part_field(fields, S1, tiles, variant, 0.0)
     s2 = part_field(fields, S2, tiles, variant, 0.0)
-    there = (s1 > 0.0) & (s2 > 0.0)
+    there = (s1 > 0.0) & (s2 > 0.0) & (s2 < INFINITY)
     growth = 1.0 + tl.where(there, step * s2 / tl.where(there, s1, 1.0), 0.0)
     if variant.root:
         mass = s1 * exp(-log_of(growth) * (1.0 / mixing.alpha))

@@ -25,22 +25,27 @@ def sums_of_tile(mixing, model_fields, row, tile, variant: tl.constexpr):
 def store_model_norms(state, fields, tiles, variant: tl.constexpr):
     """Store `log_sum_exp` of all models in the row's state, and what it leaves when the level is
     taken off: beside a level of 1e17 float64 would lose it."""
-    k = tl.arange(0, variant.model_block)
+    PARTS: tl.constexpr = variant.tiles * variant.parts
     RECORD: tl.constexpr = 2 * variant.models + PART_FIELDS
-    i = tl.arange(0, variant.tiles * variant.parts)
-    pointers = fields + i[None, :] * RECORD + 2 * k[:, None]
-    there = (k[:, None] < variant.models) & (i[None, :] < tiles * variant.parts)
-    peaks = tl.load(pointers, mask=there, other=-INFINITY, cache_modifier=".cg")
-    sums = tl.load(pointers + 1, mask=there, other=0.0, cache_modifier=".cg")
-    peak = tl.max(peaks, 1)
-    scaled = exp(peaks - tl.where(peak == -INFINITY, 0.0, peak)[:, None])
-    parts = tl.where(peaks == -INFINITY, 0.0, scaled).to(tl.float64) * sums.to(tl.float64)
-    log_sum = tl.log(tl.sum(parts, 1))
-    norm = log_sum + peak
-    tl.store(state + LOG_NORM + k, norm, mask=k < variant.models)
-    tl.store(state + PEAK + k, peak.to(tl.float64), mask=k < variant.models)
-    rest = (peak - level_of(norm)).to(tl.float64) + log_sum
-    tl.store(state + LOG_SUM + k, rest, mask=k < variant.models)
+    # As many models at once as registers hold.
+    MOST: tl.constexpr = 1 if PARTS > 2048 else 2048 // PARTS
+    GROUP: tl.constexpr = MOST if MOST < variant.model_block else variant.model_block
+    i = tl.arange(0, PARTS)
+    for first in tl.static_range(0, variant.models, GROUP):
+        k = first + tl.arange(0, GROUP)
+        pointers = fields + i[None, :] * RECORD + 2 * k[:, None]
+        there = (k[:, None] < variant.models) & (i[None, :] < tiles * variant.parts)
+        peaks = tl.load(pointers, mask=there, other=-INFINITY, cache_modifier=".cg")
+        sums = tl.load(pointers + 1, mask=there, other=0.0, cache_modifier=".cg")
+        peak = tl.max(peaks, 1)
+        scaled = exp(peaks - tl.where(peak == -INFINITY, 0.0, peak)[:, None])
+        parts = tl.where(peaks == -INFINITY, 0.0, scaled).to(tl.float64) * sums.to(tl.float64)
+        log_sum = tl.log(tl.sum(parts, 1))
+        norm = log_sum + peak
+        tl.store(state + LOG_NORM + k, norm, mask=k < variant.models)
+        tl.store(state + PEAK + k, peak.to(tl.float64), mask=k < variant.models)
+        rest = (peak - level_of(norm)).to(tl.float64) + log_sum
+        tl.store(state + LOG_SUM + k, rest, mask=k < variant.models)
     tl.debug_barrier()
 
 

@@ -54,7 +54,7 @@ BEST_P = tl.constexpr(6)  # p of the part's argmin Q
 LEAST_Q = tl.constexpr(7)  # Q of it, float64 as two numbers
 LEAST_REST = tl.constexpr(8)
 WINNER = tl.constexpr(9)  # the token, the bits of an int32
-S1 = tl.constexpr(10)  # sum p H, and S2 sum p (-H'); with a Stieltjes form see `ratios`
+S1 = tl.constexpr(10)  # sum p H, and S2 sum p (-H'); see `weighted_ratios`
 S2 = tl.constexpr(11)
 BIAS_PEAK = tl.constexpr(12)  # the largest bias of the tokens that are left, +inf if it is broken
 #: Odd, and so a record: the compiler would give a thread two numbers of an even one to store, and

@@ -110,7 +110,8 @@ def reset_workspace(workspace: Tensor) -> None:
     its owner did at first.
 
     Needed where the workspace was never zeroed, or a launch on it was stopped or overlapped
-    another: all rows of the calls that use it are invalid until then.
+    another: rows of the calls that use it are invalid until then. Reverse KL without plausibility
+    does not see every launch that was stopped or overlapped.
 
     Args:
         workspace: uint8 vector as in `sample`; no launch may be using it.

@@ -47,6 +47,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "jsd-log_probs": {"divergence": "jsd", "op": "log_probs"},
     "alpha": {"divergence": "alpha:0.5"},
     "jeffrey": {"divergence": "jeffrey"},
+    "jsd-fp32-8_policies": {"divergence": "jsd", "dtype": torch.float32, "policies": 8, "rows": 64},
     "reverse_kl-many_rows": {"rows": 64},
     "forward_kl-many_rows": {"divergence": "forward_kl", "rows": 64},
     "jsd-many_rows": {"divergence": "jsd", "rows": 64},

@@ -196,6 +196,18 @@ def test_one_evaluation_does_for_half_the_rows_where_z_0_has_no_inverse(divergen
     assert (steps == 1.0).sum() >= 3, steps
 
 
+@pytest.mark.parametrize("other", [6, 505, 1500], ids=["one part", "two parts", "two tiles"])
+@pytest.mark.parametrize(
+    ("divergence", "log_p"), [("forward_kl", -50.0), ("jsd", -50.3), ("alpha:0.5", -64.0)]
+)
+def test_tokens_that_the_reference_all_but_excludes_share_the_mass(divergence, log_p, other):
+    ref = torch.full((1, 2048), -75.0)
+    policy = ref.clone()
+    ref[0, 0], ref[0, [5, other]] = 0.0, log_p
+    policy[0, [5, other]] = -math.log(2.0)
+    check(OP, ref, [policy], [1.0], divergence=divergence)
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha:0.25"])
 def test_where_all_policies_agree_no_row_is_bisected(divergence, workspaces):
     # tau is then an end of its bracket, which rounding may put on the wrong side.
