@@ -25,13 +25,14 @@ def sums_of_tile(mixing, model_fields, row, tile, variant: tl.constexpr):
 def store_model_norms(state, fields, tiles, variant: tl.constexpr):
     """Store `log_sum_exp` of all models in the row's state, and what it leaves when the level is
     taken off: beside a level of 1e17 float64 would lose it."""
+    MODELS: tl.constexpr = variant.models
     PARTS: tl.constexpr = variant.tiles * variant.parts
     RECORD: tl.constexpr = 2 * variant.models + PART_FIELDS
     # As many models at once as registers hold.
     MOST: tl.constexpr = 1 if PARTS > 2048 else 2048 // PARTS
     GROUP: tl.constexpr = MOST if MOST < variant.model_block else variant.model_block
     i = tl.arange(0, PARTS)
-    for first in tl.static_range(0, variant.models, GROUP):
+    for first in tl.static_range(0, MODELS, GROUP):
         k = first + tl.arange(0, GROUP)
         pointers = fields + i[None, :] * RECORD + 2 * k[:, None]
         there = (k[:, None] < variant.models) & (i[None, :] < tiles * variant.parts)
