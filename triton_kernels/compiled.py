@@ -15,8 +15,9 @@ _AMD = torch.version.hip is not None
 #: Compiled kernels by what they were compiled for: Triton's own look-up takes three times as long.
 _compiled: dict[Any, Any] = {}
 #: The most registers of a thread on NVIDIA: so three programs of 128 threads fit a multiprocessor,
-#: and four of the kernels that do not spill then, with Triton 3.6 and 3.9.
-MOST_REGISTERS, MOST_OF_SMALL = 168, 128
+#: and four of the kernels that do not spill then, with Triton 3.6 and 3.9. Two with many logits of
+#: a token in flight.
+MOST_REGISTERS, MOST_OF_SMALL, MOST_OF_LARGE = 168, 128, 255
 _REGISTERS = 65536  # registers of a multiprocessor
 #: The cache is cleared at so many kernels, more than a process has; Triton's own keeps them.
 _MOST = 4096
@@ -61,6 +62,8 @@ class Launch(NamedTuple):
             form = v.excess is not None and not v.root
             small = not v.general or (form and v.chunk > 1 and v.models * v.parts <= 24)
             most = MOST_OF_SMALL if small else MOST_REGISTERS
+            if v.general and v.models * v.parts > 48:
+                most = MOST_OF_LARGE
             options["maxnreg"] = min(most, _REGISTERS // self.threads)
         return options
 
