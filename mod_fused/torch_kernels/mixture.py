@@ -147,7 +147,7 @@ def mix(
         )
         valid = valid & solvable
     # What is broken is off the support. Its NaN tells the other processes with a part of the row.
-    off = torch.where(valid, -torch.inf, torch.nan)
+    off = torch.where(valid, -torch.inf, torch.nan).to(key.dtype)
     key = torch.where(support, key, off[:, None, None])
     (level,), (log_norm,) = normalizer.levels_and_log_sums([key], vocabulary)
     # Neither an empty support (-inf) nor an overflow (NaN, +inf) leaves a finite level.
