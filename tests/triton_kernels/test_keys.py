@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases import logits, normal
-from mod_fused.triton_kernels import draw, keys
+from mod_fused.triton_kernels import keys
 
 import mod_fused
 from mod_fused import reference
@@ -29,14 +29,13 @@ def test_log_linear_tiles_are_read_again_where_a_logit_that_counts_is_not_finite
     if bad is not None:
         [ref, *policies][tensor][0, 1500] = bad
     weights = [2.5, -0.5, 0.0]
-    again, key_tile = [], keys.key_tile
+    again, exactly = [], keys.keys_and_broken
 
     def count(mixing, state, model_fields, row, tile, count, variant):
         again.append(int(tile))
-        return key_tile(mixing, state, model_fields, row, tile, count, variant)
+        return exactly(mixing, state, model_fields, row, tile, count, variant)
 
-    for module in (keys, draw):
-        monkeypatch.setattr(module, "key_tile", count)
+    monkeypatch.setattr(keys, "keys_and_broken", count)
     found = mod_fused.sample(ref, policies, weights, seed=3, backend="triton")
     assert found.valid == (bad in (None, -math.inf, -3e38) or tensor == 3)
     expected = mod_fused.sample(ref, policies, weights, seed=3, backend="torch")
