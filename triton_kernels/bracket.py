@@ -26,7 +26,6 @@ from .workspace import (
     LEAST_REST,
     LOWER,
     MASS,
-    PART_FIELDS,
     POINT,
     S1,
     S2,
@@ -93,7 +92,7 @@ def end_deficits(mixing, state, fields, row, tiles, variant: tl.constexpr):
     least_of = part_field(fields, LEAST_Q, tiles, variant, EXCLUDED).to(tl.float64)
     least_of += part_field(fields, LEAST_REST, tiles, variant, 0.0)
     least, best_part = tl.min(least_of, 0, return_indices=True, return_indices_tie_break_left=True)
-    best_record = fields + best_part * (2 * variant.models + PART_FIELDS)
+    best_record = fields + best_part * variant.record
     best_token = tl.load(best_record + WINNER, cache_modifier=".cg").to(tl.int32, bitcast=True)
     best = tl.load(best_record + BEST_P, cache_modifier=".cg").to(tl.float64)
     s1 = part_field(fields, S1, tiles, variant, 0.0).to(tl.float64)

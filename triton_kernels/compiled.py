@@ -56,7 +56,7 @@ class Launch(NamedTuple):
     def options(self, amd: bool, warp_size: int) -> dict[str, Any]:
         """The compiler's options."""
         options = {"variant": self.variant, "num_warps": self.threads // warp_size}
-        options["enable_fp_fusion"] = True  # the newest Triton asks for it
+        options["enable_fp_fusion"] = True  # from Triton 3.10 on it is off by default
         if not amd:
             v = self.variant
             form = v.excess is not None and not v.root

@@ -23,7 +23,7 @@ from .filters import filter_kernel
 from .mixture import mixture_kernel
 from .own_mass import OF_MASS
 from .parameters import Drawing, dense, drawing_of, mixing_of
-from .workspace import cdiv, cell_size, make_workspace, parts_of_tile, row_tiles
+from .workspace import cdiv, cell_size, make_workspace, parts_of_tile, record_size, row_tiles
 
 #: Evaluations of G that are phases of their own, by the solver (normalizer.py). A row that needs
 #: more is finished by one program.
@@ -71,6 +71,7 @@ class Variant(NamedTuple):
     phases: int
     tiles: int  # a power of two, at least the row's
     parts: int  # of a tile
+    record: int  # numbers of a part
     chunk: int  # tiles of a task
     cell: int  # tokens of a cell, see workspace.py
     filter_block: int  # tokens that a sweep reads at once: a power of two, at least `tiles`
@@ -142,6 +143,7 @@ def variant_of(
         phases=int(sums) + (evaluations + 1 if exact else 0) + 1 - early + int(finish),
         tiles=tiles,
         parts=parts_of_tile(max(x.element_size() for x in mixing.tensors())),
+        record=record_size(mixing.model_count()),
         chunk=configured.chunk,
         cell=cell_size(mixing.vocab_size),
         filter_block=min(max(configured.filter_block, tiles), tiles * TILE.value),

@@ -1,7 +1,7 @@
 """Numbers of the parts of a tile: their sums, and their records in the workspace.
 
-A *part* of a tile, 256 tokens of 16-bit logits or 128 of float32, is what a warp reads at once. Its
-sums need no other warp.
+A *part* of a tile, 256 tokens of 16-bit logits or 128 of float32, is what a warp of 32 threads
+reads by loads of 16 bytes. With at most 128 threads a program's sums of a part need no other warp.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import triton.language as tl
 
 from .constants import INFINITY, TILE
 from .elementary import exp
-from .workspace import PART_FIELDS
 
 
 @triton.jit
@@ -51,31 +50,30 @@ def four_sums(a, b, c, d):
 @triton.jit
 def row_fields(work, row, variant: tl.constexpr):
     """A row's records."""
-    RECORD: tl.constexpr = 2 * variant.models + PART_FIELDS
-    return work.fields + row.to(tl.int64) * (variant.tiles * variant.parts * RECORD)
+    return work.fields + row.to(tl.int64) * (variant.tiles * variant.parts * variant.record)
 
 
 @triton.jit
 def store_parts(fields, first: tl.constexpr, tile, numbers, variant: tl.constexpr):
     """Store numbers of a tile's parts, a tuple of [parts] of 32 bits, in the fields from `first`
     on. Each lane of a warp stores one of them: so its own part's need not go to other warps."""
-    RECORD: tl.constexpr = 2 * variant.models + PART_FIELDS
     COUNT: tl.constexpr = len(numbers)
     lane = tl.arange(0, 32)[None, :]
     part = tile * variant.parts + tl.arange(0, variant.parts)[:, None]
     x = numbers[0].to(tl.int32, bitcast=True)[:, None]
     for k in tl.static_range(1, COUNT):
         x = tl.where(lane == k, numbers[k].to(tl.int32, bitcast=True)[:, None], x)
-    bits = fields.to(tl.pointer_type(tl.int32), bitcast=True) + part * RECORD + (first + lane)
+    bits = (
+        fields.to(tl.pointer_type(tl.int32), bitcast=True) + part * variant.record + (first + lane)
+    )
     tl.store(bits, x, mask=lane < COUNT)
 
 
 @triton.jit
 def part_field(fields, field, tiles, variant: tl.constexpr, OTHER: tl.constexpr):
     """A number per part of a row."""
-    RECORD: tl.constexpr = 2 * variant.models + PART_FIELDS
     i = tl.arange(0, variant.tiles * variant.parts)
-    own = fields + i * RECORD + field
+    own = fields + i * variant.record + field
     return tl.load(own, mask=i < tiles * variant.parts, other=OTHER, cache_modifier=".cg")
 
 

@@ -10,7 +10,7 @@ from .elementary import exp
 from .own_mass import counted_mass, shift_of_mass
 from .parameters import log_plausibility, reference_weight, weight
 from .tiles import level_of, logits_of_tile, scaled, store_model_sum
-from .workspace import LOG_MASS, LOG_NORM, LOG_SUM, PART_FIELDS, PEAK, SHIFT, VALID
+from .workspace import LOG_MASS, LOG_NORM, LOG_SUM, PEAK, SHIFT, VALID
 
 
 @triton.jit
@@ -27,14 +27,13 @@ def store_model_norms(state, fields, tiles, variant: tl.constexpr):
     taken off: beside a level of 1e17 float64 would lose it."""
     MODELS: tl.constexpr = variant.models
     PARTS: tl.constexpr = variant.tiles * variant.parts
-    RECORD: tl.constexpr = 2 * variant.models + PART_FIELDS
     # As many models at once as registers hold.
     MOST: tl.constexpr = 1 if PARTS > 2048 else 2048 // PARTS
     GROUP: tl.constexpr = MOST if MOST < variant.model_block else variant.model_block
     i = tl.arange(0, PARTS)
     for first in tl.static_range(0, MODELS, GROUP):
         k = first + tl.arange(0, GROUP)
-        pointers = fields + i[None, :] * RECORD + 2 * k[:, None]
+        pointers = fields + i[None, :] * variant.record + 2 * k[:, None]
         there = (k[:, None] < variant.models) & (i[None, :] < tiles * variant.parts)
         peaks = tl.load(pointers, mask=there, other=-INFINITY, cache_modifier=".cg")
         sums = tl.load(pointers + 1, mask=there, other=0.0, cache_modifier=".cg")

@@ -57,8 +57,6 @@ WINNER = tl.constexpr(9)  # the token, the bits of an int32
 S1 = tl.constexpr(10)  # sum p H, and S2 sum p (-H'); see `weighted_ratios`
 S2 = tl.constexpr(11)
 BIAS_PEAK = tl.constexpr(12)  # the largest bias of the tokens that are left, +inf if it is broken
-#: Odd, and so a record: the compiler would give a thread two numbers of an even one to store, and
-#: pass them to other warps.
 PART_FIELDS = tl.constexpr(13)
 
 #: Most keys that the filters hold in registers, to find the least that they keep.
@@ -86,9 +84,14 @@ MOST_PARTS = 8
 
 
 def parts_of_tile(logit_bytes: int) -> int:
-    """How many parts a tile has. A warp reads a part at once, 16 bytes of logits a thread, and sums
-    it without waiting for other warps."""
+    """How many parts a tile has (parts.py)."""
     return TILE.value * min(logit_bytes, 4) // (32 * 16)
+
+
+def record_size(models: int) -> int:
+    """How many numbers a part's record has. It is odd: the compiler would give a thread two numbers
+    of an even one to store, and pass them to other warps."""
+    return 2 * models + PART_FIELDS.value
 
 
 def cdiv(a: int, b: int) -> int:
@@ -141,7 +144,7 @@ def _counters(rows: int) -> _Layout:
 def _data(rows: int, vocab: int, models: int, keys: bool) -> _Layout:
     """states, fields; with `keys`, keys, maxima, candidates, masses."""
     tiles = cdiv(vocab, TILE.value)
-    numbers = row_tiles(vocab) * MOST_PARTS * (2 * models + PART_FIELDS.value)
+    numbers = row_tiles(vocab) * MOST_PARTS * record_size(models)
     return _Layout.of(
         (torch.float64, rows * STATE_FIELDS.value),
         (torch.float32, rows * numbers),

@@ -11,7 +11,7 @@ import torch
 from interpreter import INTERPRETED
 from launches import launches
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
@@ -19,6 +19,7 @@ from mod_fused.triton_kernels import launch  # noqa: E402
 from mod_fused.triton_kernels.ahead_of_time import (  # noqa: E402
     TARGETS,
     compile_launch,
+    disassembled,
     machine_code,
 )
 
@@ -103,6 +104,14 @@ def test_compiled_kernels_spill_nothing_and_read_each_logit_once(target: str, na
     for filter_launch in filters:
         code = machine_code(compile_launch(filter_launch, TARGETS[target]))
         assert (code.spills, code.stack) == (0, 0), code
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_products_and_sums_are_fused_whatever_the_default(default: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", default)
+    (made,) = launches()
+    _, assembly = disassembled(compile_launch(made, TARGETS["sm_90"]).asm["cubin"])
+    assert assembly.count("FFMA") > assembly.count("FMUL")
 
 
 def test_all_targets_and_calls_are_covered() -> None:
