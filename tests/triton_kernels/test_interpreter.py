@@ -208,6 +208,18 @@ def test_tokens_that_the_reference_all_but_excludes_share_the_mass(divergence, l
     check(OP, ref, [policy], [1.0], divergence=divergence)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha:0.5"])
+def test_such_rows_are_not_bisected(divergence, workspaces):
+    # p times the slope of H is a number there, the slope alone is beyond float32.
+    ref = torch.full((1, 2048), -75.0)
+    policy = ref.clone()
+    ref[0, [0, 5, 6]] = torch.tensor([0.0, -50.0, -51.0])
+    policy[0, [5, 6]] = -math.log(2.0)
+    for weight, most in ((1.0, 1.0), (1.5, 2.0)):
+        check(OP, ref, [policy], [weight], divergence=divergence)
+        assert workspaces[-1].states[STEPS.value] <= most
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha:0.25"])
 def test_where_all_policies_agree_no_row_is_bisected(divergence, workspaces):
     # tau is then an end of its bracket, which rounding may put on the wrong side.
