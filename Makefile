@@ -21,7 +21,7 @@ SANITIZED_RUN = PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
 	ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255 \
 	UBSAN_OPTIONS=print_stacktrace=1 $(CURDIR)/$(BIN)/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-transformers test-lm-eval test-quantised test-vllm soak-vllm bench-vllm architectures lint fuzz sanitize gpu-check clean
+.PHONY: help setup demo docs test test-transformers test-lm-eval test-quantised test-vllm test-real real soak-vllm bench-vllm architectures lint fuzz sanitize gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -79,6 +79,14 @@ test-quantised: $(QUANTISED)/.ready  ## adapters on bases quantised by bitsandby
 
 test-lm-eval: $(LM_EVAL)/.ready  ## the model of lm-evaluation-harness, beside the harness's own
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(LM_EVAL)/bin/python -m pytest tests/serving/test_lm_eval.py
+
+# Each run starts anew: the point is that all its jobs run.
+test-real: $(READY)  ## the study on a real language model in some minutes: does all of it run
+	rm -rf build/test-real
+	$(BIN)/python -m bench.real --quick --work build/test-real --out build/test-real/results
+
+real: $(READY)  ## MOD's experiment on SmolLM2-135M: three hours on two cores; goes on where it was stopped
+	$(BIN)/python -m bench.real --out bench/results/real
 
 # Away from the top, where vLLM would find a package named triton_kernels. Model Runner V2 is on its
 # own: whether Triton's kernels are interpreted is settled when a process starts.

@@ -20,6 +20,7 @@ from .alignment import plots, tables
 from .case import Case, Picture
 from .cases import CASES
 from .gpu import predict_report
+from .real import tables as real
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
@@ -28,16 +29,22 @@ _BLOCK = re.compile(
     r"(?P<head>^<!-- bench: (?P<name>\S+) -->\n).*?(?P<tail>^<!-- /bench -->)", re.S | re.M
 )
 #: By the stem of the JSON and of the picture: the function that plots a result into a figure.
-PICTURES: dict[str, dict[str, Picture]] = {
-    name: {name: case.picture}
-    for name, case in CASES.items()
-    if isinstance(case, Case) and case.picture
-} | plots.PICTURES
+PICTURES: dict[str, dict[str, Picture]] = (
+    {
+        name: {name: case.picture}
+        for name, case in CASES.items()
+        if isinstance(case, Case) and case.picture
+    }
+    | plots.PICTURES
+    | {"real": real.PICTURES}
+)
 #: By the stem of the JSON: the function that makes the report; a case has its own.
 REPORTS: dict[str, Callable[[report.Result], str]] = {
     "alignment": tables.alignment,
     "control": tables.control,
     "predicted": predict_report.markdown,
+    "real": real.report,
+    "real_cost": report.plain,
     "rules": tables.rules,
     "sizes": tables.sizes,
     "vllm": report.plain,

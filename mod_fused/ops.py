@@ -200,9 +200,9 @@ def sample(
             backends use no workspace and leave it as it is. A call on a GPU allocates nothing, and
             can be captured in a CUDA graph, when it is given `out`, `workspace`, and tensors or
             single numbers for everything that goes by row (weights for all rows may be a list).
-            `value_ids` and `bias_ids` allocate even then, and so do seed=None, which draws seeds,
-            and lists per row, which are copied to the device. A list per row is refused while a
-            graph is captured.
+            `bias_ids` allocates even then, and so do seed=None, which draws seeds, and lists per
+            row, which are copied to the device. A list per row is refused while a graph is
+            captured.
         group: a torch.distributed process group whose ranks hold the vocabulary in shards; None:
             all of it is here. Each rank passes its own columns of all logits, in the order of the
             ranks, and the same columns of dense `values`, `mask` (packed from its first column on)

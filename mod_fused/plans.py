@@ -179,10 +179,9 @@ def plan(*args: Any, **kwargs: Any) -> Plan:
     new logits into the old one.
 
     With seed=None each call draws new seeds, as `sample` does. With `bias_ids` each call makes the
-    bias dense again, and allocates. With `value_ids` the triton backend does the same for the
-    values, and such a plan takes as long as `sample`. Every other plan allocates nothing on the
-    triton and cpu backends, and can be captured in a CUDA graph. The first call compiles the
-    kernels, if no call of `sample` has.
+    bias dense again, and allocates. Every other plan allocates nothing on the triton and cpu
+    backends, and can be captured in a CUDA graph. The first call compiles the kernels, if no call
+    of `sample` has.
 
     A plan is made and called on one stream, as its workspace and its `out` are. Several plans may
     share a workspace. A plan cannot be copied or pickled. In a function that torch.compile traces,

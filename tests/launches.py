@@ -32,6 +32,6 @@ def launches(
     mixing = check_mixture(logits, [logits] * policies, weights, **mixture)
     if op == "log_probs":
         out = logits.new_empty((rows, vocab), dtype=torch.float32)
-        return launch.log_probs_launches(mixing, out)[0]
+        return launch.log_probs_launches(mixing, out)
     drawing = check_draw(mixing, **draw)
-    return launch.sample_launches(mixing, drawing, new_outputs(mixing, drawing))[0]
+    return launch.sample_launches(mixing, drawing, new_outputs(mixing, drawing))

@@ -110,7 +110,7 @@ def launched(divergence: str, rows: int = ROWS, vocab: int = VOCAB, **filters: A
     logits = torch.empty((rows, vocab), dtype=torch.bfloat16, device="meta")
     mixing = check_mixture(logits, [logits] * 2, [0.6, 0.3], divergence=divergence)
     drawing = check_draw(mixing, seed=1, **filters)
-    return sample_launches(mixing, drawing, new_outputs(mixing, drawing))[0]
+    return sample_launches(mixing, drawing, new_outputs(mixing, drawing))
 
 
 def phase_names(variant: Any) -> list[str]:

@@ -22,12 +22,13 @@ from .divergences import device_functions
 from .filters import filter_kernel
 from .mixture import mixture_kernel
 from .own_mass import OF_MASS
-from .parameters import Drawing, dense, drawing_of, mixing_of
+from .parameters import Drawing, drawing_of, mixing_of
 from .workspace import cdiv, cell_size, make_workspace, parts_of_tile, record_size, row_tiles
 
 #: Evaluations of G that are phases of their own, by the solver (normalizer.py). A row that needs
 #: more is finished by one program.
 SECULAR_EVALUATIONS, NEWTON_EVALUATIONS = 3, 5
+CANDIDATE_BLOCKS = (32, 256, 1024)  # how many are read at once: a kernel for each
 
 
 class Variant(NamedTuple):
@@ -37,6 +38,7 @@ class Variant(NamedTuple):
     model_block: int  # a power of two, at least models
     first_policy: int  # index of the first policy: 1 with a reference, else 0
     scores: int  # J
+    candidates: int  # of CANDIDATE_BLOCKS; 0: the values are dense
     plausible: int | None  # model of the plausibility constraint; None: off in all rows
     general: bool  # not reverse KL
     exact: bool
@@ -58,6 +60,7 @@ class Variant(NamedTuple):
     early: bool  # drawn from the last evaluation
     finish: bool
     draw: bool  # draw in the mixture kernel
+    races: bool  # each part's race is run with its keys
     mask: bool
     packed_mask: bool
     bias: bool
@@ -87,7 +90,7 @@ def variant_of(
     drawing: DrawArguments | None,
     configured: Configuration,
 ) -> Variant:
-    """The variant for these arguments, which have been through `dense`."""
+    """The variant for these arguments."""
     divergence = device_functions(mixing.divergence)
     general = not divergence.log_linear
     own_mass = general and mixing.mixture_prefix_logprobs is not None
@@ -113,12 +116,19 @@ def variant_of(
     finish = drawing is None
     early = exact and divergence.excess is not None and drawing is not None
     early = early and not (mask or tempered or filters)
+    candidates = 0
+    if mixing.value_ids is not None:
+        count = mixing.value_ids.shape[1]
+        candidates = next((x for x in CANDIDATE_BLOCKS if count <= x), CANDIDATE_BLOCKS[-1])
+    draw = drawing is not None and not filters
+    phases = int(sums) + (evaluations + 1 if exact else 0) + 1 - early + int(finish)
     tiles = row_tiles(mixing.vocab_size)
     return Variant(
         models=mixing.model_count(),
         model_block=triton.next_power_of_2(mixing.model_count()),
         first_policy=int(mixing.ref_logits is not None),
         scores=0 if mixing.values is None else mixing.values.shape[0],
+        candidates=candidates,
         plausible=plausible,
         general=general,
         exact=exact,
@@ -129,7 +139,9 @@ def variant_of(
         evaluations=evaluations,
         early=early,
         finish=finish,
-        draw=drawing is not None and not filters,
+        draw=draw,
+        # With one tile a program its noise costs no time; with more, the winner's alone is cheaper.
+        races=draw and phases == 1 and configured.chunk == 1,
         mask=mask,
         packed_mask=packed,
         bias=drawing is not None and drawing.bias is not None,
@@ -140,7 +152,7 @@ def variant_of(
         store_keys=finish or filters,
         model_logprobs=drawing is not None and drawing.return_model_logprobs,
         proposal_logprobs=drawing is not None and drawing.return_proposal_logprobs,
-        phases=int(sums) + (evaluations + 1 if exact else 0) + 1 - early + int(finish),
+        phases=phases,
         tiles=tiles,
         parts=parts_of_tile(max(x.element_size() for x in mixing.tensors())),
         record=record_size(mixing.model_count()),
@@ -163,28 +175,24 @@ def _cut(
 
 def log_probs_launches(
     mixing: MixtureArguments, out: Tensor, workspace: Tensor | None = None
-) -> tuple[list[Launch], Tensor | None]:
-    """The launches that write log pi* to `out`, and the rows [B] with a bad id."""
+) -> list[Launch]:
+    """The launches that write log pi* to `out`."""
     rows = mixing.batch_tensor().shape[0]
-    mixing, bad = dense(mixing)
     configured = configuration(mixing, rows)
     variant = variant_of(mixing, None, configured)
     made = make_workspace(out, rows, mixing.vocab_size, variant.models, False, workspace)
     work = made._replace(keys=out)
     grid, group = _cut(mixing, variant, rows, configured)
     arguments = (mixing_of(mixing), Drawing(), work, rows, group, 0, 0)
-    return [Launch(mixture_kernel, grid, arguments, variant, configured.threads)], bad
+    return [Launch(mixture_kernel, grid, arguments, variant, configured.threads)]
 
 
 def log_probs_out(mixing: MixtureArguments, out: Tensor, workspace: Tensor | None = None) -> None:
     """Write log pi* to `out` [B, V]."""
     if out.shape[0] == 0:
         return
-    launches, bad = log_probs_launches(mixing, out, workspace)
-    for launch in launches:
+    for launch in log_probs_launches(mixing, out, workspace):
         launch.run(out.device)
-    if bad is not None:
-        out.masked_fill_(bad[:, None], torch.nan)
 
 
 def sample_launches(
@@ -192,11 +200,10 @@ def sample_launches(
     drawing: DrawArguments,
     outputs: Outputs,
     workspace: Tensor | None = None,
-) -> tuple[list[Launch], Tensor | None]:
-    """The launches that write to `outputs`, and the rows [B] with a bad id."""
+) -> list[Launch]:
+    """The launches that write to `outputs`."""
     logits = mixing.batch_tensor()
     rows = logits.shape[0]
-    mixing, bad = dense(mixing)
     configured = configuration(mixing, rows)
     variant = variant_of(mixing, drawing, configured)
     work = make_workspace(
@@ -217,7 +224,7 @@ def sample_launches(
         launches.append(
             Launch(filter_kernel, (rows,), filtering, variant, configured.filter_threads)
         )
-    return launches, bad
+    return launches
 
 
 def sample_out(
@@ -233,17 +240,8 @@ def sample_out(
     if not drawing.return_model_logprobs:
         model_logprobs = None
     outputs = (tokens, logprobs, valid, model_logprobs, proposal_logprobs)
-    launches, bad = sample_launches(mixing, drawing, outputs, workspace)
-    for launch in launches:
+    for launch in sample_launches(mixing, drawing, outputs, workspace):
         launch.run(tokens.device)
-    if bad is not None:
-        valid &= ~bad
-        tokens.masked_fill_(bad, 0)
-        logprobs.masked_fill_(bad, torch.nan)
-        if model_logprobs is not None:
-            model_logprobs.masked_fill_(bad[:, None], torch.nan)
-        if proposal_logprobs is not None:
-            proposal_logprobs.masked_fill_(bad, torch.nan)
 
 
 def bound_sample(
@@ -253,7 +251,6 @@ def bound_sample(
     workspace: Tensor | None,
 ) -> BoundLaunches:
     """What `sample_out` launches, to be run again and again with other numbers for seed and
-    position. Without candidates, for at least one row, model_logprobs None unless asked for."""
-    launches, bad = sample_launches(mixing, drawing, outputs, workspace)
-    assert bad is None
+    position. For at least one row, model_logprobs None unless asked for."""
+    launches = sample_launches(mixing, drawing, outputs, workspace)
     return BoundLaunches(launches, outputs[0].device)

@@ -29,8 +29,11 @@ class Mixing(NamedTuple):
     weights_pointer: Tensor | None
     weights_strides: tuple[int, int]  # row (0: one for all), policy
     reference_weight: float  # 1 - sum w
-    scores: Tensor | None  # [J, B, V], the values: Triton's tuples have an attribute `values`
+    scores: Tensor | None  # [J, B, V or K], the values: Triton's tuples have an attribute `values`
     value_strides: tuple[int, int]  # J, B
+    candidates: Tensor | None  # int64 [B, K], the tokens that the values belong to; None: all
+    candidate_strides: tuple[int, int]
+    candidate_count: int  # K
     value_weights: tuple[float, ...]
     value_weights_pointer: Tensor | None
     value_weights_strides: tuple[int, int]
@@ -84,34 +87,13 @@ def _strides(tensor: Tensor | None, rank: int) -> tuple[int, int]:
     return (0, tensor.stride(0)) if tensor.dim() < rank else (tensor.stride(0), tensor.stride(1))
 
 
-def dense(mixing: MixtureArguments) -> tuple[MixtureArguments, Tensor | None]:
-    """The arguments with candidates' values as [J, B, V], -inf for every other token; and which
-    rows have bad ids."""
-    if mixing.values is None or mixing.value_ids is None:
-        return mixing, None
-    ids, vocab = mixing.value_ids, mixing.vocab_size
-    values, weights = mixing.values.float(), mixing.value_weights
-    if isinstance(weights, Tensor) or 0.0 in weights:
-        # A value of weight 0 is not read, but its -inf must still exclude: add one more value.
-        values = torch.cat([values, torch.zeros_like(ids[None], dtype=torch.float32)])
-        if isinstance(weights, Tensor):
-            weights = torch.cat([weights, torch.ones_like(weights[..., :1])], -1)
-        else:
-            weights = (*weights, 1.0)
-    inside = (ids >= 0) & (ids < vocab)
-    dense = values.new_full((*values.shape[:2], vocab + 1), -torch.inf)
-    dense.scatter_(2, torch.where(inside, ids, vocab).expand(values.shape), values)
-    mixing = mixing._replace(values=dense[:, :, :vocab], value_ids=None, value_weights=weights)
-    return mixing, ~(inside | (ids == -1)).all(1)
-
-
 def _weights(given: tuple[float, ...] | Tensor) -> tuple[tuple[float, ...], Tensor | None]:
     """The numbers of the record, and the pointer that replaces them where it is given."""
     return ((0.0,), given) if isinstance(given, Tensor) else (given or (0.0,), None)
 
 
 def mixing_of(mixing: MixtureArguments) -> Mixing:
-    """The record of the distribution; `mixing` has been through `dense`."""
+    """The record of the distribution."""
     divergence, logits, values = mixing.divergence, mixing.tensors(), mixing.values
     own_prefix, share = mixing.mixture_prefix_logprobs, mixing.plausibility
     shares = share if isinstance(share, Tensor) else None
@@ -130,6 +112,9 @@ def mixing_of(mixing: MixtureArguments) -> Mixing:
         reference_weight=reference_weight,
         scores=values,
         value_strides=(0, 0) if values is None else (values.stride(0), values.stride(1)),
+        candidates=mixing.value_ids,
+        candidate_strides=_strides(mixing.value_ids, 2),
+        candidate_count=0 if mixing.value_ids is None else mixing.value_ids.shape[1],
         value_weights=value_weights,
         value_weights_pointer=value_weights_pointer,
         value_weights_strides=_strides(value_weights_pointer, 2),
@@ -269,6 +254,15 @@ def log_plausibility(mixing, row):
 
 
 @triton.jit
+def load_candidates(mixing, row, begin, variant: tl.constexpr):
+    """The row's candidates from `begin` on, int64 [variant.candidates]; -1 behind the last."""
+    k = begin + tl.arange(0, variant.candidates)
+    pointers = mixing.candidates + row.to(tl.int64) * mixing.candidate_strides[0]
+    pointers += k.to(tl.int64) * mixing.candidate_strides[1]
+    return tl.load(pointers, mask=k < mixing.candidate_count, other=-1)
+
+
+@triton.jit
 def good_mixture(mixing, row, variant: tl.constexpr):
     """Whether the parameters of the distribution in tensors are in range; the host has checked the
     numbers."""
@@ -284,6 +278,10 @@ def good_mixture(mixing, row, variant: tl.constexpr):
     if mixing.plausibility_pointer is not None:
         share = tl.load(mixing.plausibility_pointer + row.to(tl.int64) * mixing.plausibility_stride)
         good = good & (share >= 0.0)  # above 1 no token is plausible
+    if variant.candidates:
+        for begin in range(0, mixing.candidate_count, variant.candidates):
+            ids = load_candidates(mixing, row, begin, variant)
+            good = good & (tl.min(ids, 0) >= -1) & (tl.max(ids, 0) < mixing.vocab)
     return good
 
 

@@ -15,8 +15,14 @@ import triton.language as tl
 from .constants import EXCLUDED, FAR_LEVEL, INFINITY, SMALLEST_LOG_REF, TILE
 from .elementary import exp
 from .own_mass import policy_deficit, tilt_scale
-from .parameters import log_plausibility, reference_weight, value_weight, weight
-from .parts import part_sums, places, store_parts
+from .parameters import (
+    load_candidates,
+    log_plausibility,
+    reference_weight,
+    value_weight,
+    weight,
+)
+from .parts import below, part_sums, places, store_parts
 from .workspace import LOG_NORM, LOG_SUM, PEAK, SHIFT
 
 
@@ -69,22 +75,43 @@ def load_tile(row_pointer, tile, vocab, OTHER: tl.constexpr, variant: tl.constex
 
 
 @triton.jit
-def value_tile(mixing, j: tl.constexpr, row, tile, variant: tl.constexpr):
-    """V_j, -inf beyond the vocabulary."""
+def candidates_of_tile(mixing, row, tile, variant: tl.constexpr):
+    """The place of each token among the row's candidates, -1 for others; without candidates 0."""
+    found = tl.zeros_like(places(variant))
+    if variant.candidates:
+        found -= 1
+        BLOCK: tl.constexpr = variant.candidates
+        NONE: tl.constexpr = TILE * BLOCK
+        k = tl.arange(0, BLOCK)
+        for begin in range(0, mixing.candidate_count, BLOCK):
+            ids = load_candidates(mixing, row, begin, variant)
+            # Token in the tile and place among the candidates in one number: one reduction finds
+            # the next.
+            packed = (ids % TILE).to(tl.int32) * BLOCK + k
+            packed = tl.where((ids >= 0) & (ids // TILE == tile), packed, NONE)
+            least = tl.min(packed, 0)
+            while least < NONE:
+                found = tl.where(places(variant) == least // BLOCK, begin + least % BLOCK, found)
+                packed = tl.where(packed == least, NONE, packed)
+                least = tl.min(packed, 0)
+    return found
+
+
+@triton.jit
+def value_tile(mixing, j: tl.constexpr, candidates, row, tile, variant: tl.constexpr):
+    """V_j, -inf beyond the vocabulary; of the tile's `candidates` alone where there are any."""
     pointer = mixing.scores + tl.full([], j, tl.int64) * mixing.value_strides[0]
     pointer += row.to(tl.int64) * mixing.value_strides[1]
-    return load_tile(pointer, tile, mixing.vocab, float("-inf"), variant)
+    if variant.candidates:
+        x = tl.load(pointer + candidates, mask=candidates >= 0, other=float("-inf"))
+        return x.to(tl.float32)
+    else:
+        return load_tile(pointer, tile, mixing.vocab, float("-inf"), variant)
 
 
 @triton.jit
 def finite(x):
     return tl.abs(x) < INFINITY
-
-
-@triton.jit
-def below(x, peak):
-    """x less its part's peak; x itself where the peak is -inf. +inf gives NaN."""
-    return x - tl.where(peak == -INFINITY, 0.0, peak)[:, None]
 
 
 @triton.jit
@@ -143,9 +170,11 @@ def log_linear_tile(
         inside &= finite(x) | (counts == 0)
         key = tl.fma(c, tl.where(finite(x) & counts, x, 0.0), key)
     inside &= plausible
+    candidates = candidates_of_tile(mixing, row, tile, variant)
+    inside &= candidates >= 0
     for j in tl.static_range(VALUES):
         v = zeros + value_weight(mixing, row, j).to(tl.float32)
-        x = value_tile(mixing, j, row, tile, variant)
+        x = value_tile(mixing, j, candidates, row, tile, variant)
         counts = v != 0.0
         broken |= counts & ((x < INFINITY) == 0)
         inside &= finite(x) | (counts == 0)
@@ -172,7 +201,8 @@ def finite_log_linear_tile(mixing, row, tile, variant: tl.constexpr):
             key = tl.where(c != 0.0, tl.fma(x, c, key), key)
     for j in tl.static_range(VALUES):
         v = value_weight(mixing, row, j).to(tl.float32)
-        key = tl.where(v != 0.0, tl.fma(value_tile(mixing, j, row, tile, variant), v, key), key)
+        value = value_tile(mixing, j, None, row, tile, variant)
+        key = tl.where(v != 0.0, tl.fma(value, v, key), key)
     return tl.fma(key, 0.0, key)
 
 
@@ -217,11 +247,13 @@ def deficit_tile(mixing, state, row, tile, variant: tl.constexpr):
     broken = zeros != 0.0
     if VALUES > 0:
         tilted = q.to(tl.float64)
+        candidates = candidates_of_tile(mixing, row, tile, variant)
+        inside &= candidates >= 0
         for j in tl.static_range(VALUES):
             v = value_weight(mixing, row, j).to(tl.float32).to(tl.float64) + zeros.to(tl.float64)
             if variant.own_mass:
                 v = v * tilt_scale(mixing, state, variant)
-            x = value_tile(mixing, j, row, tile, variant)
+            x = value_tile(mixing, j, candidates, row, tile, variant)
             counts = v != 0.0
             broken |= counts & ((x < INFINITY) == 0)
             inside &= finite(x) | (counts == 0)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .. import readme, report
@@ -16,10 +17,12 @@ def main(
     jobs: Any,
     summary: Callable[[Path, Any], dict[str, Any]],
     argv: Sequence[str] | None = None,
+    options: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> int:
     """`python -m COMMAND`: runs the missing jobs and writes the study's JSON, tables and pictures.
 
     `jobs` is a module with `Sizes`, `TINY` and `phases`; `summary` makes the JSON of a work folder.
+    `options` are fields of `Sizes` that the command line sets: the arguments of add_argument.
     """
     name = command.rpartition(".")[2]
     parser = argparse.ArgumentParser(prog=f"python -m {command}", description=__doc__)
@@ -28,10 +31,13 @@ def main(
     add("--work", type=Path, default=Path("build") / name, metavar="DIR", help="the cache")
     add("--workers", type=int, default=2, metavar="N", help="processes")
     add("--tiny", "--quick", action="store_true", help="a few steps and prompts: does it run")
+    for field, how in options.items():
+        add(f"--{field}", **how)
     args = parser.parse_args(argv)
     if args.workers < 1:
         raise SystemExit(f"--workers must be at least 1, got {args.workers}")
     sizes = jobs.TINY if args.tiny else jobs.Sizes()
+    sizes = sizes._replace(**{field: getattr(args, field) for field in options})
     try:
         seconds = run(args.work, jobs.phases(sizes), sizes, args.workers)
     except ValueError as error:
@@ -39,7 +45,8 @@ def main(
     result = summary(args.work, sizes)
     # The sum over the jobs' processes, without jobs that an interrupted run lost.
     result |= {"seconds_of_jobs": round(seconds), "machine": report.machine()}
-    result["command"] = f"python -m {command}" + " --tiny" * args.tiny
+    given = [f" --{x} {getattr(args, x)}" for x in options if getattr(args, x)]
+    result["command"] = f"python -m {command}" + " --tiny" * args.tiny + "".join(given)
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"{name}.json"
     report.save(result, file)

@@ -13,7 +13,8 @@ from . import control_plots, policies
 from .tables import Cells, Record
 
 
-def _finish(axes: Any, x: str, y: str, title: str = "") -> None:
+def finish(axes: Any, x: str, y: str, title: str = "") -> None:
+    """Set the labels of an axes, its title and its grid."""
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(color="0.9")
 
@@ -36,7 +37,7 @@ TITLES = {
 CONTEST = 4.0  # nats: what is further away has a row of its own
 
 
-def _method(axes: Any, name: str, records: Sequence[Record], x: str, y: str, **form: Any) -> None:
+def method(axes: Any, name: str, records: Sequence[Record], x: str, y: str, **form: Any) -> None:
     """Plot a method's points, with its label and its form, but for what `form` says."""
     label, colour, style = METHODS[name]
     points = [(r[x][0], r[y][0]) for r in records if r and r.get(x)]
@@ -81,7 +82,7 @@ def pareto(figure: Any, result: Record) -> None:
                 at = [w for w in policies.MIDPOINTS if w[i] and w[j]]
                 at = at if name == "retrained" else line
                 found = [t.one(w, name, tuned) for w in at]
-                _method(axes, name, found, x, y)
+                method(axes, name, found, x, y)
                 if name.startswith("best") and found:
                     at, where = (-1, "right") if name == "best of 4" else (len(found) // 3, "above")
                     _named(axes, name, found[at], x, y, where)
@@ -90,11 +91,11 @@ def pareto(figure: Any, result: Record) -> None:
                 for seed in range(1, result["sizes"]["train_seeds"]):
                     found = [t.one(w, name, tuned, seed=seed) for w in line]
                     form = {"linewidth": 0, "alpha": 0.35, "label": label}
-                    _method(axes, name, found, x, y, **form)
+                    method(axes, name, found, x, y, **form)
             base = t.one((0.0,) * 3, "reference", "none")
-            _method(axes, "reference", [base], x, y, linewidth=0)
+            method(axes, "reference", [base], x, y, linewidth=0)
             _named(axes, "reference", base, x, y, "below")
-            _finish(axes, x, y, f"tuned with {TITLES.get(tuned, tuned)}")
+            finish(axes, x, y, f"tuned with {TITLES.get(tuned, tuned)}")
             axes.tick_params(labelbottom=True)
     _legend(figure, panels[0][0], 5)
 
@@ -111,14 +112,14 @@ def against_kl(figure: Any, result: Record) -> None:
             for name in ("best of 4", "best of 16", "soup", "mod", "retrained"):
                 at = [policies.CENTRE] if name.startswith("best") else policies.EQUAL
                 found = [t.one(w, name, tuned) for w in at]
-                _method(axes, name, found, "kl", "overall")
+                method(axes, name, found, "kl", "overall")
                 if name.startswith("best") and near:
                     _named(axes, name, found[0], "kl", "overall", "above")
-            _method(axes, "reference", [base], "kl", "overall", linewidth=0)
+            method(axes, "reference", [base], "kl", "overall", linewidth=0)
             if near:
                 axes.set_xlim(-0.15, CONTEST)
                 _named(axes, "reference", base, "kl", "overall", "right")
-                _finish(axes, "", "overall reward", f"tuned with {TITLES.get(tuned, tuned)}")
+                finish(axes, "", "overall reward", f"tuned with {TITLES.get(tuned, tuned)}")
             else:
                 axes.set_xscale("symlog", linthresh=1.0)
                 axes.margins(0.12)
@@ -136,7 +137,7 @@ def against_kl(figure: Any, result: Record) -> None:
                         _named(
                             axes, name, end, "kl", "overall", "above" if name == above else "below"
                         )
-                _finish(axes, "KL to the reference (nats an answer)", "overall reward")
+                finish(axes, "KL to the reference (nats an answer)", "overall reward")
     for axes in panels[:, 1:].flat:
         axes.set_ylabel("")
     _legend(figure, panels[1][0], 7)

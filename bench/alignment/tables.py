@@ -126,7 +126,8 @@ def _tabular(t: Cells) -> Iterable[Record]:
     return rows.values()
 
 
-def _document(title: str, result: Record, sections: list[Section]) -> str:
+def document(title: str, result: Record, sections: list[Section]) -> str:
+    """A report: its title, its machine, and a section for each table."""
     intro = "[README.md](README.md) says what was measured, how, and what it shows."
     parts = [report.head(title, result), intro]
     parts += [f"## {name}\n\n{table(records, columns)}" for name, records, columns in sections]
@@ -170,7 +171,7 @@ def alignment(result: Record) -> str:
          "divergence | weights | seed | first loss = first_loss 3 | last loss = loss 3 | "
          "least possible = least_loss 3"),
     ]  # fmt: skip
-    return _document("Alignment: mixing, merging, retraining, choosing", result, sections)
+    return document("Alignment: mixing, merging, retraining, choosing", result, sections)
 
 
 def control(result: Record) -> str:
@@ -214,7 +215,7 @@ def control(result: Record) -> str:
          "weights | seed | first loss = first_loss 3 | last loss = loss 3 | "
          "least possible = least_loss 3"),
     ]  # fmt: skip
-    return _document("Value guidance: reward against KL", result, sections)
+    return document("Value guidance: reward against KL", result, sections)
 
 
 def rules(result: Record) -> str:
@@ -232,9 +233,7 @@ def rules(result: Record) -> str:
         )
         for w in result["sizes"]["weights"]
     ]
-    return _document(
-        "Rules of whole answers: means over trainings, Student's 95%", result, sections
-    )
+    return document("Rules of whole answers: means over trainings, Student's 95%", result, sections)
 
 
 def sizes(result: Record) -> str:
@@ -254,6 +253,6 @@ def sizes(result: Record) -> str:
     models = "objective | layers | parameters | vocabulary | KL to the reference a token = loss 4"
     models += " | last loss of f-DPO by training = tuned"
     sections.append(("Models", result["models"], models))
-    return _document(
+    return document(
         "Policies of different sizes: means over trainings, Student's 95%", result, sections
     )

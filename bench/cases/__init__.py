@@ -10,6 +10,7 @@ from .distributions import DISTRIBUTIONS
 from .filters import FILTERS
 from .host import HOST
 from .scaling import SCALING
+from .shards import SHARDS
 from .triton_host import TRITON_HOST
 
 CASES: dict[str, Case | Procedure] = {
@@ -21,4 +22,5 @@ CASES: dict[str, Case | Procedure] = {
     "host": HOST,
     "triton_host": TRITON_HOST,
     "adapters": ADAPTERS,
+    "shards": SHARDS,
 }

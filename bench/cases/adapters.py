@@ -19,14 +19,14 @@ from mod_fused.decoding.memory import available_bytes
 
 from .. import measure
 from ..case import Procedure, set_threads
-from ..contestants import models
+from ..contestants import loops, models
 from ..report import note, plain
 
 ROUNDS, TOKENS, PROMPT, RANK = 5, 6, 2, 16
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 #: A decode: seconds of each step behind the first token (it waits for the prompt), and the tokens.
 Loop = Callable[[Tensor, int], tuple[list[float], Tensor]]
-ONE = "one model"
+ONE, AUTHORS = "one model", "separate, the authors' loop"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +106,7 @@ def _one(model: Any) -> Loop:
 
         out = model.generate(
             prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0,
-            max_new_tokens=tokens, pad_token_id=0, stopping_criteria=[watch],
+            max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0, stopping_criteria=[watch],
         )  # fmt: skip
         return _gaps(times), out
 
@@ -148,13 +148,33 @@ def _bytes(modules: Sequence[nn.Module], tensors: Sequence[Tensor] = ()) -> int:
     )
 
 
-def _contestants(
-    name: str, dtype: torch.dtype, count: int
-) -> tuple[dict[str, Loop], dict[str, int]]:
-    """The loops by name, and the bytes of their weights."""
+def _authors(ensemble: mod_fused.Ensemble, weights: Sequence[float]) -> Loop:
+    """The loop as MOD's authors wrote it: all models run, one after another."""
+
+    def loop(prompts: Tensor, tokens: int) -> tuple[list[float], Tensor]:
+        times: list[float] = []
+
+        def around(draw: Callable[..., Any]) -> Callable[..., Any]:
+            def drawn(*given: Any) -> Any:
+                out = draw(*given)
+                times.append(time.perf_counter())
+                return out
+
+            return drawn
+
+        task = loops.Task(ensemble, prompts, tokens, "reverse_kl", tuple(weights))
+        out, _ = loops.plain(task, around, loops.weighted_log_probs)
+        return _gaps(times), out
+
+    return loop
+
+
+def contestants(adapted: Any) -> tuple[dict[str, Loop], dict[str, int]]:
+    """The loops by name, and the bytes of their weights; `adapted` is a PeftModel with adapters
+    "0", "1", ..."""
+    count = len(adapted.peft_config)
     simplex = [1 / count] * count
     every = [0.8 / count] * count  # the reference's coefficient is 0.2: all models run
-    adapted = _adapted(name, dtype, count)
     stacked = mod_fused.Ensemble.from_adapters(adapted, forward="stacked")
     found = {ONE: _one(stacked.models[0])}
     base = _bytes([stacked.models[0]])
@@ -169,6 +189,7 @@ def _contestants(
         whole = _separate(stacked.models[0], adapted, count)
         found["separate, all run"] = _ours(whole, every)
         found["separate, simplex"] = _ours(whole, simplex)
+        found[AUTHORS] = _authors(whole, simplex)
         memory["separate"] = _bytes(whole.models)
     found["PEFT by name, all run"] = _by_name(adapted, every)
     memory["PEFT by name"] = _bytes([adapted])
@@ -182,7 +203,7 @@ def _contestants(
     return found, memory
 
 
-def _check(loops: dict[str, Loop], prompts: Tensor, exact: bool) -> None:
+def _check(found: dict[str, Loop], prompts: Tensor, exact: bool) -> None:
     """Run every loop once.
 
     Raises:
@@ -190,23 +211,23 @@ def _check(loops: dict[str, Loop], prompts: Tensor, exact: bool) -> None:
             differ: merged weights round otherwise.
     """
     first: dict[bool, tuple[str, Tensor]] = {}
-    for name, loop in loops.items():
+    for name, loop in found.items():
         _, tokens = loop(prompts, 4)
-        if name != ONE and exact:
+        if name not in (ONE, AUTHORS) and exact:  # these have other noise
             other, expected = first.setdefault("simplex" in name, (name, tokens))
             if (tokens != expected).any(1).sum() > 1:
                 raise RuntimeError(f"{name} draws other tokens than {other}")
 
 
-def _rows(
-    head: dict[str, Any], loops: dict[str, Loop], prompts: Tensor, tokens: int, rounds: int
+def timed(
+    head: dict[str, Any], found: dict[str, Loop], prompts: Tensor, tokens: int, rounds: int
 ) -> Iterator[dict[str, Any]]:
     """Time the loops in turn, round by round."""
-    _check(loops, prompts, head["dtype"] == "float32")
+    _check(found, prompts, head["dtype"] == "float32")
     others = measure.Others()
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    seconds: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(rounds):
-        for name, loop in loops.items():
+        for name, loop in found.items():
             seconds[name] += loop(prompts, tokens)[0]
     busy, one = others.cores(), statistics.median(seconds[ONE])
     for name, each in seconds.items():
@@ -232,7 +253,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for name in args.models or (["tiny"] if args.quick else ["0.1b"]):
             for dtype, count in itertools.product(args.dtypes, args.policies or [2, 4]):
                 kind = getattr(torch, dtype)
-                loops, memory = _contestants(name, kind, count)
+                found, memory = contestants(_adapted(name, kind, count))
                 head = {"model": name, "dtype": dtype, "M": count}
                 if "separate" not in memory:
                     missing.append(f"separate models: no memory for {count + 1} ({name}, {dtype})")
@@ -240,10 +261,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                             for n, b in memory.items()]  # fmt: skip
                 for batch in args.batches or ([2] if args.quick else [1, 8, 32]):
                     prompts = models.random_prompts(batch, models.RANDOM[name][-1])[:, :PROMPT]
-                    rows += _rows(head | {"B": batch}, loops, prompts, args.tokens, rounds)
-                    ratios = [f"{row['step / one model']:.2f}" for row in rows[-len(loops) :]]
+                    rows += timed(head | {"B": batch}, found, prompts, args.tokens, rounds)
+                    ratios = [f"{row['step / one model']:.2f}" for row in rows[-len(found) :]]
                     note(f"{name} {dtype} M={count} B={batch}: {' '.join(ratios)}")
-                del loops
+                del found
     except KeyboardInterrupt:  # a run of hours keeps what it has
         missing.append("what would have come next: the run was stopped")
     finally:

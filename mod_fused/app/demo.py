@@ -1,4 +1,5 @@
-"""`mod-fused demo`: four small models that ship with the package, steered by the weights."""
+"""`mod-fused demo`: four small models that ship with the package, or the caller's, steered by the
+weights."""
 
 from __future__ import annotations
 
@@ -12,10 +13,20 @@ import numpy as np
 
 from .. import recipes, world
 from ..decoding.ensemble import Ensemble
-from ..decoding.generate import generate
+from ..decoding.generate import GenerateOutput, generate
 from ..divergence import DIVERGENCES
 from . import options
-from .models import check_files, quiet_transformers, use_one_thread
+from .models import (
+    check_files,
+    load_models,
+    own_options,
+    own_policies,
+    policy_names,
+    quiet_transformers,
+    use_one_thread,
+    with_roles,
+)
+from .options import UsageError
 from .terminal import TextStream, table, track, write
 from .trade_off import (
     Array,
@@ -31,6 +42,9 @@ from .trade_off import (
 
 MAX_NEW_TOKENS = 64
 BEST_OF = 4  # as many model runs as mixing three policies with the reference
+QUESTIONS = ("Tell me about a rainy Monday.", "What do you think of long meetings?",
+             "Describe a lighthouse to a friend.")  # fmt: skip
+OWN = ("--policy", "--adapters", "--system", "--prompt", "--max-new-tokens", "--device", "--dtype")
 PAIRS = ((0, 2), (1, 2), (0, 1))  # the objectives mixed for each question
 
 INTRODUCTION = """\
@@ -58,10 +72,19 @@ Next:
   mod-fused doctor                     does every backend of this machine agree with the oracle"""
 
 
-def label(weights: Sequence[float]) -> str:
+def label(weights: Sequence[float], names: Sequence[str]) -> str:
     """Weights in words: "0.5 helpful + 0.5 humorous"."""
-    parts = [f"{w:.2g} {name}" for w, name in zip(weights, world.OBJECTIVES, strict=True) if w]
+    parts = [f"{w:.2g} {name}" for w, name in zip(weights, names, strict=True) if w]
     return " + ".join(parts) or "the reference alone"
+
+
+def show_answer(
+    ensemble: Ensemble, prompt: Any, weights: Sequence[float], names: Sequence[str], **how: Any
+) -> GenerateOutput:
+    """Stream the answer at some weights under a line that says them; `how` is for `generate`."""
+    write(f"\n[{label(weights, names)}]", style="bold cyan")
+    streamer = TextStream(ensemble.tokenizer)
+    return generate(ensemble, [prompt], weights=weights, streamer=streamer, **how)
 
 
 def show_answers(
@@ -72,16 +95,8 @@ def show_answers(
     for i_weight, j_weight in [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)]:
         weights = [0.0] * len(world.OBJECTIVES)
         weights[pair[0]], weights[pair[1]] = i_weight, j_weight
-        write(f"\n[{label(weights)}]", style="bold cyan")
-        (answer,) = generate(
-            ensemble,
-            prompt,
-            weights=weights,
-            divergence=divergence,
-            max_new_tokens=MAX_NEW_TOKENS,
-            seed=seed,
-            streamer=TextStream(ensemble.tokenizer),
-        ).texts or [""]
+        how = {"divergence": divergence, "max_new_tokens": MAX_NEW_TOKENS, "seed": seed}
+        (answer,) = show_answer(ensemble, prompt, weights, world.OBJECTIVES, **how).texts or [""]
         rewards = (f"{name} {world.reward(name, prompt, answer):.2f}" for name in world.OBJECTIVES)
         write(f"\n   rewards: {', '.join(rewards)}", style="dim")
 
@@ -179,13 +194,50 @@ def run(out: Path, *, seed: int = 0, quick: bool = False, divergence: str = "rev
     write(f"\n{NEXT}")
 
 
+def run_own(args: argparse.Namespace) -> None:
+    """Stream answers of the caller's reference, of each of its policies, and of all at equal
+    weights, as conversations where there is a chat template."""
+    names = [Path(name).name for name in own_policies(args)]
+    if len(set(names)) < len(names):
+        names = policy_names(args)
+    ensemble = load_models(args)
+    args.chat = getattr(ensemble.tokenizer, "chat_template", None) is not None
+    if args.system is not None and not args.chat:
+        raise UsageError("--system needs a chat template, and the reference's tokenizer has none")
+    count = len(names)
+    corners = [tuple(float(i == j) for j in range(count)) for i in range(count)]
+    mixes = [(0.0,) * count, *corners, *[(1 / count,) * count] * (count > 1)]
+    asked = args.prompt or QUESTIONS[: 1 if args.quick else None]
+    for text, prompt in zip(asked, with_roles(args, asked), strict=True):
+        write(f"\n{text}", style="bold")
+        for weights in mixes:
+            out = show_answer(
+                ensemble, prompt, weights, names, divergence=args.divergence, seed=args.seed,
+                max_new_tokens=args.max_new_tokens or MAX_NEW_TOKENS, return_model_logprobs=True,
+            )  # fmt: skip
+            assert out.model_logprobs is not None
+            away = float((out.logprobs - out.model_logprobs[..., 0]).sum())
+            write(f"\n   log pi*/pi_ref: {away:.1f} nats", style="dim")
+
+
 def add_options(commands: Any) -> None:
     """Add the command `demo` and its options."""
     demo = commands.add_parser("demo", help="steer the embedded models, draw their trade-off")
+    group = demo.add_argument_group("models of your own: their answers at several weights")
+    own_options(group)
+    group.add_argument("--system", metavar="TEXT", help="a system message in front")
+    group.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a question; repeat it for several"
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=options.whole(1),
+        metavar="N",
+        help=f"the most tokens of an answer (default: {MAX_NEW_TOKENS})",
+    )
     demo.add_argument(
         "--out",
         type=Path,
-        default=Path("mod_fused_demo.png"),
         metavar="FILE",
         help="the picture (default: mod_fused_demo.png)",
     )
@@ -202,8 +254,21 @@ def add_options(commands: Any) -> None:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    check_files(args.out, picture=args.out)
+    args.objectives = None  # the demo has all embedded ones
+    own = own_policies(args)
+    if args.reference:
+        if not own:
+            raise UsageError("--model needs at least one of --policy and --adapters")
+        if args.out:
+            raise UsageError("--out is the picture of the embedded models: leave it out")
+        run_own(args)
+        return 0
+    given = args.prompt or args.device or args.dtype or args.max_new_tokens
+    if own or args.system is not None or given:
+        raise UsageError(f"{', '.join(OWN)} go with --model")
+    out = args.out or Path("mod_fused_demo.png")
+    check_files(out, picture=out)
     quiet_transformers()
     use_one_thread()
-    run(args.out, seed=args.seed, quick=args.quick, divergence=args.divergence)
+    run(out, seed=args.seed, quick=args.quick, divergence=args.divergence)
     return 0

@@ -19,12 +19,11 @@ from .terminal import working
 from .trade_off import picture_endings
 
 
-def mixture_options() -> argparse.ArgumentParser:
-    """The options that generate and sweep have in common."""
-    mixture = Parser(add_help=False)
-    group = mixture.add_argument_group("models (default: the embedded ones)")
+def own_options(group: Any) -> None:
+    """Add the options that name models of the caller's."""
     group.add_argument(
         "--reference",
+        "--model",
         type=options.model,
         metavar="PATH",
         help="folder or hub name of the reference",
@@ -46,14 +45,21 @@ def mixture_options() -> argparse.ArgumentParser:
         default=[],
         help="instead of --policy: LoRA adapters (PEFT) of the reference, with its weights once",
     )
+    group.add_argument("--device", type=options.device, help="cpu, cuda, cuda:1, ...")
+    group.add_argument("--dtype", choices=DTYPES, help="of the models' weights")
+
+
+def mixture_options() -> argparse.ArgumentParser:
+    """The options that generate and sweep have in common."""
+    mixture = Parser(add_help=False)
+    group = mixture.add_argument_group("models (default: the embedded ones)")
+    own_options(group)
     group.add_argument(
         "--objectives",
         type=options.names,
         metavar="A,B",
         help="embedded policies to use: helpful, harmless, humorous (default: all)",
     )
-    group.add_argument("--device", type=options.device, help="cpu, cuda, cuda:1, ...")
-    group.add_argument("--dtype", choices=DTYPES, help="of the models' weights")
     group = mixture.add_argument_group("mixture")
     group.add_argument(
         "--divergence",

@@ -25,8 +25,7 @@ def bind(
 ) -> Run:
     """The call of `sample` on a backend that fills `outputs`, model_logprobs None unless asked
     for. It reads all its tensors anew each time."""
-    # Candidates become dense anew for each call, at another address.
-    if backend == "triton" and mixing.value_ids is None and outputs[0].shape[0] > 0:
+    if backend == "triton" and outputs[0].shape[0] > 0:
         from ..triton_kernels.launch import bound_sample
 
         return bound_sample(mixing, drawing, outputs, workspace)

@@ -79,8 +79,7 @@ def workspace_size(batch: int, vocab_size: int, policies: int = 2, *, filters: b
     """Bytes of a `workspace` for every call of `sample` and `log_probs`, of any divergence, with at
     most so many rows, token ids and policies.
 
-    It does not cover candidates: the op turns `values` with `value_ids` into float32 [J, B, V],
-    and `bias` with `bias_ids` into float32 [B, V], which it allocates with torch.
+    It does not cover `bias` with `bias_ids`, which becomes float32 [B, V] that torch allocates.
 
     Args:
         batch: B, the most rows of a call.

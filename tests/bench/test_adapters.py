@@ -25,7 +25,7 @@ def test_every_contestant_is_timed_and_weighed(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "adapters.json").read_text())
     fields = result["rows"]["fields"]
     rows = [dict(zip(fields, row, strict=True)) for row in result["rows"]["records"]]
-    assert len(rows) == 9 and all(row["contestant"] in text for row in rows)
+    assert len(rows) == 10 and all(row["contestant"] in text for row in rows)
     assert rows[0]["step / one model"] == 1.0 and all(row["ms / step"] > 0 for row in rows)
     weights = {record[-2]: record[-1] for record in result["memory"]["records"]}
     assert weights["separate"] == pytest.approx(3 * weights["one model"])

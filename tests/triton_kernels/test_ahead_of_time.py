@@ -24,6 +24,15 @@ from mod_fused.triton_kernels.ahead_of_time import (  # noqa: E402
 )
 
 TILE = 1024
+
+
+def candidates(rows: int, count: int) -> dict[str, Any]:
+    """Two values of `count` candidates in each row."""
+    ids = torch.empty((rows, count), dtype=torch.int64, device="meta")
+    values = torch.empty((2, rows, count), dtype=torch.bfloat16, device="meta")
+    return {"rows": rows, "values": values, "value_ids": ids}
+
+
 #: Names, and arguments that differ from the defaults; `vocab`, `policies`, `dtype` and `op` too.
 CALLS: dict[str, dict[str, Any]] = {
     "reverse_kl": {},
@@ -54,6 +63,10 @@ CALLS: dict[str, dict[str, Any]] = {
     "jsd-many_rows": {"divergence": "jsd", "rows": 64},
     "alpha-many_rows": {"divergence": "alpha:0.5", "rows": 64},
     "jeffrey-many_rows": {"divergence": "jeffrey", "rows": 64},
+    "reverse_kl-1_candidate": {**candidates(1, 1)},
+    "reverse_kl-candidates": {**candidates(64, 1500), "top_p": 0.9},
+    "jsd-candidates": {**candidates(1, 40), "divergence": "jsd"},
+    "jeffrey-candidates": {**candidates(64, 1500), "divergence": "jeffrey"},
 }
 EVERYWHERE = ("reverse_kl", "reverse_kl-filters", "jsd", "jsd-many_rows", "jeffrey-many_rows")
 CASES = [(t, name) for t in TARGETS for name in CALLS if t == "sm_90" or name in EVERYWHERE]
@@ -61,14 +74,15 @@ CASES = [(t, name) for t in TARGETS for name in CALLS if t == "sm_90" or name in
 
 def logit_loads(made: launch.Launch, logit_bytes: int, whole: int, last: int) -> Counter[int]:
     """Loads by bytes that a thread of the mixture kernel has for logits: every phase reads its tile
-    of every model once, and so does the race in the winner's tile, each in a branch for whole tiles
-    and in one for a row's last tile; one branch runs. Log-linear keys have a second form, for whole
-    tiles in which all logits are finite."""
+    of every model once, and so does the race in the winner's tile unless every tile has run its
+    own, each in a branch for whole tiles and in one for a row's last tile; one branch runs.
+    Log-linear keys have a second form, for whole tiles in which all logits are finite."""
     variant, tokens = made.variant, TILE // made.threads
     phases = 1 + variant.sums + (2 if variant.evaluations else 0) - variant.early
-    finite = not (variant.general or variant.sums or variant.model_logprobs)
+    phases += variant.draw and not variant.races
+    finite = not (variant.general or variant.sums or variant.model_logprobs or variant.candidates)
     loads: Counter[int] = Counter()
-    for width, forms in ((whole, phases + variant.draw + finite), (last, phases + variant.draw)):
+    for width, forms in ((whole, phases + finite), (last, phases)):
         loads[width] += variant.models * forms * tokens * logit_bytes // width
     return loads
 
@@ -93,12 +107,13 @@ def test_compiled_kernels_spill_nothing_and_read_each_logit_once(target: str, na
         # That of a whole tile and that of the last; once more where keys have a second form.
         forms = 3 if mixture.variant.phases == 1 else 2
         expected[16] += forms * tokens * 4 // 16
-    assert {w: n for w, n in code.loads.items() if w in expected or w > 8} == expected, code
-    if mixture.variant.phases == 1 and not mixture.variant.model_logprobs:
+    if not mixture.variant.candidates:  # whose loads may be as wide
+        assert {w: n for w, n in code.loads.items() if w in expected or w > 8} == expected, code
+    if mixture.variant.phases == 1 and not mixture.variant.model_logprobs | mixture.variant.scores:
         # Besides logits: two numbers of every part, four where they are kept at a temperature too,
-        # and the mask of a tile and of the winner's, at most byte by byte.
+        # the races of the winner's parts, and the mask of a tile, at most byte by byte.
         parts = -(-mixture.variant.tiles * mixture.variant.parts // mixture.threads)
-        others = (2 + 2 * mixture.variant.tempered) * parts
+        others = (2 + 2 * mixture.variant.tempered) * parts + 4 * mixture.variant.races
         others += mixture.variant.mask * 2 * tokens
         assert code.loads.total() - expected.total() <= others, code
     for filter_launch in filters:

@@ -100,7 +100,7 @@ def launched(call: str, scale: float, workspace: torch.Tensor) -> tuple[launch.L
     mixing = check_mixture(scale * REF, POLICIES, [0.6, 0.3], **CALLS[call])
     drawing = check_draw(mixing, seed=[4, 5])
     out = poisoned(ROWS, None, "cpu")
-    (made,), _ = launch.sample_launches(mixing, drawing, tuple(out), workspace)
+    (made,) = launch.sample_launches(mixing, drawing, tuple(out), workspace)
     return made, out
 
 

@@ -41,7 +41,7 @@ def launched(call: str, monkeypatch: pytest.MonkeyPatch, programs: int, group: i
     mixing = check_mixture(ref, policies, [0.6, 0.3], **CALLS[call])
     drawing = check_draw(mixing, seed=list(range(ROWS)))
     out = poisoned(ROWS, None, "cpu")
-    (made,), _ = launch.sample_launches(mixing, drawing, tuple(out))
+    (made,) = launch.sample_launches(mixing, drawing, tuple(out))
     return made, out
 
 

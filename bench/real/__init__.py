@@ -1,0 +1,1 @@
+"""MOD's experiment on a real language model: see __main__."""

@@ -1,0 +1,273 @@
+"""The estimates of the study, made from the decoded answers for its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mod_fused.reference import divergence_terms
+
+from ..alignment.loop import load
+from ..alignment.statistics import (
+    REWARD_SCALE,
+    Array,
+    best_of,
+    best_of_kl,
+    hypervolume,
+    interval,
+    mean,
+    over_seeds,
+    resampling_weights,
+)
+from .decoding import asked, guided
+from .jobs import CENTRE, CORNERS, MIDDLE, REVERSE_KL, Cell, Sizes, cells, name_of, policies
+from .prompts import TOPICS
+from .rewards import OBJECTIVES
+
+Record = dict[str, Any]
+SHOWN = 3  # questions whose answers the report shows
+
+
+class Scored(NamedTuple):
+    """A method at one weight vector: means over the answers to a topic, [S, N, ...] for S trainings
+    and N topics. Questions of one topic are not independent, topics are.
+
+    Attributes:
+        rewards: [S, N, 3].
+        kl: [S, N], log pi - log pi_ref in nats.
+        terms: [S, N], of the divergence of the tuning.
+        others: [S, N, 4]: tokens, whether it ended, log pi_ref a token, distinct words a word.
+    """
+
+    rewards: Array
+    kl: Array
+    terms: Array
+    others: Array
+
+    def values(self, weights: Sequence[float]) -> dict[str, Array]:
+        """[S, N] each: weighted reward, KL and J = 10 w r - D_f."""
+        weighted = self.rewards @ np.array(weights)
+        return {"weighted": weighted, "kl": self.kl,
+                "objective": REWARD_SCALE * weighted - self.terms}  # fmt: skip
+
+
+def by_topic(x: Array, count: int) -> Array:
+    """Means over the questions of a topic, from [Q, ...] in the order of `prompts.questions`, for
+    the first `count` of them."""
+    topics = min(count, len(TOPICS["held out"]))
+    return x[:count].reshape(-1, topics, *x.shape[1:]).mean(0)
+
+
+def over_all(values: Array) -> Record:
+    """The mean of [S, N] with its interval over topics, and over trainings where there are
+    several."""
+    out: Record = {"": mean(values.mean(0))}
+    if len(values) > 1:
+        out["_over"] = over_seeds(values.mean(1))
+    return out
+
+
+def _distinct(text: str) -> float:
+    words = text.lower().split()
+    return len(set(words)) / max(1, len(words))
+
+
+class Study:
+    """The decoded answers of a work folder."""
+
+    def __init__(self, work: Path, sizes: Sizes) -> None:
+        self.work, self.sizes = work, sizes
+        parts = [load(work, "pool", part) for part in range(2)]
+        self.pool = np.empty((sizes.prompts, *parts[0].shape[1:]))
+        self.pool[::2], self.pool[1::2] = parts
+        self.cells = cells(sizes)
+        places = enumerate(guided(work, sizes))
+        self.guided = [load(work, "guided", place) for place, _ in places]
+
+    def raw(self, cell: Cell) -> dict[str, Array]:
+        """The answers of a cell."""
+        for chosen, found in self.guided:
+            if chosen == cell:
+                return found
+        return load(self.work, "cells", cell)
+
+    def answers(self, cell: Cell) -> list[Array]:
+        """[Q, ...] of one training: rewards, kl, terms and others, means over a question's answers.
+        Resampled answers are weighted by the probability of being chosen; their log-ratio is that
+        of `rules._means`."""
+        found = self.raw(cell)
+        kl, chosen = found["kl"], np.ones_like(found["kl"])
+        if cell.rule == "resampled":
+            w = np.array([x for x in cell.weights if x])
+            for n in range(kl.shape[1]):
+                ratios = found["log_ratios"][:, n]
+                chosen[:, n] = len(kl) * resampling_weights(cell.tuned, w, ratios, kl[:, n])
+        with np.errstate(divide="ignore"):  # what is never chosen counts for nothing
+            ratio = np.where(chosen > 0, np.log(chosen) + kl, 0.0)
+        length = np.maximum(found["length"], 1)
+        distinct = np.vectorize(_distinct, otypes=[float])(found["texts"])
+        others = [found["length"], found["ended"], found["ref_logprobs"] / length, distinct]
+        each = [found["rewards"], ratio, divergence_terms(cell.tuned, ratio), np.stack(others, -1)]
+        return [np.einsum("sn,sn...->n...", chosen, x) / len(kl) for x in each]
+
+    def scored(self, cell: Cell, count: int | None = None) -> Scored:
+        """A cell over all its trainings, on its first `count` questions; None: on all."""
+        every = (*self.cells, *(c for c, _ in self.guided))
+        found = [self.answers(run) for run in every if run == cell._replace(seed=run.seed)]
+        if not found:
+            raise KeyError(cell)
+        count = count or len(found[0][0])
+        return Scored(
+            *(np.stack([by_topic(x, count) for x in xs]) for xs in zip(*found, strict=True))
+        )
+
+    def best_of(self, n: int, weights: Sequence[float]) -> Scored:
+        """Best-of-n of the reference's answers, with the upper bound of its KL."""
+        rewards = by_topic(best_of(self.pool, np.array(weights), n), len(self.pool))
+        kl = np.full(len(rewards), best_of_kl(n))
+        return Scored(rewards[None], kl[None], kl[None], np.full((1, len(kl), 4), np.nan))
+
+
+def _estimates(scored: Scored, weights: Sequence[float]) -> Record:
+    """Each reward, the weighted one, their mean, KL and J, with intervals."""
+    named = {name: scored.rewards[..., i] for i, name in enumerate(OBJECTIVES)}
+    named |= scored.values(weights) | {"overall": scored.rewards.mean(-1)}
+    out: Record = {}
+    for name, values in named.items():
+        out |= {name + key: x for key, x in over_all(values).items()}
+    names = ("tokens", "ended", "ref_logprob", "distinct")
+    if not np.isnan(scored.others).any():
+        out |= dict(zip(names, scored.others.mean((0, 1)).round(4).tolist(), strict=True))
+    out["trainings"] = scored.rewards.mean(1).round(4).tolist()
+    return out | {"topics": scored.kl.shape[1], "seeds": len(scored.kl)}
+
+
+def _methods(study: Study) -> Iterator[Record]:
+    """All cells, trainings together, and best-of-N."""
+    chosen = [cell for cell, _ in study.guided]
+    for cell in (*dict.fromkeys(c._replace(seed=0) for c in study.cells), *chosen):
+        record = cell._asdict() | _estimates(study.scored(cell), cell.weights)
+        yield record | {"asked": getattr(study.sizes, cell.asked)}
+    for n in dict.fromkeys((4, study.sizes.pool)):
+        for w in (*CORNERS[:2], *study.sizes.line, CENTRE):
+            name = {
+                "method": f"best of {n}",
+                "tuned": "",
+                "weights": w,
+                "rule": "",
+                "strength": 0.0,
+            }
+            found = _estimates(study.best_of(n, w), w)
+            yield name | {"asked": study.sizes.prompts} | found
+
+
+def _leads(study: Study) -> Iterator[Record]:
+    """One method less another, in pairs: weighted reward, KL and J."""
+    sizes, chosen = study.sizes, [cell for cell, _ in study.guided]
+    mod = Cell("mod", REVERSE_KL, MIDDLE)
+    few, fewest = mod._replace(asked="few"), mod._replace(asked="fewest")
+    second = few._replace(tuned=sizes.other)
+    pairs = [(mod._replace(weights=w), mod._replace(weights=w, method="soup"))
+             for w in (MIDDLE, CENTRE)]  # fmt: skip
+    pairs += [(few._replace(weights=w), few._replace(weights=w, method="soup"))
+              for w in (*sizes.line, *sizes.outside) if w != MIDDLE]  # fmt: skip
+    pairs += [(mod._replace(weights=w), few._replace(weights=w, method="retrained"))
+              for w in (MIDDLE, CENTRE)]  # fmt: skip
+    pairs += [(mod, cell) for cell in chosen if cell.weights == MIDDLE]
+    pairs.append((fewest._replace(rule="resampled"), mod))
+    pairs += [(second._replace(rule="own mass"), second), (second, second._replace(method="soup"))]
+    pairs.append((second._replace(rule="resampled", asked="fewest"), second))
+    pairs += [(few._replace(method=x), mod) for x in ("sizes", "sizes, corrected")]
+    for first, less in pairs:
+        count = min(getattr(sizes, cell.asked) for cell in (first, less))
+        a, b = (study.scored(cell, count).values(first.weights) for cell in (first, less))
+        record: Record = {"method": first.method, "rule": first.rule, "less": less.method}
+        record |= {"less_rule": less.rule, "tuned": first.tuned, "weights": first.weights}
+        for name in a:
+            runs = min(len(a[name]), len(b[name]))
+            found = over_all(a[name][:runs] - b[name][:runs])
+            record |= {name + key: x for key, x in found.items()}
+        yield record | {"asked": count}
+
+
+def _ratio(over: Array, by: Array) -> Array:
+    """over / by - 1, NaN where by is 0."""
+    return over / np.where(by == 0.0, np.nan, by) - 1.0
+
+
+def _paper(study: Study) -> Iterator[Record]:
+    """The paper's main figure: MOD's overall reward (the mean of the three) at equal weights over
+    the soup's, relative; and its gain over the reference's, relative to the soup's gain."""
+    ours, soup = (study.scored(Cell(x, REVERSE_KL, CENTRE)) for x in ("mod", "soup"))
+    base = study.scored(Cell("reference", REVERSE_KL, (0.0, 0.0, 0.0)))
+    a, b, r = (x.rewards.mean(-1) for x in (ours, soup, base))
+    means = a.mean(0), b.mean(0), r.mean(0)
+    found = {
+        "MOD's overall reward over the soup's": interval(_ratio, *means[:2]),
+        "the same, over trainings (Student's t)": over_seeds(_ratio(a.mean(1), b.mean(1))),
+        "MOD's gain over the soup's gain": interval(lambda x, y, z: _ratio(x - z, y - z), *means),
+    }
+    for what, x in found.items():
+        yield {"what": what, "x": x if np.isfinite(x).all() else None}
+
+
+def _areas(study: Study) -> Iterator[Record]:
+    """The area that the line of weights dominates in the plane of its two rewards."""
+    for method in ("mod", "soup"):
+        corners = [Cell("mod", REVERSE_KL, w) for w in CORNERS[:2]]
+        between = [Cell(method, REVERSE_KL, w, asked="prompts" if w == MIDDLE else "few")
+                   for w in study.sizes.line]  # fmt: skip
+        line = [study.scored(cell, study.sizes.few) for cell in (*corners, *between)]
+
+        def area(*points: Array) -> Array:
+            every = np.stack(points, 1)  # [R, P, 2]
+            return np.array([hypervolume(one) for one in every])
+
+        yield {"method": method, "area": interval(area, *(x.rewards.mean(0)[:, :2] for x in line))}
+
+
+def _samples(study: Study) -> Iterator[Record]:
+    """Answers of the first training to the first questions, and the one with the most reward."""
+    mod = Cell("mod", REVERSE_KL, MIDDLE)
+    named = {"reference": Cell("reference", REVERSE_KL, (0.0, 0.0, 0.0))}
+    for i, w in enumerate(CORNERS):
+        asked_of = "few" if w == CORNERS[2] else "prompts"
+        named[f"policy {OBJECTIVES[i]}"] = mod._replace(weights=w, asked=asked_of)
+    named |= {"MOD, half each": mod, "soup, half each": mod._replace(method="soup")}
+    named["MOD, weights 1 and 1"] = mod._replace(weights=study.sizes.outside[0], asked="few")
+    for name, cell in named.items():
+        found = study.raw(cell)
+        texts, rewards = found["texts"][0], found["rewards"][0]
+        weights = np.array(cell.weights) if any(cell.weights) else np.ones(3)
+        best = int((rewards @ weights).argmax())
+        for n in (*range(min(SHOWN, len(texts))), best):
+            record: Record = {"method": name, "question": asked(study.sizes, cell)[n]}
+            record |= {"answer": texts[n], "most reward": n == best}
+            yield record | dict(zip(OBJECTIVES, rewards[n].tolist(), strict=True))
+
+
+def summary(work: Path, sizes: Sizes) -> Record:
+    """All estimates that the tables show, from a complete work folder."""
+    study = Study(work, sizes)
+    trainings = [
+        {"policy": name_of(p)} | checkpoint
+        for p in policies(sizes)
+        for checkpoint in load(work, "trainings", p)["checkpoints"]
+    ]
+    scorers = [{"objective": x, "steps": (found := load(work, "scorers", x))["steps"]}
+               | {f"quarter {i}": c for i, c in enumerate(found["correlations"], 1)}
+               for x in OBJECTIVES[:2]]  # fmt: skip
+    return {
+        "sizes": sizes._asdict(),
+        "trainings": trainings,
+        "pruned": load(work, "pruned", "model"),
+        "scorers": scorers,
+        "methods": list(_methods(study)),
+        "leads": list(_leads(study)),
+        "paper": list(_paper(study)),
+        "areas": list(_areas(study)),
+        "samples": list(_samples(study)),
+    }
