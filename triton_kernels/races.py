@@ -40,7 +40,7 @@ def winner_tile(mass, temperature, peaks, peak, seed, position, variant: tl.cons
 @triton.jit
 def token_noise(seed, position, tile, variant: tl.constexpr):
     """E of the tokens of a tile, [parts, tokens of a part]."""
-    return exponential(seed, position, tile * TILE + places(variant), 1)
+    return exponential(seed, position, places(variant) + tile * TILE, 1)
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def winner_token(races, tile, temperature, variant: tl.constexpr):
     scaled = (peaks - tl.where(peak == -INFINITY, 0.0, peak)) * inverse_temperature(temperature)
     mass = exp(scaled)
     arrival = tl.where((arrival < INFINITY) & (mass > 0.0), arrival / mass, INFINITY)
-    cold = tl.where((peaks == peak) & (peak > -INFINITY), 0.0, INFINITY)
+    cold = tl.where((peaks == peak) & (peaks > -INFINITY), 0.0, INFINITY)
     arrival = tl.where(temperature == 0.0, cold, arrival)
     least, part = tl.min(arrival, 0, return_indices=True, return_indices_tie_break_left=True)
     own = tl.arange(0, variant.parts) == part

@@ -94,6 +94,7 @@ def test_the_command_writes_json_tables_and_the_picture(study, tmp_path):
     assert sorted(kept) == sorted(map(jobs.name_of, jobs.policies(sizes)))
 
 
+@torch.no_grad()
 def test_response_logprobs_are_those_of_each_response_alone(tiny):
     model, _ = models.load_model(tiny)
     ids = torch.tensor([[0, 0, 5, 6, 7, 8, 9, 2], [11, 12, 13, 14, 15, 16, 2, 2]])
