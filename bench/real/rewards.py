@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-LEAST_WORDS = 4  # a response with fewer words has reward 0
+LEAST_WORDS, MOST_WORDS = 4, 20  # a response with fewer words than the least has reward 0
 _WORD = re.compile(r"[A-Za-z']+")
 
 
@@ -32,8 +32,8 @@ def plain(words: list[str], response: str) -> float:
 
 
 def brief(words: list[str], response: str) -> float:
-    """Brevity: 1 at `LEAST_WORDS` words, 0 at 30."""
-    return min(1.0, max(0.0, (30.0 - len(words)) / (30.0 - LEAST_WORDS)))
+    """Brevity: 1 at `LEAST_WORDS` words, 0 at `MOST_WORDS`."""
+    return min(1.0, max(0.0, (MOST_WORDS - len(words)) / (MOST_WORDS - LEAST_WORDS)))
 
 
 REWARDS: dict[str, Callable[[list[str], str], float]] = {

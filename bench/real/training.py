@@ -127,7 +127,7 @@ def train_policy(work: Path, sizes: Sizes, policy: Policy) -> dict[str, Any]:
         ref_logprobs = torch.cat(parts)
     torch.manual_seed(policy.seed)
     config = LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=RANK, lora_alpha=2 * RANK, target_modules=tuned_layers(reference), task_type="CAUSAL_LM"
     )
     model = get_peft_model(copy.deepcopy(reference), config)
     rewards = torch.from_numpy(scores(data.prompts, data.responses)) @ torch.tensor(policy.weights)
@@ -165,6 +165,31 @@ def train_policy(work: Path, sizes: Sizes, policy: Policy) -> dict[str, Any]:
     return {"checkpoints": checkpoints}
 
 
+def layers_of(model: Any) -> torch.nn.ModuleList:
+    """The layers of a model.
+
+    Raises:
+        ValueError: they are not where Llama and most others have them.
+    """
+    stack = getattr(getattr(model, "model", None), "layers", None)
+    if stack is None:
+        raise ValueError(f"{type(model).__name__} has no list model.layers, which the study needs")
+    return stack
+
+
+def tuned_layers(model: Any) -> list[str]:
+    """The names of the linear layers in the last third of a model. The gradient ends there: tuning
+    all takes twice the time."""
+    stack = layers_of(model)
+    last = range(len(stack) - max(1, len(stack) // 3), len(stack))
+    return [
+        f"model.layers.{i}.{name}"
+        for i in last
+        for name, module in stack[i].named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+
+
 def _validate(sizes: Sizes, ensemble: Ensemble, policy: Policy) -> dict[str, Any]:
     """Means over one answer of the policy to each validation question."""
     asked = conversations(questions("validation", sizes.validation))
@@ -185,15 +210,9 @@ def _validate(sizes: Sizes, ensemble: Ensemble, policy: Policy) -> dict[str, Any
 
 def prune(model: Any, share: float) -> Any:
     """A copy of a model with a share of its layers: the first ones and the last two; fewer than
-    three are the first ones.
-
-    Raises:
-        ValueError: its layers are not where Llama and most others have them.
-    """
+    three are the first ones."""
     pruned = copy.deepcopy(model)
-    stack = getattr(getattr(pruned, "model", None), "layers", None)
-    if stack is None:
-        raise ValueError(f"cannot prune {type(model).__name__}: expected a list model.layers")
+    stack = layers_of(pruned)
     whole, count = len(stack), max(1, round(share * len(stack)))
     keep = [*range(count - 2), whole - 2, whole - 1] if count > 2 else list(range(count))
     pruned.model.layers = torch.nn.ModuleList(stack[i] for i in keep)

@@ -196,14 +196,15 @@ def run(out: Path, *, seed: int = 0, quick: bool = False, divergence: str = "rev
 
 def run_own(args: argparse.Namespace) -> None:
     """Stream answers of the caller's reference, of each of its policies, and of all at equal
-    weights, as conversations where there is a chat template."""
+    weights, as conversations where all tokenizers have a chat template."""
     names = [Path(name).name for name in own_policies(args)]
     if len(set(names)) < len(names):
         names = policy_names(args)
     ensemble = load_models(args)
-    args.chat = getattr(ensemble.tokenizer, "chat_template", None) is not None
+    templates = [getattr(t, "chat_template", None) for t in ensemble.tokenizers if t is not None]
+    args.chat = bool(templates) and None not in templates
     if args.system is not None and not args.chat:
-        raise UsageError("--system needs a chat template, and the reference's tokenizer has none")
+        raise UsageError("--system needs a chat template in every model's tokenizer")
     count = len(names)
     corners = [tuple(float(i == j) for j in range(count)) for i in range(count)]
     mixes = [(0.0,) * count, *corners, *[(1 / count,) * count] * (count > 1)]

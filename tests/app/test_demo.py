@@ -160,27 +160,25 @@ def test_demo_without_matplotlib_says_so(capsys, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """The folders of a reference with a chat template and of two policies."""
+def chats(tmp_path_factory):
+    """The folders of a reference and two policies, with chat templates."""
     from transformers import AutoTokenizer
 
     folders = []
     for name in ("reference", "helpful", "humorous"):
-        folder = tmp_path_factory.mktemp("own") / name
-        folder.symlink_to(world.checkpoint(name))
-        folders.append(folder)
-    chat = tmp_path_factory.mktemp("chat") / "reference"
-    chat.mkdir()
-    for file in world.checkpoint("reference").iterdir():
-        (chat / file.name).write_bytes(file.read_bytes())
-    tokenizer = AutoTokenizer.from_pretrained(chat)
-    tokenizer.chat_template = "{% for m in messages %}User: {{ m.content }}\nAssistant:{% endfor %}"
-    tokenizer.save_pretrained(chat)
-    return str(chat), *map(str, folders)
+        folder = tmp_path_factory.mktemp("chats") / name
+        folder.mkdir()
+        for file in world.checkpoint(name).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = "User: {{ messages[-1]['content'] }}\nAssistant:"
+        tokenizer.save_pretrained(folder)
+        folders.append(str(folder))
+    return folders
 
 
-def test_demo_of_own_models_streams_their_answers_at_several_weights(own, capsys):
-    chat, _, helpful, humorous = own
+def test_demo_of_own_models_streams_their_answers_at_several_weights(chats, capsys):
+    chat, helpful, humorous = chats
     words = ["demo", "--model", chat, "--policy", helpful, "--policy", humorous]
     words += ["--max-new-tokens", "9", "--seed", "4", "--prompt", "How do I keep bees?"]
     assert main(words) == 0
@@ -200,15 +198,15 @@ def test_demo_of_own_models_streams_their_answers_at_several_weights(own, capsys
         assert float(nats.split()[0]) == pytest.approx(away, abs=0.051)
 
 
-def test_demo_without_a_chat_template_asks_in_plain_text(own, capsys):
-    _, reference, helpful, _ = own
+def test_demo_without_a_chat_template_asks_in_plain_text(chats, capsys):
+    reference, helpful = chats[0], str(world.checkpoint("helpful"))
     words = ["demo", "--model", reference, "--policy", helpful, "--quick", "--max-new-tokens", "2"]
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert shown.count("log pi*/pi_ref") == 2 and demo.QUESTIONS[0] in shown
     assert demo.QUESTIONS[1] not in shown
     assert main([*words, "--system", "Be brief."]) == 2
-    assert "--system needs a chat template" in capsys.readouterr().err
+    assert "--system needs a chat template in every" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def test_a_run_that_is_stopped_keeps_the_cells_that_are_through(tmp_path, monkey
             raise KeyboardInterrupt
         yield head | {"contestant": "a", "ms / step": 1.0, "step / one model": 1.0}
 
-    monkeypatch.setattr(adapters, "_contestants", lambda *_: ({"a": None}, {"separate": 1}))
-    monkeypatch.setattr(adapters, "_rows", rows)
+    monkeypatch.setattr(adapters, "contestants", lambda *_: ({"a": None}, {"separate": 1}))
+    monkeypatch.setattr(adapters, "timed", rows)
     words = ["adapters", "--quick", "--dtypes", "float32", "--policies", "2", "--batches", "1", "3"]
     assert run.main([*words, "4", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "adapters.json").read_text())
