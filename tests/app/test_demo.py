@@ -184,7 +184,7 @@ def test_demo_of_own_models_streams_their_answers_at_several_weights(chats, caps
     assert main(words) == 0
     shown = capsys.readouterr().out
     ensemble = Ensemble.from_pretrained(chat, [helpful, humorous])
-    prompt = "User: How do I keep bees?\nAssistant:"
+    prompt = [{"role": "user", "content": "How do I keep bees?"}]
     names = ("the reference alone", "1 helpful", "1 humorous", "0.5 helpful + 0.5 humorous")
     pieces = re.split(r"\n\[(.*?)\]\n?", shown)
     assert tuple(pieces[1::2]) == names
