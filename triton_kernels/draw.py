@@ -1,4 +1,4 @@
-"""From the masses of a row's tiles to a token, and the outputs.
+"""From the masses of a row's tiles to a token: the two-level race (docs/concepts.md), the outputs.
 
 A tile's mass is its part of the sum of pi*, up to a factor of the row.
 """
@@ -9,25 +9,19 @@ import triton
 import triton.language as tl
 
 from .constants import INFINITY, TILE
-from .elementary import exp
-from .keys import end_keys, keys_and_broken
+from .elementary import exp, exponential
+from .keys import end_keys, key_tile
 from .normalizer import solved_masses
 from .parameters import (
     good_mixture,
     good_parameters,
     inverse_temperature,
     masked_key,
+    row_parameter,
+    row_seed,
     temperature_of,
 )
-from .parts import by_tile, part_field, part_sums, places
-from .races import (
-    noise_of,
-    part_races,
-    stored_races,
-    token_noise,
-    winner_tile,
-    winner_token,
-)
+from .parts import by_tile, part_field, part_sums
 from .sums import store_model_norms
 from .tiles import level_of
 from .workspace import (
@@ -42,6 +36,38 @@ from .workspace import (
     STATE_FIELDS,
     VALID,
 )
+
+
+@triton.jit
+def race(mass, highest, cold, index, seed, position, STREAM: tl.constexpr):
+    """The place where E / mass is least, the first of equal ones, and whether that is finite. At
+    temperature 0 (`cold`) it is the first of the highest. A mass of 0 never wins. No winner's
+    quotient overflows: the peak arrives before 45 and E is at least 2^-65, so that a winning tile
+    weighs 2^-71 of the peak, its best token 2^-81."""
+    arrival = exponential(seed, position, index, STREAM) / mass
+    arrival = tl.where(mass > 0.0, arrival, INFINITY)
+    arrival = tl.where(cold, tl.where(highest, 0.0, INFINITY), arrival)
+    least, place = tl.min(arrival, 0, return_indices=True, return_indices_tie_break_left=True)
+    return place, least < INFINITY
+
+
+@triton.jit
+def winner_tile(mass, temperature, peaks, peak, seed, position, variant: tl.constexpr):
+    """The winning tile, and whether there is one. At temperature 0 it is the first tile that holds
+    the largest key."""
+    i = tl.arange(0, variant.tiles)
+    cold = temperature == 0.0
+    return race(mass, peaks == peak, cold, i, seed, position, 0)
+
+
+@triton.jit
+def winner_token(key, mass, tile, temperature, peak, seed, position):
+    """The winning token of its tile, its key, and whether there is one."""
+    i = tl.arange(0, TILE)
+    cold = temperature == 0.0
+    place, found = race(mass, key == peak, cold, tile * TILE + i, seed, position, 1)
+    token_key = tl.sum(tl.where(i == place, key, 0.0), 0)
+    return place + tile * TILE, token_key, found
 
 
 @triton.jit
@@ -154,18 +180,18 @@ def draw(
         level, norm, good = end_keys(state, fields, tiles, variant)
         valid &= good > 0.0
         mass, peaks, peak, valid = summed_masses(fields, tiles, beta, valid, variant)
-    own_seed, own_position = noise_of(drawing, seed, position, row)
+    own_seed = row_seed(drawing, seed, row)
+    own_position = row_parameter(
+        position, drawing.position_pointer, drawing.position_stride, row, tl.int64
+    )
     tile, found = winner_tile(mass, temperature, peaks, peak, own_seed, own_position, variant)
     tile = tl.where(valid & found, tile, 0)
-    if variant.races:
-        races = stored_races(fields, tile, variant)
-    else:
-        key, _ = keys_and_broken(mixing, state, model_fields, row, tile, tiles, variant)
-        key = masked_key(mixing, drawing, key, row, tile * TILE + places(variant), variant)
-        noise = token_noise(own_seed, own_position, tile, variant)
-        races = part_races(key, noise, temperature, variant)
-    token, token_key, inside = winner_token(races, tile, temperature, variant)
-    valid = valid & found & inside & (token < mixing.vocab)
+    key = key_tile(mixing, state, model_fields, row, tile, tiles, variant)
+    key = masked_key(mixing, drawing, key, row, tile * TILE + tl.arange(0, TILE), variant)
+    token, token_key, inside = winner_token(
+        key, exp((key - peak) * beta), tile, temperature, peak, own_seed, own_position
+    )
+    valid = valid & found & inside
     # The key and the norm are rounded separately: keep the log-probability at most 0.
     logprob = tl.minimum(token_key - level - norm, 0.0)
     store_draw(mixing, drawing, state, model_fields, row, token, logprob, valid, tiles, variant)

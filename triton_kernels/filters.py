@@ -12,17 +12,17 @@ import triton
 import triton.language as tl
 
 from .constants import INFINITY, TILE
-from .draw import store_draw, store_proposal, summed_masses
+from .draw import store_draw, store_proposal, summed_masses, winner_tile, winner_token
 from .elementary import exp
 from .keys import key_tile
 from .parameters import (
     good_parameters,
     inverse_temperature,
     row_parameter,
+    row_seed,
     temperature_of,
 )
 from .parts import row_fields
-from .races import noise_of, part_races, token_noise, winner_tile, winner_token
 from .thresholds import (
     FIXED_POINT,
     LEAST_ORDER,
@@ -278,7 +278,10 @@ def filter_kernel(
             mixing, drawing, work, top_k, row, keys, peaks, mass, peak, beta, tiles,
             valid & (temperature > 0.0), variant,
         )  # fmt: skip
-    own_seed, own_position = noise_of(drawing, seed, position, row)
+    own_seed = row_seed(drawing, seed, row)
+    own_position = row_parameter(
+        position, drawing.position_pointer, drawing.position_stride, row, tl.int64
+    )
     tile, found = winner_tile(mass, temperature, peaks, peak, own_seed, own_position, variant)
     tile = tl.where(valid & found, tile, 0)
     offsets = tile * TILE + tl.arange(0, TILE)
@@ -287,11 +290,9 @@ def filter_kernel(
     )
     scaled = (key - peak) * beta
     stays = (key > -INFINITY) & (key >= least) & (scaled >= log_min_p)
-    PART: tl.constexpr = TILE // variant.parts
-    left = tl.reshape(tl.where(stays, key, -INFINITY), [variant.parts, PART])
-    noise = token_noise(own_seed, own_position, tile, variant)
-    races = part_races(left, noise, temperature, variant)
-    token, token_key, inside = winner_token(races, tile, temperature, variant)
+    token, token_key, inside = winner_token(
+        key, tl.where(stays, exp(scaled), 0.0), tile, temperature, peak, own_seed, own_position
+    )
     valid = valid & found & inside
     own_key = token_key
     if variant.bias:

@@ -10,9 +10,8 @@ from .elementary import exp
 from .normalizer import above_least
 from .own_mass import parameter
 from .parameters import inverse_temperature, masked_key, reference_weight, temperature_of
-from .parts import below, log_sum_exp, part_sums, places, store_parts
-from .races import noise_of, part_races, store_races, token_noise
-from .tiles import deficit_tile, finite_log_linear_tile, load_tile, log_linear_tile
+from .parts import log_sum_exp, part_sums, places, store_parts
+from .tiles import below, deficit_tile, finite_log_linear_tile, load_tile, log_linear_tile
 from .workspace import BIAS_PEAK, DRAW_PEAK, KEY_PEAK, LEVEL, MIX_LOG_NORM, POINT, VALID
 
 
@@ -83,7 +82,7 @@ def store_draw_sums(drawing, fields, key, row, tile, variant: tl.constexpr):
 
 @triton.jit
 def store_key_sums(
-    mixing, drawing, work, fields, key, noise, peak, total, row, tile, variant: tl.constexpr
+    mixing, drawing, work, fields, key, peak, total, row, tile, variant: tl.constexpr
 ):
     store_parts(fields, KEY_PEAK, tile, (peak, total), variant)
     offsets = tile * TILE + places(variant)
@@ -92,9 +91,6 @@ def store_key_sums(
         store_bias_peak(mixing, drawing, fields, key, row, tile, variant)
     elif variant.mask or variant.tempered:
         store_draw_sums(drawing, fields, key, row, tile, variant)
-    if variant.races:
-        races = part_races(key, noise, temperature_of(drawing, row), variant)
-        store_races(fields, races, tile, variant)
     if variant.store_keys:
         keys = work.keys + row.to(tl.int64) * mixing.vocab
         tl.store(keys + offsets, key, mask=offsets < mixing.vocab)
@@ -111,17 +107,12 @@ def peak_and_sum(key, broken):
 
 @triton.jit
 def keys_of_tile(
-    mixing, drawing, work, state, model_fields, fields, row, tile, tiles, seed, position,
-    variant: tl.constexpr,
-):  # fmt: skip
-    noise = None
-    if variant.races:  # while the logits are on their way
-        own_seed, own_position = noise_of(drawing, seed, position, row)
-        noise = token_noise(own_seed, own_position, tile, variant)
+    mixing, drawing, work, state, model_fields, fields, row, tile, tiles, variant: tl.constexpr
+):
     if variant.sums or variant.model_logprobs or variant.candidates:
         key, broken = keys_and_broken(mixing, state, model_fields, row, tile, tiles, variant)
         peak, total = peak_and_sum(key, broken)
-        store_key_sums(mixing, drawing, work, fields, key, noise, peak, total, row, tile, variant)
+        store_key_sums(mixing, drawing, work, fields, key, peak, total, row, tile, variant)
     else:
         # A tile with an excluded or broken token is rare, and is read once more.
         whole = (tile + 1) * TILE <= mixing.vocab
@@ -131,15 +122,11 @@ def keys_of_tile(
             total = part_sums(exp(key - peak[:, None]))
             whole = tl.max((total != total).to(tl.int32), 0) == 0
             if whole:
-                store_key_sums(
-                    mixing, drawing, work, fields, key, noise, peak, total, row, tile, variant
-                )
+                store_key_sums(mixing, drawing, work, fields, key, peak, total, row, tile, variant)
         if whole == 0:
             key, broken = keys_and_broken(mixing, state, model_fields, row, tile, tiles, variant)
             peak, total = peak_and_sum(key, broken)
-            store_key_sums(
-                mixing, drawing, work, fields, key, noise, peak, total, row, tile, variant
-            )
+            store_key_sums(mixing, drawing, work, fields, key, peak, total, row, tile, variant)
 
 
 @triton.jit

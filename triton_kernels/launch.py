@@ -60,7 +60,6 @@ class Variant(NamedTuple):
     early: bool  # drawn from the last evaluation
     finish: bool
     draw: bool  # draw in the mixture kernel
-    races: bool  # each part's race is run with its keys
     mask: bool
     packed_mask: bool
     bias: bool
@@ -120,8 +119,6 @@ def variant_of(
     if mixing.value_ids is not None:
         count = mixing.value_ids.shape[1]
         candidates = next((x for x in CANDIDATE_BLOCKS if count <= x), CANDIDATE_BLOCKS[-1])
-    draw = drawing is not None and not filters
-    phases = int(sums) + (evaluations + 1 if exact else 0) + 1 - early + int(finish)
     tiles = row_tiles(mixing.vocab_size)
     return Variant(
         models=mixing.model_count(),
@@ -139,9 +136,7 @@ def variant_of(
         evaluations=evaluations,
         early=early,
         finish=finish,
-        draw=draw,
-        # With one tile a program its noise costs no time; with more, the winner's alone is cheaper.
-        races=draw and phases == 1 and configured.chunk == 1,
+        draw=drawing is not None and not filters,
         mask=mask,
         packed_mask=packed,
         bias=drawing is not None and drawing.bias is not None,
@@ -152,7 +147,7 @@ def variant_of(
         store_keys=finish or filters,
         model_logprobs=drawing is not None and drawing.return_model_logprobs,
         proposal_logprobs=drawing is not None and drawing.return_proposal_logprobs,
-        phases=phases,
+        phases=int(sums) + (evaluations + 1 if exact else 0) + 1 - early + int(finish),
         tiles=tiles,
         parts=parts_of_tile(max(x.element_size() for x in mixing.tensors())),
         record=record_size(mixing.model_count()),

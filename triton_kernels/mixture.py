@@ -181,9 +181,8 @@ def run_task(
         if phase == KEYS:
             for tile in range(begin, end):
                 keys_of_tile(
-                    mixing, drawing, work, state, model_fields, fields, row, tile, tiles, seed,
-                    position, variant,
-                )  # fmt: skip
+                    mixing, drawing, work, state, model_fields, fields, row, tile, tiles, variant
+                )
     if variant.sums:
         if phase == 0:
             for tile in range(begin, end):

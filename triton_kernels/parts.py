@@ -33,12 +33,6 @@ def part_sums(x):
 
 
 @triton.jit
-def below(x, peak):
-    """x less its part's peak; x itself where the peak is -inf. +inf gives NaN."""
-    return x - tl.where(peak == -INFINITY, 0.0, peak)[:, None]
-
-
-@triton.jit
 def two_sums(a, b):
     """The sums of two vectors by one reduction: its steps wait for all warps."""
     return tl.split(tl.sum(tl.join(a, b), 0))

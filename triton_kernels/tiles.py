@@ -22,7 +22,7 @@ from .parameters import (
     value_weight,
     weight,
 )
-from .parts import below, part_sums, places, store_parts
+from .parts import part_sums, places, store_parts
 from .workspace import LOG_NORM, LOG_SUM, PEAK, SHIFT
 
 
@@ -112,6 +112,12 @@ def value_tile(mixing, j: tl.constexpr, candidates, row, tile, variant: tl.const
 @triton.jit
 def finite(x):
     return tl.abs(x) < INFINITY
+
+
+@triton.jit
+def below(x, peak):
+    """x less its part's peak; x itself where the peak is -inf. +inf gives NaN."""
+    return x - tl.where(peak == -INFINITY, 0.0, peak)[:, None]
 
 
 @triton.jit

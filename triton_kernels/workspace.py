@@ -56,7 +56,6 @@ LEAST_REST = tl.constexpr(8)
 WINNER = tl.constexpr(9)  # the token, the bits of an int32
 S1 = tl.constexpr(10)  # sum p H, and S2 sum p (-H'); see `weighted_ratios`
 S2 = tl.constexpr(11)
-RACE = tl.constexpr(4)  # [4] in place of MASS and the next: the part's race, see races.py
 BIAS_PEAK = tl.constexpr(12)  # the largest bias of the tokens that are left, +inf if it is broken
 PART_FIELDS = tl.constexpr(13)
 

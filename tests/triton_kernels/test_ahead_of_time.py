@@ -74,12 +74,12 @@ CASES = [(t, name) for t in TARGETS for name in CALLS if t == "sm_90" or name in
 
 def logit_loads(made: launch.Launch, logit_bytes: int, whole: int, last: int) -> Counter[int]:
     """Loads by bytes that a thread of the mixture kernel has for logits: every phase reads its tile
-    of every model once, and so does the race in the winner's tile unless every tile has run its
-    own, each in a branch for whole tiles and in one for a row's last tile; one branch runs.
-    Log-linear keys have a second form, for whole tiles in which all logits are finite."""
+    of every model once, and so does the race in the winner's tile, each in a branch for whole tiles
+    and in one for a row's last tile; one branch runs. Log-linear keys have a second form, for whole
+    tiles in which all logits are finite."""
     variant, tokens = made.variant, TILE // made.threads
     phases = 1 + variant.sums + (2 if variant.evaluations else 0) - variant.early
-    phases += variant.draw and not variant.races
+    phases += variant.draw
     finite = not (variant.general or variant.sums or variant.model_logprobs or variant.candidates)
     loads: Counter[int] = Counter()
     for width, forms in ((whole, phases + finite), (last, phases)):
@@ -111,9 +111,9 @@ def test_compiled_kernels_spill_nothing_and_read_each_logit_once(target: str, na
         assert {w: n for w, n in code.loads.items() if w in expected or w > 8} == expected, code
     if mixture.variant.phases == 1 and not mixture.variant.model_logprobs | mixture.variant.scores:
         # Besides logits: two numbers of every part, four where they are kept at a temperature too,
-        # the races of the winner's parts, and the mask of a tile, at most byte by byte.
+        # and the mask of a tile and of the winner's, at most byte by byte.
         parts = -(-mixture.variant.tiles * mixture.variant.parts // mixture.threads)
-        others = (2 + 2 * mixture.variant.tempered) * parts + 4 * mixture.variant.races
+        others = (2 + 2 * mixture.variant.tempered) * parts
         others += mixture.variant.mask * 2 * tokens
         assert code.loads.total() - expected.total() <= others, code
     for filter_launch in filters:
