@@ -18,7 +18,7 @@ from mod_fused import Ensemble
 from .. import report
 from ..case import set_threads
 from ..cases.adapters import contestants, timed
-from . import training
+from . import models, training
 from .jobs import CORNERS, REVERSE_KL, Policy, Sizes
 from .prompts import conversations, questions
 
@@ -36,6 +36,8 @@ def measure(work: Path, model: str, batches: Sequence[int], rounds: int) -> repo
     folders = [training.adapter(work, Policy(REVERSE_KL, w)) for w in CORNERS[:2]]
     if missing := [x for x in folders if not x.exists()]:
         raise ValueError(f"no adapter {missing[0]}: run python -m bench.real first")
+    if not model:
+        models.prepare(False)
     reference, tokenizer = training.base(Sizes(model=model))
     adapted = PeftModel.from_pretrained(copy.deepcopy(reference), str(folders[0]), "0")
     adapted.load_adapter(str(folders[1]), "1")

@@ -178,8 +178,8 @@ def layers_of(model: Any) -> torch.nn.ModuleList:
 
 
 def tuned_layers(model: Any) -> list[str]:
-    """The names of the linear layers in the last third of a model. The gradient ends there: tuning
-    all takes twice the time."""
+    """The names of the linear layers in the last third of a model. The gradient ends there, which
+    saves two thirds of the way back through the layers."""
     stack = layers_of(model)
     last = range(len(stack) - max(1, len(stack) // 3), len(stack))
     return [
