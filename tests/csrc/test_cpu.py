@@ -11,6 +11,7 @@ from __future__ import annotations
 import locale
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -244,13 +245,14 @@ def test_calls_leave_no_memory_behind(call):
     def resident() -> int:
         return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    count = 50_000
-    for _ in range(count // 5):
-        call()
-    before = resident()
-    for _ in range(count):
-        call()
-    assert (resident() - before) / count < 10  # bytes; a lost string takes 48
+    count, grown = 10_000, []
+    for _ in range(6):
+        before = resident()
+        for _ in range(count):
+            call()
+        grown.append((resident() - before) / count)
+    # The first part warms up. The allocator moves whole pages now and then; a leak is in every part.
+    assert statistics.median(grown[1:]) < 10, grown  # bytes; a lost string takes 48
 
 
 @pytest.mark.skipif(shutil.which("localedef") is None, reason="no localedef to make a locale with")
