@@ -31,6 +31,7 @@ from .terminal import TextStream, table, track, write
 from .trade_off import (
     Array,
     Point,
+    check_valid,
     draw,
     evaluate,
     leads,
@@ -84,7 +85,9 @@ def show_answer(
     """Stream the answer at some weights under a line that says them; `how` is for `generate`."""
     write(f"\n[{label(weights, names)}]", style="bold cyan")
     streamer = TextStream(ensemble.tokenizer)
-    return generate(ensemble, [prompt], weights=weights, streamer=streamer, **how)
+    out = generate(ensemble, [prompt], weights=weights, streamer=streamer, **how)
+    check_valid(out.valid, [weights])
+    return out
 
 
 def show_answers(

@@ -25,6 +25,7 @@ from .models import (
 )
 from .options import UsageError
 from .terminal import TextStream, working, write
+from .trade_off import check_valid
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -86,8 +87,7 @@ def run_generate(args: argparse.Namespace) -> int:
         elif not single:
             write(_shown(prompt), style="dim", end="")
             write((out.texts or [""])[row], end="\n\n")
-    if not out.valid.all():
-        raise ValueError("no valid distribution at some step: NaN logits, or no Z = 0 solution")
+    check_valid(out.valid, [weights] * len(out.valid))
     return 0
 
 

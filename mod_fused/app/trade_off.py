@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..decoding.ensemble import Ensemble
 from ..decoding.generate import generate
@@ -125,6 +126,19 @@ def evaluating(
         found, first = found[kept:], first + kept
 
 
+def check_valid(valid: Tensor, weights: Sequence[Sequence[float]]) -> None:
+    """Refuse answers of which one, `valid` [B] says which, has a step without a distribution.
+
+    Raises:
+        ValueError: with its `weights`, which are given by row.
+    """
+    if not valid.all():
+        raise ValueError(
+            f"no valid distribution at weights {list(weights[int((~valid).nonzero()[0])])}: "
+            "a model's logits hold NaN, or normalizer='zero' has no solution there"
+        )
+
+
 def _scores(
     ensemble: Ensemble,
     prompts: list[Any],
@@ -134,11 +148,7 @@ def _scores(
 ) -> Array:
     """Rewards, log-ratios and KL of one response to each prompt, [B, R + M + 1]."""
     out = generate(ensemble, prompts, weights=weights, return_model_logprobs=True, **options)
-    if not out.valid.all():
-        raise ValueError(
-            f"no valid distribution at weights {weights[int((~out.valid).nonzero()[0])]}: "
-            "a model's logits hold NaN, or normalizer='zero' has no solution there"
-        )
+    check_valid(out.valid, weights)
     assert out.model_logprobs is not None  # asked for above
     totals = out.model_logprobs.double().sum(1).cpu().numpy()  # [B, M+1], whole responses
     kl = out.logprobs.double().sum(1).cpu().numpy() - totals[:, 0]

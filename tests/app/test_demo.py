@@ -209,6 +209,21 @@ def test_demo_without_a_chat_template_asks_in_plain_text(chats, capsys):
     assert "--system needs a chat template in every" in capsys.readouterr().err
 
 
+def test_demo_stops_at_a_step_without_a_distribution(chats, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    broken = AutoModelForCausalLM.from_pretrained(chats[1])
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    broken.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(chats[1]).save_pretrained(tmp_path)
+    words = ["demo", "--model", chats[0], "--policy", str(tmp_path), "--quick"]
+    assert main([*words, "--max-new-tokens", "2"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out.count("log pi*/pi_ref") == 1  # of the reference alone
+    assert "no valid distribution at weights [1.0]" in shown.err and shown.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
