@@ -47,6 +47,24 @@ def interval(estimate: Callable[..., Array], *arrays: Array) -> Interval:
     return _rounded(value, *np.quantile(values, [0.025, 0.975]))
 
 
+def divergence_of_answers(divergence: str, d: Array) -> Array:
+    """Terms whose mean over answers drawn from pi is D_f, also where pi lacks answers of pi_ref.
+
+    They are (f(x) - f(0) (1 - x)) / x at d = log x = log(pi / pi_ref) in nats. Under reverse KL
+    they are d, so that at the optimum 10 w r - D_f has no variance but that of the prompts; the
+    terms of `reference.divergence_terms` have heavier tails as the KL grows, and miss what pi
+    lacks.
+
+    Raises:
+        ValueError: f(0) is not finite or not known: reverse_kl and jsd have one.
+    """
+    if divergence == "reverse_kl":
+        return d
+    if divergence == "jsd":
+        return d - (1.0 + np.exp(-d)) * np.logaddexp(0.0, d) + 2.0 * np.log(2.0)
+    raise ValueError(f"divergence must be reverse_kl or jsd, got {divergence!r}")
+
+
 def mean(x: Array) -> Interval:
     """The mean over prompts of x [N]."""
     return interval(lambda m: m, x)

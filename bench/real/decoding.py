@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 
 from mod_fused import Ensemble, recipes
+from mod_fused.decoding.options import support_cut
 from mod_fused.guidance import Guidance
-from mod_fused.reference import divergence_terms
 
 from ..alignment.decoding import Array, answers
 from ..alignment.loop import Phase, load
-from ..alignment.statistics import REWARD_SCALE
+from ..alignment.statistics import REWARD_SCALE, divergence_of_answers
 from . import models, training
 from .jobs import REVERSE_KL, Cell, Policy, Sizes, cells, needed, nonzero, policies, tried
 from .prompts import conversations, questions
 from .rewards import OBJECTIVES, scores
 
+POOL_SEED = 1 << 40  # another for each half: neighbouring topics share no noise
 #: By name: the options of `mod_fused.generate`. Resampled answers are weighted afterwards, which is
 #: the mean over the choice that `num_candidates` makes.
 RULES: dict[str, dict[str, Any]] = {
@@ -67,7 +68,9 @@ def ensemble_of(work: Path, sizes: Sizes, cell: Cell) -> tuple[Ensemble, list[fl
 def measure(work: Path, sizes: Sizes, cell: Cell) -> dict[str, Array]:
     """The result of `answers` for a cell."""
     ensemble, weights = ensemble_of(work, sizes, cell)
-    options: dict[str, Any] = {"divergence": cell.tuned, "plausibility": "auto"}
+    # The decoder's cut, for each method of the divergence: also for single policies and soups.
+    cut = support_cut("auto", cell.tuned)
+    options: dict[str, Any] = {"divergence": cell.tuned, "plausibility": cut}
     options |= RULES[cell.rule]
     if cell.method == "guided":
         names = [OBJECTIVES[i] for i in nonzero(cell.weights)]
@@ -97,7 +100,7 @@ def draw_pool(work: Path, sizes: Sizes, part: int) -> Array:
         Ensemble([None, reference], tokenizer), [1.0],
         conversations(questions("held out", sizes.prompts)[part::2]), scores,
         batch=max(1, training.BATCH // sizes.pool), max_new_tokens=sizes.max_new_tokens,
-        num_return_sequences=sizes.pool,
+        num_return_sequences=sizes.pool, seed=POOL_SEED * (part + 1),
     )  # fmt: skip
     return found["rewards"].swapaxes(0, 1).astype(float)
 
@@ -108,7 +111,7 @@ def guided(work: Path, sizes: Sizes) -> list[Cell]:
     for cell in tried(sizes):
         found = load(work, "tried", cell)
         objective = REWARD_SCALE * found["rewards"] @ np.array(cell.weights)
-        mean = float((objective - divergence_terms(REVERSE_KL, found["kl"])).mean())
+        mean = float((objective - divergence_of_answers(REVERSE_KL, found["kl"])).mean())
         best[cell.weights] = max(best.get(cell.weights, (-np.inf, cell)), (mean, cell))
     return [cell._replace(validation=False, asked="few") for _, cell in best.values()]
 

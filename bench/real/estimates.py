@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from mod_fused.reference import divergence_terms
 
 from ..alignment.loop import load
 from ..alignment.statistics import (
@@ -16,14 +15,16 @@ from ..alignment.statistics import (
     Array,
     best_of,
     best_of_kl,
+    divergence_of_answers,
     hypervolume,
     interval,
+    lead_at_kl,
     mean,
     over_seeds,
     resampling_weights,
 )
 from .decoding import asked, guided
-from .jobs import CENTRE, CORNERS, MIDDLE, REVERSE_KL, Cell, Sizes, cells, name_of, policies
+from .jobs import BEYOND, CENTRE, CORNERS, MIDDLE, REVERSE_KL, Cell, Sizes, cells, name_of, policies
 from .prompts import TOPICS
 from .rewards import OBJECTIVES
 
@@ -59,6 +60,11 @@ def by_topic(x: Array, count: int) -> Array:
     the first `count` of them."""
     topics = min(count, len(TOPICS["held out"]))
     return x[:count].reshape(-1, topics, *x.shape[1:]).mean(0)
+
+
+def best_of_sizes(sizes: Sizes) -> list[int]:
+    """The N of best-of-N."""
+    return list(dict.fromkeys((4, sizes.pool)))
 
 
 def over_all(values: Array) -> Record:
@@ -110,7 +116,12 @@ class Study:
         length = np.maximum(found["length"], 1)
         distinct = np.vectorize(_distinct, otypes=[float])(found["texts"])
         others = [found["length"], found["ended"], found["ref_logprobs"] / length, distinct]
-        each = [found["rewards"], ratio, divergence_terms(cell.tuned, ratio), np.stack(others, -1)]
+        each = [
+            found["rewards"],
+            ratio,
+            divergence_of_answers(cell.tuned, ratio),
+            np.stack(others, -1),
+        ]
         return [np.einsum("sn,sn...->n...", chosen, x) / len(kl) for x in each]
 
     def scored(self, cell: Cell, count: int | None = None) -> Scored:
@@ -124,9 +135,11 @@ class Study:
             *(np.stack([by_topic(x, count) for x in xs]) for xs in zip(*found, strict=True))
         )
 
-    def best_of(self, n: int, weights: Sequence[float]) -> Scored:
-        """Best-of-n of the reference's answers, with the upper bound of its KL."""
-        rewards = by_topic(best_of(self.pool, np.array(weights), n), len(self.pool))
+    def best_of(self, n: int, weights: Sequence[float], count: int | None = None) -> Scored:
+        """Best-of-n of the reference's answers to the first `count` questions, None: to all, with
+        the upper bound of its KL."""
+        count = count or len(self.pool)
+        rewards = by_topic(best_of(self.pool, np.array(weights), n), count)
         kl = np.full(len(rewards), best_of_kl(n))
         return Scored(rewards[None], kl[None], kl[None], np.full((1, len(kl), 4), np.nan))
 
@@ -151,7 +164,7 @@ def _methods(study: Study) -> Iterator[Record]:
     for cell in (*dict.fromkeys(c._replace(seed=0) for c in study.cells), *chosen):
         record = cell._asdict() | _estimates(study.scored(cell), cell.weights)
         yield record | {"asked": getattr(study.sizes, cell.asked)}
-    for n in dict.fromkeys((4, study.sizes.pool)):
+    for n in best_of_sizes(study.sizes):
         for w in (*CORNERS[:2], *study.sizes.line, CENTRE):
             name = {
                 "method": f"best of {n}",
@@ -181,16 +194,42 @@ def _leads(study: Study) -> Iterator[Record]:
     pairs += [(second._replace(rule="own mass"), second), (second, second._replace(method="soup"))]
     pairs.append((second._replace(rule="resampled", asked="fewest"), second))
     pairs += [(few._replace(method=x), mod) for x in ("sizes", "sizes, corrected")]
+    compared = []
     for first, less in pairs:
         count = min(getattr(sizes, cell.asked) for cell in (first, less))
-        a, b = (study.scored(cell, count).values(first.weights) for cell in (first, less))
-        record: Record = {"method": first.method, "rule": first.rule, "less": less.method}
-        record |= {"less_rule": less.rule, "tuned": first.tuned, "weights": first.weights}
+        names = {"method": first.method, "rule": first.rule, "less": less.method}
+        names |= {"less_rule": less.rule, "tuned": first.tuned, "weights": first.weights}
+        both = study.scored(first, count), study.scored(less, count)
+        compared.append((names | {"asked": count}, *both))
+    for n, w in product(best_of_sizes(sizes), (MIDDLE, CENTRE)):
+        first = mod._replace(weights=w)
+        names = {"method": "mod", "rule": first.rule, "less": f"best of {n}", "less_rule": ""}
+        names |= {"tuned": first.tuned, "weights": w, "asked": sizes.prompts}
+        compared.append((names, study.scored(first), study.best_of(n, w)))
+    for names, one, other in compared:
+        record: Record = dict(names)
+        a, b = (x.values(names["weights"]) for x in (one, other))
         for name in a:
-            runs = min(len(a[name]), len(b[name]))
+            runs = min(len(a[name]), len(b[name])) if "best" not in names["less"] else len(a[name])
             found = over_all(a[name][:runs] - b[name][:runs])
             record |= {name + key: x for key, x in found.items()}
-        yield record | {"asked": count}
+        yield record | {"seeds": runs}
+
+
+def _at_kl(study: Study) -> Iterator[Record]:
+    """MOD's weighted reward less the soup's at the soup's KL. MOD's own line goes through the
+    reference, the weights and twice the weights; the policies are those of the first training."""
+    sizes = study.sizes
+    for w, beyond in zip((MIDDLE, CENTRE), BEYOND, strict=True):
+        line = [Cell("reference", REVERSE_KL, (0.0, 0.0, 0.0)), Cell("mod", REVERSE_KL, w),
+                Cell("mod", REVERSE_KL, beyond, asked="few")]  # fmt: skip
+        values = [study.scored(cell, sizes.few).values(w) for cell in line]
+        rewards, kl = (np.stack([x[name][0] for x in values], 1) for name in ("weighted", "kl"))
+        soup = study.scored(Cell("soup", REVERSE_KL, w), sizes.few).values(w)
+        own = soup["weighted"][0], soup["kl"][0]
+        record: Record = {"weights": w, "soup": mean(own[1]), "mod": mean(kl[:, 1])}
+        record["lead"] = lead_at_kl(lambda soups, mods: mods - soups, *own, rewards, kl)
+        yield record | {"asked": sizes.few}
 
 
 def _ratio(over: Array, by: Array) -> Array:
@@ -215,18 +254,39 @@ def _paper(study: Study) -> Iterator[Record]:
 
 
 def _areas(study: Study) -> Iterator[Record]:
-    """The area that the line of weights dominates in the plane of its two rewards."""
+    """The area that the line of weights dominates in the plane of its two rewards, beyond those of
+    the reference."""
+    few = study.sizes.few
+    base = study.scored(Cell("reference", REVERSE_KL, (0.0, 0.0, 0.0)), few).rewards[0, :, :2]
+    corners = [Cell("mod", REVERSE_KL, w) for w in CORNERS[:2]]
+    lines: dict[str, list[Array]] = {}
     for method in ("mod", "soup"):
-        corners = [Cell("mod", REVERSE_KL, w) for w in CORNERS[:2]]
         between = [Cell(method, REVERSE_KL, w, asked="prompts" if w == MIDDLE else "few")
                    for w in study.sizes.line]  # fmt: skip
-        line = [study.scored(cell, study.sizes.few) for cell in (*corners, *between)]
+        line = (study.scored(cell, few).rewards[..., :2] for cell in (*corners, *between))
+        lines[method] = list(line)  # [S, N, 2] each
 
-        def area(*points: Array) -> Array:
-            every = np.stack(points, 1)  # [R, P, 2]
-            return np.array([hypervolume(one) for one in every])
+    def area(origin: Array, *points: Array) -> Array:
+        every = np.stack(points, 1) - origin[:, None]  # [R, P, 2]
+        return np.array([hypervolume(np.maximum(one, 0.0)) for one in every])
 
-        yield {"method": method, "area": interval(area, *(x.rewards.mean(0)[:, :2] for x in line))}
+    def lead(origin: Array, *points: Array) -> Array:
+        half = len(points) // 2
+        return area(origin, *points[:half]) - area(origin, *points[half:])
+
+    both = [*lines["mod"], *lines["soup"]]
+    ways = {
+        "mod": (area, lines["mod"]),
+        "soup": (area, lines["soup"]),
+        "MOD less soup": (lead, both),
+    }
+    for method, (measured, line) in ways.items():
+        record: Record = {"method": method}
+        record["area"] = interval(measured, base, *(x.mean(0) for x in line))
+        if len(line[0]) > 1:
+            runs = measured(base.mean(0)[None].repeat(len(line[0]), 0), *(x.mean(1) for x in line))
+            record["over"] = over_seeds(runs)
+        yield record
 
 
 def _samples(study: Study) -> Iterator[Record]:
@@ -268,6 +328,7 @@ def summary(work: Path, sizes: Sizes) -> Record:
         "methods": list(_methods(study)),
         "leads": list(_leads(study)),
         "paper": list(_paper(study)),
+        "at_kl": list(_at_kl(study)),
         "areas": list(_areas(study)),
         "samples": list(_samples(study)),
     }

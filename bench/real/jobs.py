@@ -12,7 +12,8 @@ CORNERS: tuple[Weights, ...] = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0
 CENTRE: Weights = (1 / 3, 1 / 3, 1 / 3)
 MIDDLE: Weights = (0.5, 0.5, 0.0)
 LINE: tuple[Weights, ...] = ((0.75, 0.25, 0.0), MIDDLE, (0.25, 0.75, 0.0))
-OUTSIDE: tuple[Weights, ...] = ((1.0, 1.0, 0.0), (1.5, -0.5, 0.0))  # off the simplex
+BEYOND: tuple[Weights, Weights] = ((1.0, 1.0, 0.0), (2 / 3, 2 / 3, 2 / 3))  # twice the two mixes
+OUTSIDE: tuple[Weights, ...] = (*BEYOND, (1.5, -0.5, 0.0))  # off the simplex
 REVERSE_KL = "reverse_kl"
 
 
@@ -49,7 +50,7 @@ class Sizes(NamedTuple):
 TINY = Sizes(
     generated=True, max_new_tokens=6, train_prompts=4, validation=2, seeds=2, steps=2, batch=1,
     check_every=1, prompts=4, few=2, fewest=2, pool=4, candidates=2, line=(MIDDLE,),
-    outside=OUTSIDE[:1], layers=0.5, imitation_steps=2, scorer_layers=1, scorer_steps=2, scored=2,
+    outside=BEYOND, layers=0.5, imitation_steps=2, scorer_layers=1, scorer_steps=2, scored=2,
     strengths=(10.0,),
 )  # fmt: skip
 
@@ -108,6 +109,8 @@ def cells(sizes: Sizes) -> list[Cell]:
     for w in sizes.outside:
         out += [few._replace(weights=w, method=x) for x in ("mod", "soup")]
     out.append(few._replace(method="pruned", weights=CORNERS[1]))
+    # Steering by nothing: what the choice among the reference's first tokens does by itself.
+    out.append(few._replace(method="guided"))
     return out + [few._replace(method=x) for x in ("sizes", "sizes, corrected")]
 
 

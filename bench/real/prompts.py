@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 FORMS = (
@@ -56,12 +55,15 @@ TOPICS = {
 
 
 def questions(split: str, count: int) -> list[str]:
-    """The first `count` questions of a split: each topic in the first form, then in the second, ...
+    """The first `count` questions of a split: each topic once, in forms that take turns, then each
+    in its next form, ... Any first ones have all forms alike.
 
     Raises:
         ValueError: the split has fewer.
     """
-    every = [form.format(topic) for form, topic in product(FORMS, TOPICS[split])]
+    topics = TOPICS[split]
+    every = [FORMS[(turn + place) % len(FORMS)].format(topic)
+             for turn in range(len(FORMS)) for place, topic in enumerate(topics)]  # fmt: skip
     if count > len(every):
         raise ValueError(f"the split {split!r} has {len(every)} questions, expected {count}")
     return every[:count]

@@ -13,13 +13,15 @@ from .rewards import OBJECTIVES
 
 
 def _named(records: Sequence[Record]) -> Iterator[Record]:
-    """With names for the tables; the corners of MOD are the policies."""
-    for r in records:
+    """With names for the tables, by weights; the corners of MOD are the policies."""
+    for r in sorted(records, key=lambda r: r["weights"]):
         name = r["method"]
         if name == "mod":
             corner = r["weights"] in map(rounded, CORNERS)
             name = "the policy alone" if corner else f"MOD, {r['rule']}"
-        if r["strength"]:
+        elif name.startswith("best of"):
+            name += ", KL at most"
+        if name == "guided":
             name += f", strength {r['strength']:g}"
         yield r | {"name": name}
 
@@ -43,12 +45,16 @@ def report(result: Record) -> str:
         ("One method less another, in pairs", result["leads"],
          "of = method | rule | less | its rule = less_rule | tuned with = tuned | weights | "
          "w r = weighted (+3) | KL = kl (+2) | J = objective (+2) | "
-         "J over trainings = objective_over (+2) | questions = asked"),
+         "J over trainings = objective_over (+2) | questions = asked | trainings = seeds"),
+        ("MOD less the soup at the soup's KL, first training", result["at_kl"],
+         "weights | KL of the soup = soup (2) | KL of MOD = mod (2) | w r = lead (+3) | "
+         "questions = asked"),
         ("Reverse KL", first, columns),
         (f"Tuned and mixed with {result['sizes']['other']}", second, columns),
-        ("Area of the first two rewards that a line of weights dominates", result["areas"],
-         "method | area = area (4)"),
-        ("Checkpoints, on validation questions", result["trainings"],
+        ("Area beyond the reference that a line of weights dominates, first two rewards",
+         result["areas"], "method | area = area (4) | over trainings = over (4)"),
+        ("Checkpoints, on validation questions (those of a pruned policy: KL to the pruned model)",
+         result["trainings"],
          f"policy | steps | {shown} | w r = weighted 3 | KL = kl 2 | J = objective 2 | kept"),
         ("The pruned model: KL of the reference to it, a token", [result["pruned"]],
          "parameters | first step = first 2 | last steps = last 2"),

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mod_fused import Ensemble, generate
 from mod_fused.decoding.model_state import positions_of
+from mod_fused.decoding.options import support_cut
 from mod_fused.decoding.sequences import Rollouts, Sequences, take
-from mod_fused.reference import divergence_terms
 from mod_fused.torch_kernels.philox import split_mix
 from mod_fused.training import embedded_policies as train
 from mod_fused.training.fitting import fit, shuffled
@@ -24,10 +24,10 @@ from mod_fused.training.scorers import fit_scorer
 
 from ..alignment.decoding import answers
 from ..alignment.loop import load
-from ..alignment.statistics import REWARD_SCALE
+from ..alignment.statistics import REWARD_SCALE, divergence_of_answers
 from . import models
 from .jobs import Policy, Sizes, name_of
-from .prompts import conversations, questions
+from .prompts import TOPICS, conversations, questions
 from .rewards import OBJECTIVES, scores
 
 BATCH = 100  # rows decoded together
@@ -195,10 +195,10 @@ def _validate(sizes: Sizes, ensemble: Ensemble, policy: Policy) -> dict[str, Any
     asked = conversations(questions("validation", sizes.validation))
     found = answers(
         ensemble, [1.0], asked, scores, batch=BATCH, seed=VALIDATION_SEED,
-        max_new_tokens=sizes.max_new_tokens,
+        max_new_tokens=sizes.max_new_tokens, plausibility=support_cut("auto", policy.divergence),
     )  # fmt: skip
     weighted = found["rewards"] @ np.array(policy.weights)
-    objective = REWARD_SCALE * weighted - divergence_terms(policy.divergence, found["kl"])
+    objective = REWARD_SCALE * weighted - divergence_of_answers(policy.divergence, found["kl"])
     each = {"weighted": weighted, "kl": found["kl"], "objective": objective}
     means = {name: float(x.mean()) for name, x in each.items()}
     rewards = dict(zip(OBJECTIVES, found["rewards"].mean((0, 1)).tolist(), strict=True))
@@ -274,14 +274,14 @@ def new_scorer(model: Any, layers: int) -> Any:
 
 def train_scorer(work: Path, sizes: Sizes, objective: str) -> dict[str, Any]:
     """A scorer of the mean reward of what follows a prefix (CD-FUDGE, arXiv 2310.17022), from the
-    answers of all seeds; those to the last questions are held out, for early stopping."""
-    parts = [load(work, "answers", seed) for seed in range(sizes.seeds)]
-    batch = [torch.cat(x) for x in zip(*(part.batch for part in parts), strict=True)]
-    rollouts = Rollouts(*batch, torch.zeros(batch[0].shape))
-    column = OBJECTIVES.index(objective)
-    rewards = np.concatenate([scores(x.prompts, x.responses)[:, column] for x in parts])
-    each = len(rewards) // len(parts)
-    kept = np.tile(np.arange(each) >= int(0.85 * each), len(parts))
+    answers that the policies of the first training learn from; the last topics are held out, for
+    early stopping."""
+    data = load_answers(work, 0)
+    rollouts = Rollouts(*data.batch, torch.zeros(data.batch.ids.shape))
+    rewards = scores(data.prompts, data.responses)[:, OBJECTIVES.index(objective)]
+    count = min(sizes.train_prompts, len(TOPICS["train"]))
+    topics = np.arange(len(rewards)) // train.GROUP % count
+    kept = topics >= int(0.85 * count)
     used, held = (torch.from_numpy(np.flatnonzero(x)) for x in (~kept, kept))
     targets = torch.from_numpy(rewards)
     scorer = new_scorer(base(sizes)[0], sizes.scorer_layers)

@@ -19,14 +19,18 @@ from bench import report
 from bench.alignment import command, loop, statistics
 from bench.real import cost, decoding, estimates, jobs, models, prompts, rewards, training
 from bench.real.jobs import CORNERS, MIDDLE, REVERSE_KL, Cell, Policy
-from mod_fused import Ensemble, generate, world
-from mod_fused.decoding.sequences import Sequences
+from mod_fused import Ensemble, generate, reference, world
+from mod_fused.decoding.sequences import Sequences, take
 
 
 def test_no_question_is_in_two_splits():
     every = [set(prompts.questions(*x)) for x in (("train", 300), ("validation", 60))]
     every.append(set(prompts.questions("held out", 600)))
     assert [len(x) for x in every] == [300, 60, 600] and len(set.union(*every)) == 960
+    # A part of the questions has all forms alike: each topic in the first two of its six forms.
+    part = set(prompts.questions("held out", 200))
+    for form in prompts.FORMS:
+        assert 32 <= len(part & {form.format(t) for t in prompts.TOPICS["held out"]}) <= 34
     topics = [t for split in prompts.TOPICS.values() for t in split]
     assert len(topics) == len(set(topics))
     with pytest.raises(ValueError, match="has 600 questions, expected 601"):
@@ -184,12 +188,11 @@ def test_estimates_are_those_of_the_answers(study):
     scored = made.scored(cell)
     kl = np.stack([x["kl"][0] for x in found])
     np.testing.assert_allclose(scored.kl, kl, atol=1e-9)  # as many topics as questions
-    terms = kl + np.exp(-kl) - 1.0  # their mean is KL too
-    np.testing.assert_allclose(scored.terms, terms, atol=1e-9)
+    np.testing.assert_allclose(scored.terms, kl, atol=1e-9)
     record = estimates._estimates(scored, cell.weights)
     weighted = np.mean([x["rewards"][0] @ np.array(MIDDLE) for x in found])
     assert record["weighted"].value == pytest.approx(weighted, abs=1e-4)
-    assert record["objective"].value == pytest.approx(10 * weighted - terms.mean(), abs=1e-3)
+    assert record["objective"].value == pytest.approx(10 * weighted - kl.mean(), abs=1e-3)
     assert record["seeds"] == sizes.seeds and record["topics"] == sizes.prompts
     # Resampled answers are weighted: with equal weights they would be the plain mean.
     few = cell._replace(rule="resampled", asked="fewest")
@@ -203,6 +206,59 @@ def test_estimates_are_those_of_the_answers(study):
         )
         expected.append(chosen @ raw["rewards"][:, n])
     np.testing.assert_allclose(made.answers(few)[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("cut", [0, 9])
+def test_terms_of_answers_have_the_divergence_as_their_mean_under_a_cut_too(divergence, cut):
+    rng = np.random.default_rng(6)
+    log_ref, log_pi = (reference.log_softmax(rng.normal(size=30)) for _ in range(2))
+    log_pi[:cut] = -np.inf
+    log_pi = reference.log_softmax(log_pi)
+    terms = statistics.divergence_of_answers(divergence, (log_pi - log_ref)[cut:])
+    with np.errstate(invalid="ignore"):
+        exact = np.exp(log_ref) @ reference.f_of(divergence)(log_pi - log_ref)
+    assert np.exp(log_pi[cut:]) @ terms == pytest.approx(exact, rel=1e-10)
+    assert np.isfinite(statistics.divergence_of_answers(divergence, np.array([-90.0, 700.0]))).all()
+    with pytest.raises(ValueError, match="reverse_kl or jsd, got 'forward_kl'"):
+        statistics.divergence_of_answers("forward_kl", terms)
+
+
+def test_a_scorer_is_held_out_by_topic(study, monkeypatch):
+    work, sizes = study
+    found = {}
+
+    def fit_scorer(scorer, rollouts, targets, **options):
+        found.update(used=rollouts, held=options["held_out"][0], targets=targets)
+        return training_result
+
+    training_result = type("Fit", (), {"correlations": [(1, [0.5])], "best": 1})
+    monkeypatch.setattr(training, "fit_scorer", fit_scorer)
+    training.train_scorer(work, sizes._replace(generated=False), "plain")
+    data = training.load_answers(work, 0)
+    # Four questions of four topics: the last is held out, with its four answers.
+    for name, rows in (("used", slice(0, 12)), ("held", slice(12, 16))):
+        assert torch.equal(found[name].ids, take(data.batch, torch.arange(16)[rows]).ids)
+    expected = rewards.scores(data.prompts, data.responses)[:12, 1]
+    np.testing.assert_allclose(found["targets"], expected)
+
+
+def test_areas_and_leads_at_equal_kl_are_those_of_the_means(study):
+    work, sizes = study
+    made = estimates.Study(work, sizes)
+    areas = {r["method"]: r["area"].value for r in estimates._areas(made)}
+    assert areas["MOD less soup"] == pytest.approx(areas["mod"] - areas["soup"], abs=2e-5)
+    base = made.scored(Cell("reference", REVERSE_KL, (0.0,) * 3), sizes.few).rewards[0]
+    line = [Cell("mod", REVERSE_KL, w) for w in (*CORNERS[:2], MIDDLE)]
+    points = [made.scored(c, sizes.few).rewards.mean((0, 1)) - base.mean(0) for c in line]
+    expected = statistics.hypervolume(np.maximum(np.array(points)[:, :2], 0.0))
+    assert areas["mod"] == pytest.approx(expected, abs=2e-5)
+    for record in estimates._at_kl(made):
+        w = record["weights"]
+        soup = made.scored(Cell("soup", REVERSE_KL, w), sizes.few)
+        assert record["soup"].value == pytest.approx(soup.kl[0].mean(), abs=2e-5)
+        if record["lead"] is not None:
+            assert record["lead"].low <= record["lead"].value <= record["lead"].high
 
 
 def test_questions_of_a_topic_count_together():
