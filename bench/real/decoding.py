@@ -34,7 +34,8 @@ def asked(sizes: Sizes, cell: Cell) -> list[str]:
     """The questions of a cell."""
     if cell.validation:
         return questions("validation", sizes.validation)
-    return questions("held out", getattr(sizes, cell.asked))
+    count = getattr(sizes, cell.asked)
+    return questions("held out", sizes.prompts)[cell.seed * sizes.many :][:count]
 
 
 @functools.lru_cache(maxsize=3)
@@ -130,6 +131,7 @@ def phases(sizes: Sizes) -> list[Phase]:
     places = range(len({cell.weights for cell in tried(sizes)}))
     return [
         Phase("answers", training.draw_answers, range(sizes.seeds)),
+        Phase("frozen", training.freeze, range(sizes.seeds)),
         Phase("scorers", training.train_scorer, OBJECTIVES[:2]),
         Phase("pruned", training.imitate, ["model"]),
         Phase("trainings", training.train_policy, every),

@@ -24,7 +24,19 @@ from ..alignment.statistics import (
     resampling_weights,
 )
 from .decoding import asked, guided
-from .jobs import BEYOND, CENTRE, CORNERS, MIDDLE, REVERSE_KL, Cell, Sizes, cells, name_of, policies
+from .jobs import (
+    BEYOND,
+    CENTRE,
+    CORNERS,
+    MIDDLE,
+    REFERENCE,
+    REVERSE_KL,
+    Cell,
+    Sizes,
+    cells,
+    name_of,
+    policies,
+)
 from .prompts import TOPICS
 from .rewards import OBJECTIVES
 
@@ -34,7 +46,8 @@ SHOWN = 3  # questions whose answers the report shows
 
 class Scored(NamedTuple):
     """A method at one weight vector: means over the answers to a topic, [S, N, ...] for S trainings
-    and N topics. Questions of one topic are not independent, topics are.
+    and N topics. Questions of one topic are not independent, topics are. Each training has its own
+    questions; of what is not trained S counts these.
 
     Attributes:
         rewards: [S, N, 3].
@@ -130,18 +143,24 @@ class Study:
         found = [self.answers(run) for run in every if run == cell._replace(seed=run.seed)]
         if not found:
             raise KeyError(cell)
+        if cell == REFERENCE:
+            found = [list(xs) for xs in zip(*map(self.parts, found[0]), strict=True)]
         count = count or len(found[0][0])
         return Scored(
             *(np.stack([by_topic(x, count) for x in xs]) for xs in zip(*found, strict=True))
         )
 
-    def best_of(self, n: int, weights: Sequence[float], count: int | None = None) -> Scored:
-        """Best-of-n of the reference's answers to the first `count` questions, None: to all, with
-        the upper bound of its KL."""
-        count = count or len(self.pool)
-        rewards = by_topic(best_of(self.pool, np.array(weights), n), count)
-        kl = np.full(len(rewards), best_of_kl(n))
-        return Scored(rewards[None], kl[None], kl[None], np.full((1, len(kl), 4), np.nan))
+    def parts(self, x: Array) -> list[Array]:
+        """[Q, ...] of all held-out questions as those of each training, [S] of [many, ...]."""
+        many = self.sizes.many
+        return [x[seed * many : (seed + 1) * many] for seed in range(self.sizes.seeds)]
+
+    def best_of(self, n: int, weights: Sequence[float]) -> Scored:
+        """Best-of-n of the reference's answers, with the upper bound of its KL."""
+        rewards = best_of(self.pool, np.array(weights), n)
+        rewards = np.stack([by_topic(x, len(x)) for x in self.parts(rewards)])
+        kl = np.full(rewards.shape[:2], best_of_kl(n))
+        return Scored(rewards, kl, kl, np.full((*kl.shape, 4), np.nan))
 
 
 def _estimates(scored: Scored, weights: Sequence[float]) -> Record:
@@ -162,8 +181,10 @@ def _methods(study: Study) -> Iterator[Record]:
     """All cells, trainings together, and best-of-N."""
     chosen = [cell for cell, _ in study.guided]
     for cell in (*dict.fromkeys(c._replace(seed=0) for c in study.cells), *chosen):
-        record = cell._asdict() | _estimates(study.scored(cell), cell.weights)
-        yield record | {"asked": getattr(study.sizes, cell.asked)}
+        found = study.scored(cell)
+        count = study.sizes.many if cell == REFERENCE else getattr(study.sizes, cell.asked)
+        record = cell._asdict() | _estimates(found, cell.weights)
+        yield record | {"asked": count * len(found.kl)}
     for n in best_of_sizes(study.sizes):
         for w in (*CORNERS[:2], *study.sizes.line, CENTRE):
             name = {
@@ -204,16 +225,16 @@ def _leads(study: Study) -> Iterator[Record]:
     for n, w in product(best_of_sizes(sizes), (MIDDLE, CENTRE)):
         first = mod._replace(weights=w)
         names = {"method": "mod", "rule": first.rule, "less": f"best of {n}", "less_rule": ""}
-        names |= {"tuned": first.tuned, "weights": w, "asked": sizes.prompts}
+        names |= {"tuned": first.tuned, "weights": w, "asked": sizes.many}
         compared.append((names, study.scored(first), study.best_of(n, w)))
     for names, one, other in compared:
         record: Record = dict(names)
         a, b = (x.values(names["weights"]) for x in (one, other))
         for name in a:
-            runs = min(len(a[name]), len(b[name])) if "best" not in names["less"] else len(a[name])
+            runs = min(len(a[name]), len(b[name]))
             found = over_all(a[name][:runs] - b[name][:runs])
             record |= {name + key: x for key, x in found.items()}
-        yield record | {"seeds": runs}
+        yield record | {"asked": runs * names["asked"], "seeds": runs}
 
 
 def _at_kl(study: Study) -> Iterator[Record]:
@@ -221,7 +242,7 @@ def _at_kl(study: Study) -> Iterator[Record]:
     reference, the weights and twice the weights; the policies are those of the first training."""
     sizes = study.sizes
     for w, beyond in zip((MIDDLE, CENTRE), BEYOND, strict=True):
-        line = [Cell("reference", REVERSE_KL, (0.0, 0.0, 0.0)), Cell("mod", REVERSE_KL, w),
+        line = [REFERENCE, Cell("mod", REVERSE_KL, w),
                 Cell("mod", REVERSE_KL, beyond, asked="few")]  # fmt: skip
         values = [study.scored(cell, sizes.few).values(w) for cell in line]
         rewards, kl = (np.stack([x[name][0] for x in values], 1) for name in ("weighted", "kl"))
@@ -241,7 +262,7 @@ def _paper(study: Study) -> Iterator[Record]:
     """The paper's main figure: MOD's overall reward (the mean of the three) at equal weights over
     the soup's, relative; and its gain over the reference's, relative to the soup's gain."""
     ours, soup = (study.scored(Cell(x, REVERSE_KL, CENTRE)) for x in ("mod", "soup"))
-    base = study.scored(Cell("reference", REVERSE_KL, (0.0, 0.0, 0.0)))
+    base = study.scored(REFERENCE)
     a, b, r = (x.rewards.mean(-1) for x in (ours, soup, base))
     means = a.mean(0), b.mean(0), r.mean(0)
     found = {
@@ -257,11 +278,11 @@ def _areas(study: Study) -> Iterator[Record]:
     """The area that the line of weights dominates in the plane of its two rewards, beyond those of
     the reference."""
     few = study.sizes.few
-    base = study.scored(Cell("reference", REVERSE_KL, (0.0, 0.0, 0.0)), few).rewards[0, :, :2]
+    base = study.scored(REFERENCE, few).rewards[..., :2]
     corners = [Cell("mod", REVERSE_KL, w) for w in CORNERS[:2]]
     lines: dict[str, list[Array]] = {}
     for method in ("mod", "soup"):
-        between = [Cell(method, REVERSE_KL, w, asked="prompts" if w == MIDDLE else "few")
+        between = [Cell(method, REVERSE_KL, w, asked="many" if w == MIDDLE else "few")
                    for w in study.sizes.line]  # fmt: skip
         line = (study.scored(cell, few).rewards[..., :2] for cell in (*corners, *between))
         lines[method] = list(line)  # [S, N, 2] each
@@ -282,9 +303,9 @@ def _areas(study: Study) -> Iterator[Record]:
     }
     for method, (measured, line) in ways.items():
         record: Record = {"method": method}
-        record["area"] = interval(measured, base, *(x.mean(0) for x in line))
+        record["area"] = interval(measured, base.mean(0), *(x.mean(0) for x in line))
         if len(line[0]) > 1:
-            runs = measured(base.mean(0)[None].repeat(len(line[0]), 0), *(x.mean(1) for x in line))
+            runs = measured(base.mean(1), *(x.mean(1) for x in line))
             record["over"] = over_seeds(runs)
         yield record
 
@@ -292,9 +313,9 @@ def _areas(study: Study) -> Iterator[Record]:
 def _samples(study: Study) -> Iterator[Record]:
     """Answers of the first training to the first questions, and the one with the most reward."""
     mod = Cell("mod", REVERSE_KL, MIDDLE)
-    named = {"reference": Cell("reference", REVERSE_KL, (0.0, 0.0, 0.0))}
+    named = {"reference": REFERENCE}
     for i, w in enumerate(CORNERS):
-        asked_of = "few" if w == CORNERS[2] else "prompts"
+        asked_of = "few" if w == CORNERS[2] else "many"
         named[f"policy {OBJECTIVES[i]}"] = mod._replace(weights=w, asked=asked_of)
     named |= {"MOD, half each": mod, "soup, half each": mod._replace(method="soup")}
     named["MOD, weights 1 and 1"] = mod._replace(weights=study.sizes.outside[0], asked="few")

