@@ -205,7 +205,12 @@ class CausalLMState(CallableState):
             positions = model._prepare_position_ids_for_generation(self.sequences, self.options)
             self.options["position_ids"] = positions
         if "logits_to_keep" in accepted:
-            self.options["logits_to_keep"] = self.keep
+            # As places: the head is one product of the contiguous copy that they make, and one for
+            # each row of the slice that a number makes. From the end: a model that takes a number
+            # only keeps too many logits, never wrong ones.
+            whole = self.sequences.shape[1] > self.keep
+            places = torch.arange(-self.keep, 0, device="cpu")  # the head's device may be any
+            self.options["logits_to_keep"] = places if whole else self.keep
         if self.use_cache:
             self.options.update(architectures.new_cache(model))
 
@@ -214,6 +219,8 @@ class CausalLMState(CallableState):
         first = not self.options
         if first:
             self.begin()
+        elif self.use_cache and "logits_to_keep" in self.options:
+            self.options["logits_to_keep"] = self.keep
         prepare = self.model.prepare_inputs_for_generation
         cached = CACHE_NAMES & self.options.keys()
         new = 1 if self.use_cache and cached and not first else None

@@ -65,7 +65,21 @@ def test_without_padding_no_mask_reaches_the_model() -> None:
         ensemble.start(ids, masks).step()
     assert seen[0].get("attention_mask") is None
     assert torch.equal(seen[1]["attention_mask"], MASK)
-    assert seen[0]["logits_to_keep"] == 1
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_head_multiplies_the_last_tokens_alone_and_all_rows_at_once(use_cache: bool) -> None:
+    seen: list[torch.Tensor] = []
+    model = tiny.llama(0)
+    model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    ensemble = Ensemble([model])
+    state = ensemble.start(*ensemble.encode(input_ids=BATCH), use_cache=use_cache)
+    found = [state.step()[0], state.step(torch.tensor([3, 4, 5]))[0]]
+    # Not contiguous: torch would make a product for each row.
+    assert [(x.shape[1], x.is_contiguous()) for x in seen] == [(1, True)] * 2
+    for row, expected in enumerate(zip(*found, strict=True)):
+        whole = tiny.teacher_forced(model, BATCH[row].tolist(), [3 + row, 0])
+        torch.testing.assert_close(torch.stack(expected), whole, atol=1e-4, rtol=1e-4)
 
 
 def test_from_pretrained_loads_folders_and_loads_each_once(tmp_path: Path) -> None:
