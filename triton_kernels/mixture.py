@@ -31,7 +31,7 @@ from .handoffs import arrive, break_launch, claim, end_arrivals, reset, wait_for
 from .keys import finish_tile, keys_of_tile
 from .normalizer import end_evaluation, evaluation_of_tile
 from .parts import row_fields
-from .sums import end_sums, sums_of_tile
+from .sums import end_sums, sums_of_tiles
 from .workspace import SOLVED, STATE_FIELDS
 
 MAX_EVALUATIONS = tl.constexpr(32)
@@ -185,8 +185,7 @@ def run_task(
                 )
     if variant.sums:
         if phase == 0:
-            for tile in range(begin, end):
-                sums_of_tile(mixing, model_fields, row, tile, variant)
+            sums_of_tiles(mixing, model_fields, row, begin, end, variant)
     if variant.evaluations > 0:
         if phase == 1:
             for tile in range(begin, end):

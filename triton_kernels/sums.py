@@ -5,20 +5,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .constants import INFINITY, SMALLEST_PREFIX_DIFFERENCE
+from .constants import INFINITY, SMALLEST_PREFIX_DIFFERENCE, TILE
 from .elementary import exp
 from .own_mass import counted_mass, shift_of_mass
 from .parameters import log_plausibility, reference_weight, weight
-from .tiles import level_of, logits_of_tile, scaled, store_model_sum
+from .tiles import level_of, load_logits, scaled, store_model_sum
 from .workspace import LOG_MASS, LOG_NORM, LOG_SUM, PEAK, SHIFT, VALID
 
 
 @triton.jit
-def sums_of_tile(mixing, model_fields, row, tile, variant: tl.constexpr):
+def sums_of_tile(mixing, logits, fields, tile, variant: tl.constexpr):
+    """Store the sums of the parts of all models."""
     MODELS: tl.constexpr = variant.models
-    logits = logits_of_tile(mixing, row, tile, variant)
     for k in tl.static_range(MODELS):
-        store_model_sum(scaled(mixing, logits, k), k, model_fields, tile, variant)
+        store_model_sum(scaled(mixing, logits, k), k, fields, tile, variant)
+
+
+@triton.jit
+def sums_of_tiles(mixing, fields, row, begin, end, variant: tl.constexpr):
+    """`sums_of_tile` of the tiles from `begin` to before `end`. While one is summed the next is on
+    its way from memory; the last is loaded once more, from the cache, because a branch around the
+    loads would wait for them."""
+    whole = tl.minimum(end, mixing.vocab // TILE)
+    if begin < whole:
+        logits = load_logits(mixing, row, begin, True, variant)
+        for tile in range(begin, whole):
+            following = logits
+            if variant.chunk > 1:
+                ahead = tl.minimum(tile + 1, whole - 1)
+                following = load_logits(mixing, row, ahead, True, variant)
+            sums_of_tile(mixing, logits, fields, tile, variant)
+            logits = following
+    if whole < end:
+        logits = load_logits(mixing, row, whole, False, variant)
+        sums_of_tile(mixing, logits, fields, whole, variant)
 
 
 @triton.jit
