@@ -76,13 +76,15 @@ def logit_loads(made: launch.Launch, logit_bytes: int, whole: int, last: int) ->
     """Loads by bytes that a thread of the mixture kernel has for logits: every phase reads its tile
     of every model once, and so does the race in the winner's tile, each in a branch for whole tiles
     and in one for a row's last tile; one branch runs. Log-linear keys have a second form, for whole
-    tiles in which all logits are finite."""
+    tiles in which all logits are finite. Where a task has several tiles, log-sum-exps load the
+    next whole tile in their loop, and the first one before it."""
     variant, tokens = made.variant, TILE // made.threads
     phases = 1 + variant.sums + (2 if variant.evaluations else 0) - variant.early
     phases += variant.draw
     finite = not (variant.general or variant.sums or variant.model_logprobs or variant.candidates)
     loads: Counter[int] = Counter()
-    for width, forms in ((whole, phases + finite), (last, phases)):
+    ahead = bool(variant.sums) and variant.chunk > 1
+    for width, forms in ((whole, phases + finite + ahead), (last, phases)):
         loads[width] += variant.models * forms * tokens * logit_bytes // width
     return loads
 
