@@ -18,7 +18,7 @@ from pathlib import Path
 from . import report
 from .alignment import plots, tables
 from .case import Case, Picture
-from .cases import CASES
+from .cases import CASES, adapters
 from .gpu import predict_report
 from .real import tables as real
 
@@ -50,14 +50,20 @@ REPORTS: dict[str, Callable[[report.Result], str]] = {
     "vllm": report.plain,
     "vllm_soak": report.plain,
 }
-#: By the name of a block, the stem of its JSON: fields that select the rows, and the columns.
+#: By the name of a block, the path of its JSON: fields that select the rows, a tuple any of its
+#: values, and the columns.
 BLOCKS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
     "cpu": (
         {"dtype": "bfloat16", "vocab": 128256, "threads": 1},
         {"divergence": "divergence", "B": "batch", "µs": "cpu µs"}
         | {"torch.compile / ours": "compile / ours", "eager / ours": "eager / ours"}
         | {"ours / floor": "ours / floor"},
-    )
+    ),
+    "real/real_cost": (
+        {"contestant": (adapters.ONE, "stacked, simplex", "separate, simplex", adapters.AUTHORS)},
+        {"B": "B", "decoder": "contestant", "tokens / s": "tokens / s"}
+        | {"step / one model's": "step / one model"},
+    ),
 }
 
 
@@ -69,6 +75,10 @@ def _origin(result: report.Result, marked: bool) -> str:
     return out + " \\*: other processes were busy meanwhile." * marked
 
 
+def _fits(value: object, wanted: object) -> bool:
+    return value in wanted if isinstance(wanted, tuple) else value == wanted
+
+
 def block(name: str, file: Path, results: Path = RESULTS) -> str:
     """The text of a block in a file: the table, its command and machine.
 
@@ -78,7 +88,7 @@ def block(name: str, file: Path, results: Path = RESULTS) -> str:
     if name not in BLOCKS:
         raise ValueError(f"{file.name} has a block {name!r}, expected one of {list(BLOCKS)}")
     result, (wanted, columns) = report.load(results / f"{name}.json"), BLOCKS[name]
-    rows = [row for row in result["rows"] if wanted.items() <= row.items()]
+    rows = [row for row in result["rows"] if all(_fits(row[k], x) for k, x in wanted.items())]
     table = report.table(rows, columns)
     return f"{table}\n\n{_origin(result, marked=any(map(report.disturbed, rows)))}\n"
 

@@ -103,7 +103,8 @@ def cells(row: Row) -> dict[str, str]:
     """The cells that a table can show of a row, by name: its fields, and figures such as
     `eager µs`, `eager / ours`, `eager TV` (total variation from the oracle), `eager tok/s`,
     `eager draws`."""
-    out = {name: str(x) for name, x in row.items() if not isinstance(x, (dict, list))}
+    fields = {name: x for name, x in row.items() if not isinstance(x, (dict, list))}
+    out = {name: number(x) if isinstance(x, float) else str(x) for name, x in fields.items()}
     if "policies" in row:
         out["mixture"] = "ref + " * row["reference"] + str(row["policies"])
     if "parameters" in row:

@@ -38,6 +38,7 @@ class Sizes(NamedTuple):
     pool: int = 8  # answers of the reference to each, for best-of-N
     candidates: int = 4  # answers where one is resampled
     other: str = "jsd"  # the second divergence to tune and mix with
+    other_seeds: int = 1  # trainings with it
     line: tuple[Weights, ...] = LINE
     outside: tuple[Weights, ...] = OUTSIDE
     layers: float = 2 / 3  # of the pruned model, a share
@@ -106,10 +107,12 @@ def cells(sizes: Sizes) -> list[Cell]:
         for w in sizes.line:
             out += [few._replace(weights=w, method=x) for x in ("mod", "soup") if w != MIDDLE]
         out += [few._replace(method="retrained", weights=w) for w in (MIDDLE, CENTRE)]
-        other = few._replace(tuned=sizes.other)
-        out += [other._replace(weights=w) for w in CORNERS[:2]]
-        out += [other, other._replace(rule="own mass"), other._replace(method="soup")]
-        out += [x._replace(rule="resampled", asked="fewest") for x in (mod, other)]
+        out.append(mod._replace(rule="resampled", asked="fewest"))
+        if seed < sizes.other_seeds:
+            other = few._replace(tuned=sizes.other)
+            out += [other._replace(weights=w) for w in CORNERS[:2]]
+            out += [other, other._replace(rule="own mass"), other._replace(method="soup")]
+            out.append(other._replace(rule="resampled", asked="fewest"))
     few = Cell("mod", REVERSE_KL, MIDDLE, asked="few")
     for w in sizes.outside:
         out += [few._replace(weights=w, method=x) for x in ("mod", "soup")]

@@ -24,6 +24,10 @@ def test_a_changed_result_changes_the_block_and_nothing_else(tmp_path):
     for row in result["rows"]:
         row["other_cores"] = 0.0
     report.save(result, tmp_path / "cpu.json")
+    others = [name for name in readme.BLOCKS if name != "cpu"]
+    for name in others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(readme.RESULTS / f"{name}.json", tmp_path / f"{name}.json")
     before = readme.rewritten(README.read_text(), README, tmp_path)
     row = next(r for r in result["rows"] if (r["dtype"], r["vocab"]) == ("bfloat16", 128256))
     row["timings"]["cpu"][0], row["other_cores"] = 123456.0, 0.5
@@ -36,7 +40,8 @@ def test_a_changed_result_changes_the_block_and_nothing_else(tmp_path):
     assert changed == {f"| {row['divergence']}", next(x for x in new - old if "`python" in x)} | {
         next(x for x in old - new if "`python" in x)
     }
-    assert readme.stale([README], tmp_path) == ["README.md", "cpu.md"]
+    reports = [f"{Path(name).name}.md" for name in others]
+    assert readme.stale([README], tmp_path) == ["README.md", "cpu.md", *reports]
 
 
 @pytest.mark.parametrize(
