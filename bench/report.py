@@ -112,6 +112,8 @@ def cells(row: Row) -> dict[str, str]:
     if "growth_bytes" in row:
         out["MB"] = number(row["growth_bytes"] / 1e6)
         out["of the logits"] = f"{row['growth_bytes'] / row['logits_bytes']:.0%}"
+    if "tokens / s" in row and disturbed(row):
+        out["tokens / s"] += " \\*"
     timings = row.get("timings", {})
     for name, (median, low, high, _) in timings.items():
         ours = name == next(iter(timings))

@@ -12,7 +12,7 @@ from mod_fused import Ensemble, recipes
 from mod_fused.decoding.options import support_cut
 from mod_fused.guidance import Guidance
 
-from ..alignment.decoding import Array, answers
+from ..alignment.decoding import DECODE_SEED, Array, answers
 from ..alignment.loop import Phase, load
 from ..alignment.statistics import REWARD_SCALE, divergence_of_answers
 from . import models, training
@@ -82,6 +82,8 @@ def measure(work: Path, sizes: Sizes, cell: Cell) -> dict[str, Array]:
         ensemble, weights = Ensemble([None, *ensemble.models], ensemble.tokenizers * 2), [1.0]
     if cell.rule == "resampled":
         options["num_return_sequences"] = sizes.candidates
+    # A question has the same noise with every method.
+    options["seed"] = DECODE_SEED + cell.seed * sizes.many
     if cell.validation:
         options["seed"] = training.VALIDATION_SEED
     found = answers(

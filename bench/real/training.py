@@ -119,7 +119,14 @@ def run_frozen(model: Any, sizes: Sizes, data: train.Answers) -> tuple[Below, Te
     below = run_below(model, first, data.batch, LEARNED)
     rows = torch.arange(len(below.ids)).split(LEARNED)
     upper = above(model, first)
-    return below, torch.cat([response_logprobs(upper, take(below, index)) for index in rows])
+    found = torch.cat([response_logprobs(upper, take(below, index)) for index in rows])
+    whole = response_logprobs(model, take(data.batch, rows[0]))
+    if not torch.allclose(found[: len(whole)], whole, atol=1e-2):
+        raise ValueError(
+            f"{type(model).__name__} is another model where its layers run apart: the study cannot "
+            "tune its last ones alone"
+        )
+    return below, found
 
 
 def freeze(work: Path, sizes: Sizes, seed: int) -> tuple[Below, Tensor]:

@@ -180,6 +180,19 @@ def _is_known(model: Any) -> bool:
     return any(base.__module__.startswith("transformers.models.") for base in bases)
 
 
+def is_spread(model: Any) -> bool:
+    """Whether a model lies on several devices."""
+    return len({*getattr(model, "hf_device_map", {}).values()}) > 1
+
+
+def keeps_places(model: Any) -> bool:
+    """Whether `logits_to_keep` may be a tensor of places: not in remote code, which may take a
+    number only, nor where the head's device is another, nor where layers share their KV cache,
+    which leave the prompt out for a number only."""
+    shared = getattr(text_config(model), "num_kv_shared_layers", None)
+    return _is_known(model) and not is_spread(model) and not shared
+
+
 def _has_unknown_state(model: Any) -> bool:
     return getattr(unwrapped(model), "_is_stateful", False) and not _is_known(model)
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .architectures import embedded_ids, is_transformers_model, text_config
+from .architectures import embedded_ids, is_spread, is_transformers_model, text_config
 
 
 def check_decoding(
@@ -50,10 +50,7 @@ def check_decoding(
     needed = {input_ids[0].device: rows * tokens * (8 + 4 + 4 * len(models)) + kept}
     for model, ids in zip(models, input_ids, strict=True):
         # Models spread over several devices are not counted.
-        if (
-            is_transformers_model(model)
-            and len({*getattr(model, "hf_device_map", {}).values()}) < 2
-        ):
+        if is_transformers_model(model) and not is_spread(model):
             parameter = next(model.parameters())
             numbers = embedded_ids(model)
             if use_cache:

@@ -205,12 +205,12 @@ class CausalLMState(CallableState):
             positions = model._prepare_position_ids_for_generation(self.sequences, self.options)
             self.options["position_ids"] = positions
         if "logits_to_keep" in accepted:
-            # As places: the head is one product of the contiguous copy that they make, and one for
-            # each row of the slice that a number makes. From the end: a model that takes a number
-            # only keeps too many logits, never wrong ones.
-            whole = self.sequences.shape[1] > self.keep
-            places = torch.arange(-self.keep, 0, device="cpu")  # the head's device may be any
-            self.options["logits_to_keep"] = places if whole else self.keep
+            kept: Any = self.keep
+            if self.sequences.shape[1] > kept and architectures.keeps_places(model):
+                # The head is one product of the contiguous copy that places make, and one for each
+                # row of the slice that a number makes.
+                kept = torch.arange(-kept, 0, device=self.sequences.device)
+            self.options["logits_to_keep"] = kept
         if self.use_cache:
             self.options.update(architectures.new_cache(model))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -242,31 +243,47 @@ def test_a_scorer_is_held_out_by_topic(study, monkeypatch):
 
     training_result = type("Fit", (), {"correlations": [(1, [0.5])], "best": 1})
     monkeypatch.setattr(training, "fit_scorer", fit_scorer)
+    monkeypatch.setitem(training.TOPICS, "train", ["one", "another"])
     training.train_scorer(work, sizes._replace(generated=False), "plain")
     data = training.load_answers(work, 0)
-    # Four questions of four topics: the last is held out, with its four answers.
-    for name, rows in (("used", slice(0, 12)), ("held", slice(12, 16))):
-        assert torch.equal(found[name].ids, take(data.batch, torch.arange(16)[rows]).ids)
-    expected = rewards.scores(data.prompts, data.responses)[:12, 1]
+    # Of four questions the second and the last are of the second topic; each has four answers.
+    second = torch.arange(16) // 4 % 2 == 1
+    for name, rows in (("used", ~second), ("held", second)):
+        assert torch.equal(found[name].ids, take(data.batch, rows.nonzero()[:, 0]).ids)
+    expected = rewards.scores(data.prompts, data.responses)[~second.numpy(), 1]
     np.testing.assert_allclose(found["targets"], expected)
 
 
-def test_areas_and_leads_at_equal_kl_are_those_of_the_means(study):
+def test_areas_and_leads_at_equal_kl_are_those_of_the_means(study, monkeypatch):
     work, sizes = study
+
+    def made_up(self, cell):
+        """Answers with far more reward than the reference's, their KL by method and weights."""
+        rng = np.random.default_rng(zlib.crc32(repr(cell).encode()))
+        count = getattr(sizes, cell.asked)
+        away = 1.5 if cell.method == "soup" else sum(cell.weights) ** 2
+        low = 0.1 if cell == jobs.REFERENCE else 0.4
+        kl = away + 0.1 * rng.random(count)
+        return [low + 0.2 * rng.random((count, 3)), kl, kl, np.zeros((count, 4))]
+
+    monkeypatch.setattr(estimates.Study, "answers", made_up)
     made = estimates.Study(work, sizes)
     areas = {r["method"]: r["area"].value for r in estimates._areas(made)}
     assert areas["MOD less soup"] == pytest.approx(areas["mod"] - areas["soup"], abs=2e-5)
-    base = made.scored(jobs.REFERENCE, sizes.few).rewards
+    base = made.scored(jobs.REFERENCE, sizes.few).rewards.mean((0, 1))
     line = [Cell("mod", REVERSE_KL, w) for w in (*CORNERS[:2], MIDDLE)]
-    points = [made.scored(c, sizes.few).rewards.mean((0, 1)) - base.mean((0, 1)) for c in line]
-    expected = statistics.hypervolume(np.maximum(np.array(points)[:, :2], 0.0))
-    assert areas["mod"] == pytest.approx(expected, abs=2e-5)
-    for record in estimates._at_kl(made):
+    points = [made.scored(c, sizes.few).rewards.mean((0, 1)) - base for c in line]
+    assert areas["mod"] == pytest.approx(statistics.hypervolume(np.array(points)[:, :2]), abs=2e-5)
+    for record, beyond in zip(estimates._at_kl(made), jobs.BEYOND, strict=True):
         w = record["weights"]
-        soup = made.scored(Cell("soup", REVERSE_KL, w), sizes.few)
-        assert record["soup"].value == pytest.approx(soup.kl[0].mean(), abs=2e-5)
-        if record["lead"] is not None:
-            assert record["lead"].low <= record["lead"].value <= record["lead"].high
+        line = [jobs.REFERENCE, Cell("mod", REVERSE_KL, w), Cell("mod", REVERSE_KL, beyond)]
+        line[2] = line[2]._replace(asked="few")
+        values = [made.scored(c, sizes.few).values(w) for c in (*line, Cell("soup", REVERSE_KL, w))]
+        rewards, kls = ([float(x[name][0].mean()) for x in values] for name in ("weighted", "kl"))
+        assert kls[1] < kls[3] < kls[2]
+        lead = np.interp(kls[3], kls[:3], rewards[:3]) - rewards[3]
+        assert record["lead"].value == pytest.approx(lead, abs=2e-5)
+        assert record["soup"].value == pytest.approx(kls[3], abs=2e-5)
 
 
 def test_each_training_answers_its_own_questions():

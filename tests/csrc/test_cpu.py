@@ -251,7 +251,7 @@ def test_calls_leave_no_memory_behind(call):
         for _ in range(count):
             call()
         grown.append((resident() - before) / count)
-    # The first part warms up. The allocator moves whole pages now and then; a leak is in every part.
+    # The first part warms up. The allocator takes pages now and then; a leak is in every part.
     assert statistics.median(grown[1:]) < 10, grown  # bytes; a lost string takes 48
 
 

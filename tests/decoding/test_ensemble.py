@@ -10,6 +10,7 @@ import tiny_models as tiny
 import torch
 
 from mod_fused import Ensemble
+from mod_fused.decoding import architectures
 
 BATCH = torch.tensor([[3, 4, 5, 6, 7], [0, 0, 8, 9, 10], [0, 0, 0, 0, 11]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
@@ -80,6 +81,24 @@ def test_the_head_multiplies_the_last_tokens_alone_and_all_rows_at_once(use_cach
     for row, expected in enumerate(zip(*found, strict=True)):
         whole = tiny.teacher_forced(model, BATCH[row].tolist(), [3 + row, 0])
         torch.testing.assert_close(torch.stack(expected), whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["on several devices", "remote code", "a shared cache"])
+def test_logits_are_kept_by_number_where_places_may_not_do(where: str, monkeypatch: Any) -> None:
+    seen: list[Any] = []
+    model = tiny.llama(0)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["logits_to_keep"]), with_kwargs=True
+    )
+    if where == "on several devices":
+        model.hf_device_map = {"model": 0, "lm_head": 1}
+    elif where == "remote code":
+        monkeypatch.setattr(architectures, "_is_known", lambda model: False)
+    else:
+        model.config.num_kv_shared_layers = 1
+    ensemble = Ensemble([model])
+    ensemble.start(*ensemble.encode(input_ids=BATCH)).step()
+    assert seen == [1]
 
 
 def test_from_pretrained_loads_folders_and_loads_each_once(tmp_path: Path) -> None:
