@@ -21,6 +21,8 @@ def _named(records: Sequence[Record]) -> Iterator[Record]:
             name = "the policy alone" if corner else f"MOD, {r['rule']}"
         elif name.startswith("best of"):
             name += ", KL at most"
+        if not any(r["weights"]):  # the reference has no weighted reward
+            r = {k: x for k, x in r.items() if not k.startswith(("weighted", "objective"))}
         if name == "guided":
             name += f", strength {r['strength']:g}"
         yield r | {"name": name}
