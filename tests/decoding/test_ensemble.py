@@ -83,7 +83,7 @@ def test_the_head_multiplies_the_last_tokens_alone_and_all_rows_at_once(use_cach
         torch.testing.assert_close(torch.stack(expected), whole, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("where", ["on several devices", "remote code", "a shared cache"])
+@pytest.mark.parametrize("where", ["on several devices", "remote code"])
 def test_logits_are_kept_by_number_where_places_may_not_do(where: str, monkeypatch: Any) -> None:
     seen: list[Any] = []
     model = tiny.llama(0)
@@ -92,13 +92,18 @@ def test_logits_are_kept_by_number_where_places_may_not_do(where: str, monkeypat
     )
     if where == "on several devices":
         model.hf_device_map = {"model": 0, "lm_head": 1}
-    elif where == "remote code":
-        monkeypatch.setattr(architectures, "_is_known", lambda model: False)
     else:
-        model.config.num_kv_shared_layers = 1
+        monkeypatch.setattr(architectures, "_is_known", lambda model: False)
     ensemble = Ensemble([model])
     ensemble.start(*ensemble.encode(input_ids=BATCH)).step()
     assert seen == [1]
+
+
+def test_layers_that_share_their_cache_keep_logits_by_number() -> None:
+    model = tiny.llama(0)
+    assert architectures.keeps_places(model)
+    model.config.num_kv_shared_layers = 1
+    assert not architectures.keeps_places(model)
 
 
 def test_from_pretrained_loads_folders_and_loads_each_once(tmp_path: Path) -> None:
