@@ -85,7 +85,7 @@ test-real: $(READY)  ## the study on a real language model in some minutes: does
 	rm -rf build/test-real
 	$(BIN)/python -m bench.real --quick --work build/test-real --out build/test-real/results
 
-real: $(READY)  ## MOD's experiment on SmolLM2-135M: 2 to 3 hours on two cores; goes on where it was stopped
+real: $(READY)  ## MOD's experiment on SmolLM2-135M: about 2 hours on two cores; goes on where it was stopped
 	$(BIN)/python -m bench.real --out bench/results/real
 
 # Away from the top, where vLLM would find a package named triton_kernels. Model Runner V2 is on its

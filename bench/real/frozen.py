@@ -33,6 +33,11 @@ def layers_of(model: Any) -> torch.nn.ModuleList:
     return stack
 
 
+def first_tuned(model: Any, count: int) -> int:
+    """The place of the first of the last `count` layers."""
+    return max(0, len(layers_of(model)) - count)
+
+
 def _with(module: Any, **children: Any) -> Any:
     """A copy of a module that shares its parameters and has other children."""
     out = copy.copy(module)

@@ -26,7 +26,7 @@ from ..alignment.decoding import answers
 from ..alignment.loop import load
 from ..alignment.statistics import REWARD_SCALE, divergence_of_answers
 from . import models
-from .frozen import Below, above, layers_of, run_below
+from .frozen import Below, above, first_tuned, layers_of, run_below
 from .jobs import Policy, Sizes, name_of
 from .prompts import TOPICS, conversations, questions
 from .rewards import OBJECTIVES, scores
@@ -115,7 +115,7 @@ def response_logprobs(model: Any, batch: Any) -> Tensor:
 def run_frozen(model: Any, sizes: Sizes, data: train.Answers) -> tuple[Below, Tensor]:
     """What the layers that are not tuned make of the answers, and the model's log-probabilities of
     them, [N] in nats."""
-    first = max(0, len(layers_of(model)) - sizes.tuned)
+    first = first_tuned(model, sizes.tuned)
     below = run_below(model, first, data.batch, LEARNED)
     rows = torch.arange(len(below.ids)).split(LEARNED)
     upper = above(model, first)
@@ -153,7 +153,6 @@ def train_policy(work: Path, sizes: Sizes, policy: Policy) -> dict[str, Any]:
 
     data = load_answers(work, policy.seed)
     reference, tokenizer = load_pruned(work) if policy.pruned else base(sizes)
-    first = max(0, len(layers_of(reference)) - sizes.tuned)
     found = run_frozen(reference, sizes, data) if policy.pruned else load_frozen(work, policy.seed)
     below, ref_logprobs = found
     torch.manual_seed(policy.seed)
@@ -162,7 +161,7 @@ def train_policy(work: Path, sizes: Sizes, policy: Policy) -> dict[str, Any]:
         task_type="CAUSAL_LM",
     )  # fmt: skip
     model = get_peft_model(copy.deepcopy(reference), config)
-    upper = above(model.get_base_model(), first)
+    upper = above(model.get_base_model(), first_tuned(reference, sizes.tuned))
     rewards = torch.from_numpy(scores(data.prompts, data.responses)) @ torch.tensor(policy.weights)
     groups = torch.arange(len(rewards)).view(-1, train.GROUP)
     order = shuffled(len(groups), sizes.steps * sizes.batch, policy.seed)
@@ -203,7 +202,7 @@ def tuned_layers(model: Any, count: int) -> list[str]:
     stack = layers_of(model)
     return [
         f"model.layers.{i}.{name}"
-        for i in range(max(0, len(stack) - count), len(stack))
+        for i in range(first_tuned(model, count), len(stack))
         for name, module in stack[i].named_modules()
         if isinstance(module, torch.nn.Linear)
     ]

@@ -264,6 +264,8 @@ def signed(lead: float, error: float) -> str:
     """A lead and its error in words."""
     if math.isnan(lead):
         return "not defined, a policy does not beat the other on its own reward"
+    if math.isnan(error):
+        return f"{lead:+.3f}, too few prompts for its error"
     return f"{lead:+.3f} ±{error:.3f}"
 
 

@@ -70,6 +70,7 @@ def test_lead_over_line_is_undefined_without_ends_or_order():
     swapped = [sweep.Point(p.weights[::-1], p.rewards, p.log_ratios, p.kl, 1) for p in points]
     lead, error = sweep.lead_over_line(swapped, 0, 2)
     assert "not defined" in sweep.signed(lead, error)
+    assert sweep.signed(0.1, math.nan) == "+0.100, too few prompts for its error"
 
 
 def test_the_picture_names_every_mark_and_clips_no_text(tmp_path, monkeypatch):

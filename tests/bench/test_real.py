@@ -99,13 +99,19 @@ def test_the_command_writes_json_tables_and_the_picture(study, tmp_path):
     assert sorted(kept) == sorted(map(jobs.name_of, jobs.policies(sizes)))
 
 
+#: Two prompts with responses, the first padded on the left, the second on the right.
+PADDED = Sequences(
+    torch.tensor([[0, 0, 5, 6, 7, 8, 9, 2], [11, 12, 13, 14, 15, 16, 2, 2]]),
+    torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0]]),
+    torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 0]]),
+)
+
+
 @torch.no_grad()
 def test_response_logprobs_are_those_of_each_response_alone(tiny):
     model, _ = models.load_model(tiny)
-    ids = torch.tensor([[0, 0, 5, 6, 7, 8, 9, 2], [11, 12, 13, 14, 15, 16, 2, 2]])
-    attention = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0]])
-    response = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 0]])
-    found = training.response_logprobs(model, Sequences(ids, attention, response))
+    ids, attention, response = PADDED
+    found = training.response_logprobs(model, PADDED)
     for row, expected in enumerate(found):
         alone = ids[row][attention[row].bool()]
         logprobs = model(alone[None]).logits[0].log_softmax(-1)
@@ -299,13 +305,9 @@ def test_each_training_answers_its_own_questions():
 @torch.no_grad()
 def test_the_layers_below_and_above_are_the_whole_model(tiny):
     model, _ = models.load_model(tiny)
-    ids = torch.tensor([[0, 0, 5, 6, 7, 8, 9, 2], [11, 12, 13, 14, 15, 16, 2, 2]])
-    attention = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0]])
-    response = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 0]])
-    batch = Sequences(ids, attention, response)
-    whole = training.response_logprobs(model, batch)
+    whole = training.response_logprobs(model, PADDED)
     for first in (0, 1):
-        below = frozen.run_below(model, first, batch, 1)
+        below = frozen.run_below(model, first, PADDED, 1)
         found = training.response_logprobs(frozen.above(model, first), below)
         torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-4)
     assert len(model.model.layers) == 2 and not isinstance(model.model.norm, torch.nn.Identity)
