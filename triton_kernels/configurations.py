@@ -20,6 +20,7 @@ import torch
 from ..call.arguments import MixtureArguments
 from ..divergence import Divergence, get_divergence
 from .divergences import device_functions
+from .workspace import SLICES
 
 TABLE_VARIABLE = "MOD_FUSED_TRITON_TABLE"
 #: From this number of rows on, tasks are coarse: the rows fill the device.
@@ -36,7 +37,8 @@ class Configuration:
     chunk: int = 1  # tiles of a task
     programs_per_processor: int = 4  # of the persistent kernel
     filter_threads: int = 512
-    filter_block: int = 2048  # tokens that a sweep of a filter reads at once
+    filter_block: int = 1024  # tokens of a flat row that a program of a filter reads at once
+    filter_slices: int = 32  # programs of a row, where there are few rows
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -46,8 +48,12 @@ class Configuration:
         for name in ("threads", "filter_threads", "filter_block"):
             if getattr(self, name) & (getattr(self, name) - 1):
                 raise ValueError(f"{name} must be a power of two, got {getattr(self, name)}")
-        if self.filter_block < 1024:
-            raise ValueError(f"filter_block must be at least 1024, got {self.filter_block}")
+        if not 1024 <= self.filter_block <= 4096:
+            raise ValueError(f"filter_block must be from 1024 to 4096, got {self.filter_block}")
+        if self.filter_slices > SLICES.value:
+            raise ValueError(
+                f"filter_slices must be at most {SLICES.value}, got {self.filter_slices}"
+            )
 
 
 Table = Mapping[str, Configuration]

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .constants import INFINITY, TILE
 from .elementary import exp, exponential
+from .flat_rows import zero_counters
 from .keys import end_keys, key_tile
 from .normalizer import solved_masses
 from .parameters import (
@@ -201,8 +202,9 @@ def draw(
 
 @triton.jit
 def end_draw(
-    mixing, drawing, state, model_fields, fields, row, tiles, seed, position, variant: tl.constexpr
-):
+    mixing, drawing, work, state, model_fields, fields, row, tiles, seed, position,
+    variant: tl.constexpr,
+):  # fmt: skip
     """Draw the token, or store the state that `filter_kernel` needs."""
     if variant.draw:
         draw(mixing, drawing, state, model_fields, fields, row, tiles, seed, position, variant)
@@ -212,3 +214,4 @@ def end_draw(
         tl.store(state + LEVEL, level)
         tl.store(state + MIX_LOG_NORM, norm)
         tl.store(state + VALID, valid)
+        zero_counters(work, row)

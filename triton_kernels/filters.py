@@ -1,9 +1,10 @@
-"""The last launch where a bias, top-k, top-p or min-p are on: one program for each row finds the
-least key that the filters keep, and draws.
+"""The last launch where a bias, top-k, top-p or min-p are on: finds the least key of each row that
+the filters keep, and draws.
 
 The launches before have stored the largest key of every *cell*, of 8 tokens or more. A lower bound
 of the least key follows from these maxima alone. Only few cells reach it: their keys fit registers,
-where the least key is found. A row with more such cells, a flat one, is swept (thresholds.py).
+where one program finds the least key. A row with more such cells is *flat*: it is swept by several
+programs (flat_rows.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton.language as tl
 from .constants import INFINITY, TILE
 from .draw import store_draw, store_proposal, summed_masses, winner_tile, winner_token
 from .elementary import exp
+from .flat_rows import search_row
 from .keys import key_tile
 from .parameters import (
     good_parameters,
@@ -28,9 +30,7 @@ from .thresholds import (
     LEAST_ORDER,
     STORED,
     fixed_mass,
-    lane_keys,
     least_order,
-    least_order_of_row,
     narrowed,
     ordered,
     pivots_of,
@@ -57,12 +57,13 @@ def key_below(peak, distance):
 
 @triton.jit
 def bound_of_maxima(
-    cell_peaks, order, peaks, k, use_k, use_p, most, total, log_min_p, peak, beta, vocab, tiles,
+    cell_peaks, order, peaks, k, use_k, use_p, share, total, log_min_p, peak, beta, vocab, tiles,
     variant: tl.constexpr,
 ):  # fmt: skip
     """A lower bound of the order of the least key that the filters keep, and how many of the cells'
-    maxima [1, CELLS] reach it. `most` is the most mass that top-p needs, of `total`."""
+    maxima [1, CELLS] reach it. `share` is the mass that top-p needs, of `total`."""
     MOST: tl.constexpr = CANDIDATES // variant.cell
+    most = share * (1.0 + ROUNDING)
     low = tl.full([], LEAST_ORDER, tl.int32)
     count = tl.sum(tl.sum((order >= low).to(tl.int32), 1), 0)
     if count > MOST:
@@ -107,10 +108,11 @@ def store_reached(maxima, candidates, cells, order, low, high, CELLS: tl.constex
 
 @triton.jit
 def kept_of_cells(
-    work, row, keys, maxima, order, low, count, k, use_k, p, use_p, most, fewest, log_min_p, peak,
-    beta, vocab, tiles, variant: tl.constexpr,
+    work, row, keys, maxima, order, low, count, k, use_k, p, use_p, share, log_min_p, peak, beta,
+    vocab, tiles, variant: tl.constexpr,
 ):  # fmt: skip
-    """`kept` where the cells from `low` on, `count` of them, have all the keys that are kept."""
+    """The least order that is kept, where the cells from `low` on, `count` of them, have all the
+    keys that are; stores the masses of the tiles."""
     CELLS: tl.constexpr = variant.tiles * TILE // variant.cell
     TILES: tl.constexpr = variant.tiles
     candidates = work.candidates + row.to(tl.int64) * tl.minimum(vocab, CANDIDATES)
@@ -138,6 +140,8 @@ def kept_of_cells(
     if variant.top_p:
         if use_p:
             whole = tl.sum(tl.sum(tl.where(order >= least, mass, 0), 1), 0)
+            most = share * (1.0 + ROUNDING)
+            fewest = share * (1.0 - ROUNDING)
             exact = use_k | (low == LEAST_ORDER)  # all that counts is here
             needed = tl.where(exact, share_of(p, whole), tl.ceil(most * FIXED_POINT).to(tl.int64))
             cut = least_order(order, mass, needed, least, high)
@@ -145,62 +149,26 @@ def kept_of_cells(
             if (exact == 0) & (above >= tl.ceil(fewest * FIXED_POINT).to(tl.int64)):
                 # The rounding of the row's mass decides: sum it in fixed point.
                 pivot = tl.full([1], LEAST_ORDER, tl.int32)
-                _, wholes = weights_from(keys, pivot, peak, beta, vocab, True, variant)
+                _, wholes = weights_from(
+                    keys, pivot, peak, beta, 0, tiles, vocab, True, variant
+                )
                 needed = share_of(p, tl.sum(wholes, 0))
                 cut = least_order(order, mass, needed, least, high)
             least = cut
     stays = (order >= least) & ((key - peak) * beta >= log_min_p) & (mass > 0)
     tl.atomic_add(masses + offsets // TILE, mass, mask=stays, sem="relaxed")
     tl.debug_barrier()
-    return least, tl.load(masses + t, mask=t < tiles, other=0, cache_modifier=".cg")
-
-
-@triton.jit
-def kept_of_row(
-    work, row, keys, low, k, use_k, p, use_p, log_min_p, peak, beta, vocab, variant: tl.constexpr
-):
-    """`kept` by sweeps over the row; no key below `low` is kept."""
-    LANES: tl.constexpr = variant.filter_block
-    COLUMNS: tl.constexpr = variant.filter_block // variant.tiles
-    candidates = work.candidates + row.to(tl.int64) * tl.minimum(vocab, CANDIDATES)
-    least = low
-    high = ordered(peak) + 1
-    floor = tl.full([], LEAST_ORDER, tl.int32)
-    if variant.top_k:
-        if use_k:
-            counts, _ = weights_from(
-                keys, tl.zeros([1], tl.int32) + low, peak, beta, vocab, False, variant
-            )
-            least = least_order_of_row(
-                keys, candidates, k.to(tl.int64), low, high, tl.sum(counts, 0), peak, beta, vocab,
-                False, variant,
-            )  # fmt: skip
-            floor = least
-    if variant.top_p:
-        if use_p:
-            counts, wholes = weights_from(
-                keys, tl.zeros([1], tl.int32) + floor, peak, beta, vocab, True, variant
-            )
-            needed = share_of(p, tl.sum(wholes, 0))
-            least = least_order_of_row(
-                keys, candidates, needed, least, high, tl.sum(counts, 0), peak, beta, vocab, True,
-                variant,
-            )  # fmt: skip
-    lanes = tl.zeros([1, LANES], tl.int64)
-    for begin in range(0, TILE, COLUMNS):
-        key = lane_keys(keys, begin, vocab, variant)
-        stays = (ordered(key) >= least) & ((key - peak) * beta >= log_min_p)
-        lanes += tl.where(stays, fixed_mass(key, peak, beta), 0)
-    return least, tl.sum(tl.reshape(lanes, [variant.tiles, COLUMNS]), 1)
+    return least
 
 
 @triton.jit
 def kept(
-    mixing, drawing, work, top_k, row, keys, peaks, parts, peak, beta, tiles, searching,
-    variant: tl.constexpr,
+    mixing, drawing, work, top_k, row, keys, peaks, parts, peak, beta, tiles, searching, part,
+    slices, variant: tl.constexpr,
 ):  # fmt: skip
     """What top-k, then top-p, then min-p leave of a row: the least key, the least log of a mass,
-    and the masses of the tiles, `parts` before."""
+    and the masses of the tiles, `parts` before. First of all whether this program is to draw, and
+    whether the search went well."""
     CELLS: tl.constexpr = variant.tiles * TILE // variant.cell
     vocab = mixing.vocab
     least = tl.full([], LEAST_ORDER, tl.int32)
@@ -221,33 +189,40 @@ def kept(
         log_min_p = tl.where(min_p > 0.0, tl.log(tl.where(min_p > 0.0, min_p, 1.0)), log_min_p)
     use_k = k > 0
     use_p = p < 1.0
+    draws = part == 0
+    well = tl.full([], True, tl.int1)
     if searching & (use_k | use_p | (log_min_p > -INFINITY)):
         total = tl.sum(parts.to(tl.float64), 0)
-        most = p * total * (1.0 + ROUNDING)
-        fewest = p * total * (1.0 - ROUNDING)
+        share = p * total
         cells = tiles * (TILE // variant.cell)
         i = tl.arange(0, CELLS)[None, :]
         maxima = work.maxima + row.to(tl.int64) * cells
         cell_peaks = tl.load(maxima + i, mask=i < cells, other=-INFINITY)
         order = ordered(cell_peaks)
         low, count = bound_of_maxima(
-            cell_peaks, order, peaks, k, use_k, use_p, most, total, log_min_p, peak, beta, vocab,
+            cell_peaks, order, peaks, k, use_k, use_p, share, total, log_min_p, peak, beta, vocab,
             tiles, variant,
         )  # fmt: skip
         if count <= CANDIDATES // variant.cell:
-            least, mass = kept_of_cells(
-                work, row, keys, maxima, order, low, count, k, use_k, p, use_p, most, fewest,
-                log_min_p, peak, beta, vocab, tiles, variant,
-            )  # fmt: skip
+            if draws:
+                least = kept_of_cells(
+                    work, row, keys, maxima, order, low, count, k, use_k, p, use_p, share,
+                    log_min_p, peak, beta, vocab, tiles, variant,
+                )  # fmt: skip
         else:
-            least, mass = kept_of_row(
-                work, row, keys, low, k, use_k, p, use_p, log_min_p, peak, beta, vocab, variant
-            )
-        parts = mass.to(tl.float32) * (1.0 / FIXED_POINT)
-    return unordered(least), log_min_p, parts
+            draws, well, least = search_row(
+                work, row, keys, low, k, use_k, p, use_p, log_min_p, peak, beta, vocab, tiles,
+                slices, variant,
+            )  # fmt: skip
+        if draws:
+            masses = work.masses + row.to(tl.int64) * tiles
+            t = tl.arange(0, variant.tiles)
+            mass = tl.load(masses + t, mask=t < tiles, other=0, cache_modifier=".cg")
+            parts = mass.to(tl.float32) * (1.0 / FIXED_POINT)
+    return draws, well, unordered(least), log_min_p, parts
 
 
-@triton.jit(do_not_specialize=["seed", "position", "top_k"])
+@triton.jit(do_not_specialize=["seed", "position", "top_k", "slices"])
 def filter_kernel(
     mixing,
     drawing,
@@ -255,12 +230,15 @@ def filter_kernel(
     seed: tl.int64,
     position: tl.int64,
     top_k: tl.int64,
+    slices: tl.int32,
     # Meta-parameters
     variant: tl.constexpr,
 ):
-    """Filters and draws a row. The launches before have stored its masked and biased keys, their
-    peaks and sums, and the maxima of the cells."""
-    row = tl.program_id(0)
+    """Filters and draws. The launches before have stored the masked and biased keys of each row,
+    their peaks and sums, and the maxima of the cells. A row has a program for each of its `slices`;
+    unless the row is flat, the first does it alone."""
+    row = tl.program_id(0) // slices
+    part = tl.program_id(0) % slices
     tiles = tl.cdiv(mixing.vocab, TILE)
     state = work.states + row.to(tl.int64) * STATE_FIELDS
     model_fields = row_fields(work, row, variant)
@@ -273,11 +251,15 @@ def filter_kernel(
     mass, peaks, peak, valid = summed_masses(fields, tiles, beta, valid, variant)
     least = tl.full([], float("-inf"), tl.float32)
     log_min_p = tl.full([], float("-inf"), tl.float32)
+    draws = part == 0
     if variant.top_k or variant.top_p or variant.min_p:
-        least, log_min_p, mass = kept(
+        draws, well, least, log_min_p, mass = kept(
             mixing, drawing, work, top_k, row, keys, peaks, mass, peak, beta, tiles,
-            valid & (temperature > 0.0), variant,
+            valid & (temperature > 0.0), part, slices, variant,
         )  # fmt: skip
+        valid &= well
+    if draws == 0:
+        return
     own_seed = row_seed(drawing, seed, row)
     own_position = row_parameter(
         position, drawing.position_pointer, drawing.position_stride, row, tl.int64

@@ -28,6 +28,7 @@ from .workspace import cdiv, cell_size, make_workspace, parts_of_tile, record_si
 #: Evaluations of G that are phases of their own, by the solver (normalizer.py). A row that needs
 #: more is finished by one program.
 SECULAR_EVALUATIONS, NEWTON_EVALUATIONS = 3, 5
+SWEPT = 4
 CANDIDATE_BLOCKS = (32, 256, 1024)  # how many are read at once: a kernel for each
 
 
@@ -76,7 +77,8 @@ class Variant(NamedTuple):
     record: int  # numbers of a part
     chunk: int  # tiles of a task
     cell: int  # tokens of a cell, see workspace.py
-    filter_block: int  # tokens that a sweep reads at once: a power of two, at least `tiles`
+    filter_block: int  # tokens of a flat row that a program reads at once, a power of two
+    swept: int  # tiles that these belong to
 
     @property
     def cache_key(self) -> str:
@@ -153,7 +155,8 @@ def variant_of(
         record=record_size(mixing.model_count()),
         chunk=configured.chunk,
         cell=cell_size(mixing.vocab_size),
-        filter_block=min(max(configured.filter_block, tiles), tiles * TILE.value),
+        filter_block=configured.filter_block,
+        swept=SWEPT,
     )
 
 
@@ -166,6 +169,14 @@ def _cut(
     group = rows_together(mixing, rows, variant.phases, row_tasks, programs)
     tasks = rows * row_tasks
     return (tasks if variant.phases == 1 else min(tasks, programs),), group
+
+
+def _slices(mixing: MixtureArguments, rows: int, configured: Configuration) -> int:
+    """How many programs a row of the filters has: no more than run at once."""
+    tiles = cdiv(mixing.vocab_size, TILE.value)
+    programs = processors(mixing.batch_tensor().device) // rows
+    each = cdiv(tiles, max(1, min(programs, configured.filter_slices)))
+    return cdiv(tiles, each)
 
 
 def log_probs_launches(
@@ -215,9 +226,11 @@ def sample_launches(
             chunks = cdiv(cdiv(mixing.vocab_size, TILE.value), variant.chunk)
             grid = (rows * chunks,)
             launches.append(Launch(bias_kernel, grid, records, variant, configured.threads))
-        filtering = (*records, seed, position, top_k)
+        slices = _slices(mixing, rows, configured)
+        filtering = (*records, seed, position, top_k, slices)
+        grid = (rows * slices,)
         launches.append(
-            Launch(filter_kernel, (rows,), filtering, variant, configured.filter_threads)
+            Launch(filter_kernel, grid, filtering, variant, configured.filter_threads)
         )
     return launches
 

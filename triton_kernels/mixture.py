@@ -221,7 +221,7 @@ def run_task(
         if variant.early == 0:
             if phase == KEYS:
                 end_draw(
-                    mixing, drawing, state, model_fields, fields, row, tiles, seed, position,
+                    mixing, drawing, work, state, model_fields, fields, row, tiles, seed, position,
                     variant,
                 )  # fmt: skip
         if variant.sums:
@@ -240,7 +240,7 @@ def run_task(
                 if variant.early:
                     if (following == KEYS) & (left == 0):
                         end_draw(
-                            mixing, drawing, state, model_fields, fields, row, tiles, seed,
+                            mixing, drawing, work, state, model_fields, fields, row, tiles, seed,
                             position, variant,
                         )  # fmt: skip
         tl.debug_barrier()

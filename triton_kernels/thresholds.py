@@ -1,4 +1,5 @@
-"""The least key such that it and all larger ones weigh enough: of keys in registers, or of a row.
+"""The least key such that it and all larger ones weigh enough, of keys in registers; what programs
+count and store that look for it among the keys of a row.
 
 A key's *order* is the integer with its place among the floats. Between two orders, `low` and
 `high`, lies the one that is looked for; *pivots* cut what is between into equal parts, and the
@@ -84,28 +85,35 @@ def least_order(order, weight, needed, low, high):
 
 
 @triton.jit
-def lane_keys(keys, begin, vocab, variant: tl.constexpr):
-    """The keys of the lanes [1, LANES]: of each tile as many columns, from `begin` on."""
-    COLUMNS: tl.constexpr = variant.filter_block // variant.tiles
+def lane_keys(keys, tile, end, column, vocab, variant: tl.constexpr):
+    """The keys of the lanes [1, LANES]: some columns, from `column` on, of the tiles from `tile` to
+    before `end`."""
+    COLUMNS: tl.constexpr = variant.filter_block // variant.swept
     lane = tl.arange(0, variant.filter_block)[None, :]
-    offsets = lane // COLUMNS * TILE + begin + lane % COLUMNS
-    return tl.load(keys + offsets, mask=offsets < vocab, other=-INFINITY, cache_modifier=".cg")
+    own = tile + lane // COLUMNS
+    offsets = own * TILE + column + lane % COLUMNS
+    there = (own < end) & (offsets < vocab)
+    return tl.load(keys + offsets, mask=there, other=-INFINITY, cache_modifier=".cg")
 
 
 @triton.jit
-def weights_from(keys, pivot, peak, beta, vocab, MASS: tl.constexpr, variant: tl.constexpr):
-    """How many keys of a row there are from each pivot [P] on, int32 [P]; and what they weigh,
-    int64 [P]: their number or, with MASS, their mass."""
-    COLUMNS: tl.constexpr = variant.filter_block // variant.tiles
+def weights_from(
+    keys, pivot, peak, beta, begin, end, vocab, MASS: tl.constexpr, variant: tl.constexpr
+):
+    """How many keys of the tiles from `begin` to before `end` there are from each pivot [P] on,
+    int32 [P]; and what they weigh, int64 [P]: their number or, with MASS, their mass."""
     LANES: tl.constexpr = variant.filter_block
+    SWEPT: tl.constexpr = variant.swept
+    COLUMNS: tl.constexpr = variant.filter_block // variant.swept
     count = tl.zeros([pivot.shape[0], LANES], tl.int32)
     mass = tl.zeros([pivot.shape[0], LANES], tl.int64)
-    for begin in range(0, TILE, COLUMNS):
-        key = lane_keys(keys, begin, vocab, variant)
-        reached = ordered(key) >= pivot[:, None]
-        count += reached.to(tl.int32)
-        if MASS:
-            mass += tl.where(reached, fixed_mass(key, peak, beta), 0)
+    for tile in range(begin, end, SWEPT):
+        for column in range(0, TILE, COLUMNS):
+            key = lane_keys(keys, tile, end, column, vocab, variant)
+            reached = ordered(key) >= pivot[:, None]
+            count += reached.to(tl.int32)
+            if MASS:
+                mass += tl.where(reached, fixed_mass(key, peak, beta), 0)
     count = tl.sum(count, 1)
     if MASS:
         return count, tl.sum(mass, 1)
@@ -134,57 +142,3 @@ def store_inside(
     else:
         tl.store(candidates + at, key.to(tl.int32, bitcast=True), mask=inside)
     return at + inside.to(tl.int32)
-
-
-@triton.jit
-def collected(keys, candidates, low, high, vocab):
-    """The keys of a row in [low, high), which are no more than CANDIDATES: [1, CANDIDATES], -inf
-    behind the last. Returns them in any order; `candidates` is where they are written."""
-    count = tl.zeros([STORED], tl.int32)
-    for begin in range(0, vocab, STORED):
-        _, key = load_one_by_one(keys, begin, vocab, STORED)
-        order = ordered(key)
-        count += ((order >= low) & (order < high)).to(tl.int32)
-    at = tl.cumsum(count, 0) - count
-    total = tl.sum(count, 0)
-    for begin in range(0, vocab, STORED):
-        at = store_inside(keys, candidates, at, begin, vocab, low, high, False, STORED)
-    tl.debug_barrier()
-    i = tl.arange(0, CANDIDATES)[None, :]
-    bits = tl.load(candidates + i, mask=i < total, other=0, cache_modifier=".cg")
-    return tl.where(i < total, bits.to(tl.float32, bitcast=True), -INFINITY)
-
-
-@triton.jit
-def least_order_of_row(
-    keys,
-    candidates,
-    needed,
-    low,
-    high,
-    held,
-    peak,
-    beta,
-    vocab,
-    MASS: tl.constexpr,
-    variant: tl.constexpr,
-):
-    """`least_order` of a row of keys; `held` is at least the number of keys from `low` on."""
-    fewer = tl.zeros([], tl.int32)  # keys from `high` on, and what they weigh
-    above = tl.zeros([], tl.int64)
-    while (low + 1 < high) & (held - fewer > CANDIDATES):
-        pivot = pivots_of(low, high)
-        count, weight = weights_from(keys, pivot, peak, beta, vocab, MASS, variant)
-        enough = weight >= needed
-        low, high = narrowed(low, high, pivot, enough)
-        held = tl.min(tl.where(enough, count, held), 0)
-        fewer = tl.max(tl.where(enough, fewer, count), 0)
-        above = tl.max(tl.where(enough, above, weight), 0)
-    if low + 1 < high:
-        key = collected(keys, candidates, low, high, vocab)
-        if MASS:
-            weight = fixed_mass(key, peak, beta)
-        else:
-            weight = tl.full([1, CANDIDATES], 1, tl.int64)
-        low = least_order(ordered(key), weight, needed - above, low, high)
-    return low

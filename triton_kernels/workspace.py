@@ -61,6 +61,11 @@ PART_FIELDS = tl.constexpr(13)
 
 #: Most keys that the filters hold in registers, to find the least that they keep.
 CANDIDATES = tl.constexpr(4096)
+#: Most slices of a row that programs search together (flat_rows.py).
+SLICES = tl.constexpr(32)
+SEARCH_FIELDS = tl.constexpr(12)
+#: Numbers of a row's search: its fields, and for each slice and each of 4 pivots two numbers.
+SEARCH_SIZE = tl.constexpr(12 + 32 * 4 * 2)
 #: A cell is so many tokens of a tile, or more where a row would have more than MOST_CELLS.
 SMALLEST_CELL, MOST_CELLS = 8, 16384
 
@@ -70,10 +75,11 @@ class Workspace(NamedTuple):
 
     states: Tensor  # float64 [B, STATE_FIELDS]
     fields: Tensor  # float32 [B, row_tiles(V) parts, 2 models + PART_FIELDS]
-    keys: Tensor | None  # float32 [B, V]; without keys the next three are None too
+    keys: Tensor | None  # float32 [B, V]; without keys the next four are None too
     maxima: Tensor | None  # float32 [B, tiles, TILE / cell], the largest key of each cell
     candidates: Tensor | None  # int32 [B, min(V, CANDIDATES)]
     masses: Tensor | None  # int64 [B, tiles], what the filters keep, in fixed point
+    searches: Tensor | None  # int64 [B, SEARCH_SIZE]
     tickets: Tensor  # int64 [1], the counters: see handoffs.py
     flags: Tensor  # int32 [B], how many phases of a row have ended
     arrivals: Tensor  # int64 [B], which chunks of the running phase are done
@@ -142,7 +148,7 @@ def _counters(rows: int) -> _Layout:
 
 @cache
 def _data(rows: int, vocab: int, models: int, keys: bool) -> _Layout:
-    """states, fields; with `keys`, keys, maxima, candidates, masses."""
+    """states, fields; with `keys`, keys, maxima, candidates, masses, searches."""
     tiles = cdiv(vocab, TILE.value)
     numbers = row_tiles(vocab) * MOST_PARTS * record_size(models)
     return _Layout.of(
@@ -153,6 +159,7 @@ def _data(rows: int, vocab: int, models: int, keys: bool) -> _Layout:
             (torch.float32, rows * tiles * (TILE.value // SMALLEST_CELL)),
             (torch.int32, rows * min(vocab, CANDIDATES.value)),
             (torch.int64, rows * tiles),
+            (torch.int64, rows * SEARCH_SIZE.value),
         ]
         * keys,
     )
@@ -185,5 +192,5 @@ def make_workspace(
     begin = counter_bytes(buffer)
     states, fields, *rest = data.views(buffer, begin)
     tickets, flags, arrivals = counters.views(buffer, 0)
-    rest = rest[:4] if keys else [None] * 4
+    rest = rest[:5] if keys else [None] * 5
     return Workspace(states, fields, *rest, tickets, flags, arrivals)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from cases import logits, normal
-from mod_fused.triton_kernels import filters, launch, thresholds, workspace
+from mod_fused.triton_kernels import filters, flat_rows, launch, thresholds, workspace
 
 import mod_fused
 from mod_fused import reference
@@ -40,14 +40,19 @@ class Watched:
         self.kept: dict[int, Kept] = {}
         self.swept: set[int] = set()
         self.keys = torch.empty(0)
-        kept, of_row, make = filters.kept, filters.kept_of_row, launch.make_workspace
+        kept, of_row, make = filters.kept, filters.search_row, launch.make_workspace
 
         def record(mixing, drawing, work, top_k, row, keys, peaks, parts, peak, beta, *rest):
             found = kept(mixing, drawing, work, top_k, row, keys, peaks, parts, peak, beta, *rest)
-            least, log_min_p, masses, *numbers = (x.handle.data for x in (*found, peak, beta))
-            self.kept[int(row)] = Kept(
-                least.item(), log_min_p.item(), masses.copy(), *(x.item() for x in numbers)
+            draws, well, least, log_min_p, masses, *numbers = (
+                x.handle.data for x in (*found, peak, beta)
             )
+            assert well.item()
+            if draws.item():
+                assert int(row) not in self.kept  # one program draws a row
+                self.kept[int(row)] = Kept(
+                    least.item(), log_min_p.item(), masses.copy(), *(x.item() for x in numbers)
+                )
             return found
 
         def sweep(work, row, *rest):
@@ -60,7 +65,7 @@ class Watched:
             return work
 
         monkeypatch.setattr(filters, "kept", record)
-        monkeypatch.setattr(filters, "kept_of_row", sweep)
+        monkeypatch.setattr(filters, "search_row", sweep)
         monkeypatch.setattr(launch, "make_workspace", keep_keys)
 
     def check(self, ref: torch.Tensor, policies: list[torch.Tensor], **options: Any) -> None:
@@ -170,15 +175,17 @@ def test_a_long_vocabulary_has_larger_cells(watched):
     + [{"top_p": 0.999, "min_p": 0.1, "temperature": 3.0}],
     ids=str,
 )  # fmt: skip
-def test_flat_rows_are_swept(setting, watched, monkeypatch):
+@pytest.mark.parametrize("slices", [1, 4, 10])
+def test_flat_rows_are_swept(setting, slices, watched, monkeypatch):
     found = []
-    collected = thresholds.collected
+    gathered = flat_rows.least_gathered
 
     def count(*args):
-        found.append(collected(*args))
+        found.append(gathered(*args))
         return found[-1]
 
-    monkeypatch.setattr(thresholds, "collected", count)
+    monkeypatch.setattr(flat_rows, "least_gathered", count)
+    monkeypatch.setattr(launch, "processors", lambda device: 2 * slices)
     ref = torch.cat([0.1 * normal(305, 1, 9300), (20.0 * normal(306, 1, 9300)).round() / 100.0])
     watched.check(ref, [ref], **setting)
     assert watched.swept == {0, 1}

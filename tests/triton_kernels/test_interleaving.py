@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from calls import poisoned
-from cases import logits
+from cases import logits, normal
 from interleaving import Stuck, interleave
-from mod_fused.triton_kernels import launch
+from mod_fused.triton_kernels import flat_rows, handoffs, launch
 from mod_fused.triton_kernels.configurations import configuration
 
 from mod_fused.call.checks import check_draw, check_mixture
@@ -71,6 +71,51 @@ def test_any_order_of_the_programs_gives_the_same_bits(call, cut, monkeypatch):
         interleave(made, seed, monkeypatch)
         assert results(out) == expected, seed
         assert counters(made) == [0, 0, 0], seed
+
+
+FLAT: dict[str, dict[str, Any]] = {
+    "top_k": {"top_k": 3000},
+    "top_p": {"top_p": 0.9},
+    "both": {"top_k": 4800, "top_p": 0.95, "min_p": 0.3},
+    "min_p": {"min_p": 0.4},
+}
+
+
+def filtered(call: str, monkeypatch: pytest.MonkeyPatch, slices: int) -> tuple[launch.Launch, Any]:
+    """The launch of the filters of two flat rows, that of the mixture done, and its outputs."""
+    monkeypatch.setattr(launch, "processors", lambda device: 2 * slices)
+    ref = 0.3 * normal(212, 2, 6000)
+    mixing = check_mixture(ref, [ref], [0.5])
+    drawing = check_draw(mixing, seed=[1, 2], **FLAT[call])
+    out = poisoned(2, None, "cpu")
+    mixture, made = launch.sample_launches(mixing, drawing, tuple(out))
+    mixture.run(torch.device("cpu"))
+    return made, out
+
+
+@pytest.mark.parametrize("slices", [2, 6])
+@pytest.mark.parametrize("call", FLAT)
+def test_programs_that_search_a_flat_row_together_draw_what_one_draws(call, slices, monkeypatch):
+    made, out = filtered(call, monkeypatch, 1)
+    made.run(torch.device("cpu"))
+    expected, masses = results(out), made.arguments[2].masses.clone()
+    assert out.valid.all()
+    for seed in range(3):
+        made, out = filtered(call, monkeypatch, slices)
+        assert made.grid == (2 * slices,)
+        interleave(made, seed, monkeypatch)
+        assert results(out) == expected, seed
+        assert torch.equal(made.arguments[2].masses, masses), seed
+
+
+def test_a_search_that_does_not_go_on_makes_the_row_invalid(monkeypatch):
+    monkeypatch.setattr(handoffs, "MOST_LOOKS", 20)
+    made, out = filtered("top_p", monkeypatch, 3)
+    work = made.arguments[2]
+    work.searches[flat_rows.TICKETS.value] = 1  # a slice that nobody does
+    interleave(made, 0, monkeypatch)
+    assert out.valid.tolist() == [False, True]
+    assert out.tokens[0] == 0 and out.logprobs[0].isnan()
 
 
 def test_programs_that_wait_for_ever_are_seen(monkeypatch):

@@ -135,7 +135,7 @@ def test_how_the_work_is_cut_changes_no_bit_and_counters_are_left_at_zero(
 def test_blocks_of_the_filters_change_no_bit(divergence, monkeypatch):
     ref, policies = logits(202, 2, 2100, 1, kind="typical")
     results = []
-    for block in (1024, 2048, 8192):
+    for block in (1024, 2048, 4096):
         cut(monkeypatch, 1, 1, filter_block=block)
         results.append(
             OP.sample(
