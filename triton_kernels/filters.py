@@ -149,9 +149,7 @@ def kept_of_cells(
             if (exact == 0) & (above >= tl.ceil(fewest * FIXED_POINT).to(tl.int64)):
                 # The rounding of the row's mass decides: sum it in fixed point.
                 pivot = tl.full([1], LEAST_ORDER, tl.int32)
-                _, wholes = weights_from(
-                    keys, pivot, peak, beta, 0, tiles, vocab, True, variant
-                )
+                _, wholes = weights_from(keys, pivot, peak, beta, 0, tiles, vocab, True, variant)
                 needed = share_of(p, tl.sum(wholes, 0))
                 cut = least_order(order, mass, needed, least, high)
             least = cut

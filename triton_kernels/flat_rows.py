@@ -82,15 +82,14 @@ def field_of(search, FIELD: tl.constexpr, first, initial):
 @triton.jit
 def gather(search, candidates, keys, low, high, begin, end, vocab, variant: tl.constexpr):
     """Store the keys of the tiles from `begin` to before `end` that are in [low, high)."""
-    COLUMNS: tl.constexpr = variant.filter_block // variant.swept
-    for tile in range(begin, end, variant.swept):
-        for column in range(0, TILE, COLUMNS):
-            key = lane_keys(keys, tile, end, column, vocab, variant)
-            order = ordered(key)
-            inside = (order >= low) & (order < high)
-            one = tl.full(key.shape, 1, tl.int64)
-            at = tl.atomic_add(search + GATHERED + 0 * order, one, mask=inside, sem="relaxed")
-            tl.store(candidates + at, key.to(tl.int32, bitcast=True), mask=inside)
+    PASSES: tl.constexpr = TILE // (variant.filter_block // variant.swept)
+    for n in range(tl.cdiv(end - begin, variant.swept) * PASSES):
+        key = lane_keys(keys, begin, end, n, vocab, variant)
+        order = ordered(key)
+        inside = (order >= low) & (order < high)
+        one = tl.full(key.shape, 1, tl.int64)
+        at = tl.atomic_add(search + GATHERED + 0 * order, one, mask=inside, sem="relaxed")
+        tl.store(candidates + at, key.to(tl.int32, bitcast=True), mask=inside)
 
 
 @triton.jit
@@ -98,13 +97,12 @@ def store_masses(
     masses, keys, least, log_min_p, peak, beta, begin, end, vocab, variant: tl.constexpr
 ):
     """Store the masses of the tiles from `begin` to before `end`, of the keys that are kept."""
-    LANES: tl.constexpr = variant.filter_block
     SWEPT: tl.constexpr = variant.swept
     COLUMNS: tl.constexpr = variant.filter_block // variant.swept
     for tile in range(begin, end, SWEPT):
-        mass = tl.zeros([1, LANES], tl.int64)
-        for column in range(0, TILE, COLUMNS):
-            key = lane_keys(keys, tile, end, column, vocab, variant)
+        mass = tl.zeros([1, SWEPT * COLUMNS], tl.int64)
+        for n in range(TILE // COLUMNS):
+            key = lane_keys(keys, tile, end, n, vocab, variant)
             stays = (ordered(key) >= least) & ((key - peak) * beta >= log_min_p)
             mass += tl.where(stays, fixed_mass(key, peak, beta), 0)
         i = tile + tl.arange(0, SWEPT)
@@ -140,13 +138,12 @@ def least_gathered(candidates, count, needed, low, high, peak, beta, by_mass):
 
 
 @triton.jit
-def range_of(search, first, bound, use_k, peak, vocab):
+def range_of(search, first, bound, peak, vocab):
     """LOW, HIGH, HELD and FLOOR of a round, int32."""
-    first_floor = tl.where(use_k, bound, LEAST_ORDER)
     low = field_of(search, LOW, first, bound).to(tl.int32)
     high = field_of(search, HIGH, first, ordered(peak) + 1).to(tl.int32)
     held = field_of(search, HELD, first, vocab + 1).to(tl.int32)
-    floor = field_of(search, FLOOR, first, first_floor).to(tl.int32)
+    floor = field_of(search, FLOOR, first, LEAST_ORDER).to(tl.int32)
     return low, high, held, floor
 
 
@@ -157,9 +154,9 @@ def begins_search(held, vocab):
 
 
 @triton.jit
-def step(search, candidates, first, kind, bound, k, use_k, p, use_p, peak, beta, vocab, slices):
+def step(search, candidates, first, kind, bound, k, p, use_p, peak, beta, vocab, slices):
     """The step between a round and the next: stores what that begins with."""
-    low, high, held, floor = range_of(search, first, bound, use_k, peak, vocab)
+    low, high, held, floor = range_of(search, first, bound, peak, vocab)
     fewer = field_of(search, FEWER, first, 0).to(tl.int32)
     above = field_of(search, ABOVE, first, 0)
     needed = field_of(search, NEEDED, first, k.to(tl.int64))
@@ -205,11 +202,11 @@ def step(search, candidates, first, kind, bound, k, use_k, p, use_p, peak, beta,
 
 @triton.jit
 def sweep_slice(
-    work, row, search, keys, first, kind, bound, use_k, log_min_p, peak, beta, vocab, tiles, part,
-    slices, variant: tl.constexpr,
+    work, row, search, keys, first, kind, bound, log_min_p, peak, beta, vocab, tiles, part, slices,
+    variant: tl.constexpr,
 ):  # fmt: skip
     """A slice of a round."""
-    low, high, held, floor = range_of(search, first, bound, use_k, peak, vocab)
+    low, high, held, floor = range_of(search, first, bound, peak, vocab)
     each = tl.cdiv(tiles, slices)
     begin = part * each
     end = tl.minimum(begin + each, tiles)
@@ -260,17 +257,14 @@ def search_row(
         if going:
             part = (ticket % slices).to(tl.int32)
             sweep_slice(
-                work, row, search, keys, first, kind, bound, use_k, log_min_p, peak, beta, vocab,
-                tiles, part, slices, variant,
+                work, row, search, keys, first, kind, bound, log_min_p, peak, beta, vocab, tiles,
+                part, slices, variant,
             )  # fmt: skip
             tl.debug_barrier()
             arrived = tl.atomic_add(search + ARRIVALS, tl.full([], 1, tl.int64), sem="acq_rel")
             if arrived % slices == slices - 1:
                 tl.debug_barrier()
-                step(
-                    search, candidates, first, kind, bound, k, use_k, p, use_p, peak, beta, vocab,
-                    slices,
-                )  # fmt: skip
+                step(search, candidates, first, kind, bound, k, p, use_p, peak, beta, vocab, slices)
                 draws = kind == KEEP
                 following = tl.where(draws, MORE_THAN_TICKETS, done + 1)
                 tl.debug_barrier()

@@ -171,11 +171,11 @@ def _cut(
     return (tasks if variant.phases == 1 else min(tasks, programs),), group
 
 
-def _slices(mixing: MixtureArguments, rows: int, configured: Configuration) -> int:
-    """How many programs a row of the filters has: no more than run at once."""
-    tiles = cdiv(mixing.vocab_size, TILE.value)
-    programs = processors(mixing.batch_tensor().device) // rows
-    each = cdiv(tiles, max(1, min(programs, configured.filter_slices)))
+def row_slices(vocab: int, rows: int, configured: Configuration, processors: int) -> int:
+    """How many programs a row of the filters has: no more than run at once on so many
+    multiprocessors."""
+    tiles = cdiv(vocab, TILE.value)
+    each = cdiv(tiles, max(1, min(processors // rows, configured.filter_slices)))
     return cdiv(tiles, each)
 
 
@@ -226,12 +226,10 @@ def sample_launches(
             chunks = cdiv(cdiv(mixing.vocab_size, TILE.value), variant.chunk)
             grid = (rows * chunks,)
             launches.append(Launch(bias_kernel, grid, records, variant, configured.threads))
-        slices = _slices(mixing, rows, configured)
+        slices = row_slices(mixing.vocab_size, rows, configured, processors(logits.device))
         filtering = (*records, seed, position, top_k, slices)
         grid = (rows * slices,)
-        launches.append(
-            Launch(filter_kernel, grid, filtering, variant, configured.filter_threads)
-        )
+        launches.append(Launch(filter_kernel, grid, filtering, variant, configured.filter_threads))
     return launches
 
 

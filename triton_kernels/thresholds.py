@@ -15,11 +15,10 @@ import triton.language as tl
 
 from .constants import INFINITY, TILE
 from .elementary import exp
-from .workspace import CANDIDATES
 
 FIXED_POINT = tl.constexpr(1099511627776.0)  # 2^40: masses are summed as integers of this unit
 PIVOTS = tl.constexpr(4)
-NARROW = tl.constexpr(1024.0)  # range of keys
+NARROWEST, NARROW = tl.constexpr(1e-6), tl.constexpr(1024.0)  # ranges of keys
 STORED = tl.constexpr(2048)  # how many keys are stored at once, where some of them are
 LEAST_ORDER = tl.constexpr(-2139095040)  # of the least finite key
 
@@ -51,14 +50,15 @@ def share_of(share, total):
 @triton.jit
 def pivots_of(low, high):
     """Orders between `low` and `high` that cut what is between into parts, int32 [PIVOTS]: equal
-    parts of the keys' range or, where that is wide, of the orders, half of which are next to 0."""
+    parts of the keys' range or, where that is wide or next to nothing, of the orders, half of which
+    are next to 0."""
     i = tl.arange(0, PIVOTS) + 1
     least = unordered(low)
     width = unordered(high) - least
     unit = (high.to(tl.int64) - low) // (PIVOTS + 1) + 1
     pivot = (low + i * unit).to(tl.int32)
     even = ordered(least + width * (i.to(tl.float32) * (1.0 / (PIVOTS + 1))))
-    pivot = tl.where(width < NARROW, even, pivot)
+    pivot = tl.where((width > NARROWEST) & (width < NARROW), even, pivot)
     return tl.minimum(tl.maximum(pivot, low + 1), high - 1)
 
 
@@ -85,14 +85,15 @@ def least_order(order, weight, needed, low, high):
 
 
 @triton.jit
-def lane_keys(keys, tile, end, column, vocab, variant: tl.constexpr):
-    """The keys of the lanes [1, LANES]: some columns, from `column` on, of the tiles from `tile` to
-    before `end`."""
+def lane_keys(keys, begin, end, pass_, vocab, variant: tl.constexpr):
+    """The keys of the lanes [1, LANES] in a pass over the tiles from `begin` to before `end`: some
+    columns of as many tiles as `swept` says; -inf beyond the last."""
     COLUMNS: tl.constexpr = variant.filter_block // variant.swept
+    PASSES: tl.constexpr = TILE // COLUMNS
     lane = tl.arange(0, variant.filter_block)[None, :]
-    own = tile + lane // COLUMNS
-    offsets = own * TILE + column + lane % COLUMNS
-    there = (own < end) & (offsets < vocab)
+    tile = begin + pass_ // PASSES * variant.swept + lane // COLUMNS
+    offsets = tile * TILE + pass_ % PASSES * COLUMNS + lane % COLUMNS
+    there = (tile < end) & (offsets < vocab)
     return tl.load(keys + offsets, mask=there, other=-INFINITY, cache_modifier=".cg")
 
 
@@ -103,17 +104,17 @@ def weights_from(
     """How many keys of the tiles from `begin` to before `end` there are from each pivot [P] on,
     int32 [P]; and what they weigh, int64 [P]: their number or, with MASS, their mass."""
     LANES: tl.constexpr = variant.filter_block
-    SWEPT: tl.constexpr = variant.swept
-    COLUMNS: tl.constexpr = variant.filter_block // variant.swept
+    PASSES: tl.constexpr = TILE // (variant.filter_block // variant.swept)
     count = tl.zeros([pivot.shape[0], LANES], tl.int32)
     mass = tl.zeros([pivot.shape[0], LANES], tl.int64)
-    for tile in range(begin, end, SWEPT):
-        for column in range(0, TILE, COLUMNS):
-            key = lane_keys(keys, tile, end, column, vocab, variant)
-            reached = ordered(key) >= pivot[:, None]
-            count += reached.to(tl.int32)
-            if MASS:
-                mass += tl.where(reached, fixed_mass(key, peak, beta), 0)
+    following = lane_keys(keys, begin, end, 0, vocab, variant)
+    for n in range(tl.cdiv(end - begin, variant.swept) * PASSES):
+        key = following
+        following = lane_keys(keys, begin, end, n + 1, vocab, variant)
+        reached = ordered(key) >= pivot[:, None]
+        count += reached.to(tl.int32)
+        if MASS:
+            mass += tl.where(reached, fixed_mass(key, peak, beta), 0)
     count = tl.sum(count, 1)
     if MASS:
         return count, tl.sum(mass, 1)

@@ -19,10 +19,10 @@ What is assumed; ratios can be trusted more than times, which are right to about
   that arrives last, a handoff. Claims, handoffs and tasks that are skipped are sums of nominal
   latencies (predict_model.py).
 - One evaluation solves a row, two for Jeffrey. The others are skipped.
-- The launch of the filters begins 1 µs after the mixture's end; each of its programs does a row.
-  Usually a row makes no sweep over its keys that the kernel can avoid; the report's last column is
-  with all of them. A search has the passes that its code shows, else `--search`: 11, for 32 bits
-  at three a pass. That is too many where a kernel stops early.
+- The launch of the filters begins 1 µs after the mixture's end; one of its programs does a row, or
+  a slice of one that is flat. Usually a row makes no sweep over its keys that the kernel can
+  avoid; the report's last column is with all of them. A search has the passes that its code shows,
+  else `--search`: 11, for 32 bits at three a pass. That is too many where a kernel stops early.
 - The time in front of the kernel is not counted: host and launch.
 """
 
@@ -42,8 +42,9 @@ from mod_fused.triton_kernels.ahead_of_time import (
     machine_code,
 )
 from mod_fused.triton_kernels.compiled import Launch
-from mod_fused.triton_kernels.configurations import processors
+from mod_fused.triton_kernels.configurations import TABLE, processors
 from mod_fused.triton_kernels.instructions import launch_per_phase, launched, phase_names
+from mod_fused.triton_kernels.launch import row_slices
 
 from mod_fused.divergence import DIVERGENCES
 
@@ -142,7 +143,7 @@ def _ending(end: Cost) -> dict[str, Any]:
 
 
 def _selections(
-    launches: Sequence[Launch], vocab: int, search: int
+    launches: Sequence[Launch], vocab: int, batch: int, search: int
 ) -> tuple[list[Selection], list[Selection], list[dict[str, Any]]]:
     """The launches of the filters as they usually run, as they run where all loops do, and what the
     report shows of the former."""
@@ -150,7 +151,9 @@ def _selections(
     for launch in launches:
         program, code = compiled(launch)
         programs = resident(launch.threads, code.registers, code.shared)
-        rows = program.rows(launch.threads, vocab, search)
+        # The last launch's programs share a row, those of a bias do not.
+        slices = row_slices(vocab, batch, TABLE["log_linear, few rows"], PROCESSORS)
+        rows = program.rows(launch.threads, vocab // slices, search)
         for out, row in zip((usual, sweeping), rows, strict=True):
             out.append(Selection(launch.threads, programs, row))
         about = {"phase": launch.kernel.fn.__name__, "registers": code.registers}
@@ -166,7 +169,7 @@ def predict(
     divergence, filters = CALLS[call]
     mixture, *others = launched(divergence, rows, vocab, **filters)
     kernel, records = _mixture(mixture, divergence, rows)
-    usual, sweeping, more = _selections(others, vocab, search)
+    usual, sweeping, more = _selections(others, vocab, rows, search)
     found = predicted(kernel, usual, rows, vocab, ROW_BYTES * vocab)
     out = {"call": call, "vocab": vocab, "batch": rows, **found._asdict()}
     if others:

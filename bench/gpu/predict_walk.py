@@ -230,6 +230,7 @@ class Program:
         graph = self.graph.copy()
         for loop in loops(graph):
             if self._loads(loop.inside):
+                graph.remove_edges_from(_around(graph, loop))
                 graph.remove_nodes_from(loop.inside)
         unswept = self._row(graph, row_bytes, search) if 0 in graph else []
         gathers = len(unswept) > 1 or any(self.names[i] in _ATOMIC for x in unswept for i in x.path)
@@ -339,6 +340,23 @@ def loops(graph: Any) -> list[Loop]:
         inside.remove_edges_from(list(inside.in_edges(header)))
         found.append(Loop(header, latches, inside))
     return sorted(found, key=lambda loop: loop.header)
+
+
+def _around(graph: Any, loop: Loop) -> list[tuple[int, int]]:
+    """The jump over a loop that may have no pass: from the branch in front of it to where all its
+    ways out lead, with no branch between."""
+    guard = loop.header
+    while graph.out_degree(guard) < 2 or guard in loop.inside:
+        before = [i for i in graph.predecessors(guard) if i not in loop.inside]
+        if len(before) != 1:
+            return []
+        (guard,) = before
+    for at in [j for i in loop.inside for j in graph.successors(i) if j not in loop.inside]:
+        while not graph.has_edge(guard, at):
+            if graph.out_degree(at) != 1:
+                return []
+            (at,) = graph.successors(at)
+    return [(guard, at)]
 
 
 def route(graph: Any, *points: int) -> list[int]:

@@ -176,6 +176,24 @@ def test_sweeps_over_a_row_are_counted_in_searches_and_left_out_where_they_can_b
     assert usual.instructions == 2 + 3 + 2 + 2
 
 
+def test_what_follows_a_sweep_is_left_out_with_it_even_if_the_sweep_may_have_no_pass() -> None:
+    lines = (
+        ("RED.E.ADD.64.STRONG.GPU desc[UR8][R2.64], R4", word(1)),
+        ("@P4 BRA 0x80", word(1)),  # leaves it all out
+        ("@!P0 BRA 0x60", word(1)),  # 2: no pass
+        ("MOV R1, RZ", word(1)),
+        (LOAD, word(1)),  # 4: the sweep
+        ("@P0 BRA 0x40", word(1)),
+        ("FADD R1, R1, R1", word(1)),  # 6: a search
+        ("@P1 BRA 0x60", word(1)),
+        (STORE, word(1)),
+        ("EXIT", word(1)),
+    )
+    usual, sweeping = Program(assembly(*lines)).rows(threads=256, vocab=4096)
+    assert usual.instructions == 4
+    assert sweeping.instructions == 4 + 2 + 4 * 2 + 11 * 2
+
+
 @pytest.mark.parametrize(
     ("threads", "registers", "shared", "programs"),
     [(128, 168, 0, 3), (64, 168, 0, 6), (128, 96, 0, 5), (512, 64, 0, 2),
