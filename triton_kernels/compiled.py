@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from triton import knobs
 from triton.runtime.driver import driver
 
@@ -18,6 +19,8 @@ _compiled: dict[Any, Any] = {}
 #: and four of the kernels that do not spill then, with Triton 3.6 and 3.9. Two with many logits of
 #: a token in flight.
 MOST_REGISTERS, MOST_OF_SMALL, MOST_OF_LARGE = 168, 128, 255
+#: Triton 3.6 takes more registers for candidates.
+_OLD_COMPILER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 _REGISTERS = 65536  # registers of a multiprocessor
 #: The cache is cleared at so many kernels, more than a process has; Triton's own keeps them.
 _MOST = 4096
@@ -60,9 +63,12 @@ class Launch(NamedTuple):
         if not amd:
             v = self.variant
             form = v.excess is not None and not v.root
-            small = not v.general or (form and v.chunk > 1 and v.models * v.parts <= 24)
-            most = MOST_OF_SMALL if small else MOST_REGISTERS
-            if v.general and v.models * v.parts > 48:
+            small = form and v.models * v.parts <= 24 and (v.simplex or v.chunk > 1)
+            spilling = v.candidates > 0 and _OLD_COMPILER
+            most = MOST_REGISTERS
+            if (small or not v.general) and not spilling:
+                most = MOST_OF_SMALL
+            elif v.general and (v.models * v.parts > 48 or spilling):
                 most = MOST_OF_LARGE
             options["maxnreg"] = min(most, _REGISTERS // self.threads)
         return options

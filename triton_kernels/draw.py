@@ -214,4 +214,5 @@ def end_draw(
         tl.store(state + LEVEL, level)
         tl.store(state + MIX_LOG_NORM, norm)
         tl.store(state + VALID, valid)
-        zero_counters(work, row)
+        if not variant.finish:
+            zero_counters(work, row)

@@ -11,10 +11,10 @@ latencies; nothing has run. Trust ratios more than times, which are right to abo
 `bench/gpu/predict.py` lists what is assumed. *Latency*: of a full GPU's tasks; *chain*: of one
 row's phases, one after the other; *filters*: of their launch. The floors are the time to read the
 logits once at 4.3 TB/s, and the time to issue the instructions on a full GPU. *Sweeping*: with all
-sweeps of the filters over a row's keys, which several programs share where rows are few. A search of
-the filters whose code does not show its passes has {search}; that of a flat row has 5 to 8 rounds on
-logits like a normal distribution. With few rows a task of the log-sum-exps is one tile and has no loop: there *a further
-tile* shows next to nothing, and the issue floor lacks it."""
+sweeps of the filters over a row's keys, which several programs share where rows are few. A search
+of the filters whose code does not show its passes has {search}; a flat row whose logits are like a
+normal distribution has 5 to 8 rounds. With few rows a task of the log-sum-exps is one tile and has
+no loop: there *a further tile* shows next to nothing, and the issue floor lacks it."""
 _PHASES = """## Phases
 
 V = 128256. A task is a program's way to its arrival with one tile; then what a further tile of 1024
