@@ -85,14 +85,15 @@ def least_order(order, weight, needed, low, high):
 
 
 @triton.jit
-def lane_keys(keys, begin, end, pass_, vocab, variant: tl.constexpr):
-    """The keys of the lanes [1, LANES] in a pass over the tiles from `begin` to before `end`: some
-    columns of as many tiles as `swept` says; -inf beyond the last."""
+def lane_keys(keys, begin, end, n, vocab, variant: tl.constexpr):
+    """The keys of the lanes [1, LANES] in the n-th pass over the tiles from `begin` to before
+    `end`: some columns of as many tiles as `swept` says; -inf beyond the last."""
     COLUMNS: tl.constexpr = variant.filter_block // variant.swept
     PASSES: tl.constexpr = TILE // COLUMNS
     lane = tl.arange(0, variant.filter_block)[None, :]
-    tile = begin + pass_ // PASSES * variant.swept + lane // COLUMNS
-    offsets = tile * TILE + pass_ % PASSES * COLUMNS + lane % COLUMNS
+    n = n + tl.zeros([], tl.int32)
+    tile = begin + n // PASSES * variant.swept + lane // COLUMNS
+    offsets = tile * TILE + n % PASSES * COLUMNS + lane % COLUMNS
     there = (tile < end) & (offsets < vocab)
     return tl.load(keys + offsets, mask=there, other=-INFINITY, cache_modifier=".cg")
 
