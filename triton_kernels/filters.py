@@ -103,7 +103,7 @@ def store_reached(maxima, candidates, cells, order, low, high, CELLS: tl.constex
     counts = tl.sum(tl.reshape(inside.to(tl.int32), [CELLS // LANES, LANES]), 0)
     at = tl.cumsum(counts, 0) - counts
     for begin in tl.static_range(0, CELLS, LANES):
-        at = store_inside(maxima, candidates, at, begin, cells, low, high, True, LANES)
+        at = store_inside(maxima, candidates, at, begin, cells, low, high, LANES)
 
 
 @triton.jit

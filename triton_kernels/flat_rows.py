@@ -23,7 +23,6 @@ from .constants import INFINITY, TILE
 from .handoffs import wait_for
 from .thresholds import (
     LEAST_ORDER,
-    PIVOTS,
     fixed_mass,
     lane_keys,
     least_order,
@@ -33,7 +32,7 @@ from .thresholds import (
     share_of,
     weights_from,
 )
-from .workspace import CANDIDATES, SEARCH_FIELDS, SEARCH_SIZE, SLICES
+from .workspace import CANDIDATES, PIVOTS, SEARCH_FIELDS, SEARCH_SIZE, SLICES
 
 # Rounds. GATHER + COUNT and GATHER + MASS gather for either search.
 COUNT, MASS = tl.constexpr(0), tl.constexpr(1)
@@ -89,6 +88,8 @@ def gather(search, candidates, keys, low, high, begin, end, vocab, variant: tl.c
         inside = (order >= low) & (order < high)
         one = tl.full(key.shape, 1, tl.int64)
         at = tl.atomic_add(search + GATHERED + 0 * order, one, mask=inside, sem="relaxed")
+        # Another call on this workspace, which must not be, might have changed the keys.
+        inside &= at < FEW
         tl.store(candidates + at, key.to(tl.int32, bitcast=True), mask=inside)
 
 
@@ -238,7 +239,8 @@ def search_row(
     """Do slices of the row's rounds until none is left. No key below `bound` is kept.
 
     Returns whether this program is to draw, whether the search went well, and the least order that
-    is kept. If it did not go well, each program that has waited in vain makes the row invalid.
+    is kept. If it did not go well, each program that has waited in vain, for seconds, makes the row
+    invalid; one that went on so late may still draw it.
     """
     search = search_of(work, row)
     candidates = work.candidates + row.to(tl.int64) * tl.minimum(vocab, CANDIDATES)

@@ -5,7 +5,8 @@ The counters are zero before and after a launch. If they are not, because the wo
 zeroed, or a launch on it was stopped or overlapped another, no program waits for ever: the launch
 is *broken*. All its rows are invalid, and so are those of later launches until
 `mod_fused.reset_workspace`. A launch of one phase counts arrivals alone: it sees a workspace that
-was not zeroed, but not every launch that was stopped or overlapped.
+was not zeroed, but not every launch that was stopped or overlapped. The search of a flat row has
+counters of its own, which the launch before it zeroes (flat_rows.py).
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ import triton.language as tl
 
 from .constants import INFINITY, TILE
 from .elementary import exp
+from .workspace import PIVOTS
 
 FIXED_POINT = tl.constexpr(1099511627776.0)  # 2^40: masses are summed as integers of this unit
-PIVOTS = tl.constexpr(4)
 NARROWEST, NARROW = tl.constexpr(1e-6), tl.constexpr(1024.0)  # ranges of keys
 STORED = tl.constexpr(2048)  # how many keys are stored at once, where some of them are
 LEAST_ORDER = tl.constexpr(-2139095040)  # of the least finite key
@@ -57,7 +57,8 @@ def pivots_of(low, high):
     width = unordered(high) - least
     unit = (high.to(tl.int64) - low) // (PIVOTS + 1) + 1
     pivot = (low + i * unit).to(tl.int32)
-    even = ordered(least + width * (i.to(tl.float32) * (1.0 / (PIVOTS + 1))))
+    # Programs that compute the same pivots must round alike: a sum might be fused or not.
+    even = ordered(tl.fma(width, i.to(tl.float32) * (1.0 / (PIVOTS + 1)), least))
     pivot = tl.where((width > NARROWEST) & (width < NARROW), even, pivot)
     return tl.minimum(tl.maximum(pivot, low + 1), high - 1)
 
@@ -131,16 +132,11 @@ def load_one_by_one(keys, begin, size, LANES: tl.constexpr):
 
 
 @triton.jit
-def store_inside(
-    keys, candidates, at, begin, size, low, high, NUMBER: tl.constexpr, LANES: tl.constexpr
-):
-    """Store those of LANES keys in [low, high), or with NUMBER their numbers, lane by lane `at` an
-    index; returns the following index of each lane."""
+def store_inside(keys, candidates, at, begin, size, low, high, LANES: tl.constexpr):
+    """Store the numbers of those of LANES keys that are in [low, high), lane by lane `at` an index;
+    returns the following index of each lane."""
     i, key = load_one_by_one(keys, begin, size, LANES)
     order = ordered(key)
     inside = (order >= low) & (order < high)
-    if NUMBER:
-        tl.store(candidates + at, i, mask=inside)
-    else:
-        tl.store(candidates + at, key.to(tl.int32, bitcast=True), mask=inside)
+    tl.store(candidates + at, i, mask=inside)
     return at + inside.to(tl.int32)

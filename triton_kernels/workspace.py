@@ -2,8 +2,9 @@
 the caller gives.
 
 A buffer begins with the counters, which are zero before and after every launch. The rest is written
-before it is read. It begins at a byte that depends on the buffer's size alone. So launches of
-different shapes may use a buffer one after another: none writes where another has counters.
+before it is read, or what is read is not used. It begins at a byte that depends on the buffer's
+size alone. So launches of different shapes may use a buffer one after another: none writes where
+another has counters.
 """
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ PART_FIELDS = tl.constexpr(13)
 
 #: Most keys that the filters hold in registers, to find the least that they keep.
 CANDIDATES = tl.constexpr(4096)
-#: Most slices of a row that programs search together (flat_rows.py).
-SLICES = tl.constexpr(32)
-SEARCH_FIELDS = tl.constexpr(12)
-#: Numbers of a row's search: its fields, and for each slice and each of 4 pivots two numbers.
-SEARCH_SIZE = tl.constexpr(12 + 32 * 4 * 2)
+PIVOTS = tl.constexpr(4)  # of a pass of a search, see thresholds.py
+#: Most slices of a row that programs search together (flat_rows.py), and the fields of a search.
+SLICES, SEARCH_FIELDS = tl.constexpr(32), tl.constexpr(12)
+#: Numbers of a row's search: its fields, and two for each slice and pivot.
+SEARCH_SIZE = tl.constexpr(SEARCH_FIELDS.value + 2 * SLICES.value * PIVOTS.value)
 #: A cell is so many tokens of a tile, or more where a row would have more than MOST_CELLS.
 SMALLEST_CELL, MOST_CELLS = 8, 16384
 

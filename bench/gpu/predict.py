@@ -43,6 +43,7 @@ from mod_fused.triton_kernels.ahead_of_time import (
 )
 from mod_fused.triton_kernels.compiled import Launch
 from mod_fused.triton_kernels.configurations import TABLE, processors
+from mod_fused.triton_kernels.filters import filter_kernel
 from mod_fused.triton_kernels.instructions import launch_per_phase, launched, phase_names
 from mod_fused.triton_kernels.launch import row_slices
 
@@ -151,9 +152,11 @@ def _selections(
     for launch in launches:
         program, code = compiled(launch)
         programs = resident(launch.threads, code.registers, code.shared)
-        # The last launch's programs share a row, those of a bias do not.
-        slices = row_slices(vocab, batch, TABLE["log_linear, few rows"], PROCESSORS)
-        rows = program.rows(launch.threads, vocab // slices, search)
+        slices = 1
+        if launch.kernel is filter_kernel:
+            slices = row_slices(vocab, batch, TABLE["log_linear, few rows"], PROCESSORS)
+        tokens = -(-vocab // (1024 * slices)) * 1024 if slices > 1 else vocab  # of a program
+        rows = program.rows(launch.threads, tokens, search)
         for out, row in zip((usual, sweeping), rows, strict=True):
             out.append(Selection(launch.threads, programs, row))
         about = {"phase": launch.kernel.fn.__name__, "registers": code.registers}

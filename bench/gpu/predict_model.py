@@ -35,7 +35,7 @@ class Kernel(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """A compiled launch in which each program does a whole row."""
+    """A compiled launch in which each program does a row, or a slice of one."""
 
     threads: int
     programs: int
@@ -98,7 +98,7 @@ def _full(kernel: Kernel, rows: int, tiles: int, hbm: float) -> dict[str, float]
 
 
 def _selected(selection: Selection, rows: int) -> float:
-    """Cycles of a launch whose programs each do a whole row."""
+    """Cycles of a launch whose programs each do a row, or a slice of one."""
     together = min(selection.programs, -(-rows // PROCESSORS))  # on one multiprocessor
     issued = selection.row.instructions * selection.threads / 32 / SCHEDULERS * together
     rounds = -(-rows // (PROCESSORS * together))

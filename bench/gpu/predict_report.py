@@ -13,13 +13,14 @@ row's phases, one after the other; *filters*: of their launch. The floors are th
 logits once at 4.3 TB/s, and the time to issue the instructions on a full GPU. *Sweeping*: with all
 sweeps of the filters over a row's keys, which several programs share where rows are few. A search
 of the filters whose code does not show its passes has {search}; a flat row whose logits are like a
-normal distribution has 5 to 8 rounds. With few rows a task of the log-sum-exps is one tile and has
-no loop: there *a further tile* shows next to nothing, and the issue floor lacks it."""
+normal distribution has 5 or 6 rounds, 8 with top-k and top-p. With few rows a task of the
+log-sum-exps is one tile and has no loop: there *a further tile* shows next to nothing, and the
+issue floor lacks it."""
 _PHASES = """## Phases
 
 V = 128256. A task is a program's way to its arrival with one tile; then what a further tile of 1024
-tokens costs a warp; then what the last program to arrive does to end the phase. A launch of the
-filters has a program for each row, shown as an end. *Kernel* is the registers of all phases
+tokens costs a warp; then what the last program to arrive does to end the phase. A program of the
+filters does a row, or a slice of one, shown as an end. *Kernel* is the registers of all phases
 together, *programs* how many a multiprocessor holds."""
 
 

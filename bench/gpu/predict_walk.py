@@ -221,10 +221,11 @@ class Program:
         return self.repeated(max(found)[1], threads, memory)
 
     def rows(self, threads: int, vocab: int, search: int = SEARCH) -> tuple[Cost, Cost]:
-        """The cost of a launch whose programs each do a row of float32 [vocab]: as it usually runs,
-        and as it runs where all loops do. A loop that loads is a sweep over the row. A loop around
-        a sweep, or without loads, is a search: it has as many passes as its code compares with,
-        else `search`. A kernel that can search or add up without a sweep usually makes none."""
+        """The cost of a launch whose programs each do a row, or a slice, of `vocab` float32: as it
+        usually runs, and as it runs where all loops do. A loop that loads is a sweep over the row.
+        A loop around a sweep, or without loads, is a search: it has as many passes as its code
+        compares with, else `search`. A kernel that can search or add up without a sweep usually
+        makes none."""
         row_bytes = 4 * vocab / threads  # of a thread
         swept = self._row(self.graph, row_bytes, search)
         graph = self.graph.copy()

@@ -26,6 +26,8 @@ FILTERS: dict[str, Any] = {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "temperatur
 CALLS: dict[str, dict[str, Any]] = {d: {"divergence": d} for d in DIVERGENCES} | {
     f"{d}, filters": {"divergence": d, **FILTERS} for d in ("reverse_kl", "jsd")
 }
+# More keys than fit registers: several programs search a row.
+CALLS["flat rows"] = {"top_k": 6000, "top_p": 0.95}
 
 
 class Calls:

@@ -68,8 +68,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "jsd-candidates": {**candidates(1, 40), "divergence": "jsd"},
     "jeffrey-candidates": {**candidates(64, 1500), "divergence": "jeffrey"},
 }
-#: Triton 3.6 spills a few values in four of these kernels.
-SPILLS = 20 if triton.__version__.startswith("3.6.") else 0
+#: Triton 3.6 spills a few values in these.
+SPILLS_OF_3_6 = {"reverse_kl-filters": 8, "jsd-fp32-8_policies": 2, "jeffrey-candidates": 18}
 EVERYWHERE = ("reverse_kl", "reverse_kl-filters", "jsd", "jsd-many_rows", "jeffrey-many_rows")
 CASES = [(t, name) for t in TARGETS for name in CALLS if t == "sm_90" or name in EVERYWHERE]
 
@@ -94,9 +94,10 @@ def logit_loads(made: launch.Launch, logit_bytes: int, whole: int, last: int) ->
 @pytest.mark.parametrize(("target", "name"), CASES, ids=["-".join(case) for case in CASES])
 def test_compiled_kernels_spill_nothing_and_read_each_logit_once(target: str, name: str) -> None:
     call = CALLS[name]
+    spills = SPILLS_OF_3_6.get(name, 0) if triton.__version__.startswith("3.6.") else 0
     mixture, *filters = launches(**call)
     code = machine_code(compile_launch(mixture, TARGETS[target]))
-    assert code.spills <= SPILLS and code.stack <= 2 * SPILLS, code
+    assert code.spills <= spills and code.stack <= 4 * spills, code
     logit_bytes = call.get("dtype", torch.bfloat16).itemsize
     # Rows that do not start at multiples of 16 bytes are read logit by logit, and so is the last
     # tile where the vocabulary ends at no such multiple.
@@ -122,7 +123,7 @@ def test_compiled_kernels_spill_nothing_and_read_each_logit_once(target: str, na
         assert code.loads.total() - expected.total() <= others, code
     for filter_launch in filters:
         code = machine_code(compile_launch(filter_launch, TARGETS[target]))
-        assert code.spills <= SPILLS and code.stack <= 2 * SPILLS, code
+        assert code.spills <= spills and code.stack <= 4 * spills, code
 
 
 @pytest.mark.parametrize("default", [True, False])

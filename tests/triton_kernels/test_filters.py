@@ -12,7 +12,14 @@ import torch
 import triton
 import triton.language as tl
 from cases import logits, normal
-from mod_fused.triton_kernels import filters, flat_rows, launch, thresholds, workspace
+from mod_fused.triton_kernels import (
+    configurations,
+    filters,
+    flat_rows,
+    launch,
+    thresholds,
+    workspace,
+)
 
 import mod_fused
 from mod_fused import reference
@@ -145,6 +152,29 @@ def test_what_is_kept_is_the_oracle_s_whatever_the_row_and_its_parameters(kind, 
     watched.check(ref, [ref], **SETTINGS)
     # Some rows have few cells that reach the bound, and some too many.
     assert kind == "peaked" or 0 < len(watched.swept) < ROWS
+
+
+@pytest.mark.parametrize("kind", ["typical", "flat", "peaked"])
+def test_rows_of_any_kind_are_drawn_by_one_of_their_programs(kind, watched, monkeypatch):
+    monkeypatch.setattr(launch, "processors", lambda device: 3 * ROWS)
+    ref = KINDS[kind](normal(311, ROWS, 5000))
+    ref[3, 17] = math.nan
+    watched.check(ref, [ref], **SETTINGS)
+    assert len(watched.kept) == ROWS
+
+
+def test_slices_cover_a_row_and_are_no_more_programs_than_run_at_once():
+    configured = configurations.Configuration()
+    for vocab in (1, 1025, 9300, 32000, 128256, 262144):
+        tiles = -(-vocab // TILE)
+        for rows in (1, 3, 8, 131, 132, 500):
+            slices = launch.row_slices(vocab, rows, configured, 132)
+            each = -(-tiles // slices)
+            assert (slices - 1) * each < tiles <= slices * each
+            assert slices <= workspace.SLICES.value and rows * slices <= max(132, rows)
+    assert launch.row_slices(128256, 1, configured, 132) == 32
+    few = configurations.Configuration(filter_slices=4)
+    assert launch.row_slices(128256, 1, few, 132) == 4
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 1023, 1025, 4099])

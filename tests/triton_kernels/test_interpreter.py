@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from cases import DIVERGENCES, KNOWN_ANSWERS, check, logits, normal
-from mod_fused.triton_kernels import divergences, elementary, launch, mixture, normalizer
+from mod_fused.triton_kernels import divergences, elementary, filters, launch, mixture, normalizer
 from mod_fused.triton_kernels.configurations import configuration
 from mod_fused.triton_kernels.workspace import STEPS
 
@@ -133,19 +133,26 @@ def test_how_the_work_is_cut_changes_no_bit_and_counters_are_left_at_zero(
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
 def test_blocks_of_the_filters_change_no_bit(divergence, monkeypatch):
-    ref, policies = logits(202, 2, 2100, 1, kind="typical")
-    results = []
+    ref, policies = logits(202, 2, 9300, 1, kind="typical")
+    results, swept, search = [], [], filters.search_row
+
+    def count(work, row, *rest):
+        swept.append(int(row))
+        return search(work, row, *rest)
+
+    monkeypatch.setattr(filters, "search_row", count)
     for block in (1024, 2048, 4096):
         cut(monkeypatch, 1, 1, filter_block=block)
         results.append(
             OP.sample(
-                ref, policies, [0.5], divergence=divergence, seed=1, top_k=[40, 2000],
+                ref, policies, [0.5], divergence=divergence, seed=1, top_k=[6000, 3000],
                 top_p=0.9, min_p=0.001, temperature=[0.5, 2.0],
             )
         )  # fmt: skip
         assert results[-1].valid.all()
     assert_identical(results[0], results[1])
     assert_identical(results[0], results[2])
+    assert swept == [0, 1] * 3
 
 
 @pytest.mark.parametrize(
@@ -287,13 +294,13 @@ def test_same_tokens_as_the_cpp_backend_for_the_same_seeds():
         pytest.skip(mod_fused.backends()["cpu"])
     cells = [(d, f) for d in DIVERGENCES for f in FILTERS]
     rows, other = -(-DRAWS // len(cells)), 0
-    for i, (divergence, filters) in enumerate(cells):
+    for i, (divergence, own) in enumerate(cells):
         dtype = (torch.float32, torch.bfloat16)[i % 2]
         ref, policies = logits(211 + i, 1, 1500, 2, kind="typical", dtype=dtype)
         if i % 3 == 0:
             ref, policies = ref.round(), [p.round() for p in policies]  # ties
         args = ref.expand(rows, -1), [p.expand(rows, -1) for p in policies], [0.5, 0.4]
-        kwargs = {"divergence": divergence, "seed": i, "position": list(range(rows)), **filters}
+        kwargs = {"divergence": divergence, "seed": i, "position": list(range(rows)), **own}
         kwargs["return_proposal_logprobs"] = True
         if i % 5 == 0:
             kwargs["mask"] = MASK.expand(rows, -1)
