@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from .constants import EXCLUDED, INFINITY, TILE
-from .elementary import exp
+from .elementary import exp, reciprocal
+from .moments import solve_by_moments
 from .normalizer import newton_point, point_of_poles, secular_point, weighted_ratios
 from .own_mass import parameter
 from .parameters import reference_weight, weight
@@ -48,13 +49,19 @@ def start_offset(mixing, state, row, variant: tl.constexpr):
 
 
 @triton.jit
-def start_ratios(p, q, mixing, state, row, variant: tl.constexpr):
-    """`weighted_ratios` at the first point, where G is summed together with the deficits: tau =
-    least + `start_offset`. There Z = 0 if the reference counts as a policy of weight 1 - sum w."""
+def start_y(q, mixing, state, row, variant: tl.constexpr):
+    """The argument of H at the first point, y of `weighted_ratios`."""
     y = (q + start_offset(mixing, state, row, variant)).to(tl.float32)
     if variant.excess is not None:
         y = variant.excess(y, mixing.alpha)
-    return weighted_ratios(p, y, mixing, state, variant)
+    return y
+
+
+@triton.jit
+def start_ratios(p, q, mixing, state, row, variant: tl.constexpr):
+    """`weighted_ratios` at the first point, where G is summed together with the deficits: tau =
+    least + `start_offset`. There Z = 0 if the reference counts as a policy of weight 1 - sum w."""
+    return weighted_ratios(p, start_y(q, mixing, state, row, variant), mixing, state, variant)
 
 
 @triton.jit
@@ -76,8 +83,13 @@ def deficits_of_tile(mixing, state, fields, row, tile, tiles, variant: tl.conste
         p = tl.where(is_best, 0.0, p)  # it may be s*; `end_deficits` adds the others
     else:
         q = tl.where(inside, q, 1.0)
-    h, slope = start_ratios(p, q, mixing, state, row, variant)
+    y = start_y(q, mixing, state, row, variant)
+    h, slope = weighted_ratios(p, y, mixing, state, variant)
     sums = (part_sums(h), part_sums(slope))
+    if (variant.excess is not None) and not variant.root:
+        fall = reciprocal(y)
+        third = slope * fall
+        sums = sums + (part_sums(third), part_sums(third * fall))
     numbers = (mass, first, best_p, high, rest, best + tile * TILE) + sums
     store_parts(fields, MASS, tile, numbers, variant)
 
@@ -86,8 +98,7 @@ def deficits_of_tile(mixing, state, fields, row, tile, tiles, variant: tl.conste
 def end_deficits(mixing, state, fields, row, tiles, variant: tl.constexpr):
     """Store s*, the bracket of the point where G is 1, and the next point to evaluate."""
     MODELS: tl.constexpr = variant.models
-    PARTS: tl.constexpr = variant.tiles * variant.parts
-    i = tl.arange(0, PARTS)
+    i = tl.arange(0, variant.tiles * variant.parts)
     there = i < tiles * variant.parts
     least_of = part_field(fields, LEAST_Q, tiles, variant, EXCLUDED).to(tl.float64)
     least_of += part_field(fields, LEAST_REST, tiles, variant, 0.0)
@@ -95,22 +106,26 @@ def end_deficits(mixing, state, fields, row, tiles, variant: tl.constexpr):
     best_record = fields + best_part * variant.record
     best_token = tl.load(best_record + WINNER, cache_modifier=".cg").to(tl.int32, bitcast=True)
     best = tl.load(best_record + BEST_P, cache_modifier=".cg").to(tl.float64)
-    s1 = part_field(fields, S1, tiles, variant, 0.0).to(tl.float64)
-    s2 = part_field(fields, S2, tiles, variant, 0.0).to(tl.float64)
+    s1 = part_field(fields, S1, tiles, variant, 0.0)
+    s2 = part_field(fields, S2, tiles, variant, 0.0)
     if variant.excess is not None:
         # Each part's sums lack its best token: add all of these but s*.
         others = there & (i != best_part) & (least_of < EXCLUDED)
         p = tl.where(others, part_field(fields, BEST_P, tiles, variant, 0.0), 0.0)
         q = tl.where(others, least_of, least)
         h, slope = start_ratios(p, q, mixing, state, row, variant)
-        s1 += h.to(tl.float64)
-        s2 += slope.to(tl.float64)
+        s1 += h
+        s2 += slope
     mass, first, s1, s2 = four_sums(
-        part_field(fields, MASS, tiles, variant, 0.0).to(tl.float64),
-        part_field(fields, FIRST, tiles, variant, 0.0).to(tl.float64),
+        part_field(fields, MASS, tiles, variant, 0.0),
+        part_field(fields, FIRST, tiles, variant, 0.0),
         s1,
         s2,
     )
+    mass = mass.to(tl.float64)
+    first = first.to(tl.float64)
+    s1 = s1.to(tl.float64)
+    s2 = s2.to(tl.float64)
     good = (tl.abs(least) < EXCLUDED) & (mass > 0.0) & (best > 0.0)
     mass = tl.where(good, mass, 1.0)
     best = tl.where(good, best, 1.0)
@@ -157,7 +172,10 @@ def end_deficits(mixing, state, fields, row, tiles, variant: tl.constexpr):
     if variant.bounded:
         usable = good & (tau > 0.0)
     tau = tl.where(usable, tau, 1.0)
+    tl.store(state + STEPS, 0.0)
+    tl.store(state + SOLVED, 0.0)
     if variant.excess is not None:
+        growth = tl.full([], 1.0, tl.float64)
         if variant.factor:
             # There y is expm1(tau + D) = e^tau (t + x).
             growth = tl.exp(tau)
@@ -165,24 +183,30 @@ def end_deficits(mixing, state, fields, row, tiles, variant: tl.constexpr):
             s2 *= growth * growth
         lower = variant.shift(lower.to(tl.float32), mixing.alpha).to(tl.float64)
         upper = variant.shift(upper.to(tl.float32), mixing.alpha).to(tl.float64)
+        tl.store(state + LOWER, lower)
+        tl.store(state + UPPER, upper)
         tau = variant.shift(tau.to(tl.float32), mixing.alpha).to(tl.float64)
         following = secular_point(mixing, best, s1, s2, tau, variant)
         usable = usable & (s1 < INFINITY) & (s2 < INFINITY)
         usable = usable & (following >= lower) & (following <= upper)
-        if usable == 0:
+        if usable:
+            if not variant.root:
+                following = solve_by_moments(
+                    mixing, state, fields, best_part, best, least, tau, growth, following, lower,
+                    upper, tiles, variant,
+                )  # fmt: skip
+        else:
             # Without those sums: all tokens but s* at their mean deficit, left of the solution.
             rest = tl.maximum(mass - best, 0.0)
             apart = tl.maximum(mean - least, 0.0) * mass / tl.where(rest > 0.0, rest, 1.0)
-            distance = variant.excess(tl.minimum(apart, EXCLUDED).to(tl.float32), mixing.alpha)
-            following = point_of_poles(mixing, best, rest, distance.to(tl.float64), variant)
+            far = variant.excess(tl.minimum(apart, EXCLUDED).to(tl.float32), mixing.alpha)
+            following = point_of_poles(mixing, best, rest, far.to(tl.float64), variant)
             inside = (following >= lower) & (following <= upper)
             following = tl.where(inside, following, tl.sqrt(lower * upper))
     else:
         following = newton_point(mixing, state, tau, s1, s2, variant)
         usable = usable & (following >= lower) & (following <= upper)
         following = tl.where(usable, following, lower)
-    tl.store(state + LOWER, lower)
-    tl.store(state + UPPER, upper)
+        tl.store(state + LOWER, lower)
+        tl.store(state + UPPER, upper)
     tl.store(state + POINT, following.to(tl.float32).to(tl.float64))
-    tl.store(state + STEPS, 0.0)
-    tl.store(state + SOLVED, 0.0)

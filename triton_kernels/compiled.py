@@ -63,7 +63,7 @@ class Launch(NamedTuple):
         if not amd:
             v = self.variant
             form = v.excess is not None and not v.root
-            small = form and v.models * v.parts <= 24 and (v.simplex or v.chunk > 1)
+            small = form and v.models * v.parts <= 24 and v.chunk > 1
             spilling = v.candidates > 0 and _OLD_COMPILER
             most = MOST_REGISTERS
             if (small or not v.general) and not spilling:

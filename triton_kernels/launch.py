@@ -27,7 +27,7 @@ from .workspace import cdiv, cell_size, make_workspace, parts_of_tile, record_si
 
 #: Evaluations of G that are phases of their own, by the solver (normalizer.py). A row that needs
 #: more is finished by one program.
-SECULAR_EVALUATIONS, NEWTON_EVALUATIONS = 3, 5
+MOMENTS_EVALUATIONS, SECULAR_EVALUATIONS, NEWTON_EVALUATIONS = 2, 3, 5
 SWEPT = 4
 CANDIDATE_BLOCKS = (32, 256, 1024)  # how many are read at once: a kernel for each
 
@@ -104,8 +104,9 @@ def variant_of(
     sums = general or plausible is not None
     evaluations = 0
     if exact:
-        stieltjes = divergence.excess is not None
-        evaluations = SECULAR_EVALUATIONS if stieltjes else NEWTON_EVALUATIONS
+        evaluations = NEWTON_EVALUATIONS
+        if divergence.excess is not None:
+            evaluations = SECULAR_EVALUATIONS if divergence.root else MOMENTS_EVALUATIONS
     mask = tempered = top_k = top_p = min_p = False
     packed = filters = False
     if drawing is not None:

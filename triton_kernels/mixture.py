@@ -228,10 +228,11 @@ def run_task(
             if phase == 0:
                 end_sums(mixing, state, model_fields, row, tiles, variant)
         if variant.evaluations > 0:
-            if phase == 1:
-                end_deficits(mixing, state, fields, row, tiles, variant)
-            elif (phase > 1) & (phase < KEYS):
-                end_evaluation(mixing, state, fields, tiles, variant)
+            if (phase > 0) & (phase < KEYS):
+                if phase == 1:
+                    end_deficits(mixing, state, fields, row, tiles, variant)
+                else:
+                    end_evaluation(mixing, state, fields, tiles, variant)
                 tl.debug_barrier()
                 if tl.load(state + SOLVED) != 0.0:
                     following = KEYS  # skip the other evaluations

@@ -22,6 +22,7 @@ from .workspace import (
     EVALUATED,
     LEAST,
     LOWER,
+    MASS,
     POINT,
     S1,
     S2,
@@ -218,8 +219,11 @@ def solved_masses(mixing, state, fields, tiles, variant: tl.constexpr):
     the error is about 1e-5 of the row's mass at most."""
     t = tl.load(state + POINT)
     step = (t - tl.load(state + EVALUATED)).to(tl.float32)
-    s1 = part_field(fields, S1, tiles, variant, 0.0)
-    s2 = part_field(fields, S2, tiles, variant, 0.0)
+    behind = 0
+    if not variant.root:
+        behind = tl.where(tl.load(state + STEPS) == 0.0, MASS - S1, 0)  # solved by moments
+    s1 = part_field(fields, behind + S1, tiles, variant, 0.0)
+    s2 = part_field(fields, behind + S2, tiles, variant, 0.0)
     there = (s1 > 0.0) & (s2 > 0.0) & (s2 < INFINITY)
     growth = 1.0 + tl.where(there, step * s2 / tl.where(there, s1, 1.0), 0.0)
     if variant.root:

@@ -57,8 +57,10 @@ LEAST_REST = tl.constexpr(8)
 WINNER = tl.constexpr(9)  # the token, the bits of an int32
 S1 = tl.constexpr(10)  # sum p H, and S2 sum p (-H'); see `weighted_ratios`
 S2 = tl.constexpr(11)
-BIAS_PEAK = tl.constexpr(12)  # the largest bias of the tokens that are left, +inf if it is broken
-PART_FIELDS = tl.constexpr(13)
+S3 = tl.constexpr(12)  # further moments of the first evaluation, see moments.py
+S4 = tl.constexpr(13)
+BIAS_PEAK = tl.constexpr(14)  # the largest bias of the tokens that are left, +inf if it is broken
+PART_FIELDS = tl.constexpr(15)
 
 #: Most keys that the filters hold in registers, to find the least that they keep.
 CANDIDATES = tl.constexpr(4096)

@@ -18,7 +18,8 @@ What is assumed; ratios can be trusted more than times, which are right to about
 - One row alone takes its phases one after the other: a task, the end of the phase by the program
   that arrives last, a handoff. Claims, handoffs and tasks that are skipped are sums of nominal
   latencies (predict_model.py).
-- One evaluation solves a row, two for Jeffrey. The others are skipped.
+- Forward KL and Jensen-Shannon need no evaluation, as near the reference (moments.py); alpha needs
+  one, Jeffrey two. The others are skipped.
 - The launch of the filters begins 1 µs after the mixture's end; one of its programs does a row, or
   a slice of one that is flat. Usually a row makes no sweep over its keys that the kernel can
   avoid; the report's last column is with all of them. A search has the passes that its code shows,
@@ -70,7 +71,7 @@ SHAPES = [(VOCAB, rows) for rows in (1, 8, 64, 256)]
 SHAPES += [(vocab, rows) for vocab in VOCABULARIES[1:] for rows in (1, 256)]
 #: The shapes whose phases the report shows: few rows and many.
 SHOWN = ((VOCAB, 1), (VOCAB, 256))
-EVALUATIONS = {"jeffrey": 2}  # that solve a row; else 1
+EVALUATIONS = {"jeffrey": 2, "forward_kl": 0, "jsd": 0}  # that solve a row; else 1
 ROW_BYTES = 3 * 2  # of a token: bfloat16 logits of a reference and two policies
 _FILTERS = {name: FILTERS[name] for name in ("top_k=50", "top_p=0.9", "min_p=0.05")}
 _FILTERS["top_k=50, top_p=0.9"] = FILTERS["top_k=50"] | FILTERS["top_p=0.9"]
@@ -113,10 +114,11 @@ def _mixture(launch: Launch, divergence: str, rows: int) -> tuple[Kernel, list[d
     programs = _programs(launch, code)
     for n, (name, part) in enumerate(zip(names, parts, strict=True)):
         again = name in names[:n]
-        if again and left.get(name, 1) < 1:
+        if left.get(name, 1) < 1:
             skipped += 1
             continue
-        left[name] = left.get(name, 1) - 1
+        if name in left:
+            left[name] -= 1
         if again:
             phases.append(phases[names[:n].index(name)])
             continue

@@ -140,7 +140,7 @@ def test_a_single_round_is_no_measurement():
 
 
 def test_filters_are_tuned_after_the_mixture_and_the_log_linear_grid_is_not():
-    both = Configuration(threads=256, chunk=2, filter_block=4096)
+    both = Configuration(threads=256, chunk=2, filter_block=2048)
     times = {FAST: 80.0, both: 60.0}
     bench = Bench(
         lambda b, c: 1e-6 * times.get(c, 100.0), divergence="reverse_kl", filters={"top_k": 5}

@@ -207,11 +207,12 @@ def test_workspace_size_covers_what_is_smaller_and_refuses_what_is_no_size():
             if all(x <= y for x, y in zip(small, large, strict=True)):
                 assert workspace_size(*small) <= workspace_size(*large)
         without = workspace_size(*small, filters=False)
-        # A key for every token, one for every 8 of a tile, 4096 candidates, a mass of each tile;
-        # at most a thirty-first of it for counters, and rounding: the counters alone may take
-        # three parts of 8 KB.
+        # A key for every token, one for every 8 of a tile, 4096 candidates, a mass of each tile,
+        # 268 numbers of a search; at most a thirty-first of it for counters, and rounding: the
+        # counters alone may take three parts of 8 KB.
         tiles = -(-small[1] // 1024)
         keys = small[0] * (4 * small[1] + 512 * tiles + 4 * min(small[1], 4096) + 8 * tiles)
+        keys += small[0] * 8 * 268
         assert keys - 3 * 8192 <= workspace_size(*small) - without <= keys * 32 / 31 + 2 * 8192
     with pytest.raises(ValueError, match="vocab_size must be at least 1, got 0"):
         workspace_size(1, 0)

@@ -18,7 +18,15 @@ import torch
 import triton
 import triton.language as tl
 from cases import DIVERGENCES, KNOWN_ANSWERS, check, logits, normal
-from mod_fused.triton_kernels import divergences, elementary, filters, launch, mixture, normalizer
+from mod_fused.triton_kernels import (
+    divergences,
+    elementary,
+    filters,
+    launch,
+    mixture,
+    moments,
+    normalizer,
+)
 from mod_fused.triton_kernels.configurations import configuration
 from mod_fused.triton_kernels.workspace import STEPS
 
@@ -167,8 +175,10 @@ def test_vocabularies_of_any_length_match_the_oracle(vocab, divergence, workspac
 
 @pytest.mark.parametrize("divergence", ["jsd", "alpha:0.25", "jeffrey"])
 def test_rows_that_are_not_solved_in_time_finish_alone(divergence, monkeypatch):
+    monkeypatch.setattr(launch, "MOMENTS_EVALUATIONS", 1)
     monkeypatch.setattr(launch, "SECULAR_EVALUATIONS", 1)
     monkeypatch.setattr(launch, "NEWTON_EVALUATIONS", 1)
+    monkeypatch.setattr(moments, "MOST_PASSES", tl.constexpr(0))  # they would solve the rows
     ref, policies = logits(204, 3, 2100, 2, kind="apart")
     steps = []
     name = "step_newton" if divergence == "jeffrey" else "step_stieltjes"
@@ -186,6 +196,7 @@ def test_rows_that_are_not_solved_in_time_finish_alone(divergence, monkeypatch):
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha:0.75"])
 def test_three_evaluations_after_the_first_step_are_enough(divergence, monkeypatch, workspaces):
     ref, policies = logits(205, 6, 2100, 2, kind="typical")
+    monkeypatch.setattr(launch, "MOMENTS_EVALUATIONS", 3)
     monkeypatch.setattr(launch, "SECULAR_EVALUATIONS", 3)
     monkeypatch.setattr(mixture, "MAX_EVALUATIONS", 0)
     check(OP, ref, policies, [0.5, 0.5], divergence=divergence)
