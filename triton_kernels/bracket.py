@@ -106,26 +106,22 @@ def end_deficits(mixing, state, fields, row, tiles, variant: tl.constexpr):
     best_record = fields + best_part * variant.record
     best_token = tl.load(best_record + WINNER, cache_modifier=".cg").to(tl.int32, bitcast=True)
     best = tl.load(best_record + BEST_P, cache_modifier=".cg").to(tl.float64)
-    s1 = part_field(fields, S1, tiles, variant, 0.0)
-    s2 = part_field(fields, S2, tiles, variant, 0.0)
+    s1 = part_field(fields, S1, tiles, variant, 0.0).to(tl.float64)
+    s2 = part_field(fields, S2, tiles, variant, 0.0).to(tl.float64)
     if variant.excess is not None:
         # Each part's sums lack its best token: add all of these but s*.
         others = there & (i != best_part) & (least_of < EXCLUDED)
         p = tl.where(others, part_field(fields, BEST_P, tiles, variant, 0.0), 0.0)
         q = tl.where(others, least_of, least)
         h, slope = start_ratios(p, q, mixing, state, row, variant)
-        s1 += h
-        s2 += slope
+        s1 += h.to(tl.float64)
+        s2 += slope.to(tl.float64)
     mass, first, s1, s2 = four_sums(
-        part_field(fields, MASS, tiles, variant, 0.0),
-        part_field(fields, FIRST, tiles, variant, 0.0),
+        part_field(fields, MASS, tiles, variant, 0.0).to(tl.float64),
+        part_field(fields, FIRST, tiles, variant, 0.0).to(tl.float64),
         s1,
         s2,
     )
-    mass = mass.to(tl.float64)
-    first = first.to(tl.float64)
-    s1 = s1.to(tl.float64)
-    s2 = s2.to(tl.float64)
     good = (tl.abs(least) < EXCLUDED) & (mass > 0.0) & (best > 0.0)
     mass = tl.where(good, mass, 1.0)
     best = tl.where(good, best, 1.0)

@@ -173,13 +173,16 @@ def solve_by_moments(
             slope += own[1]
             difference += own[2]
             noise += own[3]
-        g, slopes, differences, noises = four_sums(mass, slope, difference, noise)
+        g, slopes, differences, noises = four_sums(
+            mass.to(tl.float64), slope.to(tl.float64), difference.to(tl.float64),
+            noise.to(tl.float64),
+        )  # fmt: skip
         following, lower, upper, done = secular_step(
-            mixing, best, g.to(tl.float64), slopes.to(tl.float64), t, lower, upper, variant
+            mixing, best, g, slopes, t, lower, upper, variant
         )
-        factor = tl.full([], 1.0, tl.float32)
+        factor = tl.full([], 1.0, tl.float64)
         if variant.factor:
-            factor = (1.0 - t).to(tl.float32)
+            factor = 1.0 - t
         good = (differences * factor < MOST_DIFFERENCE) & (noises * factor < MOST_NOISE)
         good &= t <= start * (1.0 + 1e-6)  # else the difference bounds nothing
         passes += 1
