@@ -185,6 +185,7 @@ def end_deficits(mixing, state, fields, row, tiles, variant: tl.constexpr):
         following = secular_point(mixing, best, s1, s2, tau, variant)
         usable = usable & (s1 < INFINITY) & (s2 < INFINITY)
         usable = usable & (following >= lower) & (following <= upper)
+        tl.debug_barrier()  # sums that have been read are overwritten
         if usable:
             if not variant.root:
                 following = solve_by_moments(

@@ -239,7 +239,10 @@ def run_task(
                 elif (phase == KEYS - 1) & (alone < MAX_EVALUATIONS):
                     left = alone + 1
                 if variant.early:
-                    if (following == KEYS) & (left == 0):
+                    drawn = (following == KEYS) & (left == 0)
+                    if variant.root:
+                        drawn &= phase > 1  # without moments the deficits solve no row
+                    if drawn:
                         end_draw(
                             mixing, drawing, work, state, model_fields, fields, row, tiles, seed,
                             position, variant,

@@ -43,13 +43,14 @@ MOST_NOISE = tl.constexpr(2e-6)
 MOMENT_ROUNDING = tl.constexpr(2e-7)  # of a part's sums
 LEAST_VARIANCE = tl.constexpr(2e-6)  # of u, over its mean squared: less is rounding
 ONE_VALUE = tl.constexpr(1e-6)  # the mean is as near to the largest u
+LARGEST_MOMENT = tl.constexpr(1e18)  # over the mean's power: its square is below float32's largest
 MOST_PASSES = tl.constexpr(4)
 
 
 @triton.jit
 def quadrature(s1, s2, s3, s4, most):
     """Values u and weights of a part's two quadratures: Gauss' low and high one; then Radau's inner
-    one, whose other value is `most`, the largest u."""
+    one, whose other value is `most`, the largest u. Last whether float32 holds the moments."""
     there = (s1 > 0.0) & (s2 > 0.0) & (s2 < INFINITY)
     mean = tl.where(there, s2 / tl.where(there, s1, 1.0), 0.0)
     scale = tl.where(there, s2 * mean, 1.0)
@@ -59,7 +60,7 @@ def quadrature(s1, s2, s3, s4, most):
     a = third - 1.0
     b = fourth - third
     c = fourth - third * third
-    two = there & (a > LEAST_VARIANCE) & (b > 0.0) & (c > 0.0) & (fourth < INFINITY)
+    two = there & (a > LEAST_VARIANCE) & (b > 0.0) & (c > 0.0) & (fourth < LARGEST_MOMENT)
     a = tl.where(two, a, 1.0)
     b = tl.where(two, b, 2.0)
     c = tl.where(two, c, 1.0)
@@ -75,10 +76,15 @@ def quadrature(s1, s2, s3, s4, most):
     weight = tl.where(there, s1, 0.0)
     # Radau's: one value is `most`, and three moments are right.
     apart = there & (bound > 1.0 + ONE_VALUE)
-    inner = tl.where(apart, (bound - third) / tl.where(apart, bound - 1.0, 1.0), 1.0)
+    # Rounded so that `most` weighs rather more.
+    inner = bound - third * (1.0 + 2.0 * MOMENT_ROUNDING)
+    inner = tl.where(apart, inner / tl.where(apart, bound - 1.0, 1.0), 1.0)
     inner = tl.minimum(tl.maximum(inner, 0.0), 1.0)
     inner_share = tl.where(apart, (bound - 1.0) / tl.where(apart, bound - inner, 1.0), 1.0)
-    return low, weight * (1.0 - share), high, weight * share, inner * mean, weight * inner_share
+    # The third moment is at least 1, unless it has underflown.
+    sound = (s1 == 0.0) | (there & (third > 1.0 - 1e-5) & (third < LARGEST_MOMENT))
+    low_weight, high_weight = weight * (1.0 - share), weight * share
+    return low, low_weight, high, high_weight, inner * mean, weight * inner_share, sound
 
 
 @triton.jit
@@ -109,15 +115,17 @@ def block_at(
     other = there & (i != best_part) & (q < EXCLUDED)
     x = variant.excess(tl.where(other, q - least, 0.0).to(tl.float32), mixing.alpha)
     most = 1.0 / (start.to(tl.float32) + x)
-    low, low_weight, high, high_weight, inner, inner_weight = quadrature(s1, s2, s3, s4, most)
+    low, low_weight, high, high_weight, inner, inner_weight, sound = quadrature(
+        s1, s2, s3, s4, most
+    )
     step = (t - start).to(tl.float32)
     low_mass, low_fall = moved(low_weight, low, step)
     high_mass, high_fall = moved(high_weight, high, step)
     inner_mass, _ = moved(inner_weight, inner, step)
-    outer_mass, _ = moved(low_weight + high_weight - inner_weight, most, step)
+    outer_mass, outer_fall = moved(low_weight + high_weight - inner_weight, most, step)
     mass = low_mass + high_mass
     slope = low_mass * low * low_fall + high_mass * high * high_fall
-    difference = tl.abs(inner_mass + outer_mass - mass)
+    difference = tl.where(sound, tl.abs(inner_mass + outer_mass - mass), s1 * outer_fall)
     # Rounding of h, and of u where 1 + step u is small.
     far = high_fall - 1.0
     noise = mass * (MOMENT_ROUNDING * high_fall + LEAST_VARIANCE * far * far)
@@ -173,18 +181,16 @@ def solve_by_moments(
             slope += own[1]
             difference += own[2]
             noise += own[3]
-        g, slopes, differences, noises = four_sums(
-            mass.to(tl.float64), slope.to(tl.float64), difference.to(tl.float64),
-            noise.to(tl.float64),
-        )  # fmt: skip
+        g, slopes, differences, noises = four_sums(mass, slope, difference, noise)
         following, lower, upper, done = secular_step(
-            mixing, best, g, slopes, t, lower, upper, variant
+            mixing, best, g.to(tl.float64), slopes.to(tl.float64), t, lower, upper, variant
         )
-        factor = tl.full([], 1.0, tl.float64)
+        factor = tl.full([], 1.0, tl.float32)
         if variant.factor:
-            factor = 1.0 - t
+            factor = (1.0 - t).to(tl.float32)
         good = (differences * factor < MOST_DIFFERENCE) & (noises * factor < MOST_NOISE)
-        good &= t <= start * (1.0 + 1e-6)  # else the difference bounds nothing
+        # Else the difference bounds nothing, or float32 does not hold the terms.
+        good &= (t <= start * (1.0 + 1e-6)) & (t > start * 1e-5) & (growth < 1e5)
         passes += 1
     if done & good:
         tl.store(state + LOWER, lower)

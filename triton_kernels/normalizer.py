@@ -214,9 +214,9 @@ def step_stieltjes(mixing, state, s1, s2, variant: tl.constexpr):
 
 @triton.jit
 def solved_masses(mixing, state, fields, tiles, variant: tl.constexpr):
-    """The masses of the tiles at the solution, float32, from the sums of the last evaluation: a
-    part without s* is one pole there. The step from that evaluation is so short (LAST_STEP) that
-    the error is about 1e-5 of the row's mass at most."""
+    """The masses of the tiles at the solution, float32, from the sums of the last evaluation, or of
+    the moments: a part without s* is one pole there. The step from that evaluation is so short
+    (LAST_STEP) that the error is about 1e-5 of the row's mass at most."""
     t = tl.load(state + POINT)
     step = (t - tl.load(state + EVALUATED)).to(tl.float32)
     behind = 0

@@ -40,7 +40,7 @@ VALID = tl.constexpr(36)
 STEPS = tl.constexpr(37)  # evaluations of G so far, without the first
 LOG_SUM = tl.constexpr(38)  # [9], LOG_NORM less the model's level
 LOG_MASS = tl.constexpr(47)  # log m of the response so far, see own_mass.py
-EVALUATED = tl.constexpr(48)  # the point of the last evaluation with a Stieltjes form
+EVALUATED = tl.constexpr(48)  # the point of the last evaluation with a Stieltjes form, or moments'
 STATE_FIELDS = tl.constexpr(49)
 
 # Numbers of a part of a tile, float32: a record for each part of a row. It begins with two numbers
@@ -49,8 +49,8 @@ KEY_PEAK = tl.constexpr(0)
 KEY_SUM = tl.constexpr(1)  # sum exp(key - peak); NaN where a tensor that counts is broken
 DRAW_PEAK = tl.constexpr(2)  # the same two after mask and temperature
 DRAW_SUM = tl.constexpr(3)
-MASS = tl.constexpr(4)  # sum p; NaN where a value is broken
-FIRST = tl.constexpr(5)  # sum p Q
+MASS = tl.constexpr(4)  # sum p; NaN where a value is broken. Later S1 of moments.py
+FIRST = tl.constexpr(5)  # sum p Q. Later S2 of moments.py
 BEST_P = tl.constexpr(6)  # p of the part's argmin Q
 LEAST_Q = tl.constexpr(7)  # Q of it, float64 as two numbers
 LEAST_REST = tl.constexpr(8)
