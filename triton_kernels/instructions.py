@@ -145,7 +145,9 @@ def measure(divergence: str) -> dict[str, Any]:
         loop = max((x for x in found if x.wide_loads), key=lambda x: x.instructions)
         cost = {"instructions": loop.instructions, "special": loop.special}
         phases[name] = {what: count / tokens for what, count in cost.items()}
-    return {"registers": whole.registers, "spills": whole.spills, "phases": phases}
+    moments = made.variant.excess is not None and not made.variant.root
+    about = {"registers": whole.registers, "spills": whole.spills, "moments": moments}
+    return about | {"phases": phases}
 
 
 def microseconds(found: dict[str, Any], evaluations: int) -> float:
@@ -162,10 +164,11 @@ def markdown(data: dict[str, Any]) -> str:
 sm_90 machine code of Triton {data["triton"]}, two policies in bfloat16, V = {VOCAB}, many rows:
 instructions issued for a token (special functions among them) on the shortest way through a phase's
 loop; registers of the whole kernel. The last columns are what issuing them takes on {PROCESSORS}
-multiprocessors at {GHZ} GHz, full: a prediction, no measurement.
+multiprocessors at {GHZ} GHz, full, by the number of evaluations that a row needs; none where
+moments solve it: a prediction, no measurement.
 
-| divergence | registers | {" | ".join(PHASES)} | µs a row, 1 evaluation | µs a row, 2 |
-|---{"|---:" * (len(PHASES) + 3)}|
+| divergence | registers | {" | ".join(PHASES)} | µs a row, none | 1 evaluation | 2 |
+|---{"|---:" * (len(PHASES) + 4)}|
 """
     for name, found in data["divergences"].items():
         cells = [name, str(found["registers"])]
@@ -173,7 +176,8 @@ multiprocessors at {GHZ} GHz, full: a prediction, no measurement.
             own = found["phases"].get(phase)
             cells.append(f"{own['instructions']:.1f} ({own['special']:.1f})" if own else "")
         iterates = "evaluation" in found["phases"]
-        cells += [f"{microseconds(found, 1):.2f}", f"{microseconds(found, 2):.2f}" * iterates]
+        cells.append(f"{microseconds(found, 0):.2f}" * (found["moments"] or not iterates))
+        cells += [f"{microseconds(found, n):.2f}" * iterates for n in (1, 2)]
         text += f"| {' | '.join(cells)} |\n"
     return text + "\n`python -m mod_fused.triton_kernels.instructions`\n"
 

@@ -53,12 +53,16 @@ def test_a_token_costs_few_instructions(divergence: str, most: dict[str, int]) -
 
 
 def test_the_table_names_every_phase_and_predicts_from_the_counts() -> None:
-    found = {"registers": 90, "phases": {"keys": {"instructions": 20.0, "special": 1.0}}}
+    found = {"registers": 90, "moments": False}
+    found |= {"phases": {"keys": {"instructions": 20.0, "special": 1.0}}}
     two = {"sums": 30.0, "deficits": 70.0, "evaluation": 50.0, "keys": 40.0}
     phases = {name: {"instructions": n, "special": 2.0} for name, n in two.items()}
-    data = {"one": found, "two": {"registers": 136, "phases": phases}}
+    data = {"one": found, "two": {"registers": 136, "moments": False, "phases": phases}}
+    data["three"] = data["two"] | {"moments": True}
     text = instructions.markdown({"triton": "3.9", "divergences": data})
     row = 128256 / (132 * 128 * 1.98e3)  # microseconds for an instruction a token
-    assert f"| one | 90 |  |  |  | 20.0 (1.0) | {20 * row:.2f} |  |" in text
+    assert f"| one | 90 |  |  |  | 20.0 (1.0) | {20 * row:.2f} |  |  |" in text
     shown = " | ".join(f"{n:.1f} (2.0)" for n in two.values())
-    assert f"| two | 136 | {shown} | {190 * row:.2f} | {240 * row:.2f} |" in text
+    last = f"{190 * row:.2f} | {240 * row:.2f} |"
+    assert f"| two | 136 | {shown} |  | {last}" in text
+    assert f"| three | 136 | {shown} | {140 * row:.2f} | {last}" in text
