@@ -8,9 +8,9 @@ from .. import report
 
 _ABOUT = """The times are computed from the instructions of the compiled kernels and nominal
 latencies; nothing has run. Trust ratios more than times, which are right to about 30%.
-`bench/gpu/predict.py` lists what is assumed; so rows of forward KL and Jensen-Shannon are near their
-reference, and moments solve them. *Latency*: of a full GPU's tasks; *chain*: of one
-row's phases, one after the other; *filters*: of their launch. The floors are the time to read the
+`bench/gpu/predict.py` lists what is assumed; so moments solve the rows of forward KL and
+Jensen-Shannon. *Latency*: of a full GPU's tasks; *chain*: of one row's phases, one after the
+other; *filters*: of their launch. The floors are the time to read the
 logits once at 4.3 TB/s, and the time to issue the instructions on a full GPU. *Sweeping*: with all
 sweeps of the filters over a row's keys, which several programs share where rows are few. A search
 of the filters whose code does not show its passes has {search}; a flat row whose logits are like a
