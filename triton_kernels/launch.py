@@ -28,7 +28,7 @@ from .workspace import cdiv, cell_size, make_workspace, parts_of_tile, record_si
 #: Evaluations of G that are phases of their own, by the solver (normalizer.py). A row that needs
 #: more is finished by one program.
 MOMENTS_EVALUATIONS, SECULAR_EVALUATIONS, NEWTON_EVALUATIONS = 2, 3, 5
-SWEPT = 4
+SWEPT = 4  # tiles of a flat row that a program reads side by side
 CANDIDATE_BLOCKS = (32, 256, 1024)  # how many are read at once: a kernel for each
 
 

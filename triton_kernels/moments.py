@@ -95,6 +95,12 @@ def moved(weight, u, step):
 
 
 @triton.jit
+def load_number(pointers, there):
+    """Numbers of a row's parts."""
+    return tl.load(pointers, mask=there, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
 def block_at(
     mixing, fields, begin, best_part, least, start, growth, t, tiles, variant: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -136,12 +142,6 @@ def block_at(
     tl.store(own + MASS, mass, mask=there)
     tl.store(own + FIRST, slope, mask=there)
     return mass, slope, difference, noise
-
-
-@triton.jit
-def load_number(pointers, there):
-    """Numbers of a row's parts."""
-    return tl.load(pointers, mask=there, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit

@@ -194,9 +194,11 @@ def test_rows_that_are_not_solved_in_time_finish_alone(divergence, monkeypatch):
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha:0.75"])
-def test_three_evaluations_after_the_first_step_are_enough(divergence, monkeypatch, workspaces):
+def test_three_evaluations_after_the_first_step_are_enough_two_after_moments(
+    divergence, monkeypatch, workspaces
+):
     ref, policies = logits(205, 6, 2100, 2, kind="typical")
-    monkeypatch.setattr(launch, "MOMENTS_EVALUATIONS", 3)
+    monkeypatch.setattr(launch, "MOMENTS_EVALUATIONS", 2)
     monkeypatch.setattr(launch, "SECULAR_EVALUATIONS", 3)
     monkeypatch.setattr(mixture, "MAX_EVALUATIONS", 0)
     check(OP, ref, policies, [0.5, 0.5], divergence=divergence)
